@@ -1,0 +1,33 @@
+"""nnx: modules for JAX that read like PyTorch and train in plain JAX, on refx.
+
+A module holds its values in Refs. The nnx transformations (`nnx.jit`, `nnx.grad`, ...) split it into
+pure values for JAX and write the updates back, so a training step returns nothing. To plain
+`jax.*` a module is a pytree of its values.
+"""
+
+from nnx import layers
+from nnx.layers import *  # noqa: F403
+from nnx.module import Module, dataclass, param, ref, static
+from nnx.rng import RngStream
+from nnx.scope import MissingFlagError, MissingStreamError, get_flag, make_rng, scope
+from nnx.transforms import *  # noqa: F403
+from nnx import transforms
+from refx import *  # noqa: F403
+import refx as _refx
+
+__all__ = [
+    "MissingFlagError",
+    "MissingStreamError",
+    "Module",
+    "RngStream",
+    "dataclass",
+    "get_flag",
+    "make_rng",
+    "param",
+    "ref",
+    "scope",
+    "static",
+    *layers.__all__,
+    *transforms.__all__,
+    *_refx.__all__,
+]

@@ -1,0 +1,283 @@
+"""Module: attributes that read like PyTorch, a pytree of values to JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar, cast, dataclass_transform
+
+import jax
+
+import refx
+from nnx.display import tree_repr
+from nnx.scope import Scope, entered, get_flag, make_rng, make_scope
+from refx import MISSING, Filter, Node, Partition, RefField, StaticField, UnknownPathError
+from refx.field import Field
+from refx.node import attributes
+from refx.structure import scan
+
+__all__ = ["Module", "dataclass", "param", "ref", "static"]
+
+M = TypeVar("M", bound="Module")
+T = TypeVar("T")
+
+
+def ref(
+    collection: Hashable = None,
+    *,
+    default: Any = MISSING,
+    default_factory: Callable[[], Any] | None = None,
+    init: bool = True,
+    kw_only: bool = False,
+    **metadata: Any,
+) -> Any:
+    """A field whose value lives in a Ref of the given collection.
+
+    Reading the attribute gives the value, assigning it writes the Ref. Assigning a Ref ties the
+    field to that Ref; assigning None leaves the field without one.
+
+    Args:
+      collection: the label that filters select by.
+      default: the value that a new instance starts with, or
+      default_factory: a function that makes it; it may call `nnx.make_rng`.
+      init: whether `@nnx.dataclass` makes it an argument of `__init__`.
+      kw_only: whether that argument is by keyword only.
+      **metadata: hashable facts that the Ref keeps.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> class Average(nnx.Module):
+    ...     mean: jax.Array = nnx.ref("batch_stats")
+    ...     def __init__(self):
+    ...         self.mean = jnp.zeros(())
+    >>> average = Average()
+    >>> average.mean += 1.0
+    >>> float(average["batch_stats"]["mean"])
+    1.0
+    """
+    return RefField(
+        collection,
+        metadata=metadata,
+        default=default,
+        default_factory=default_factory,
+        init=init,
+        kw_only=kw_only,
+    )
+
+
+def param(**options: Any) -> Any:
+    """A field in the collection `"params"`: what training changes. Options as for `ref`.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> class Scale(nnx.Module):
+    ...     scale: jax.Array = nnx.param()
+    ...     def __init__(self, n):
+    ...         self.scale = jnp.ones((n,))
+    >>> Scale(3)["params"]
+    Partition({
+      'scale': float32[3],
+    })
+    """
+    return ref("params", **options)
+
+
+def static(
+    *,
+    default: Any = MISSING,
+    default_factory: Callable[[], Any] | None = None,
+    init: bool = True,
+    kw_only: bool = False,
+) -> Any:
+    """A field that is part of the structure, whatever it holds; it must be hashable.
+
+    Numbers, strings and callables are static without it. It is for defaults, for `@nnx.dataclass`,
+    and for what would be a value or structure otherwise, such as a tuple that is a setting.
+
+    >>> import nnx
+    >>> @nnx.dataclass
+    ... class Pool(nnx.Module):
+    ...     window: tuple[int, int] = nnx.static(default=(2, 2))
+    >>> Pool().window
+    (2, 2)
+    """
+    return StaticField(
+        default=default, default_factory=default_factory, init=init, kw_only=kw_only
+    )
+
+
+class Module(Node):
+    """The base class of models and layers.
+
+    Attributes are set in `__init__` as in any Python class. `param()` and `ref()` fields and
+    attributes that are assigned an `nnx.Ref` hold values that training may change; array
+    attributes are values too; modules and plain lists, tuples, dicts of them are structure;
+    everything else is static. Attributes may be changed later: the next transformation sees it.
+
+    To JAX a module is a pytree of its values, so `jax.tree.map`, `jax.jit` or optax take it, with
+    value semantics; the nnx transformations write updates back into it.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> class Affine(nnx.Module):
+    ...     w: jax.Array = nnx.param()
+    ...     def __init__(self, n: int):
+    ...         self.w = jax.random.normal(self.make_rng("params"), (n,))
+    ...     def __call__(self, x):
+    ...         return x * self.w
+    >>> model = Affine.init(jax.random.key(0))(3)
+    >>> model(jnp.ones(3)).shape
+    (3,)
+    """
+
+    @classmethod
+    def init(cls: type[M], rngs: Any = None, **flags: Any) -> type[M]:
+        """Construct within a scope: `Cls.init(jax.random.key(0))(*constructor_arguments)`.
+
+        Args:
+          rngs: a key, a seed, or a mapping from stream name to key, as for `nnx.scope`.
+          **flags: flags for the constructor.
+
+        Returns:
+          A callable with the constructor's arguments. It is typed as the class.
+        """
+        inner = make_scope(rngs, **flags)
+
+        @functools.wraps(cls, updated=())
+        def construct(*args: Any, **kwargs: Any) -> M:
+            with entered(inner):
+                return cls(*args, **kwargs)
+
+        return cast("type[M]", construct)
+
+    def apply(self: M, rngs: Any = None, mutable: Filter = ..., **flags: Any) -> M:
+        """Call within a scope: `model.apply(rngs=key, training=True)(x)`, or any method of it.
+
+        Args:
+          rngs: a key, a seed, or a mapping from stream name to key, as for `nnx.scope`.
+          mutable: a filter; a write of a Ref of this module that it does not select is an error.
+          **flags: flags for the call; they win over attributes of the same name.
+
+        Returns:
+          A stand-in for the module whose call and methods run in the scope; typed as the module.
+        """
+        return cast("M", _Applied(self, make_scope(rngs, **flags), mutable))
+
+    def make_rng(self, name: str = "default") -> jax.Array:
+        """The next key of the ambient stream `name`; see `nnx.make_rng`."""
+        return make_rng(name)
+
+    def get_flag(self, name: str, default: Any = MISSING) -> Any:
+        """The flag `name`: of the ambient scope, else the attribute of that name, else the default.
+
+        Raises:
+          MissingFlagError: there is none of the three.
+        """
+        own = attributes(self).get(name)
+        if own is None:
+            own = getattr(type(self), name, None)
+        return get_flag(name, default if own is None else own)
+
+    def train(self: M) -> M:
+        """Set the modules of the whole tree to training: dropout drops, batch norm takes batches.
+
+        It sets `training`, `deterministic` and `use_running_average` wherever they exist, and
+        returns the module. Flags of a scope win over these.
+        """
+        return self._set_mode(training=True)
+
+    def eval(self: M) -> M:
+        """Set the modules of the whole tree to evaluation; see `train`."""
+        return self._set_mode(training=False)
+
+    def _set_mode(self: M, *, training: bool) -> M:
+        flags = {
+            "training": training,
+            "deterministic": not training,
+            "use_running_average": not training,
+        }
+        for node in scan(self).objects:
+            for name, flag in flags.items():
+                if isinstance(node, Node) and (
+                    name in attributes(node) or isinstance(getattr(type(node), name, None), bool)
+                ):
+                    setattr(node, name, flag)
+        return self
+
+    def __getitem__(self, filter: Filter) -> Partition:
+        """The values that the filter selects: `model["params"]`."""
+        return refx.get_partition(self, filter)
+
+    def __setitem__(self, filter: Filter, partition: Mapping[Any, Any]) -> None:
+        """Write the values of a partition into the Refs: `model["params"] = new`.
+
+        Raises:
+          UnknownPathError: a path that the module does not have, or that the filter excludes.
+        """
+        new = Partition(partition)
+        selects = refx.to_predicate(filter)
+        cells = refx.refs(self)
+        outside = [path for path in new if path in cells and not selects(path, cells[path])]
+        if outside:
+            path = outside[0]
+            raise UnknownPathError(
+                f"The filter {filter!r} does not select {'.'.join(path)!r} (collection "
+                f"{cells[path].collection!r}), so model[{filter!r}] cannot write it. Is this the "
+                f"partition of another filter? nnx.update(model, partition) writes any path."
+            )
+        refx.update(self, new)
+
+    def __repr__(self) -> str:
+        return tree_repr(self)
+
+
+class _Applied:
+    """A module, its submodules and its methods, as they are when called in a scope."""
+
+    def __init__(self, target: Any, scope: Scope, mutable: Filter, root: Module | None = None):
+        self._target = target
+        self._scope = scope
+        self._mutable = mutable
+        self._root = target if root is None else root
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._mutable is ...:
+            with entered(self._scope):
+                return self._target(*args, **kwargs)
+        with entered(self._scope), refx.mutable(self._mutable, self._root):
+            return self._target(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._target, name)
+        if callable(found):
+            return _Applied(found, self._scope, self._mutable, self._root)
+        return found
+
+
+@dataclass_transform(eq_default=False, field_specifiers=(param, ref, static, dataclasses.field))
+def dataclass(cls: type[T]) -> type[T]:
+    """Give a module class an `__init__` made from its annotated fields, in order.
+
+    A field takes part with its specifier (`param()`, `ref(...)`, `static()`) or as a plain
+    annotation, with or without a default. Equality stays identity.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> @nnx.dataclass
+    ... class Affine(nnx.Module):
+    ...     w: jax.Array = nnx.param()
+    ...     power: int = 1
+    ...     def __call__(self, x):
+    ...         return (x * self.w) ** self.power
+    >>> float(Affine(jnp.array(3.0), power=2)(2.0))
+    36.0
+    """
+    own = {name: f for name, f in vars(cls).items() if isinstance(f, Field)}
+    for name, f in own.items():
+        options: dict[str, Any] = {"init": f.init, "kw_only": f.kw_only}
+        if f.default_factory is not None:
+            options["default_factory"] = f.default_factory
+        elif f.default is not MISSING:
+            options["default"] = f.default
+        setattr(cls, name, dataclasses.field(**options))
+    made = dataclasses.dataclass(cls, eq=False, repr=False)
+    for name, f in own.items():
+        setattr(made, name, f)
+    return made

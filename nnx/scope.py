@@ -1,0 +1,136 @@
+"""The scope: the ambient random streams and flags, one per thread."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from nnx.rng import RngStream
+from refx import MISSING, Node, RefError
+from refx.trace import local
+
+__all__ = ["MissingFlagError", "MissingStreamError", "get_flag", "make_rng", "scope"]
+
+
+class MissingStreamError(RefError):
+    """A random key was asked for where no scope has a stream for it."""
+
+
+class MissingFlagError(RefError):
+    """A flag was asked for that no scope sets and that has no default."""
+
+
+class Scope(Node):
+    """Streams and flags. It is a Node, so it crosses a boundary like any argument: its streams as
+    Refs that advance, its flags as static structure, a new value of which means a new trace.
+    """
+
+    def __init__(self, streams: dict[str, RngStream], flags: dict[str, Any]):
+        self.streams = streams
+        self.flags = flags
+
+
+def make_scope(rngs: Any = None, **flags: Any) -> Scope:
+    """A scope inside the ambient one: what it does not set is as outside."""
+    outer: Scope | None = local.scope
+    streams = dict(outer.streams) if outer is not None else {}
+    if rngs is not None:
+        streams = _streams(rngs) if not isinstance(rngs, Mapping) else {**streams, **_streams(rngs)}
+    return Scope(streams, {**(outer.flags if outer is not None else {}), **flags})
+
+
+def _streams(rngs: Any) -> dict[str, RngStream]:
+    if not isinstance(rngs, Mapping):
+        rngs = {"default": rngs}
+    return {n: k if isinstance(k, RngStream) else RngStream(k) for n, k in rngs.items()}
+
+
+@contextlib.contextmanager
+def scope(rngs: Any = None, **flags: Any) -> Iterator[None]:
+    """Within this context `make_rng` and `get_flag` answer from these streams and flags.
+
+    Args:
+      rngs: a key (typed or legacy) or an int seed, which seeds every stream; or a mapping from
+        stream name to key, seed or `RngStream`, where `"default"` serves the names it lacks. With
+        None the streams of the scope outside stay.
+      **flags: hashable values by name. Flags of the scope outside stay unless they are set here.
+
+    The scope crosses the boundary of every nnx transformation: its streams are inputs, so that each
+    call of a jitted function gets new keys, deterministically, and its flags are static.
+
+    >>> import jax, nnx
+    >>> with nnx.scope(jax.random.key(0), training=True):
+    ...     key = nnx.make_rng("dropout")
+    ...     nnx.get_flag("training")
+    True
+    """
+    inner = make_scope(rngs, **flags)
+    with entered(inner):
+        yield
+
+
+@contextlib.contextmanager
+def entered(inner: Scope | None) -> Iterator[None]:
+    """Make `inner` the ambient scope of this thread."""
+    outer = local.scope
+    local.scope = inner
+    try:
+        yield
+    finally:
+        local.scope = outer
+
+
+def make_rng(name: str = "default") -> jax.Array:
+    """The next key of the ambient stream `name`, or of `"default"` if there is none of that name.
+
+    Returns:
+      A key of the kind, typed or legacy, that the scope was given.
+
+    Raises:
+      MissingStreamError: no scope is active, or it has neither stream.
+
+    >>> import jax, nnx
+    >>> with nnx.scope(jax.random.key(0)):
+    ...     a, b = nnx.make_rng("params"), nnx.make_rng("params")
+    >>> bool((a == b).all())
+    False
+    """
+    ambient: Scope | None = local.scope
+    streams = ambient.streams if ambient is not None else {}
+    if name in streams:
+        return streams[name].next()
+    if "default" in streams:
+        return streams["default"].next(name)
+    there = f"the scope has only {sorted(streams)}" if streams else "no scope with keys is active"
+    raise MissingStreamError(
+        f"A key of the random stream {name!r} was asked for, but {there}. Make the module with "
+        f"Cls.init(jax.random.key(0))(...), call it with model.apply(rngs=jax.random.key(1))(x), "
+        f"or put the code in `with nnx.scope(jax.random.key(0)):`. For this stream alone, pass "
+        f"{{{name!r}: key}} as the key."
+    )
+
+
+def get_flag(name: str, default: Any = MISSING) -> Any:
+    """The ambient flag `name`, or the default.
+
+    Raises:
+      MissingFlagError: no scope sets the flag and there is no default.
+
+    >>> import nnx
+    >>> nnx.get_flag("training", False)
+    False
+    """
+    ambient: Scope | None = local.scope
+    if ambient is not None and name in ambient.flags:
+        return ambient.flags[name]
+    if default is not MISSING:
+        return default
+    flags = sorted(ambient.flags) if ambient is not None else []
+    raise MissingFlagError(
+        f"The flag {name!r} is set by no scope (set are: {', '.join(flags) or 'none'}) and has no "
+        f"default. Set it with nnx.scope({name}=...), model.apply({name}=...), or as an attribute "
+        f"of the module."
+    )

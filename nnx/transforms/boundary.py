@@ -1,0 +1,506 @@
+"""The boundary: how a function over mutable Refs becomes a pure function for JAX, and back.
+
+One call of any stateful transformation is the same five steps.
+
+1. `open_call` finds the caller's roots (modules and Refs in the arguments, those that the function
+   closes over, the ambient scope) and takes them apart into one DagDef and flat lists of values.
+2. JAX calls `run` with traced values. It builds the roots again from fresh Refs in a new `Frame`,
+   and calls the user's function.
+3. What the function left behind is packed: its output, the values of the Refs that it wrote, and,
+   only where the structure of the roots changed or the output holds Refs, a `Graph` of both.
+4. JAX returns concrete values (or tracers of the enclosing transformation).
+5. `close_call` writes them into the caller's Refs. Nothing of the caller's was touched before.
+
+If the function read a Ref by closure that was no root yet, step 3 raises `Lift`, and the call starts
+again with that Ref as one more root; that is the one extra trace that a closure may cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+
+from nnx.scope import entered
+from nnx.transforms.closure import Closure
+from refx import Node, Ref
+from refx.errors import StructureError
+from refx.node import is_identity
+from refx.partition import dotted
+from refx.snapshot import Snapshot, snapshot
+from refx.structure import DagDef, Leaf, Static, build, scan
+from refx.trace import Frame, current_trace, local, seen_from, writable
+
+__all__: list[str] = []
+
+
+class Lift(Exception):
+    """Raised through JAX to start a call again with more roots."""
+
+    def __init__(self, found: Iterable[Any]):
+        super().__init__("a closed-over Ref has to become an input; this is caught by nnx")
+        self.found = list({id(x): x for x in found}.values())
+
+
+class Layout:
+    """What a call looks like without its values: the static argument of the compiled function.
+
+    Layouts are made once for each (treedef, DagDef) of a function and compared by identity.
+    """
+
+    __slots__ = ("closed", "constants", "dagdef", "has_scope", "statics", "treedef", "where")
+
+    def __init__(
+        self,
+        treedef: Any,
+        where: tuple[int, ...],
+        dagdef: DagDef,
+        closed: int,
+        constants: tuple[Any, ...],
+        has_scope: bool,
+        statics: Any,
+    ):
+        self.treedef = treedef
+        # The positions of the argument roots among the flattened arguments.
+        self.where = where
+        self.dagdef = dagdef
+        self.closed = closed
+        # Array attributes of closed-over modules are read where they are, so they are constants.
+        self.constants = constants
+        self.has_scope = has_scope
+        self.statics = statics
+
+
+class Plan(NamedTuple):
+    """How the snapshots of several roots make up one list of Refs: by position, each Ref once."""
+
+    layout: Layout
+    refs: tuple[int, ...] | None
+    leaves: tuple[int, ...] | None
+
+
+class Call:
+    """The caller's side of one call.
+
+    `refs`, `values` and `leaves` are in the order of `layout.dagdef`; `others` are the arguments
+    that hold no Refs. `roots` are the argument roots, the closed-over ones, and the scope, if any.
+    """
+
+    __slots__ = ("closure", "layout", "leaves", "others", "refs", "roots", "snapshots", "values")
+
+    layout: Layout
+    closure: Closure | None
+    roots: list[Any]
+    snapshots: list[Snapshot]
+    refs: list[Ref[Any]]
+    values: list[Any]
+    leaves: list[Any]
+    others: list[Any]
+
+
+def open_call(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    closure: Closure | None = None,
+    plans: dict[Any, Plan] | None = None,
+    statics: Any = None,
+) -> Call:
+    """Take the arguments of one call apart. `plans` is a function's cache of Plans."""
+    call = Call()
+    flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_identity)
+    where = []
+    roots: list[Any] = []
+    others = []
+    for i, x in enumerate(flat):
+        if isinstance(x, (Node, Ref)):
+            where.append(i)
+            roots.append(x)
+        else:
+            others.append(x)
+    closed = closure.roots() if closure is not None else ()
+    roots += closed
+    scope = local.scope
+    if scope is not None:
+        roots.append(scope)
+    snapshots = [snapshot(root) for root in roots]
+    # With one root, equal structure is enough; with more, which Refs they share matters too.
+    shape = snapshots[0].dagdef if len(roots) == 1 else tuple(s.uid for s in snapshots)
+    constants = _constants(snapshots[len(where) : len(where) + len(closed)]) if closed else ()
+    key = (treedef, shape, tuple(where), constants, statics)
+    plan = plans.get(key) if plans is not None else None
+    if plan is None:
+        layout = (treedef, tuple(where), len(closed), constants, scope is not None, statics)
+        plan = _plan(layout, roots, snapshots, plans)
+        if plans is not None:
+            if len(plans) >= _MOST_PLANS:
+                plans.clear()
+            plans[key] = plan
+    if len(snapshots) == 1:
+        (only,) = snapshots
+        call.refs, call.values, call.leaves = only.refs, only.values(), only.leaves()
+    else:
+        call.refs = _chosen([r for s in snapshots for r in s.refs], plan.refs)
+        call.values = _chosen([v for s in snapshots for v in s.values()], plan.refs)
+        call.leaves = _chosen([x for s in snapshots for x in s.leaves()], plan.leaves)
+    call.layout = plan.layout
+    call.closure = closure
+    call.roots = roots
+    call.snapshots = snapshots
+    call.others = others
+    return call
+
+
+# A bound for a function that is called with ever new objects; what is dropped is made again.
+_MOST_PLANS = 512
+
+
+def _chosen(items: list[Any], positions: tuple[int, ...] | None) -> list[Any]:
+    return items if positions is None else [items[i] for i in positions]
+
+
+class _Same:
+    """An array as part of a key: equal only to itself."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, array: Any):
+        # A tracer must not be kept, and is never the same in a later call.
+        self.array = object() if isinstance(array, jax.core.Tracer) else array
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.array is self.array
+
+    def __hash__(self) -> int:
+        return id(self.array)
+
+
+def _constants(snapshots: list[Snapshot]) -> tuple[Any, ...]:
+    return tuple(_Same(x) for s in snapshots for x in s.leaves())
+
+
+def _plan(
+    parts: tuple[Any, ...],
+    roots: list[Any],
+    snapshots: list[Snapshot],
+    plans: dict[Any, Plan] | None,
+) -> Plan:
+    joint = scan(tuple(roots))
+    refs = [id(r) for s in snapshots for r in s.refs]
+    places = [_place(s, i) for s in snapshots for i in range(len(s.dagdef.leaf_paths))]
+    joint_places = [
+        (id(h), k) if h is not None else id(x)
+        for x, (h, k) in zip(joint.leaves, joint.places, strict=True)
+    ]
+    treedef, where, *rest = parts
+    layout = Layout(treedef, where, joint.dagdef, *rest)
+    for known in plans.values() if plans is not None else ():
+        if _same_layout(known.layout, layout):
+            layout = known.layout
+            break
+    return Plan(
+        layout,
+        _positions(refs, [id(r) for r in joint.refs]),
+        _positions(places, joint_places),
+    )
+
+
+def _same_layout(a: Layout, b: Layout) -> bool:
+    return all(getattr(a, name) == getattr(b, name) for name in Layout.__slots__)
+
+
+def _place(s: Snapshot, i: int) -> Any:
+    content, key = s._places[i]
+    return (id(content), key) if content is not None else id(s._leaves[i])
+
+
+def _positions(items: list[Any], chosen: list[Any]) -> tuple[int, ...] | None:
+    if items == chosen:
+        return None
+    first: dict[Any, int] = {}
+    for i, x in enumerate(items):
+        first.setdefault(x, i)
+    return tuple(first[x] for x in chosen)
+
+
+class Graph(NamedTuple):
+    """The structure that a call left behind, where it is more than new values.
+
+    `dagdef` is that of `(roots, output)`. `known` maps its numbers to those of the call's DagDef
+    for what the caller has already; `fresh` counts the Refs that are new; `leaves` says for each
+    plain array whether it is the i-th that came in, or (None) one that was returned.
+    """
+
+    dagdef: DagDef
+    known: dict[int, int]
+    leaves: tuple[int | None, ...]
+    # Whether the caller's containers have to be filled again.
+    refill: bool
+
+
+class Spec(NamedTuple):
+    """What a call left behind, without the values: the aux data of the output node."""
+
+    written: tuple[int, ...]
+    graph: Graph | None
+
+
+class Packed:
+    """The output of the pure function: a pytree whose aux data JAX keeps with the program.
+
+    `out` is the user's output, or, with a graph, the values of new Refs and arrays.
+    """
+
+    __slots__ = ("out", "spec", "written")
+
+    def __init__(self, spec: Spec, out: Any, written: Any):
+        self.spec = spec
+        self.out = out
+        self.written = written
+
+
+jax.tree_util.register_pytree_node(
+    Packed,
+    lambda p: ((p.out, p.written), p.spec),
+    lambda spec, children: Packed(spec, *children),
+)
+
+
+def run(
+    fn: Callable[..., Any],
+    name: str,
+    call: Call,
+    values: Any,
+    leaves: Any,
+    others: Any,
+    *,
+    layout: Layout | None = None,
+    mode: str = "lift",
+    split_out: Callable[[Any], tuple[Any, Any]] | None = None,
+) -> Any:
+    """Step 2 and 3: call `fn` on the roots built from `values`, and pack what it left behind.
+
+    Args:
+      fn: the user's function.
+      name: the transformation and the function, for messages.
+      call: the caller's side, for the closed-over Refs.
+      values: a value for each Ref.
+      leaves: a value for each plain array.
+      others: the arguments that hold no Refs.
+      layout: the static part of the call; that of `call` without it.
+      mode: what reading a closed-over Ref means. `"lift"`: it must become a root. `"read"`: its
+        value is taken as it is, since the trace is not kept, and only a written one becomes a
+        root. `"constant"`: it may not be written.
+      split_out: divides the output of `fn` in what is returned as it is and what is packed.
+
+    Returns:
+      A Packed, or with `split_out` a pair of the first part and the Packed.
+    """
+    layout = call.layout if layout is None else layout
+    frame = Frame(name, lifts=mode == "lift", constants=mode == "constant")
+    with frame:
+        roots, objects = build(layout.dagdef, values, leaves)
+        outer = scan(tuple(call.roots)).objects
+        inner_refs = [x for x in objects if type(x) is Ref]
+        before = [(r._value, jax.tree.leaves(r._value)) for r in inner_refs]
+        _shadow(frame, layout, mode, outer, objects)
+        frame.describe = _namer(layout.dagdef, outer, objects)
+        try:
+            args, kwargs = _arguments(layout, roots, others)
+            scope = roots[-1] if layout.has_scope else None
+            with entered(scope):
+                out = fn(*args, **kwargs)
+            first, out = split_out(out) if split_out is not None else (None, out)
+            packed = _pack(frame, layout, call, roots, objects, outer, before, leaves, out, mode)
+        except Lift:
+            raise
+        except Exception:
+            _lift_found(frame, mode, call)
+            raise
+        finally:
+            # What escaped must not keep a tracer alive, and says so when it is used.
+            for ref in inner_refs:
+                ref._value = None
+            frame.close()
+    return packed if split_out is None else (first, packed)
+
+
+def _arguments(layout: Layout, roots: tuple[Any, ...], others: Any) -> Any:
+    flat = list(others)
+    for root, position in zip(roots, layout.where, strict=False):
+        flat.insert(position, root)
+    return jax.tree.unflatten(layout.treedef, flat)
+
+
+def _shadow(
+    frame: Frame, layout: Layout, mode: str, outer: list[Any], objects: list[Any]
+) -> None:
+    # Whatever is a root is one cell, reached as an argument or by closure. A compiled program is
+    # used again for other arguments, so there only what is closed over may be taken for a root.
+    pairs = zip(outer, objects, strict=True)
+    if mode == "lift":
+        reach = _reachable(layout.dagdef, range(len(layout.where), len(layout.where) + layout.closed))
+        pairs = ((o, i) for n, (o, i) in enumerate(zip(outer, objects, strict=True)) if n in reach)
+    frame.shadow.update((o, i) for o, i in pairs if type(o) is Ref)
+
+
+def _reachable(dagdef: DagDef, roots: Iterable[int]) -> set[int]:
+    todo = [dagdef.root.children[i] for i in roots]
+    seen: set[int] = set()
+    while todo:
+        child = todo.pop()
+        if type(child) is int:
+            if child in seen:
+                continue
+            seen.add(child)
+            child = dagdef.nodes[child]
+        todo += getattr(child, "children", ())
+    return seen
+
+
+def _namer(dagdef: DagDef, outer: list[Any], objects: list[Any]) -> Callable[[Any], str | None]:
+    def name(ref: Any) -> str | None:
+        refs = [i for i, x in enumerate(objects) if type(x) is Ref]
+        for i, path in zip(refs, dagdef.ref_paths, strict=True):
+            if objects[i] is ref or outer[i] is ref:
+                return repr(dotted(path[1:])) if len(path) > 1 else "that was passed by itself"
+        return None
+
+    return name
+
+
+def _lift_found(frame: Frame, mode: str, call: Call) -> None:
+    """Have the call start again if the body met a closed-over Ref that has to be a root."""
+    found = frame.found
+    if mode == "read":
+        found = {r: o for r, o in found.items() if frame.shadow[r]._value is not _outside(frame, r)}
+    if not found or mode == "constant":
+        return
+    lift = Lift(
+        ref if owner is None or owner._frame is frame else owner for ref, owner in found.items()
+    )
+    parent = frame.parent
+    if mode == "lift" and call.closure is not None and parent is not None and parent.lifts:
+        # The enclosing body met the same Refs and starts again anyway. Its next pass needs this
+        # one to know its roots, and nothing more, so this one need not start again now.
+        if any(ref in parent.found for ref in found):
+            call.closure.add(lift.found)
+            return
+    raise lift
+
+
+def _outside(frame: Frame, ref: Ref[Any]) -> Any:
+    return seen_from(frame.parent, ref)
+
+
+def _pack(
+    frame: Frame,
+    layout: Layout,
+    call: Call,
+    roots: tuple[Any, ...],
+    objects: list[Any],
+    outer: list[Any],
+    before: list[tuple[Any, list[Any]]],
+    leaves: Any,
+    out: Any,
+    mode: str,
+) -> Packed:
+    _lift_found(frame, mode, call)
+    inner_refs = [x for x in objects if type(x) is Ref]
+    written = tuple(
+        i for i, (ref, was) in enumerate(zip(inner_refs, before, strict=True)) if _changed(ref, *was)
+    )
+    new_values = [inner_refs[i]._value for i in written]
+    after = scan(roots)
+    same = (
+        after.dagdef is layout.dagdef
+        and all(map(_is, after.objects, objects))
+        and all(map(_is, after.leaves, leaves))
+    )
+    _check_closed_unchanged(call, layout, frame)
+    holds = any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity)))
+    if same and not holds:
+        return Packed(Spec(written, None), out, new_values)
+    alias = {id(o): i for o, i in zip(outer, objects, strict=True)}
+    both = scan((roots, out), alias)
+    strangers = [x for x in both.objects if is_identity(x) and x._frame is not frame]
+    if strangers:
+        raise Lift([x for x in strangers if isinstance(x, Node)] or strangers)
+    numbers = {id(x): i for i, x in enumerate(objects)}
+    came = {id(x): i for i, x in enumerate(leaves)}
+    graph = Graph(
+        both.dagdef,
+        {n: numbers[id(x)] for n, x in enumerate(both.objects) if id(x) in numbers},
+        tuple(came.get(id(x)) for x in both.leaves),
+        not same,
+    )
+    fresh = [r._value for r in both.refs if id(r) not in numbers]
+    arrays = [x for x in both.leaves if id(x) not in came]
+    return Packed(Spec(written, graph), (fresh, arrays), new_values)
+
+
+def _is(a: Any, b: Any) -> bool:
+    return a is b
+
+
+def _changed(ref: Ref[Any], value: Any, leaves: list[Any]) -> bool:
+    if ref._value is not value:
+        return True
+    # A list or a dict in a Ref may have been changed in place.
+    now = jax.tree.leaves(value)
+    return len(now) != len(leaves) or not all(map(_is, now, leaves))
+
+
+def _check_closed_unchanged(call: Call, layout: Layout, frame: Frame) -> None:
+    start = len(layout.where)
+    for root, kept in zip(
+        call.roots[start : start + layout.closed],
+        call.snapshots[start : start + layout.closed],
+        strict=True,
+    ):
+        now = snapshot(root)
+        if now.dagdef is not kept.dagdef or not all(map(_is, now.refs, kept.refs)):
+            raise StructureError(
+                f"The structure of a {type(root).__name__} that {frame.name} closes over was "
+                f"changed inside it (something was added to a list or a dict of it, or removed). "
+                f"That would happen once, while tracing. Pass the module as an argument; then "
+                f"changes of its structure propagate."
+            )
+
+
+def close_call(call: Call, packed: Packed) -> Any:
+    """Step 5: write the new values into the caller's Refs, and give the caller's output."""
+    spec = packed.spec
+    if spec.written:
+        write_back([call.refs[i] for i in spec.written], packed.written)
+    if spec.graph is None:
+        return packed.out
+    return _apply(call, spec.graph, *packed.out)
+
+
+def write_back(refs: list[Ref[Any]], values: Iterable[Any]) -> None:
+    """Write all values or, if one of the Refs may not be written here, none."""
+    frame, trace = local.frame, current_trace(())
+    here = refs[0]._trace
+    if local.allowed is None and here() is trace:
+        for ref in refs:
+            if ref._trace is not here or ref._frame is not frame:
+                break
+        else:
+            for ref, value in zip(refs, values, strict=True):
+                ref._value = value
+            return
+    targets = [writable(ref) for ref in refs]
+    for target, value in zip(targets, values, strict=True):
+        target._value = value
+
+
+def _apply(call: Call, graph: Graph, fresh: list[Any], arrays: list[Any]) -> Any:
+    objects = scan(tuple(call.roots)).objects
+    existing = {n: objects[i] for n, i in graph.known.items()}
+    given = iter(arrays)
+    leaves = [call.leaves[i] if i is not None else next(given) for i in graph.leaves]
+    (_, out), _ = build(
+        graph.dagdef, fresh, leaves, existing=existing, refill=graph.refill
+    )
+    return out

@@ -1,0 +1,145 @@
+"""What a function closes over: the modules and Refs that it can reach without an argument.
+
+They are found by looking, before anything is traced: in the closure's cells, in the globals that
+its code loads, in defaults, and in the functions and objects found there, one step at a time. What
+looking cannot find (an object deep inside another) is found by reading, at the price of one more
+trace: see `Lift`. A name that is bound to another module later is noticed at the next call.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from refx.node import is_identity
+
+__all__: list[str] = []
+
+# Code of these has no business with a user's modules, and following it would take long.
+_LIBRARIES = frozenset(
+    {"jax", "jaxlib", "numpy", "optax", "nnx", "refx", "builtins", "functools", "typing"}
+)
+
+
+class Closure:
+    """The roots that one function closes over.
+
+    Invariant: between two calls of `look`, `roots()` gives the same objects in the same order,
+    as long as every name that led to one still leads to it.
+    """
+
+    def __init__(self, fn: Callable[..., Any]):
+        self._fn = fn
+        self._met: dict[int, Any] = {}
+        self._roots: tuple[Any, ...] | None = None
+        # Pairs of a way to get what a name is bound to, and what it was bound to.
+        self._watched: list[tuple[Callable[[], Any], Any]] = []
+
+    def roots(self) -> tuple[Any, ...]:
+        """The roots, as they are now."""
+        if self._roots is None or any(get() is not was for get, was in self._watched):
+            self._look()
+        return self._roots or ()
+
+    def add(self, found: Iterable[Any]) -> None:
+        """Take roots that were met while tracing, too."""
+        for x in found:
+            self._met[id(x)] = x
+        self._roots = None
+
+    def _look(self) -> None:
+        found: dict[int, Any] = {}
+        self._watched = []
+        _look_into(self._fn, found, self._watched, set())
+        self._roots = tuple({**found, **self._met}.values())
+
+
+def _look_into(
+    x: Any, found: dict[int, Any], watched: list[tuple[Callable[[], Any], Any]], seen: set[int]
+) -> None:
+    todo = [x]
+    while todo:
+        x = todo.pop()
+        if id(x) in seen:
+            continue
+        seen.add(id(x))
+        for get, value in _names(x):
+            identities = _identities(value)
+            if identities:
+                watched.append((get, value))
+                found.update((id(i), i) for i in identities)
+                if isinstance(value, list | dict):
+                    content, items = value, list(_values(value))
+                    watched.append((functools.partial(_unchanged, content, items), True))
+            else:
+                todo.append(value)
+
+
+def _values(x: list[Any] | dict[Any, Any]) -> Iterable[Any]:
+    return x.values() if isinstance(x, dict) else x
+
+
+def _unchanged(content: Any, items: list[Any]) -> bool:
+    now = list(_values(content))
+    return len(now) == len(items) and all(a is b for a, b in zip(now, items, strict=True))
+
+
+def _identities(x: Any) -> list[Any]:
+    if is_identity(x):
+        return [x]
+    if isinstance(x, list | tuple | dict | types.MethodType):
+        return [i for i in jax.tree.leaves(x, is_leaf=is_identity) if is_identity(i)]
+    return []
+
+
+def _names(x: Any) -> Iterable[tuple[Callable[[], Any], Any]]:
+    """What can be reached from `x` in one step, each with a way to look again."""
+    if isinstance(x, types.FunctionType):
+        if x.__module__ is not None and x.__module__.split(".")[0] in _LIBRARIES:
+            return
+        for cell in x.__closure__ or ():
+            try:
+                yield functools.partial(getattr, cell, "cell_contents", None), cell.cell_contents
+            except ValueError:
+                continue  # a variable that is not bound yet
+        scope = x.__globals__
+        for name in _globals_of(x.__code__):
+            if name in scope:
+                yield functools.partial(scope.get, name), scope[name]
+        for default in (*(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()):
+            yield functools.partial(_identity, default), default
+    elif isinstance(x, types.MethodType):
+        yield functools.partial(_identity, x.__func__), x.__func__
+        yield functools.partial(_identity, x.__self__), x.__self__
+    elif isinstance(x, functools.partial):
+        for part in (x.func, *x.args, *x.keywords.values()):
+            yield functools.partial(_identity, part), part
+    elif hasattr(x, "__wrapped__") and callable(x):
+        yield functools.partial(_identity, x.__wrapped__), x.__wrapped__
+    elif isinstance(getattr(x, "__dict__", None), dict) and not isinstance(x, types.ModuleType):
+        if type(x).__module__.split(".")[0] not in _LIBRARIES:
+            for name, value in vars(x).items():
+                if _identities(value):
+                    yield functools.partial(vars(x).get, name), value
+
+
+def _identity(x: Any) -> Any:
+    return x
+
+
+@functools.lru_cache(maxsize=4096)
+def _globals_of(code: types.CodeType) -> tuple[str, ...]:
+    names: dict[str, None] = {}
+    todo = [code]
+    while todo:
+        at = todo.pop()
+        for step in dis.get_instructions(at):
+            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                names[step.argval] = None
+        todo += [c for c in at.co_consts if isinstance(c, types.CodeType)]
+    return tuple(names)

@@ -1,0 +1,77 @@
+"""refx: shareable mutable cells that are split into pure pytrees and merged again.
+
+A `Ref` is a cell with an identity. `split` takes a tree that holds Refs apart into a hashable
+`DagDef` and pure `Partition`s of values, which is what JAX gets to see, and `merge` puts it together
+again. Everything else here follows from those two.
+"""
+
+from refx import filters
+from refx.dag import clone, get_partition, merge, mutable, refs, split, update
+from refx.errors import (
+    ClosureError,
+    DtypeError,
+    EndedTraceError,
+    FilterError,
+    ForeignTracerError,
+    MissingPathError,
+    NotMutableError,
+    ReadOnlyError,
+    RefError,
+    ShapeError,
+    StructureError,
+    TraceLevelError,
+    UnhashableStaticError,
+    UnknownPathError,
+    UnmatchedPathError,
+    UnsetFieldError,
+    ValueTypeError,
+)
+from refx.field import MISSING, RefField, StaticField, get_ref
+from refx.filters import All, Any, Filter, Not, OfType, PathContains, to_predicate
+from refx.node import Node
+from refx.partition import Partition
+from refx.ref import Ref
+from refx.structure import DagDef
+
+__all__ = [
+    "All",
+    "Any",
+    "ClosureError",
+    "DagDef",
+    "DtypeError",
+    "EndedTraceError",
+    "Filter",
+    "FilterError",
+    "ForeignTracerError",
+    "MISSING",
+    "MissingPathError",
+    "Node",
+    "Not",
+    "NotMutableError",
+    "OfType",
+    "Partition",
+    "PathContains",
+    "ReadOnlyError",
+    "Ref",
+    "RefError",
+    "RefField",
+    "ShapeError",
+    "StaticField",
+    "StructureError",
+    "TraceLevelError",
+    "UnhashableStaticError",
+    "UnknownPathError",
+    "UnmatchedPathError",
+    "UnsetFieldError",
+    "ValueTypeError",
+    "clone",
+    "filters",
+    "get_partition",
+    "get_ref",
+    "merge",
+    "mutable",
+    "refs",
+    "split",
+    "to_predicate",
+    "update",
+]

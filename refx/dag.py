@@ -1,0 +1,305 @@
+"""What a user does with a tree that holds Refs: take it apart, put it together, read and update it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refx.errors import (
+    DtypeError,
+    FilterError,
+    MissingPathError,
+    ShapeError,
+    UnknownPathError,
+    UnmatchedPathError,
+    ValueTypeError,
+)
+from refx.filters import Filter, reads_paths, to_predicate
+from refx.node import attributes
+from refx.partition import Partition, Path, as_path, dotted, listed
+from refx.ref import Ref, check_type
+from refx.snapshot import Snapshot, snapshot
+from refx.structure import DagDef, build
+from refx.trace import check_value, local, read, writable
+
+__all__ = ["clone", "get_partition", "merge", "mutable", "refs", "split", "update"]
+
+T = TypeVar("T")
+
+
+def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
+    """Take a tree apart into its structure and its values.
+
+    Args:
+      tree: a module, a Ref, or any pytree that holds some.
+      *filters: for each a Partition is returned; a value goes to the first that selects it. Without
+        filters there is one Partition, with everything.
+
+    Returns:
+      `(dagdef, *partitions)`. `merge` puts them together again.
+
+    Raises:
+      UnmatchedPathError: a value that no filter selects; `...` as the last filter takes the rest.
+      UnhashableStaticError: a static value cannot be hashed; the message has its path.
+
+    >>> import refx
+    >>> tree = {"w": refx.Ref(1.0, "params"), "mean": refx.Ref(0.0, "batch_stats")}
+    >>> dagdef, params, rest = refx.split(tree, "params", ...)
+    >>> params["w"], rest["mean"]
+    (1.0, 0.0)
+    """
+    kept = snapshot(tree)
+    if not filters:
+        values = kept.values() + kept.leaves()
+        return kept.dagdef, Partition._of(dict(zip(kept.dagdef.paths, values, strict=True)))
+    predicates = [to_predicate(f) for f in filters]
+    parts: list[dict[Path, Any]] = [{} for _ in filters]
+    unmatched: list[Path] = []
+    for path, cell, value in _items(kept):
+        for predicate, part in zip(predicates, parts, strict=True):
+            if predicate(path, cell):
+                part[path] = value
+                break
+        else:
+            unmatched.append(path)
+    if unmatched:
+        raise UnmatchedPathError(
+            f"No filter selects {listed(unmatched)}. Add ... as the last filter to take the rest, "
+            f"or a filter for the collection of these."
+        )
+    return (kept.dagdef, *map(Partition._of, parts))
+
+
+def _items(kept: Snapshot) -> Iterator[tuple[Path, Any, Any]]:
+    """Path, Ref (or the plain array itself) and value, for everything in a tree."""
+    yield from zip(kept.dagdef.ref_paths, kept.refs, kept.values(), strict=True)
+    leaves = kept.leaves()
+    yield from zip(kept.dagdef.leaf_paths, leaves, leaves, strict=True)
+
+
+def merge(dagdef: DagDef, *partitions: Mapping[Path, Any]) -> Any:
+    """Put a tree together from its structure and its values: the inverse of `split`.
+
+    The tree equals the one that was split, with fresh Refs: the same sharing, the same identities
+    (one module at two paths is one module again), cycles included.
+
+    Raises:
+      MissingPathError: the partitions together lack a path of the structure.
+      UnknownPathError: a partition has a path that the structure has not.
+
+    >>> import refx
+    >>> shared = refx.Ref(1.0, "params")
+    >>> a, b = refx.merge(*refx.split((shared, shared)))
+    >>> a is b, a is shared
+    (True, False)
+    """
+    given: dict[Path, Any] = {}
+    for partition in partitions:
+        given.update(Partition(partition)._items)
+    paths = dagdef.paths
+    missing = [path for path in paths if path not in given]
+    if missing:
+        raise MissingPathError(
+            f"The partitions lack {listed(missing)}, which {dagdef!r} needs. Pass every partition "
+            f"that split returned."
+        )
+    if len(given) > len(paths):
+        known = set(paths)
+        raise UnknownPathError(
+            f"The partitions have {listed(p for p in given if p not in known)}, which "
+            f"{dagdef!r} has not. Was the tree changed after it was split? Then split it again."
+        )
+    values = [_fresh(given[path]) for path in paths]
+    return build(dagdef, values, values[len(dagdef.ref_paths) :])[0]
+
+
+def _fresh(value: Any) -> Any:
+    # A dict or a list in a Ref is mutable: two trees must not share it.
+    return value if isinstance(value, jax.Array) else jax.tree.map(lambda x: x, value)
+
+
+def clone(tree: T) -> T:
+    """A copy with Refs of its own, which can be changed without changing the original.
+
+    It belongs to the transformation that runs here, so a clone of a value copy that plain `jax.jit`
+    made can be written, and returned.
+
+    >>> import refx
+    >>> a = refx.Ref(1.0)
+    >>> b = refx.clone(a)
+    >>> b.value = 2.0
+    >>> a.value
+    1.0
+    """
+    return merge(*split(tree))
+
+
+def refs(tree: Any) -> dict[Path, Ref[Any]]:
+    """The Refs of a tree by their canonical paths, in order; a shared Ref once.
+
+    >>> import refx
+    >>> refx.refs([refx.Ref(1.0), {"b": refx.Ref(2.0)}])
+    {('0',): Ref(1.0, None), ('1', 'b'): Ref(2.0, None)}
+    """
+    kept = snapshot(tree)
+    return dict(zip(kept.dagdef.ref_paths, kept.refs, strict=True))
+
+
+def get_partition(tree: Any, filter: Filter = ...) -> Partition:
+    """The values that a filter selects, as a Partition.
+
+    >>> import refx
+    >>> tree = {"w": refx.Ref(1.0, "params"), "n": refx.Ref(0, "counters")}
+    >>> refx.get_partition(tree, "params")
+    Partition({
+      'w': 1.0,
+    })
+    """
+    predicate = to_predicate(filter)
+    return Partition._of({p: value for p, cell, value in _items(snapshot(tree)) if predicate(p, cell)})
+
+
+def update(tree: Any, *partitions: Mapping[Path, Any], strict: bool = True) -> None:
+    """Write values into the Refs of a tree, by path. Either everything is written or nothing.
+
+    Args:
+      tree: the tree whose Refs are written.
+      *partitions: mappings from path to value; they need not have every path.
+      strict: a value must have the shape and the dtype of the one that it replaces. With
+        `strict=False` it may have others; an unknown path is an error in any case.
+
+    Raises:
+      UnknownPathError: a path that the tree does not have, or that leads to no Ref.
+      ShapeError, DtypeError, ValueTypeError: the value is not like the one it replaces.
+      TraceLevelError, ReadOnlyError, ForeignTracerError, NotMutableError: as for any write.
+
+    >>> import refx
+    >>> tree = {"w": refx.Ref(1.0, "params")}
+    >>> refx.update(tree, {"w": 5.0})
+    >>> tree["w"].value
+    5.0
+    """
+    kept = snapshot(tree)
+    cells = dict(zip(kept.dagdef.ref_paths, kept.refs, strict=True))
+    writes: dict[Ref[Any], tuple[Path, Any]] = {}
+    for partition in partitions:
+        for path, value in Partition(partition)._items.items():
+            cell = cells.get(path)
+            if cell is None:
+                cell = _resolve(tree, path, cells, kept)
+            if cell in writes and writes[cell][1] is not value:
+                raise UnknownPathError(
+                    f"Two values were given for one shared Ref, at {dotted(writes[cell][0])!r} and "
+                    f"at {dotted(path)!r}. Give one of them."
+                )
+            _check_like(path, cell, value, strict)
+            writes[cell] = (path, value)
+    targets = [(writable(cell), value) for cell, (_, value) in writes.items()]
+    for target, value in targets:
+        target._value = value
+
+
+def _resolve(tree: Any, path: Path, cells: Mapping[Path, Ref[Any]], kept: Snapshot) -> Ref[Any]:
+    """The Ref at another path than its canonical one, or an error that says what there is."""
+    at = tree
+    for name in path:
+        if isinstance(at, list | tuple) and name.isdecimal() and int(name) < len(at):
+            at = at[int(name)]
+        elif isinstance(at, Mapping):
+            at = {str(key): value for key, value in at.items()}.get(name)
+        elif getattr(type(at), "_is_node", False):
+            at = attributes(at).get(name)
+        else:
+            at = None
+    if isinstance(at, Ref):
+        return at
+    if path in kept.dagdef.leaf_paths:
+        raise UnknownPathError(
+            f"Path {dotted(path)!r} is a plain array attribute, not a Ref. Assign the attribute, or "
+            f"make it a Ref: a param() or ref() field, or nnx.Ref(...)."
+        )
+    close = [p for p in cells if path and p and p[-1] == path[-1]] or list(cells)
+    raise UnknownPathError(f"The tree has no Ref at path {dotted(path)!r}; it has {listed(close)}.")
+
+
+def _check_like(path: Path, cell: Ref[Any], new: Any, strict: bool) -> None:
+    where = f"path {dotted(path)!r} (collection {cell._collection!r})"
+    check_type(new)
+    check_value(cell, new)
+    if not strict:
+        return
+    old = read(cell)
+    old_leaves, old_tree = jax.tree.flatten(old)
+    new_leaves, new_tree = jax.tree.flatten(new)
+    if old_tree != new_tree:
+        raise ValueTypeError(
+            f"The value at {where} has the structure {old_tree}, but the new one has {new_tree}. "
+            f"Pass a value of that structure, or strict=False to replace it."
+        )
+    for a, b in zip(old_leaves, new_leaves, strict=True):
+        if np.shape(a) != np.shape(b):
+            raise ShapeError(
+                f"The value at {where} has shape {np.shape(a)}, but the new one has {np.shape(b)}. "
+                f"Pass a value of that shape, or use nnx.update(..., strict=False) to replace it."
+            )
+        if _dtype(a) != _dtype(b):
+            raise DtypeError(
+                f"The value at {where} has dtype {_dtype(a)}, but the new one has {_dtype(b)}. Cast "
+                f"it with value.astype({str(_dtype(a))!r}), or use nnx.update(..., strict=False) to "
+                f"change the dtype."
+            )
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+
+
+@contextlib.contextmanager
+def mutable(filter: Filter, tree: Any = None) -> Iterator[None]:
+    """Within this context only the Refs that the filter selects may be written.
+
+    Args:
+      filter: any filter. One that looks at paths (a callable, `PathContains`) needs `tree`.
+      tree: limits only the Refs of this tree; without it, every Ref.
+
+    Raises:
+      NotMutableError: at the write of a Ref that the filter does not select.
+      FilterError: the filter looks at paths and there is no tree to take them from.
+
+    >>> import refx
+    >>> w, n = refx.Ref(1.0, "params"), refx.Ref(0, "counters")
+    >>> with refx.mutable("counters"):
+    ...     n.value += 1
+    ...     try:
+    ...         w.value = 2.0
+    ...     except refx.NotMutableError as error:
+    ...         print(str(error)[:44])
+    A Ref (collection 'params', 1.0) was written
+    """
+    predicate = to_predicate(filter)
+    if tree is None and reads_paths(filter):
+        raise FilterError(
+            f"The filter {filter!r} looks at paths, so mutable needs the tree to take them from: "
+            f"mutable(filter, tree=model)."
+        )
+    paths = None if tree is None else {cell: path for path, cell in refs(tree).items()}
+    outer = local.allowed
+
+    def allowed(cell: Ref[Any]) -> bool:
+        if outer is not None and not outer(cell):
+            return False
+        if paths is None:
+            return predicate((), cell)
+        path = paths.get(cell)
+        return path is None or predicate(path, cell)
+
+    local.allowed = allowed
+    try:
+        yield
+    finally:
+        local.allowed = outer

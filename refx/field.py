@@ -1,0 +1,158 @@
+"""Fields: class-level specifiers whose attribute reads the value of a Ref and writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from refx.errors import UnsetFieldError, ValueTypeError
+from refx.node import Node, attributes
+from refx.ref import Ref, check_type
+from refx.trace import EVAL, check_structure, current_trace, local, read, write
+
+__all__ = ["MISSING", "RefField", "StaticField"]
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "MISSING"
+
+
+MISSING: Any = _Missing()
+
+
+class Field:
+    """What the two kinds of field share: a name, a default, and how a dataclass treats them."""
+
+    is_ref = False
+
+    def __init__(
+        self,
+        *,
+        default: Any = MISSING,
+        default_factory: Callable[[], Any] | None = None,
+        init: bool = True,
+        kw_only: bool = False,
+    ):
+        if default is not MISSING and default_factory is not None:
+            raise ValueError("A field takes a default or a default_factory, not both.")
+        if isinstance(default, (list, dict, set)):
+            raise ValueError(
+                f"A {type(default).__name__} as the default of a field would be shared by every "
+                f"instance. Use default_factory=lambda: {default!r}."
+            )
+        self.default = default
+        self.default_factory = default_factory
+        self.init = init
+        self.kw_only = kw_only
+        self.name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @property
+    def has_default(self) -> bool:
+        return self.default is not MISSING or self.default_factory is not None
+
+    def make_default(self) -> Any:
+        return self.default_factory() if self.default_factory is not None else self.default
+
+    def _unset(self, node: Any) -> UnsetFieldError:
+        cls = type(node).__name__
+        return UnsetFieldError(
+            f"{cls}.{self.name} was read before it was set. Assign it in __init__, as in "
+            f"self.{self.name} = ..., or give the field a default; for a field without a Ref, "
+            f"assign None."
+        )
+
+
+class RefField(Field):
+    """A field whose value lives in a Ref: reading gives the value, writing writes the Ref.
+
+    Assigning a Ref ties the field to that Ref, and assigning None leaves the field without one.
+    """
+
+    is_ref = True
+
+    def __init__(self, collection: Hashable = None, *, metadata: Any = None, **options: Any):
+        super().__init__(**options)
+        self.collection = collection
+        self.metadata = metadata or {}
+
+    def __get__(self, node: Any, owner: Any = None) -> Any:
+        if node is None:
+            return self
+        try:
+            ref = attributes(node)[self.name]
+        except KeyError:
+            raise self._unset(node) from None
+        if ref is None:
+            return None
+        frame = local.frame
+        if ref._frame is frame and (frame is not None or current_trace(()) is EVAL):
+            return ref._value
+        return read(ref, node)
+
+    def __set__(self, node: Node, value: Any) -> None:
+        cell = attributes(node).get(self.name)
+        if isinstance(value, Ref) or value is None:
+            if value is not cell or self.name not in attributes(node):
+                check_structure(node, f"Attribute {self.name!r}")
+                attributes(node)[self.name] = value
+        elif cell is None:
+            check_structure(node, f"Attribute {self.name!r}")
+            attributes(node)[self.name] = Ref(value, self.collection, **self.metadata)
+        else:
+            check_type(value)
+            write(cell, value, node)
+
+    def __delete__(self, node: Node) -> None:
+        check_structure(node, f"Attribute {self.name!r}")
+        if attributes(node).pop(self.name, MISSING) is MISSING:
+            raise self._unset(node)
+
+
+class StaticField(Field):
+    """A field whose value is part of the structure, whatever it is; it must be hashable."""
+
+    # No data descriptor: an attribute that is set is found by Python in the instance, in C.
+    def __get__(self, node: Any, owner: Any = None) -> Any:
+        if node is None:
+            return self
+        raise self._unset(node)
+
+    def __repr__(self) -> str:
+        return f"static field {self.name!r}"
+
+
+def get_ref(node: Node, name: str) -> Ref[Any]:
+    """The Ref behind an attribute, to tie it elsewhere or to look at its collection.
+
+    Raises:
+      UnsetFieldError: the node has no such attribute.
+      ValueTypeError: the attribute holds no Ref.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> class Embed(nnx.Module):
+    ...     table: jax.Array = nnx.param()
+    ...     def __init__(self):
+    ...         self.table = jnp.ones((3, 2))
+    >>> import jax
+    >>> embed, tied = Embed(), Embed()
+    >>> tied.table = nnx.get_ref(embed, "table")
+    >>> embed.table = jnp.zeros((3, 2))
+    >>> float(tied.table.sum())
+    0.0
+    """
+    if name not in attributes(node):
+        names = ", ".join(k for k, v in attributes(node).items() if isinstance(v, Ref)) or "none"
+        raise UnsetFieldError(
+            f"{type(node).__name__} has no attribute {name!r}; its Ref attributes are: {names}."
+        )
+    ref = attributes(node)[name]
+    if not isinstance(ref, Ref):
+        raise ValueTypeError(
+            f"{type(node).__name__}.{name} holds {type(ref).__name__}, not a Ref. Only param() and "
+            f"ref() fields and attributes that were assigned a Ref have one."
+        )
+    return ref

@@ -1,0 +1,189 @@
+"""Filters: what selects Refs, by collection, by path, by type, or by any combination.
+
+A filter is a collection name (or any other hashable label), a tuple of filters (any of them), `...`
+(everything), `None` (nothing), a callable `(path, ref) -> bool`, or one of the combinators here. A
+plain array attribute has no Ref: for it, `ref` is the array itself, and no collection selects it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Hashable
+import typing
+
+from refx.errors import FilterError
+from refx.ref import Ref
+
+__all__ = ["All", "Any", "Filter", "Not", "OfType", "PathContains", "to_predicate"]
+
+Path = tuple[str, ...]
+Predicate = Callable[[Path, object], bool]
+Filter = typing.Any  # a label, a tuple, ..., None, a callable: no narrower type says this
+
+
+
+def to_predicate(filter: Filter) -> Predicate:
+    """Turn a filter into a function `(path, ref) -> bool`.
+
+    Raises:
+      FilterError: what was given is no filter: a list, a dict, an array.
+
+    >>> import refx
+    >>> selects = refx.to_predicate(("params", refx.PathContains("bn")))
+    >>> selects(("bn", "mean"), refx.Ref(0.0, "batch_stats"))
+    True
+    """
+    if filter is ...:
+        return lambda path, ref: True
+    if filter is None:
+        return lambda path, ref: False
+    if isinstance(filter, tuple):
+        return Any(*filter)
+    if callable(filter) and not isinstance(filter, type):
+        return filter
+    if isinstance(filter, type):
+        raise FilterError(
+            f"{filter.__name__} is a class, not a filter. To select by type, use "
+            f"OfType({filter.__name__})."
+        )
+    try:
+        hash(filter)
+    except TypeError:
+        raise FilterError(
+            f"{filter!r} is not a filter. A filter is a collection name, a tuple of filters (any "
+            f"of), ..., None, a callable (path, ref) -> bool, or All, Any, Not, PathContains, "
+            f"OfType. For a list of filters, write a tuple."
+        ) from None
+    return _InCollection(filter)
+
+
+def reads_paths(filter: Filter) -> bool:
+    """Whether the answer of a filter can depend on the path: for the places that have none."""
+    if isinstance(filter, tuple):
+        return any(map(reads_paths, filter))
+    if isinstance(filter, (All, Any, Not)):
+        return any(map(reads_paths, filter.predicates))
+    return callable(filter) and not isinstance(filter, (OfType, _InCollection, type))
+
+
+class _InCollection:
+    def __init__(self, collection: Hashable):
+        self.collection = collection
+
+    def __call__(self, path: Path, ref: object) -> bool:
+        return isinstance(ref, Ref) and ref._collection == self.collection
+
+    def __repr__(self) -> str:
+        return repr(self.collection)
+
+
+class _Combinator:
+    def __init__(self, *filters: Filter):
+        self.predicates = tuple(map(to_predicate, filters))
+        self._filters = filters
+
+    def __call__(self, path: Path, ref: object) -> bool:
+        raise NotImplementedError  # pragma: no cover
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self._filters))})"
+
+    # Equal filters give equal partitions, so they may share a compiled program.
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other._filters == self._filters
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._filters))
+
+
+class Any(_Combinator):
+    """Selects what at least one of the filters selects; `Any()` selects nothing.
+
+    >>> import refx
+    >>> refx.Any("params", "batch_stats")
+    Any('params', 'batch_stats')
+    """
+
+    def __call__(self, path: Path, ref: object) -> bool:
+        return any(p(path, ref) for p in self.predicates)
+
+
+class All(_Combinator):
+    """Selects what every one of the filters selects; `All()` selects everything.
+
+    >>> import refx
+    >>> trunk = refx.All("params", refx.Not(refx.PathContains("head")))
+    >>> trunk(("head", "kernel"), refx.Ref(0.0, "params"))
+    False
+    """
+
+    def __call__(self, path: Path, ref: object) -> bool:
+        return all(p(path, ref) for p in self.predicates)
+
+
+class Not(_Combinator):
+    """Selects what the filter does not select.
+
+    >>> import refx
+    >>> refx.Not("params")(("count",), refx.Ref(0, "counters"))
+    True
+    """
+
+    def __init__(self, filter: Filter):
+        super().__init__(filter)
+
+    def __call__(self, path: Path, ref: object) -> bool:
+        return not self.predicates[0](path, ref)
+
+
+class PathContains:
+    """Selects by path: some component equals `part`, or matches it as a glob (`*`, `?`, `[a-z]`).
+
+    >>> import refx
+    >>> refx.PathContains("bn*")(("blocks", "0", "bn1", "scale"), None)
+    True
+    """
+
+    def __init__(self, part: str):
+        if not isinstance(part, str):
+            raise FilterError(
+                f"PathContains takes a string, one component of a path, but got {part!r}."
+            )
+        self.part = part
+
+    def __call__(self, path: Path, ref: object) -> bool:
+        return any(fnmatch.fnmatchcase(name, self.part) for name in path)
+
+    def __repr__(self) -> str:
+        return f"PathContains({self.part!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PathContains) and other.part == self.part
+
+    def __hash__(self) -> int:
+        return hash((PathContains, self.part))
+
+
+class OfType:
+    """Selects by type: the value of the Ref, or the plain array, is an instance of `kind`.
+
+    >>> import jax, refx
+    >>> refx.OfType(int)((), refx.Ref(0))
+    True
+    """
+
+    def __init__(self, kind: type | tuple[type, ...]):
+        self.kind = kind
+
+    def __call__(self, path: Path, ref: object) -> bool:
+        return isinstance(ref._value if isinstance(ref, Ref) else ref, self.kind)
+
+    def __repr__(self) -> str:
+        kinds = self.kind if isinstance(self.kind, tuple) else (self.kind,)
+        return f"OfType({', '.join(k.__name__ for k in kinds)})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OfType) and other.kind == self.kind
+
+    def __hash__(self) -> int:
+        return hash((OfType, self.kind))

@@ -1,0 +1,180 @@
+"""The Node: an object with an identity whose attributes are part of the tree. Modules are Nodes."""
+
+from __future__ import annotations
+
+import types
+from typing import Any, ClassVar
+
+import jax
+
+from refx.errors import StructureError
+from refx.ref import Ref
+from refx.trace import check_structure, check_value, local, trace_ref
+
+__all__ = ["Node"]
+
+
+class _HasDict:
+    pass
+
+
+attributes = _HasDict.__dict__["__dict__"].__get__
+"""`attributes(node)` is the live dict of a Node's attributes; `vars(node)` also takes note of it."""
+
+# Bumped when a change happened that comparing two dicts does not show; see `Node.__setattr__`.
+epoch = [0]
+
+_NUMBERS = (bool, int, float, complex)
+
+
+class Node(_HasDict):
+    """An object whose attributes are part of the tree that `split` takes apart.
+
+    Ref and array attributes are values, other Nodes and plain lists, tuples, dicts and registered
+    pytrees are structure, and everything else is static. Attributes may be set, changed and
+    deleted at any time, except where the change could not reach anybody.
+
+    >>> import refx
+    >>> class Counter(refx.Node):
+    ...     def __init__(self):
+    ...         self.count = refx.Ref(0, "counters")
+    >>> counter = Counter()
+    >>> dagdef, partition = refx.split(counter)
+    >>> partition["count"]
+    0
+    """
+
+    __slots__ = ("_exposed", "_frame", "_snapshot", "_trace")
+
+    _is_node: ClassVar[bool] = True
+    # The fields of the class by name, and those of them that need a value before `__init__` runs.
+    _fields: ClassVar[dict[str, Any]] = {}
+    _defaults: ClassVar[tuple[Any, ...]] = ()
+
+    _frame: Any
+    _trace: Any
+    _snapshot: Any
+    _exposed: bool
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        node = make(cls, local.frame, trace_ref())
+        for field in cls._defaults:
+            if field.is_ref:
+                field.__set__(node, field.make_default())
+            else:
+                attributes(node)[field.name] = field.make_default()
+        return node
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        fields = dict(cls._fields)
+        for name, value in vars(cls).items():
+            if hasattr(value, "is_ref"):
+                fields[name] = value
+            else:
+                fields.pop(name, None)
+        cls._fields = fields
+        cls._defaults = tuple(f for f in fields.values() if f.has_default)
+        from refx.pytree import register  # it is built on this file
+
+        register(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        field = type(self)._fields.get(name)
+        if field is not None and field.is_ref:
+            field.__set__(self, value)
+            return
+        check_structure(self, f"Attribute {name!r}")
+        if isinstance(value, jax.core.Tracer):
+            check_value(None, value)
+        if name in _SLOTS:
+            raise StructureError(f"The attribute name {name!r} is taken by refx; choose another.")
+        old = attributes(self).get(name)
+        if isinstance(old, _NUMBERS) and old == value and old is not value:
+            # 2 and 2.0, 0.0 and -0.0 compare equal but compute differently.
+            expose(self)
+        object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        check_structure(self, f"Attribute {name!r}")
+        field = type(self)._fields.get(name)
+        if field is not None:
+            field.__delete__(self)
+        else:
+            object.__delattr__(self, name)
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # Whoever holds this dict can change it in ways that only an item-by-item comparison sees.
+        if not self._exposed:
+            expose(self)
+        return attributes(self)
+
+    def _attributes(self) -> dict[str, Any]:
+        return attributes(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(attributes(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        attributes(self).update(state)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _blank, (type(self),), self.__getstate__()
+
+
+_SLOTS = frozenset(Node.__slots__)
+
+
+def make(cls: type, frame: Any, trace: Any, _new: Any = object.__new__) -> Any:
+    """A Node without attributes, at a given level: `__init__` has not run and will not."""
+    node = _new(cls)
+    _set_frame(node, frame)
+    _set_trace(node, trace)
+    _set_snapshot(node, None)
+    _set_exposed(node, False)
+    return node
+
+
+def _blank(cls: type) -> Any:
+    return make(cls, local.frame, trace_ref())
+
+
+_set_frame = Node._frame.__set__
+_set_trace = Node._trace.__set__
+_set_exposed = Node._exposed.__set__
+_set_snapshot = Node._snapshot.__set__
+set_snapshot = _set_snapshot
+
+
+def expose(node: Node) -> None:
+    """Have every tree that holds `node` compare it item by item from now on."""
+    _set_exposed(node, True)
+    epoch[0] += 1
+
+
+def is_identity(x: Any) -> bool:
+    """Whether `x` is a Ref or a Node: a thing with an identity that a pytree walk must not enter."""
+    return isinstance(x, (Ref, Node))
+
+
+def _flatten_method(method: types.MethodType) -> tuple[tuple[Any, ...], Any]:
+    if isinstance(method.__self__, Node):
+        return (method.__self__,), method.__func__
+    return (), method
+
+
+def _unflatten_method(aux: Any, children: Any) -> Any:
+    return types.MethodType(aux, children[0]) if children else aux
+
+
+# A bound method of a module is a value like the module itself, so `jax.jit(f)(model.encode)` works.
+jax.tree_util.register_pytree_with_keys(
+    types.MethodType,
+    lambda method: (
+        tuple((jax.tree_util.GetAttrKey("__self__"), x) for x in _flatten_method(method)[0]),
+        _flatten_method(method)[1],
+    ),
+    _unflatten_method,
+    _flatten_method,
+)

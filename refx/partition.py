@@ -1,0 +1,132 @@
+"""Partition: an immutable mapping from path to value, which is what JAX gets to see."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from refx.errors import UnknownPathError
+
+__all__ = ["Partition"]
+
+Path = tuple[str, ...]
+
+
+class Partition(Mapping[Path, Any]):
+    """An immutable mapping path → value, in the order of the tree it came from.
+
+    It is a pytree of its values, with key paths, so `jax.tree.map`, `jax.grad` and optax take it as
+    it is. Values are raw arrays (or what pytree the Ref holds), without any wrapper.
+
+    Args:
+      items: a mapping or pairs from path to value. A path is a tuple of strings; the dotted
+        string is understood too.
+
+    Raises:
+      UnknownPathError: a path that is looked up is not there.
+
+    >>> import refx
+    >>> p = refx.Partition({("block1", "kernel"): 1.0, ("block1", "bias"): 2.0})
+    >>> p["block1", "kernel"], p["block1.bias"]
+    (1.0, 2.0)
+    >>> import jax
+    >>> jax.tree.map(lambda v: v * 10, p)
+    Partition({
+      'block1.kernel': 10.0,
+      'block1.bias': 20.0,
+    })
+    """
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Any = ()):
+        pairs = items.items() if isinstance(items, Mapping) else items
+        self._items: dict[Path, Any] = {as_path(path): value for path, value in pairs}
+
+    @classmethod
+    def _of(cls, items: dict[Path, Any]) -> Partition:
+        partition = cls.__new__(cls)
+        partition._items = items
+        return partition
+
+    def __getitem__(self, path: Any) -> Any:
+        items = self._items
+        try:
+            return items[path]
+        except (KeyError, TypeError):
+            pass
+        if isinstance(path, str):
+            for known, value in items.items():
+                if ".".join(known) == path:
+                    return value
+        raise UnknownPathError(
+            f"This partition has no path {dotted(path)!r}; it has {listed(items)}."
+        )
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._items or (
+            isinstance(path, str) and any(".".join(known) == path for known in self._items)
+        )
+
+    def __or__(self, other: Mapping[Path, Any]) -> Partition:
+        """The union; where both have a path, the value of `other`."""
+        return Partition._of({**self._items, **Partition(other)._items})
+
+    # The values are arrays, whose == is no bool, so equality of mappings would raise.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        lines = "".join(f"\n  {'.'.join(p)!r}: {_short(v)}," for p, v in self._items.items())
+        return f"Partition({{{lines}\n}})" if lines else "Partition({})"
+
+
+def as_path(path: Any) -> Path:
+    """A path as a tuple of strings, from one or from its dotted form."""
+    if isinstance(path, str):
+        return tuple(path.split(".")) if path else ()
+    return tuple(map(str, path))
+
+
+def dotted(path: Any) -> str:
+    """A path as a person reads it."""
+    return path if isinstance(path, str) else ".".join(map(str, path))
+
+
+def listed(paths: Any, most: int = 8) -> str:
+    """A few paths for a message, with the number of those left out."""
+    names = [repr(dotted(p)) for p in paths]
+    rest = len(names) - most
+    if not names:
+        return "nothing"
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _short(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return repr(value)
+
+
+def _flatten(p: Partition) -> tuple[tuple[Any, ...], Hashable]:
+    return tuple(p._items.values()), tuple(p._items)
+
+
+def _flatten_with_keys(p: Partition) -> tuple[tuple[Any, ...], Hashable]:
+    keyed = tuple((jax.tree_util.DictKey(".".join(k)), v) for k, v in p._items.items())
+    return keyed, tuple(p._items)
+
+
+def _unflatten(paths: Any, values: Any) -> Partition:
+    return Partition._of(dict(zip(paths, values, strict=True)))
+
+
+jax.tree_util.register_pytree_with_keys(Partition, _flatten_with_keys, _unflatten, _flatten)

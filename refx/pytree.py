@@ -1,0 +1,42 @@
+"""Nodes as plain JAX pytrees: a Node is the tuple of its values, each shared Ref once.
+
+That is value semantics: what JAX rebuilds is another Node with Refs of its own, and JAX has no way
+to write into the caller's. So a Node that is rebuilt around tracers may be read but not written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from refx.node import Node
+from refx.partition import dotted
+from refx.ref import is_value_copy
+from refx.snapshot import snapshot
+from refx.structure import DagDef, build
+from refx.trace import READ_ONLY
+
+__all__: list[str] = []
+
+
+def _flatten(node: Node) -> tuple[list[Any], DagDef]:
+    kept = snapshot(node)
+    return kept.values() + kept.leaves(), kept.dagdef
+
+
+def _flatten_with_keys(node: Node) -> tuple[list[tuple[Any, Any]], DagDef]:
+    values, dagdef = _flatten(node)
+    keys = [jax.tree_util.GetAttrKey(dotted(path)) for path in dagdef.paths]
+    return list(zip(keys, values, strict=True)), dagdef
+
+
+def _unflatten(dagdef: DagDef, children: Any) -> Any:
+    children = list(children)
+    trace = READ_ONLY if is_value_copy(jax.tree.leaves(children)) else None
+    return build(dagdef, children, children[len(dagdef.ref_paths) :], trace=trace)[0]
+
+
+def register(cls: type[Node]) -> None:
+    """Make a subclass of Node known to JAX."""
+    jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, _unflatten, _flatten)

@@ -1,0 +1,183 @@
+"""The Ref: a mutable cell with an identity."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar, final
+
+import jax
+
+from refx.errors import UnhashableStaticError, ValueTypeError
+from refx.trace import (
+    EVAL,
+    READ_ONLY,
+    Frame,
+    check_value,
+    current_trace,
+    local,
+    read,
+    summary,
+    trace_ref,
+    write,
+)
+
+__all__ = ["Ref"]
+
+T = TypeVar("T")
+
+_NO_METADATA: Mapping[str, Any] = MappingProxyType({})
+
+
+@final
+class Ref(Generic[T]):
+    """A mutable cell that may be shared, and that JAX transformations see by its value.
+
+    Equality and hash are identity: two Refs with equal values are two Refs, and one Ref that is
+    reached along two paths is one parameter. `value` is any pytree of arrays and scalars.
+
+    Args:
+      value: the first value.
+      collection: a hashable label that filters select by, such as `"params"`.
+      **metadata: hashable facts about the Ref that travel with it, such as a sharding. They are
+        fixed, like the collection.
+
+    Raises:
+      ForeignTracerError: the value holds a tracer of a transformation that does not run here.
+      ValueTypeError: the value is or holds a Ref or a module. Put those in attributes.
+      UnhashableStaticError: the collection or a metadata value cannot be hashed.
+
+    >>> import refx
+    >>> count = refx.Ref(0, "counters")
+    >>> count.value += 1
+    >>> count
+    Ref(1, 'counters')
+    """
+
+    __slots__ = ("__weakref__", "_collection", "_frame", "_metadata", "_trace", "_value")
+
+    _value: Any
+    _collection: Hashable
+    _metadata: Mapping[str, Any]
+    _frame: Frame | None
+    _trace: Any
+
+    def __init__(self, value: T, collection: Hashable = None, **metadata: Any):
+        _check_hashable("collection", collection)
+        for name, fact in metadata.items():
+            _check_hashable(f"metadata {name!r}", fact)
+        check_type(value)
+        check_value(None, value)
+        self._value = value
+        self._collection = collection
+        self._metadata = MappingProxyType(metadata) if metadata else _NO_METADATA
+        self._frame = local.frame
+        self._trace = trace_ref()
+
+    @property
+    def value(self) -> T:
+        """The value. Writing it is allowed only in the transformation that the Ref was made in."""
+        frame = local.frame
+        if self._frame is frame and (frame is not None or current_trace(()) is EVAL):
+            return self._value
+        return read(self)
+
+    @value.setter
+    def value(self, value: T) -> None:
+        check_type(value)
+        write(self, value)
+
+    @property
+    def collection(self) -> Hashable:
+        """The label that filters select by."""
+        return self._collection
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The fixed facts that were given when the Ref was made."""
+        return self._metadata
+
+    def __repr__(self) -> str:
+        facts = "".join(f", {name}={fact!r}" for name, fact in self._metadata.items())
+        return f"Ref({summary(self).split(', ', 1)[1]}, {self._collection!r}{facts})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copying and pickling make a Ref of the current level with the same value; the frame and
+        # the trace of the original are of no use to it.
+        return _restore, (self.value, self._collection, dict(self._metadata))
+
+
+def _restore(value: Any, collection: Hashable, metadata: Any) -> Ref[Any]:
+    return Ref(value, collection, **metadata)
+
+
+def make(
+    value: Any,
+    collection: Hashable,
+    metadata: Mapping[str, Any],
+    frame: Frame | None,
+    trace: Any,
+    _new: Any = object.__new__,
+) -> Ref[Any]:
+    """A Ref at a given level, with nothing checked: for the boundary, which knows."""
+    ref = _new(Ref)
+    ref._value = value
+    ref._collection = collection
+    ref._metadata = metadata
+    ref._frame = frame
+    ref._trace = trace
+    return ref
+
+
+def _check_hashable(what: str, fact: Any) -> None:
+    try:
+        hash(fact)
+    except TypeError:
+        raise UnhashableStaticError(
+            f"The {what} of a Ref must be hashable, since it is part of the key of compiled "
+            f"programs; got {fact!r}. Use a tuple for a list, and put arrays in the value."
+        ) from None
+
+
+def check_type(value: Any) -> None:
+    """Raise if `value` is or holds a Ref or a module: a cell holds values only."""
+    if isinstance(value, jax.Array):
+        return
+    if isinstance(value, Ref) or getattr(type(value), "_is_node", False):
+        found: Any = value
+    else:
+        leaves = jax.tree.leaves(value, is_leaf=_is_identity)
+        found = next((x for x in leaves if _is_identity(x)), None)
+    if found is not None:
+        raise ValueTypeError(
+            f"The value of a Ref must be a pytree of arrays and scalars, but it holds a "
+            f"{type(found).__name__}. Put that in an attribute, a list or a dict of the module; to "
+            f"tie two fields, assign the Ref to the field: decoder.w = nnx.get_ref(encoder, 'w')."
+        )
+
+
+def _is_identity(x: Any) -> bool:
+    return isinstance(x, Ref) or getattr(type(x), "_is_node", False)
+
+
+def is_value_copy(leaves: Any) -> bool:
+    """Whether what JAX rebuilds from `leaves` here is a copy whose updates could reach nobody."""
+    return current_trace(()) is not EVAL or any(isinstance(x, jax.core.Tracer) for x in leaves)
+
+
+def _flatten(ref: Ref[Any]) -> tuple[tuple[Any], Any]:
+    return (read(ref),), (ref._collection, tuple(ref._metadata.items()))
+
+
+def _flatten_with_keys(ref: Ref[Any]) -> tuple[tuple[tuple[Any, Any]], Any]:
+    (value,), aux = _flatten(ref)
+    return ((jax.tree_util.GetAttrKey("value"), value),), aux
+
+
+def _unflatten(aux: Any, children: Any) -> Ref[Any]:
+    collection, metadata = aux
+    trace = READ_ONLY if is_value_copy(jax.tree.leaves(children[0])) else trace_ref()
+    return make(children[0], collection, MappingProxyType(dict(metadata)), local.frame, trace)
+
+
+jax.tree_util.register_pytree_with_keys(Ref, _flatten_with_keys, _unflatten, _flatten)

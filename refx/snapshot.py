@@ -1,0 +1,162 @@
+"""Snapshots: the structure of a tree, kept, with a cheap test of whether it still stands.
+
+Walking the modules of a model in Python costs a thousand times what a jitted call may cost. So a
+walk is remembered together with the live containers (attribute dicts, lists, dicts) that it went
+through and shallow copies of them: as long as `live == copies`, which Python compares by identity
+first and in C, the structure is what it was.
+
+Equality can lie in two ways, and the containers where it could are compared item by item instead
+(`_Strict`): arrays, whose `==` computes, and numbers of different types that are equal. A Node's
+own attributes need the second only if its dict was handed out (see `Node.__setattr__`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax
+import numpy as np
+
+from refx.node import Node, attributes, epoch, set_snapshot
+from refx.ref import Ref
+from refx.structure import DagDef, Scan, is_array, scan
+from refx.trace import EVAL, current_trace, local, read
+
+__all__: list[str] = []
+
+_uids = itertools.count()
+
+
+class Snapshot:
+    """The structure of one tree and its live Refs.
+
+    Invariants: `refs` and the plain arrays that `leaves()` gives are in the order of `dagdef`;
+    `valid()` is true only if a new scan would find the same DagDef with the same Refs. `uid` is
+    never used again, so it may stand for the snapshot where holding it would be a leak.
+    """
+
+    __slots__ = ("_copies", "_epoch", "_leaves", "_live", "_places", "_strict",
+                 "dagdef", "frame", "refs", "uid")
+
+    def __init__(self, tree: Any):
+        found = scan(tree)
+        self.uid = next(_uids)
+        self.dagdef: DagDef = found.dagdef
+        self.refs = found.refs
+        self._places = found.places
+        # An array in a tuple cannot be replaced without the tuple, so those are kept as they are.
+        self._leaves = [x if p[0] is None else None for x, p in zip(found.leaves, found.places, strict=True)]
+        self._live: list[Any] = []
+        self._copies: list[Any] = []
+        self._strict: list[_Strict | _Opaque] = [_Opaque(*o) for o in found.opaque]
+        self._epoch = epoch[0]
+        frames = {id(r._frame): r._frame for r in found.refs}
+        # False is no frame: Refs of several levels have to be read one by one.
+        self.frame: Any = (next(iter(frames.values())) if frames else None) if len(frames) < 2 else False
+        self._watch(found)
+
+    def _watch(self, found: Scan) -> None:
+        for container in found.containers:
+            is_node = isinstance(container, Node)
+            content = attributes(container) if is_node else container
+            values = content.values() if isinstance(content, dict) else content
+            trusted = _TRUSTED if is_node and not container._exposed else _TRUSTED_OUTSIDE
+            if all(_compares(v, trusted) for v in values):
+                self._live.append(content)
+                self._copies.append(content.copy())
+            else:
+                self._strict.append(_Strict(content))
+
+    def valid(self) -> bool:
+        """Whether the structure still stands."""
+        if self._epoch != epoch[0]:
+            return False
+        try:
+            return self._live == self._copies and (
+                not self._strict or all(s.same() for s in self._strict)
+            )
+        except Exception:
+            # An == of the user's own may raise; then the walk decides.
+            return False
+
+    def values(self) -> list[Any]:
+        """The values of the Refs, as seen from here."""
+        frame = local.frame
+        if self.frame is frame and (frame is not None or current_trace(()) is EVAL):
+            return [r._value for r in self.refs]
+        return [read(r) for r in self.refs]
+
+    def leaves(self) -> list[Any]:
+        """The plain arrays, as they are now: they may be replaced without a change of structure."""
+        return [
+            leaf if content is None else content[key]
+            for leaf, (content, key) in zip(self._leaves, self._places, strict=True)
+        ]
+
+
+_ARRAY = object()
+
+
+class _Strict:
+    """A container that is compared item by item, by identity; for arrays, only that they are some."""
+
+    __slots__ = ("content", "items")
+
+    def __init__(self, content: Any):
+        self.content = content
+        self.items = [(k, _ARRAY if is_array(v) else v) for k, v in _items(content)]
+
+    def same(self) -> bool:
+        now = _items(self.content)
+        return len(now) == len(self.items) and all(
+            k == k0 and (v is v0 or (v0 is _ARRAY and is_array(v)))
+            for (k, v), (k0, v0) in zip(now, self.items, strict=True)
+        )
+
+
+class _Opaque:
+    """An instance of a registered pytree class, which may change in ways that only it knows."""
+
+    __slots__ = ("children", "obj")
+
+    def __init__(self, obj: Any, children: list[Any]):
+        self.obj = obj
+        self.children = children
+
+    def same(self) -> bool:
+        now = jax.tree.leaves(self.obj, is_leaf=lambda x: x is not self.obj)
+        return len(now) == len(self.children) and all(map(_is, now, self.children))
+
+
+def _is(a: Any, b: Any) -> bool:
+    return a is b
+
+
+def _items(content: Any) -> list[tuple[Any, Any]]:
+    return list(content.items()) if isinstance(content, dict) else list(zip(range(len(content)), content))
+
+
+# Values of these types are compared by identity, or are the same when they are equal.
+_TRUSTED_OUTSIDE = frozenset({Ref, list, dict, str, bytes, type(None), type(jax.numpy.float32)})
+# In a Node, `__setattr__` notices a number that is replaced by an equal one of another type.
+_TRUSTED = _TRUSTED_OUTSIDE | {bool, int, float, complex}
+
+
+def _compares(value: Any, trusted: frozenset[type]) -> bool:
+    kind = type(value)
+    if kind in trusted or kind.__eq__ is object.__eq__ or isinstance(value, np.dtype):
+        return True
+    return kind is tuple and all(_compares(v, _TRUSTED_OUTSIDE) for v in value)
+
+
+def snapshot(tree: Any) -> Snapshot:
+    """The snapshot of a tree: the one that is kept on a Node while it stands, or a new one."""
+    if isinstance(tree, Node):
+        kept = tree._snapshot
+        if kept is not None and kept.valid():
+            return kept
+        new = Snapshot(tree)
+        set_snapshot(tree, new)
+        return new
+    return Snapshot(tree)

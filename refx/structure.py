@@ -1,0 +1,381 @@
+"""The structure of a tree: `DagDef`, how it is found (`scan`) and how a tree is built from it.
+
+A tree that holds Refs is a graph: an object with an identity (a Ref, a Node, a list, a dict) may be
+reached along many paths, itself included. The DagDef numbers those objects in the order of first
+visit and says for each what it holds, in terms of these numbers:
+
+* an `int` is the object with that number, so sharing and cycles need nothing of their own;
+* `Leaf(i)` is the i-th plain array; `Static(v)` is a value that is part of the structure;
+* `Tree(treedef, children)` is what has no identity: a tuple, or any registered pytree.
+
+Building is therefore two loops without recursion: make every object, then fill it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Hashable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from refx.errors import StructureError, UnhashableStaticError
+from refx.node import Node, attributes
+from refx.node import make as make_node
+from refx.partition import Path, dotted
+from refx.ref import Ref
+from refx.ref import make as make_ref
+from refx.trace import local, trace_ref
+
+__all__ = ["DagDef"]
+
+
+class Leaf(NamedTuple):
+    """The place of a plain array, by its number among the plain arrays of the tree."""
+
+    index: int
+
+
+class Static:
+    """A value that is part of the structure. Equal means equal in type and in value."""
+
+    __slots__ = ("_key", "value")
+
+    def __init__(self, value: Any):
+        self.value = value
+        kind = type(value)
+        # 1 == 1.0 == True and 0.0 == -0.0, but programs compiled for them differ.
+        exact = value.hex() if kind is float else repr(value) if kind is complex else value
+        self._key = (kind, exact)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+class Tree(NamedTuple):
+    """A pytree without identity: one level of it, and what it holds."""
+
+    treedef: Any
+    names: tuple[str, ...]
+    children: tuple[Any, ...]
+
+
+class RefDef(NamedTuple):
+    """A Ref: what is left of it without its value."""
+
+    collection: Hashable
+    metadata: tuple[tuple[str, Any], ...]
+
+
+class NodeDef(NamedTuple):
+    """A Node (`kind` is its class), a list or a dict, with the names of what it holds."""
+
+    kind: type
+    names: tuple[Any, ...]
+    children: tuple[Any, ...]
+
+
+class DagDef:
+    """The hashable structure that is left when the values are taken out of a tree.
+
+    Equal structures are one object (DagDefs are interned), so comparing and hashing them is as
+    cheap as it can be, and a compiled program is found by its structure's identity.
+
+    >>> import refx
+    >>> a, _ = refx.split({"w": refx.Ref(1.0, "params")})
+    >>> b, _ = refx.split({"w": refx.Ref(2.0, "params")})
+    >>> a is b
+    True
+    """
+
+    __slots__ = ("__weakref__", "_leaf_paths", "_ref_paths", "metadata", "nodes", "root")
+
+    def __init__(self, root: Any, nodes: tuple[Any, ...]):
+        self.root = root
+        self.nodes = nodes
+        self.metadata = [
+            MappingProxyType(dict(n.metadata)) if type(n) is RefDef else _EMPTY for n in nodes
+        ]
+        self._ref_paths: tuple[Path, ...] | None = None
+        self._leaf_paths: tuple[Path, ...] = ()
+
+    @property
+    def ref_paths(self) -> tuple[Path, ...]:
+        """The canonical path of each Ref, in order."""
+        if self._ref_paths is None:
+            self._find_paths()
+        assert self._ref_paths is not None
+        return self._ref_paths
+
+    @property
+    def leaf_paths(self) -> tuple[Path, ...]:
+        """The path of each plain array, in order."""
+        if self._ref_paths is None:
+            self._find_paths()
+        return self._leaf_paths
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The path of every value: the Refs' and then the plain arrays'."""
+        return self.ref_paths + self.leaf_paths
+
+    def _find_paths(self) -> None:
+        paths: list[Path | None] = [None] * len(self.nodes)
+        leaves: dict[int, Path] = {}
+        todo: list[tuple[Any, Path]] = [(self.root, ())]
+        while todo:
+            child, path = todo.pop()
+            if type(child) is int:
+                if paths[child] is not None:
+                    continue
+                paths[child] = path
+                child = self.nodes[child]
+            elif type(child) is Leaf:
+                leaves.setdefault(child.index, path)
+            if isinstance(child, (NodeDef, Tree)):
+                todo += [
+                    (c, (*path, str(name)))
+                    for name, c in zip(reversed(child.names), reversed(child.children), strict=True)
+                ]
+        kinds = zip(self.nodes, paths, strict=True)
+        refs = tuple(p for n, p in kinds if type(n) is RefDef and p is not None)
+        self._leaf_paths = tuple(leaves[i] for i in range(len(leaves)))
+        self._ref_paths = refs
+
+    def __repr__(self) -> str:
+        kinds = [n.kind.__name__ for n in self.nodes if type(n) is NodeDef]
+        return (
+            f"DagDef({kinds[0] if kinds else 'Ref'}: {len(self.ref_paths)} Refs, "
+            f"{len(self.leaf_paths)} arrays, {len(kinds)} nodes)"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return intern, (self.root, self.nodes)
+
+
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+_interned: weakref.WeakValueDictionary[Any, DagDef] = weakref.WeakValueDictionary()
+_intern_lock = threading.Lock()
+
+
+def intern(root: Any, nodes: tuple[Any, ...]) -> DagDef:
+    """The one DagDef with this content."""
+    with _intern_lock:
+        dagdef = _interned.get((root, nodes))
+        if dagdef is None:
+            dagdef = _interned[root, nodes] = DagDef(root, nodes)
+        return dagdef
+
+
+class Scan(NamedTuple):
+    """What `scan` finds: the structure, and the live objects in the order of the structure.
+
+    `places` has, for each plain array, the dict or list that holds it and its key there, or a None
+    where a tuple or another pytree holds it.
+    """
+
+    dagdef: DagDef
+    refs: list[Ref[Any]]
+    leaves: list[Any]
+    places: list[tuple[Any, Any]]
+    objects: list[Any]
+    containers: list[Any]
+    opaque: list[Any]
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` is an array attribute, a value; ShapeDtypeStructs stand for one in `eval_shape`."""
+    return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+
+
+_STATIC = frozenset({int, float, bool, str, complex, bytes, type(None), type(len), type})
+
+
+def scan(tree: Any, alias: Mapping[int, Any] | None = None) -> Scan:
+    """Walk a tree and find its structure.
+
+    Args:
+      tree: what to walk.
+      alias: by id, objects that are met in place of others.
+
+    Raises:
+      UnhashableStaticError: a static value cannot be hashed; the message has its path.
+      StructureError: a Ref or a module hides where the walk cannot enter (in a frozenset).
+    """
+    nodes: list[Any] = []
+    numbers: dict[int, int] = {}
+    found = Scan(None, [], [], [], [], [], [])  # pyright: ignore[reportArgumentType]
+    result: list[Any] = [None]
+    # Each entry is an object, its path as a linked list, the place where its code is to go, and the
+    # container that holds it directly.
+    todo: list[tuple[Any, Any, list[Any], int, Any]] = [(tree, None, result, 0, None)]
+    while todo:
+        obj, link, place, position, holder = todo.pop()
+        if alias is not None:
+            obj = alias.get(id(obj), obj)
+        kind = type(obj)
+        if kind in _STATIC:
+            place[position] = Static(obj)
+        elif kind is Ref or kind is list or kind is dict or isinstance(obj, Node):
+            number = numbers.get(id(obj))
+            if number is not None:
+                place[position] = number
+                continue
+            place[position] = numbers[id(obj)] = len(nodes)
+            found.objects.append(obj)
+            if kind is Ref:
+                found.refs.append(obj)
+                nodes.append(RefDef(obj._collection, tuple(obj._metadata.items())))
+                continue
+            content = attributes(obj) if isinstance(obj, Node) else obj
+            found.containers.append(obj)
+            names = tuple(range(len(content))) if kind is list else tuple(content)
+            values = list(content) if kind is list else list(content.values())
+            fields = obj._fields if isinstance(obj, Node) else {}
+            children: list[Any] = [None] * len(names)
+            nodes.append((kind, names, children))
+            for i in range(len(names) - 1, -1, -1):
+                field = fields.get(names[i])
+                if field is not None and not field.is_ref:
+                    children[i] = _static(values[i], (link, names[i]))
+                else:
+                    todo.append((values[i], (link, names[i]), children, i, content))
+        elif is_array(obj):
+            place[position] = Leaf(len(found.leaves))
+            found.leaves.append(obj)
+            found.places.append((holder, link[1] if link is not None else None))
+        else:
+            keyed, treedef = jax.tree_util.tree_flatten_with_path(obj, lambda x: x is not obj)
+            if len(keyed) == 1 and keyed[0][1] is obj:
+                place[position] = _static(obj, link)
+                continue
+            names = tuple(_name(path[0]) for path, _ in keyed)
+            children = [None] * len(keyed)
+            place[position] = (treedef, names, children)
+            if not isinstance(obj, tuple):
+                found.opaque.append((obj, [x for _, x in keyed]))
+            for i in range(len(keyed) - 1, -1, -1):
+                todo.append((keyed[i][1], (link, names[i]), children, i, None))
+    frozen = tuple(
+        n if type(n) is RefDef else NodeDef(n[0], n[1], tuple(map(_freeze, n[2]))) for n in nodes
+    )
+    return found._replace(dagdef=intern(_freeze(result[0]), frozen))
+
+
+def _freeze(child: Any) -> Any:
+    if type(child) is tuple:
+        treedef, names, children = child
+        return Tree(treedef, names, tuple(map(_freeze, children)))
+    return child
+
+
+def _name(key: Any) -> str:
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _path(link: Any) -> Path:
+    parts: list[str] = []
+    while link is not None:
+        link, name = link
+        parts.append(str(name))
+    return tuple(reversed(parts))
+
+
+def _static(obj: Any, link: Any) -> Static:
+    where = f"Attribute {dotted(_path(link))!r}" if link is not None else "The tree"
+    try:
+        hash(obj)
+    except TypeError:
+        raise UnhashableStaticError(
+            f"{where} is a {type(obj).__name__}, which cannot be hashed and is neither an array "
+            f"nor a pytree, so it can be neither a value nor part of the structure: {_clip(obj)}. "
+            f"Use a tuple for a set or for a static() list, an array for numbers, or register the "
+            f"class as a pytree."
+        ) from None
+    if isinstance(obj, frozenset) and any(isinstance(x, (Ref, Node)) for x in obj):
+        raise StructureError(
+            f"{where} is a frozenset that holds Refs or modules, which have no order and no path "
+            f"there. Use a list, a tuple or a dict."
+        )
+    return Static(obj)
+
+
+def _clip(obj: Any) -> str:
+    text = repr(obj)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def build(
+    dagdef: DagDef,
+    values: Iterable[Any],
+    leaves: Any,
+    *,
+    trace: Any = None,
+    existing: Mapping[int, Any] | None = None,
+    refill: bool = True,
+) -> tuple[Any, list[Any]]:
+    """Make the tree of a DagDef: its root, and its objects in the order of the DagDef.
+
+    Args:
+      dagdef: the structure.
+      values: a value for each Ref that is made, in order.
+      leaves: a value for each plain array, in order.
+      trace: the trace reference of what is made; the current one without it.
+      existing: objects, by number, that are used instead of new ones.
+      refill: whether the existing ones get the content of the DagDef, or stay as they are.
+    """
+    frame = local.frame
+    if trace is None:
+        trace = trace_ref()
+    todo = iter(values)
+    objects: list[Any] = []
+    for i, node in enumerate(dagdef.nodes):
+        if existing is not None and i in existing:
+            objects.append(existing[i])
+        elif type(node) is RefDef:
+            objects.append(
+                make_ref(next(todo), node.collection, dagdef.metadata[i], frame, trace)
+            )
+        elif node.kind is list:
+            objects.append([])
+        elif node.kind is dict:
+            objects.append({})
+        else:
+            objects.append(make_node(node.kind, frame, trace))
+
+    def get(child: Any) -> Any:
+        kind = type(child)
+        if kind is int:
+            return objects[child]
+        if kind is Static:
+            return child.value
+        if kind is Leaf:
+            return leaves[child.index]
+        return jax.tree.unflatten(child.treedef, map(get, child.children))
+
+    for i, (node, obj) in enumerate(zip(dagdef.nodes, objects, strict=True)):
+        known = existing is not None and i in existing
+        if type(node) is RefDef or (known and not refill):
+            continue
+        if node.kind is list:
+            obj[:] = map(get, node.children)
+            continue
+        content = obj if node.kind is dict else attributes(obj)
+        if known:
+            content.clear()
+        for name, child in zip(node.names, node.children, strict=True):
+            content[name] = objects[child] if type(child) is int else get(child)
+    return get(dagdef.root), objects

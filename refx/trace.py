@@ -1,0 +1,352 @@
+"""Where we are: the current JAX trace, and the frame of the stateful transformation around it.
+
+A Ref remembers the frame and the JAX trace that it was made in. Reading it in the same frame is
+a comparison and a slot; everything else (a closure, a Ref of an ended trace, a plain `jax`
+transformation in between) is decided here. This is the one file that knows how JAX represents
+traces: `tests/refx/test_trace.py` states what it relies on.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.core import Tracer
+from jax.extend import core as jex_core
+
+from refx.errors import (
+    ClosureError,
+    EndedTraceError,
+    ForeignTracerError,
+    NotMutableError,
+    ReadOnlyError,
+    TraceLevelError,
+)
+
+if TYPE_CHECKING:
+    from refx.ref import Ref
+
+__all__: list[str] = []
+
+current_trace: Callable[[Any], Any] = jex_core.find_top_trace
+"""`current_trace(())` is JAX's current trace object. Never keep it: keep a weak reference."""
+
+
+def _root_trace() -> Any:
+    # The module may be imported inside a transformation, so the evaluating trace is the last of
+    # the chain and not simply the current one.
+    trace = current_trace(())
+    while (parent := getattr(trace, "parent_trace", None)) is not None:
+        trace = parent
+    return trace
+
+
+EVAL = _root_trace()
+"""JAX's evaluating trace, a singleton: where code runs outside of every transformation."""
+
+
+def trace_ref() -> Callable[[], Any]:
+    """A weak reference to the current trace; a strong one would be a leak to JAX's checker."""
+    return weakref.ref(current_trace(()))
+
+
+class _Marker:
+    """Stands in for a trace reference in Refs that may not be written at all."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self) -> None:
+        # A marker is never a live trace, so the identity test of a write fails.
+        return None
+
+
+READ_ONLY = _Marker("read-only")
+CONSTANT = _Marker("constant")
+
+
+class Frame:
+    """One running body of a stateful transformation, from its entry to its exit.
+
+    Invariants: `shadow` maps a Ref of an enclosing level to the one Ref that stands for it in this
+    body, so that a closed-over Ref and the same Ref as an argument are one cell; every stand-in
+    that the caller did not pass in is in `found`, in order of discovery, with the module it was
+    read through; a closed frame answers every use of its Refs with an error.
+    """
+
+    __slots__ = (
+        "constants",
+        "describe",
+        "found",
+        "lifts",
+        "name",
+        "open",
+        "parent",
+        "shadow",
+        "trace",
+    )
+
+    def __init__(self, name: str, *, lifts: bool = False, constants: bool = False):
+        self.name = name
+        self.parent = local.frame
+        self.trace = trace_ref()
+        self.shadow: dict[Ref[Any], Ref[Any]] = {}
+        self.found: dict[Ref[Any], Any] = {}
+        # Whether the body runs again with what it found as an input.
+        self.lifts = lifts
+        # Whether what it closes over may not be written.
+        self.constants = constants
+        self.describe: Callable[[Ref[Any]], str | None] | None = None
+        self.open = True
+
+    def __enter__(self) -> Frame:
+        local.frame = self
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        local.frame = self.parent
+        self.open = False
+
+    def close(self) -> None:
+        """Drop everything that could keep a tracer alive."""
+        self.shadow.clear()
+        self.found.clear()
+        self.describe = None
+
+    def stand_in(self, ref: Ref[Any], owner: Any) -> Ref[Any]:
+        """The Ref that stands in this body for `ref`, a Ref of an enclosing level."""
+        inner = self.shadow.get(ref)
+        if inner is None:
+            value = seen_from(self.parent, ref, owner)
+            from refx.ref import make as _make_ref  # ref.py is built on this file
+
+            trace = CONSTANT if self.constants else self.trace
+            inner = _make_ref(value, ref._collection, ref._metadata, self, trace)
+            self.shadow[ref] = inner
+            self.found[ref] = owner
+        return inner
+
+
+class _Local(threading.local):
+    frame: Frame | None = None
+    # Set by `mutable`: says whether a Ref may be written. None allows everything.
+    allowed: Callable[[Ref[Any]], bool] | None = None
+    # nnx keeps its ambient streams and flags here, so that a boundary crosses one thread-local.
+    scope: Any = None
+    # The call that a compiled function is being traced for.
+    call: Any = None
+
+
+local = _Local()
+
+
+def seen_from(frame: Frame | None, ref: Ref[Any], owner: Any = None) -> Any:
+    """The value of `ref` at the level of `frame`, an ancestor of the current one or itself."""
+    if ref._frame is frame:
+        return ref._value
+    if frame is None:
+        raise _misplaced(ref, owner)
+    return frame.stand_in(ref, owner)._value
+
+
+def read(ref: Ref[Any], owner: Any = None) -> Any:
+    """The value of `ref` here, for every case: the callers have the common one inlined."""
+    frame = local.frame
+    if ref._frame is not frame:
+        _check_reachable(ref, owner)
+        return seen_from(frame, ref, owner)
+    if frame is None and current_trace(()) is not EVAL:
+        _check_not_baked(ref, owner)
+    return ref._value
+
+
+def write(ref: Ref[Any], value: Any, owner: Any = None) -> None:
+    """Give `ref` a new value, if that is allowed here; otherwise raise and change nothing."""
+    check_value(ref, value, owner)
+    writable(ref, owner)._value = value
+
+
+def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
+    """The Ref to write when `ref` is written here: itself or its stand-in. Raises if none may be."""
+    frame = local.frame
+    if ref._frame is not frame:
+        _check_reachable(ref, owner)
+        assert frame is not None
+        target = frame.stand_in(ref, owner)
+    else:
+        target = ref
+    if target._trace() is not current_trace(()):
+        raise _not_writable(target, ref, owner)
+    if local.allowed is not None and not local.allowed(ref):
+        raise NotMutableError(
+            f"{describe(ref, owner)} was written, but the surrounding `mutable` does not allow it. "
+            f"Widen its filter (for example `mutable=({ref._collection!r}, ...)`), or move the "
+            f"write out of it."
+        )
+    return target
+
+
+def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
+    """Raise if `value` holds a tracer that is not of the current trace or one around it."""
+    if isinstance(value, jax.Array):
+        if not isinstance(value, Tracer):
+            return
+        tracers = [value]
+    else:
+        tracers = [x for x in jax.tree.leaves(value) if isinstance(x, Tracer)]
+    for tracer in tracers:
+        trace = current_trace(())
+        while trace is not None and trace is not tracer._trace:
+            trace = getattr(trace, "parent_trace", None)
+        if trace is None:
+            what = "A new Ref" if ref is None else describe(ref, owner)
+            raise ForeignTracerError(
+                f"{what} was given a value that holds a tracer of another JAX transformation: "
+                f"{_aval(tracer)}. That transformation has ended or is not the one that runs here, "
+                f"so the value would leak out of it. Return the value from the transformation and "
+                f"assign it outside, or use the nnx transformation in its place (nnx.jit, "
+                f"nnx.grad, nnx.vmap, ...), which writes Refs back for you."
+            )
+
+
+def check_structure(node: Any, what: str) -> None:
+    """Raise if the structure of `node`, a Node, may not be changed here."""
+    if node._frame is local.frame and node._trace() is current_trace(()):
+        return
+    name = type(node).__name__
+    if node._trace is READ_ONLY:
+        raise ReadOnlyError(_read_only_message(f"{what} of a {name}", transformation()))
+    if node._frame is not None and not node._frame.open:
+        raise EndedTraceError(
+            f"{what} of a {name} was set after {node._frame.name}, where the module was made, had "
+            f"ended. Return the module from the transformation instead of keeping it by other means."
+        )
+    raise TraceLevelError(
+        f"{what} of a {name} was set inside {transformation()}, but the {name} was made outside of "
+        f"it, so the change would happen once, while tracing, and not when the compiled program "
+        f"runs. Pass the module to the transformation as an argument of an nnx transformation "
+        f"(its changes propagate back), or set it outside."
+    )
+
+
+def _check_reachable(ref: Ref[Any], owner: Any) -> None:
+    home = ref._frame
+    if home is None:
+        return
+    if not home.open:
+        raise _misplaced(ref, owner)
+    frame = local.frame
+    while frame is not None and frame is not home:
+        frame = frame.parent
+    if frame is None:
+        raise _misplaced(ref, owner)
+
+
+def _misplaced(ref: Ref[Any], owner: Any) -> Exception:
+    home = ref._frame
+    assert home is not None
+    if home.open:
+        return TraceLevelError(
+            f"{describe(ref, owner)} belongs to {home.name}, which is running, but it was used "
+            f"outside of that body (in another thread, or in a callback). Read its value inside "
+            f"and pass the value."
+        )
+    return EndedTraceError(
+        f"{describe(ref, owner)} was made inside {home.name}, which has ended; its value was a "
+        f"tracer and means nothing any more. Return the Ref, its module or its value from the "
+        f"function instead of keeping it in a global, a default argument or a closure."
+    )
+
+
+def _check_not_baked(ref: Ref[Any], owner: Any) -> None:
+    # vmap and grad run their function anew at every call, so a closed-over value is always fresh.
+    # jit, scan, checkpoint and the like keep a program in a cache: a concrete value read by closure
+    # becomes a constant of that program, and later writes of the Ref would not reach it.
+    if ref._trace() is current_trace(()) or ref._trace is READ_ONLY:
+        return
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(ref._value)):
+        return
+    if jex_core.unsafe_am_i_under_a_jit_DO_NOT_USE():
+        raise ClosureError(
+            f"{describe(ref, owner)} was read by closure inside {transformation()}. Its value would "
+            f"become a constant of the compiled program, and later updates would never reach it. "
+            f"Pass the module as an argument, as in jax.jit(lambda m, x: m(x))(model, x), or use "
+            f"the nnx transformation of the same name (nnx.jit, nnx.scan, nnx.remat, ...), which "
+            f"lifts closed-over Refs to inputs."
+        )
+
+
+def _not_writable(target: Ref[Any], ref: Ref[Any], owner: Any) -> Exception:
+    what = describe(ref, owner)
+    if target._trace is READ_ONLY:
+        return ReadOnlyError(_read_only_message(what, transformation()))
+    if target._trace is CONSTANT:
+        frame = target._frame
+        return TraceLevelError(
+            f"{what} was written inside {frame.name if frame else 'a transformation'}, which "
+            f"closes over it: a closed-over Ref is a constant there. Pass its module to the "
+            f"function as an argument; updates of arguments propagate to the caller."
+        )
+    return TraceLevelError(
+        f"{what} was written inside {transformation()}, but it was made outside of it. The write "
+        f"would happen once, while tracing, and would leak a tracer. Use the nnx transformation of "
+        f"the same name (nnx.jit, nnx.vmap, nnx.scan, ...), whose updates propagate to the caller, "
+        f"or return the new value and assign it outside."
+    )
+
+
+def _read_only_message(what: str, where: str) -> str:
+    return (
+        f"{what} was written inside {where}, on a copy: JAX rebuilt the module around tracers, "
+        f"and a plain jax transformation cannot write back, so the update would be lost. Use "
+        f"nnx.jit (updates propagate to the caller), nnx.jit_filter (modules in, modules out), or "
+        f"change an nnx.clone of the module and return that."
+    )
+
+
+def transformation() -> str:
+    """The innermost transformation that runs here, as a person would name it."""
+    frame, trace = local.frame, current_trace(())
+    if frame is not None and frame.trace() is trace:
+        return frame.name
+    if trace is EVAL:
+        return "code outside of every transformation"
+    kinds = {
+        "DynamicJaxprTrace": "a plain jax transformation that compiles (jax.jit, lax.scan, ...)",
+        "BatchTrace": "a plain jax.vmap",
+        "LinearizeTrace": "a plain jax.grad (or vjp, linearize)",
+        "JVPTrace": "a plain jax.grad or jax.jvp",
+    }
+    return kinds.get(type(trace).__name__, "a plain jax transformation")
+
+
+def describe(ref: Ref[Any], owner: Any = None) -> str:
+    """Name a Ref for a message: by path where a frame knows it, else by the module's field."""
+    frame = local.frame
+    while frame is not None:
+        known = frame.describe(ref) if frame.describe is not None else None
+        if known is not None:
+            return f"Ref {known} ({summary(ref)})"
+        frame = frame.parent
+    if owner is not None:
+        for name, value in owner._attributes().items():
+            if value is ref:
+                return f"Ref {type(owner).__name__}.{name} ({summary(ref)})"
+    return f"A Ref ({summary(ref)})"
+
+
+def summary(ref: Ref[Any]) -> str:
+    """The collection and the shapes of a Ref, without touching its arrays."""
+    return f"collection {ref._collection!r}, {_aval(ref._value)}"
+
+
+def _aval(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    leaves = jax.tree.leaves(value)
+    if len(leaves) == 1 and leaves[0] is value:
+        return repr(value)
+    return f"{type(value).__name__} of {len(leaves)} leaves"
