@@ -89,6 +89,8 @@ class Snapshot:
 
     def leaves(self) -> list[Any]:
         """The plain arrays, as they are now: they may be replaced without a change of structure."""
+        if not self._leaves:
+            return []
         return [
             leaf if content is None else content[key]
             for leaf, (content, key) in zip(self._leaves, self._places, strict=True)

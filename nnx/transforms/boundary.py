@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from nnx.scope import entered
 from nnx.transforms.closure import Closure
@@ -46,25 +48,22 @@ class Lift(Exception):
 class Layout:
     """What a call looks like without its values: the static argument of the compiled function.
 
-    Layouts are made once for each (treedef, DagDef) of a function and compared by identity.
+    Layouts are made once for each form and DagDef of a function and compared by identity.
     """
 
-    __slots__ = ("closed", "constants", "dagdef", "has_scope", "statics", "treedef", "where")
+    __slots__ = ("closed", "constants", "dagdef", "form", "has_scope", "statics")
 
     def __init__(
         self,
-        treedef: Any,
-        where: tuple[int, ...],
         dagdef: DagDef,
+        form: Form,
         closed: int,
         constants: tuple[Any, ...],
         has_scope: bool,
         statics: Any,
     ):
-        self.treedef = treedef
-        # The positions of the argument roots among the flattened arguments.
-        self.where = where
         self.dagdef = dagdef
+        self.form = form
         self.closed = closed
         # Array attributes of closed-over modules are read where they are, so they are constants.
         self.constants = constants
@@ -89,14 +88,25 @@ class Call:
 
     __slots__ = ("closure", "layout", "leaves", "others", "refs", "roots", "snapshots", "values")
 
-    layout: Layout
-    closure: Closure | None
-    roots: list[Any]
-    snapshots: list[Snapshot]
-    refs: list[Ref[Any]]
-    values: list[Any]
-    leaves: list[Any]
-    others: list[Any]
+    def __init__(
+        self,
+        layout: Layout,
+        roots: list[Any],
+        snapshots: list[Snapshot],
+        refs: list[Ref[Any]],
+        values: list[Any],
+        leaves: list[Any],
+        others: list[Any],
+        closure: Closure | None,
+    ):
+        self.layout = layout
+        self.roots = roots
+        self.snapshots = snapshots
+        self.refs = refs
+        self.values = values
+        self.leaves = leaves
+        self.others = others
+        self.closure = closure
 
 
 def open_call(
@@ -107,52 +117,66 @@ def open_call(
     statics: Any = None,
 ) -> Call:
     """Take the arguments of one call apart. `plans` is a function's cache of Plans."""
-    call = Call()
-    flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_identity)
-    where = []
-    roots: list[Any] = []
-    others = []
-    for i, x in enumerate(flat):
-        if isinstance(x, (Node, Ref)):
-            where.append(i)
-            roots.append(x)
-        else:
-            others.append(x)
+    form, roots, others = _take_roots(args, kwargs)
+    given = len(roots)
     closed = closure.roots() if closure is not None else ()
-    roots += closed
     scope = local.scope
-    if scope is not None:
-        roots.append(scope)
-    snapshots = [snapshot(root) for root in roots]
+    if closed or scope is not None:
+        roots = [*roots, *closed] if scope is None else [*roots, *closed, scope]
+    snapshots = list(map(snapshot, roots))
+    constants = _constants(snapshots[given : given + len(closed)]) if closed else ()
     # With one root, equal structure is enough; with more, which Refs they share matters too.
-    shape = snapshots[0].dagdef if len(roots) == 1 else tuple(s.uid for s in snapshots)
-    constants = _constants(snapshots[len(where) : len(where) + len(closed)]) if closed else ()
-    key = (treedef, shape, tuple(where), constants, statics)
+    shape = snapshots[0].dagdef if len(roots) == 1 else tuple([s.uid for s in snapshots])
+    key = (form, shape, constants, scope is None, statics)
     plan = plans.get(key) if plans is not None else None
     if plan is None:
-        layout = (treedef, tuple(where), len(closed), constants, scope is not None, statics)
+        layout = (form, len(closed), constants, scope is not None, statics)
         plan = _plan(layout, roots, snapshots, plans)
         if plans is not None:
-            if len(plans) >= _MOST_PLANS:
+            if len(plans) >= _MOST:
                 plans.clear()
             plans[key] = plan
     if len(snapshots) == 1:
-        (only,) = snapshots
-        call.refs, call.values, call.leaves = only.refs, only.values(), only.leaves()
+        kept = snapshots[0]
+        refs, values, leaves = kept.refs, kept.values(), kept.leaves()
     else:
-        call.refs = _chosen([r for s in snapshots for r in s.refs], plan.refs)
-        call.values = _chosen([v for s in snapshots for v in s.values()], plan.refs)
-        call.leaves = _chosen([x for s in snapshots for x in s.leaves()], plan.leaves)
-    call.layout = plan.layout
-    call.closure = closure
-    call.roots = roots
-    call.snapshots = snapshots
-    call.others = others
-    return call
+        refs = _chosen([r for s in snapshots for r in s.refs], plan.refs)
+        values = _chosen([v for s in snapshots for v in s.values()], plan.refs)
+        leaves = _chosen([x for s in snapshots for x in s.leaves()], plan.leaves)
+    return Call(plan.layout, roots, snapshots, refs, values, leaves, others, closure)
 
 
-# A bound for a function that is called with ever new objects; what is dropped is made again.
-_MOST_PLANS = 512
+class Form(NamedTuple):
+    """Where the roots are among the arguments: by number in the flattened arguments."""
+
+    treedef: Any
+    where: tuple[int, ...]
+
+
+# The forms of calls whose arguments are, one by one, a root or a single array or number.
+_flat_forms: dict[tuple[type, ...], tuple[Form, tuple[int, ...]] | None] = {}
+_SINGLE = frozenset({type(jnp.zeros(())), np.ndarray, bool, int, float, complex})
+
+
+def _take_roots(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Form, list[Any], list[Any]]:
+    types = tuple(map(type, args))
+    known = _flat_forms.get(types) if not kwargs else None
+    if known is not None:
+        form, rest = known
+        return form, [args[i] for i in form.where], [args[i] for i in rest]
+    flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_identity)
+    where = tuple(i for i, x in enumerate(flat) if is_identity(x))
+    rest = tuple(i for i, x in enumerate(flat) if not is_identity(x))
+    form = Form(treedef, where)
+    if not kwargs and all(t in _SINGLE or issubclass(t, (Node, Ref)) for t in types):
+        if len(_flat_forms) >= _MOST:
+            _flat_forms.clear()
+        _flat_forms[types] = form, rest
+    return form, [flat[i] for i in where], [flat[i] for i in rest]
+
+
+# A bound for caches that ever new objects or types could fill; what is dropped is made again.
+_MOST = 512
 
 
 def _chosen(items: list[Any], positions: tuple[int, ...] | None) -> list[Any]:
@@ -192,8 +216,7 @@ def _plan(
         (id(h), k) if h is not None else id(x)
         for x, (h, k) in zip(joint.leaves, joint.places, strict=True)
     ]
-    treedef, where, *rest = parts
-    layout = Layout(treedef, where, joint.dagdef, *rest)
+    layout = Layout(joint.dagdef, *parts)
     for known in plans.values() if plans is not None else ():
         if _same_layout(known.layout, layout):
             layout = known.layout
@@ -327,9 +350,9 @@ def run(
 
 def _arguments(layout: Layout, roots: tuple[Any, ...], others: Any) -> Any:
     flat = list(others)
-    for root, position in zip(roots, layout.where, strict=False):
+    for root, position in zip(roots, layout.form.where, strict=False):
         flat.insert(position, root)
-    return jax.tree.unflatten(layout.treedef, flat)
+    return jax.tree.unflatten(layout.form.treedef, flat)
 
 
 def _shadow(
@@ -339,7 +362,7 @@ def _shadow(
     # used again for other arguments, so there only what is closed over may be taken for a root.
     pairs = zip(outer, objects, strict=True)
     if mode == "lift":
-        reach = _reachable(layout.dagdef, range(len(layout.where), len(layout.where) + layout.closed))
+        reach = _reachable(layout.dagdef, range(len(layout.form.where), len(layout.form.where) + layout.closed))
         pairs = ((o, i) for n, (o, i) in enumerate(zip(outer, objects, strict=True)) if n in reach)
     frame.shadow.update((o, i) for o, i in pairs if type(o) is Ref)
 
@@ -452,7 +475,7 @@ def _changed(ref: Ref[Any], value: Any, leaves: list[Any]) -> bool:
 
 
 def _check_closed_unchanged(call: Call, layout: Layout, frame: Frame) -> None:
-    start = len(layout.where)
+    start = len(layout.form.where)
     for root, kept in zip(
         call.roots[start : start + layout.closed],
         call.snapshots[start : start + layout.closed],

@@ -58,9 +58,10 @@ class Jit:
         return run(fn, self._name, call, values, leaves, others, layout=layout)
 
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        args = self._bound + args
+        if self._bound:
+            args = self._bound + args
         statics = None
-        if self._static:
+        if self._static.active:
             args, kwargs, statics = self._static.take(args, kwargs)
         return open_call(args, kwargs, self._closure, self._plans, statics)
 
@@ -106,9 +107,6 @@ class _Statics:
         by_num = {n % len(positional) if n < 0 and positional else n for n in nums}
         self.names = set(names) | {positional[n] for n in by_num if n < len(positional)}
         self.nums = by_num | {i for i, name in enumerate(positional) if name in names}
-
-    def __bool__(self) -> bool:
-        return self.active
 
     def take(self, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
         fixed = {i: a for i, a in enumerate(args) if i in self.nums}
