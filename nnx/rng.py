@@ -44,8 +44,17 @@ class RngStream(Node):
           name: gives a stream that several names share a different key for each name.
         """
         key, count = self.key.value, self.count.value
-        self.count.value = count + 1
+        self.advance()
         return jax.random.fold_in(key if name is None else self._for(name, key), count)
+
+    def lanes(self, size: int) -> RngStream:
+        """A stream of stacked keys, split from what `next()` would give; this one does not move."""
+        key = jax.random.fold_in(self.key.value, self.count.value)
+        return RngStream(jax.random.split(key, size))
+
+    def advance(self) -> None:
+        """Move on by one key."""
+        self.count.value = self.count.value + 1
 
     def _for(self, name: str, key: Any) -> Any:
         data = zlib.crc32(name.encode())

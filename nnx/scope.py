@@ -32,6 +32,10 @@ class Scope(Node):
         self.streams = streams
         self.flags = flags
 
+    def lanes(self, size: int) -> Scope:
+        """The scope that `size` lanes see together: stacked keys, one for each lane."""
+        return Scope({name: s.lanes(size) for name, s in self.streams.items()}, self.flags)
+
 
 def make_scope(rngs: Any = None, **flags: Any) -> Scope:
     """A scope inside the ambient one: what it does not set is as outside."""

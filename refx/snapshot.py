@@ -80,12 +80,12 @@ class Snapshot:
             # An == of the user's own may raise; then the walk decides.
             return False
 
-    def values(self) -> list[Any]:
-        """The values of the Refs, as seen from here."""
+    def values(self, owner: Any = None) -> list[Any]:
+        """The values of the Refs, as seen from here; `owner` is the Node that they are read of."""
         frame = local.frame
         if self.frame is frame and (frame is not None or current_trace(()) is EVAL):
             return [r._value for r in self.refs]
-        return [read(r) for r in self.refs]
+        return [read(r, owner) for r in self.refs]
 
     def leaves(self) -> list[Any]:
         """The plain arrays, as they are now: they may be replaced without a change of structure."""
@@ -93,6 +93,13 @@ class Snapshot:
             return []
         return [
             leaf if content is None else content[key]
+            for leaf, (content, key) in zip(self._leaves, self._places, strict=True)
+        ]
+
+    def places(self) -> list[Any]:
+        """What tells the plain arrays apart: where they are, or which they are."""
+        return [
+            id(leaf) if content is None else (id(content), key)
             for leaf, (content, key) in zip(self._leaves, self._places, strict=True)
         ]
 

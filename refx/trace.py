@@ -307,6 +307,15 @@ def _read_only_message(what: str, where: str) -> str:
     )
 
 
+def is_batched(value: Any) -> bool:
+    """Whether `value` differs between the lanes of the `vmap` that is the current trace."""
+    trace = current_trace(())
+    return any(
+        isinstance(x, Tracer) and x._trace is trace and getattr(x, "batch_dim", None) is not None
+        for x in jax.tree.leaves(value)
+    )
+
+
 def transformation() -> str:
     """The innermost transformation that runs here, as a person would name it."""
     frame, trace = local.frame, current_trace(())

@@ -11,8 +11,10 @@ One call of any stateful transformation is the same five steps.
 4. JAX returns concrete values (or tracers of the enclosing transformation).
 5. `close_call` writes them into the caller's Refs. Nothing of the caller's was touched before.
 
-If the function read a Ref by closure that was no root yet, step 3 raises `Lift`, and the call starts
-again with that Ref as one more root; that is the one extra trace that a closure may cost.
+If the function met a Ref by closure that was no root yet, step 3 notes it in `Call.found`; then
+nothing is written, and the call starts again with that Ref as one more root. That is the one extra
+trace that a closure may cost. (An exception through JAX would do it sooner, but JAX keeps what an
+aborted trace closed over alive for ever.)
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from nnx.transforms.closure import Closure
 from refx import Node, Ref
 from refx.errors import StructureError
 from refx.node import is_identity
-from refx.partition import dotted
+from refx.partition import Path, dotted
 from refx.snapshot import Snapshot, snapshot
 from refx.structure import DagDef, Leaf, Static, build, scan
 from refx.trace import Frame, current_trace, local, seen_from, writable
@@ -38,11 +40,7 @@ __all__: list[str] = []
 
 
 class Lift(Exception):
-    """Raised through JAX to start a call again with more roots."""
-
-    def __init__(self, found: Iterable[Any]):
-        super().__init__("a closed-over Ref has to become an input; this is caught by nnx")
-        self.found = list({id(x): x for x in found}.values())
+    """Raised outside of every trace to start a call again with more roots."""
 
 
 class Layout:
@@ -51,7 +49,7 @@ class Layout:
     Layouts are made once for each form and DagDef of a function and compared by identity.
     """
 
-    __slots__ = ("closed", "constants", "dagdef", "form", "has_scope", "statics")
+    __slots__ = ("closed", "constants", "dagdef", "form", "has_scope", "statics", "traced")
 
     def __init__(
         self,
@@ -69,6 +67,8 @@ class Layout:
         self.constants = constants
         self.has_scope = has_scope
         self.statics = statics
+        # Whether a compiled function was traced for this layout, so that its closures are known.
+        self.traced = False
 
 
 class Plan(NamedTuple):
@@ -84,9 +84,19 @@ class Call:
 
     `refs`, `values` and `leaves` are in the order of `layout.dagdef`; `others` are the arguments
     that hold no Refs. `roots` are the argument roots, the closed-over ones, and the scope, if any.
+    `found` are pairs of a closed-over Ref that was met and the root to take for it.
     """
 
-    __slots__ = ("closure", "layout", "leaves", "others", "refs", "roots", "snapshots", "values")
+    __slots__ = (
+        "found",
+        "layout",
+        "leaves",
+        "others",
+        "refs",
+        "roots",
+        "snapshots",
+        "values",
+    )
 
     def __init__(
         self,
@@ -97,7 +107,6 @@ class Call:
         values: list[Any],
         leaves: list[Any],
         others: list[Any],
-        closure: Closure | None,
     ):
         self.layout = layout
         self.roots = roots
@@ -106,13 +115,13 @@ class Call:
         self.values = values
         self.leaves = leaves
         self.others = others
-        self.closure = closure
+        self.found: list[tuple[Ref[Any], Any]] = []
 
 
 def open_call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    closure: Closure | None = None,
+    closure: Closure | Roots | None = None,
     plans: dict[Any, Plan] | None = None,
     statics: Any = None,
 ) -> Call:
@@ -138,12 +147,20 @@ def open_call(
             plans[key] = plan
     if len(snapshots) == 1:
         kept = snapshots[0]
-        refs, values, leaves = kept.refs, kept.values(), kept.leaves()
+        refs, values, leaves = kept.refs, kept.values(_owner(roots[0])), kept.leaves()
     else:
         refs = _chosen([r for s in snapshots for r in s.refs], plan.refs)
-        values = _chosen([v for s in snapshots for v in s.values()], plan.refs)
+        pairs = zip(snapshots, map(_owner, roots), strict=True)
+        values = _chosen([v for s, owner in pairs for v in s.values(owner)], plan.refs)
         leaves = _chosen([x for s in snapshots for x in s.leaves()], plan.leaves)
-    return Call(plan.layout, roots, snapshots, refs, values, leaves, others, closure)
+    call = Call(plan.layout, roots, snapshots, refs, values, leaves, others)
+    if type(closure) is Roots:
+        closure.call = call
+    return call
+
+
+def _owner(root: Any) -> Any:
+    return None if type(root) is Ref else root
 
 
 class Form(NamedTuple):
@@ -211,7 +228,7 @@ def _plan(
 ) -> Plan:
     joint = scan(tuple(roots))
     refs = [id(r) for s in snapshots for r in s.refs]
-    places = [_place(s, i) for s in snapshots for i in range(len(s.dagdef.leaf_paths))]
+    places = [place for s in snapshots for place in s.places()]
     joint_places = [
         (id(h), k) if h is not None else id(x)
         for x, (h, k) in zip(joint.leaves, joint.places, strict=True)
@@ -229,12 +246,8 @@ def _plan(
 
 
 def _same_layout(a: Layout, b: Layout) -> bool:
-    return all(getattr(a, name) == getattr(b, name) for name in Layout.__slots__)
-
-
-def _place(s: Snapshot, i: int) -> Any:
-    content, key = s._places[i]
-    return (id(content), key) if content is not None else id(s._leaves[i])
+    names = ("dagdef", "form", "closed", "constants", "has_scope", "statics")
+    return all(getattr(a, name) == getattr(b, name) for name in names)
 
 
 def _positions(items: list[Any], chosen: list[Any]) -> tuple[int, ...] | None:
@@ -289,6 +302,13 @@ jax.tree_util.register_pytree_node(
 )
 
 
+class Outline(NamedTuple):
+    """The new Refs and the new plain arrays of a Graph, with their paths in `(roots, output)`."""
+
+    fresh: list[tuple[Path, Ref[Any]]]
+    arrays: list[tuple[Path, Any]]
+
+
 def run(
     fn: Callable[..., Any],
     name: str,
@@ -300,6 +320,7 @@ def run(
     layout: Layout | None = None,
     mode: str = "lift",
     split_out: Callable[[Any], tuple[Any, Any]] | None = None,
+    finish: Callable[[Packed, Outline], Any] | None = None,
 ) -> Any:
     """Step 2 and 3: call `fn` on the roots built from `values`, and pack what it left behind.
 
@@ -315,9 +336,10 @@ def run(
         value is taken as it is, since the trace is not kept, and only a written one becomes a
         root. `"constant"`: it may not be written.
       split_out: divides the output of `fn` in what is returned as it is and what is packed.
+      finish: makes of the Packed what is to be returned, while the Refs still stand.
 
     Returns:
-      A Packed, or with `split_out` a pair of the first part and the Packed.
+      A Packed, or what `finish` made of it; with `split_out` a pair of the first part and that.
     """
     layout = call.layout if layout is None else layout
     frame = Frame(name, lifts=mode == "lift", constants=mode == "constant")
@@ -334,18 +356,19 @@ def run(
             with entered(scope):
                 out = fn(*args, **kwargs)
             first, out = split_out(out) if split_out is not None else (None, out)
-            packed = _pack(frame, layout, call, roots, objects, outer, before, leaves, out, mode)
-        except Lift:
-            raise
+            packed, outline = _pack(
+                frame, layout, call, roots, objects, outer, before, leaves, out, mode
+            )
+            result = packed if finish is None else finish(packed, outline)
         except Exception:
-            _lift_found(frame, mode, call)
+            _note_found(frame, mode, call)
             raise
         finally:
             # What escaped must not keep a tracer alive, and says so when it is used.
             for ref in inner_refs:
                 ref._value = None
             frame.close()
-    return packed if split_out is None else (first, packed)
+    return result if split_out is None else (first, result)
 
 
 def _arguments(layout: Layout, roots: tuple[Any, ...], others: Any) -> Any:
@@ -392,24 +415,14 @@ def _namer(dagdef: DagDef, outer: list[Any], objects: list[Any]) -> Callable[[An
     return name
 
 
-def _lift_found(frame: Frame, mode: str, call: Call) -> None:
-    """Have the call start again if the body met a closed-over Ref that has to be a root."""
-    found = frame.found
-    if mode == "read":
-        found = {r: o for r, o in found.items() if frame.shadow[r]._value is not _outside(frame, r)}
-    if not found or mode == "constant":
+def _note_found(frame: Frame, mode: str, call: Call) -> None:
+    """Note the closed-over Refs that the body met and that have to be roots."""
+    if mode == "constant":
         return
-    lift = Lift(
-        ref if owner is None or owner._frame is frame else owner for ref, owner in found.items()
-    )
-    parent = frame.parent
-    if mode == "lift" and call.closure is not None and parent is not None and parent.lifts:
-        # The enclosing body met the same Refs and starts again anyway. Its next pass needs this
-        # one to know its roots, and nothing more, so this one need not start again now.
-        if any(ref in parent.found for ref in found):
-            call.closure.add(lift.found)
-            return
-    raise lift
+    for ref, owner in frame.found.items():
+        if mode == "lift" or frame.shadow[ref]._value is not _outside(frame, ref):
+            # A module that was made in the body may hold the Ref, but cannot be a root outside.
+            call.found.append((ref, ref if owner is None or owner._frame is frame else owner))
 
 
 def _outside(frame: Frame, ref: Ref[Any]) -> Any:
@@ -427,8 +440,8 @@ def _pack(
     leaves: Any,
     out: Any,
     mode: str,
-) -> Packed:
-    _lift_found(frame, mode, call)
+) -> tuple[Packed, Outline]:
+    _note_found(frame, mode, call)
     inner_refs = [x for x in objects if type(x) is Ref]
     written = tuple(
         i for i, (ref, was) in enumerate(zip(inner_refs, before, strict=True)) if _changed(ref, *was)
@@ -443,12 +456,14 @@ def _pack(
     _check_closed_unchanged(call, layout, frame)
     holds = any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity)))
     if same and not holds:
-        return Packed(Spec(written, None), out, new_values)
+        return Packed(Spec(written, None), out, new_values), Outline([], [])
     alias = {id(o): i for o, i in zip(outer, objects, strict=True)}
     both = scan((roots, out), alias)
     strangers = [x for x in both.objects if is_identity(x) and x._frame is not frame]
     if strangers:
-        raise Lift([x for x in strangers if isinstance(x, Node)] or strangers)
+        roots_of = [x for x in strangers if isinstance(x, Node)] or strangers
+        call.found += [(x, x) for x in roots_of]
+        return Packed(Spec((), None), None, []), Outline([], [])
     numbers = {id(x): i for i, x in enumerate(objects)}
     came = {id(x): i for i, x in enumerate(leaves)}
     graph = Graph(
@@ -457,9 +472,16 @@ def _pack(
         tuple(came.get(id(x)) for x in both.leaves),
         not same,
     )
-    fresh = [r._value for r in both.refs if id(r) not in numbers]
-    arrays = [x for x in both.leaves if id(x) not in came]
-    return Packed(Spec(written, graph), (fresh, arrays), new_values)
+    # The canonical paths begin with "0" for what hangs on a root and with "1" for the output.
+    paths = dict(zip(map(id, both.refs), both.dagdef.ref_paths, strict=True))
+    fresh = [(paths[id(r)], r) for r in both.refs if id(r) not in numbers]
+    arrays = [
+        (path, x)
+        for path, x in zip(both.dagdef.leaf_paths, both.leaves, strict=True)
+        if id(x) not in came
+    ]
+    values = [r._value for _, r in fresh], [x for _, x in arrays]
+    return Packed(Spec(written, graph), values, new_values), Outline(fresh, arrays)
 
 
 def _is(a: Any, b: Any) -> bool:
@@ -491,8 +513,45 @@ def _check_closed_unchanged(call: Call, layout: Layout, frame: Frame) -> None:
             )
 
 
+class Roots:
+    """Closed-over roots for one call of a transformation that keeps nothing between calls."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, Any] = {}
+        self.call: Call | None = None
+
+    def roots(self) -> tuple[Any, ...]:
+        """The roots that were met so far."""
+        return tuple(self._found.values())
+
+    def grew(self) -> bool:
+        """Take what the last call found; whether that was anything."""
+        found = self.call.found if self.call is not None else []
+        self._found.update((id(root), root) for _, root in found)
+        return bool(found)
+
+
+def until_lifted(attempt: Callable[[Roots], Any]) -> Any:
+    """Call `attempt` with the roots that are known, again as long as it meets more of them."""
+    roots = Roots()
+    while True:
+        try:
+            return attempt(roots)
+        except Exception:
+            # An error may come of a root that was missing; if it does not, it comes again.
+            if not roots.grew():
+                raise
+
+
+def check_lifted(call: Call) -> None:
+    """Start the call again, if it met closed-over Refs that have to be roots."""
+    if call.found:
+        raise Lift
+
+
 def close_call(call: Call, packed: Packed) -> Any:
     """Step 5: write the new values into the caller's Refs, and give the caller's output."""
+    check_lifted(call)
     spec = packed.spec
     if spec.written:
         write_back([call.refs[i] for i in spec.written], packed.written)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, overload
 
 import jax
 
-from nnx.transforms.boundary import Call, Lift, Plan, close_call, open_call, run
+from nnx.transforms.boundary import Call, Plan, close_call, open_call, run
 from nnx.transforms.closure import Closure
 from refx import Node
 from refx.trace import local
@@ -68,15 +68,27 @@ class Jit:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         outer = local.call
         while True:
-            call = self._open(args, kwargs)
-            local.call = call
+            call = local.call = self._open(args, kwargs)
+            layout = call.layout
+            packed = None
             try:
-                packed = self._compiled(call.layout, call.values, call.leaves, call.others)
-            except Lift as lift:
-                self._closure.add(lift.found)
-                continue
+                if not layout.traced:
+                    # The trace is kept by JAX for the call below. What it closes over is found
+                    # here, before anything is compiled.
+                    self._compiled.trace(layout, call.values, call.leaves, call.others)
+                    layout.traced = True
+                if not call.found or _starts_again(call):
+                    packed = self._compiled(layout, call.values, call.leaves, call.others)
+            except Exception:
+                if not call.found:
+                    raise
             finally:
                 local.call = outer
+            if call.found:
+                self._closure.add(root for _, root in call.found)
+                if packed is None or not _starts_again(call):
+                    continue
+                call.found.clear()
             return close_call(call, packed)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -84,6 +96,16 @@ class Jit:
 
     def __repr__(self) -> str:
         return f"<{self._name}>"
+
+
+def _starts_again(call: Call) -> bool:
+    """Whether the body around this call met the same Refs, so that it starts again anyway.
+
+    Its next pass needs this function to know its roots and nothing more; starting again here, and
+    in every body between, would double the traces with each level.
+    """
+    frame = local.frame
+    return frame is not None and frame.lifts and any(ref in frame.found for ref, _ in call.found)
 
 
 class _Statics:

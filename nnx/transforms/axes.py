@@ -1,0 +1,308 @@
+"""Axes, shardings and other per-value specifications, said by argument, by prefix, or by filter.
+
+A specification follows the arguments as a pytree prefix, as in JAX. Where an argument is a module
+or a Ref it may be a dict from filter to specification; the first filter that selects a Ref decides:
+`nnx.vmap(f, in_axes=({"params": 0, ...: None}, 0))`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from nnx.transforms.boundary import Call, Outline, Packed
+from refx import Ref, RefError, to_predicate
+from refx.node import is_identity
+from refx.partition import Path, dotted
+from refx.snapshot import snapshot
+from refx.structure import is_array, scan
+
+__all__ = ["AxisError"]
+
+
+class AxisError(RefError, ValueError):
+    """Axes that do not fit: the arguments, each other, or what was written."""
+
+
+class Specs(NamedTuple):
+    """A specification for each value of a call, in the order of its flat lists.
+
+    `roots` has what was said for each argument that is a module or a Ref.
+    """
+
+    refs: list[Any]
+    leaves: list[Any]
+    others: list[Any]
+    roots: list[Any]
+
+
+class ByFilter:
+    """Filters with a specification each, and one for everything that no filter selects."""
+
+    def __init__(self, rules: dict[Any, Any], default: Any):
+        self.rules = rules
+        self.default = default
+
+
+UNSET: Any = object()
+
+
+def assign(
+    call: Call,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    specs: Any,
+    *,
+    name: str,
+    keyword: Any,
+    ambient: Callable[[Path, Any], Any],
+) -> Specs:
+    """Give each value of a call its specification.
+
+    Args:
+      call: the opened call of these arguments.
+      args: the positional arguments.
+      kwargs: the keyword arguments.
+      specs: a specification for all arguments, or a tuple or list with one for each.
+      name: the transformation, for messages.
+      keyword: the specification of every keyword argument.
+      ambient: gives the specification of what is no argument: closed-over roots and the scope.
+
+    Raises:
+      AxisError: the prefix does not fit, or one Ref gets two different specifications.
+    """
+    if isinstance(specs, list | tuple) and not _is_spec(specs):
+        if len(specs) != len(args):
+            raise AxisError(
+                f"{name} has a specification for {len(specs)} arguments, but was called with "
+                f"{len(args)} positional arguments."
+            )
+        each = list(specs)
+    else:
+        each = [specs] * len(args)
+    flat: list[tuple[Any, Any, str]] = []
+    for i, (arg, spec) in enumerate(zip(args, each, strict=True)):
+        flat += _along(arg, spec, name, f"argument {i}")
+    for key in sorted(kwargs):
+        flat += _along(kwargs[key], keyword, name, f"argument {key!r}")
+    result = Specs([UNSET] * len(call.refs), [UNSET] * len(call.leaves), [], [])
+    places = _places(call)
+    roots = iter(places)
+    for x, spec, where in flat:
+        if is_identity(x):
+            result.roots.append(spec)
+            _assign_root(result, next(roots), _chooser(spec, name, where), name, where)
+        elif isinstance(spec, dict):
+            raise AxisError(
+                f"{name} got the filters {spec!r} for {where}, which holds no Refs there. Filters "
+                f"are for modules and Refs; give an array its specification directly."
+            )
+        else:
+            result.others.append(spec.default if isinstance(spec, ByFilter) else spec)
+    for root in roots:
+        _assign_root(result, root, ambient, name, "what the function closes over")
+    return result
+
+
+class _Root(NamedTuple):
+    refs: list[tuple[Path, Ref[Any], int]]
+    leaves: list[tuple[Path, Any, int]]
+
+
+def _places(call: Call) -> list[_Root]:
+    """For each root of a call, where its Refs and plain arrays are in the lists of the call."""
+    joint = scan(tuple(call.roots))
+    ref_at = {id(r): i for i, r in enumerate(joint.refs)}
+    leaf_at = {
+        (id(h), k) if h is not None else id(x): i
+        for i, (x, (h, k)) in enumerate(zip(joint.leaves, joint.places, strict=True))
+    }
+    result = []
+    for kept in map(snapshot, call.roots):
+        refs = zip(kept.dagdef.ref_paths, kept.refs, strict=True)
+        leaves = zip(kept.dagdef.leaf_paths, kept.leaves(), kept.places(), strict=True)
+        result.append(
+            _Root(
+                [(path, r, ref_at[id(r)]) for path, r in refs],
+                [(path, x, leaf_at[place]) for path, x, place in leaves],
+            )
+        )
+    return result
+
+
+def _assign_root(
+    result: Specs, root: _Root, choose: Callable[[Path, Any], Any], name: str, where: str
+) -> None:
+    pairs = [(result.refs, root.refs), (result.leaves, root.leaves)]
+    for specs, items in pairs:
+        for path, x, i in items:
+            spec = choose(path, x)
+            if specs[i] is not UNSET and specs[i] != spec:
+                raise AxisError(
+                    f"{name} got two specifications for one shared Ref: {specs[i]!r}, and "
+                    f"{spec!r} as {dotted(path)!r} of {where}. It is one array; give it one."
+                )
+            specs[i] = spec
+
+
+def _chooser(spec: Any, name: str, where: str) -> Callable[[Path, Any], Any]:
+    if isinstance(spec, ByFilter):
+        spec = {**spec.rules, ...: spec.default}
+    if not isinstance(spec, dict):
+        return lambda path, ref: spec
+    rules = [(to_predicate(f), s) for f, s in spec.items()]
+
+    def choose(path: Path, ref: Any) -> Any:
+        for predicate, chosen in rules:
+            if predicate(path, ref):
+                return chosen
+        what = f"collection {ref.collection!r}" if isinstance(ref, Ref) else "a plain array"
+        raise AxisError(
+            f"No filter of {name} selects {dotted(path)!r} ({what}) of {where}. Add an entry for "
+            f"the rest: ... : None."
+        )
+
+    return choose
+
+
+def _is_spec(x: Any) -> bool:
+    # A PartitionSpec is a tuple in some versions of JAX.
+    return isinstance(x, jax.sharding.PartitionSpec)
+
+
+def _along(arg: Any, spec: Any, name: str, where: str) -> list[tuple[Any, Any, str]]:
+    """The leaves of an argument, modules and Refs included, each with its specification."""
+    whole = is_identity(arg) or not isinstance(spec, dict | list | tuple) or _is_spec(spec)
+    # A dict is a prefix of a dict with the same keys; anywhere else its keys are filters.
+    filters = isinstance(spec, dict) and not (isinstance(arg, dict) and set(arg) == set(spec))
+    if whole or filters:
+        return [(x, spec, where) for x in jax.tree.leaves(arg, is_leaf=is_identity)]
+    children, treedef = jax.tree.flatten(arg, is_leaf=lambda x: x is not arg)
+    parts, spec_def = jax.tree.flatten(spec, is_leaf=lambda x: x is not spec)
+    if treedef != spec_def:
+        raise AxisError(
+            f"{name} got {spec!r} for {where}, which is not a prefix of it: {where} is a "
+            f"{type(arg).__name__} of {len(children)}."
+        )
+    return [
+        leaf
+        for child, part in zip(children, parts, strict=True)
+        for leaf in _along(child, part, name, where)
+    ]
+
+
+def along_output(out: Any, spec: Any, name: str) -> list[Any]:
+    """A specification for each leaf of an output that holds no Refs."""
+    return [s for _, s, _ in _along(out, spec, name, "the output")]
+
+
+def _of_new(path: Path, ref: Any, spec: Any, name: str) -> Any:
+    """The specification of a new Ref or array at `path` of an output that holds Refs."""
+    rest = path
+    while rest and isinstance(spec, list | tuple | dict) and not _is_spec(spec):
+        if isinstance(spec, dict):
+            if rest[0] not in spec or not all(isinstance(k, str) for k in spec):
+                break
+            spec = spec[rest[0]]
+        else:
+            spec = spec[int(rest[0])]
+        rest = rest[1:]
+    return _chooser(spec, name, "the output")(rest, ref)
+
+
+def length(
+    call: Call, specs: Specs, given: int | None, name: str, axis_of: Callable[[Any], int | None]
+) -> int:
+    """The size of the mapped axis, which everything that is mapped must agree on.
+
+    Raises:
+      AxisError: two sizes, an axis that an array does not have, or nothing that is mapped.
+    """
+    sizes: dict[int, str] = {} if given is None else {given: "axis_size"}
+    names = [dotted(p[1:]) or "a Ref" for p in call.layout.dagdef.ref_paths]
+    leaf_names = [dotted(p[1:]) for p in call.layout.dagdef.leaf_paths]
+    other_names = ["an array argument"] * len(call.others)
+    triples: Iterable[tuple[Any, Any, str]] = [
+        *zip(call.values, specs.refs, names, strict=True),
+        *zip(call.leaves, specs.leaves, leaf_names, strict=True),
+        *zip(call.others, specs.others, other_names, strict=True),
+    ]
+    for value, spec, what in triples:
+        axis = axis_of(spec)
+        if axis is None:
+            continue
+        for x in jax.tree.leaves(value):
+            shape = x.shape if is_array(x) else ()
+            if not -len(shape) <= axis < len(shape):
+                raise AxisError(
+                    f"{name} was to map axis {axis} of {what!r}, whose shape is {shape}. Give it "
+                    f"the axis None, or an axis that it has."
+                )
+            sizes.setdefault(shape[axis], f"{what!r}, of shape {shape}, along axis {axis}")
+    if len(sizes) > 1:
+        (a, what_a), (b, what_b), *_ = sizes.items()
+        raise AxisError(f"{name} got two sizes to map over: {a} of {what_a} and {b} of {what_b}.")
+    if not sizes:
+        raise AxisError(
+            f"{name} has nothing to map over: no argument has an axis. Give one an axis in "
+            f"in_axes, or say the size with axis_size=."
+        )
+    return next(iter(sizes))
+
+
+class Sorted:
+    """Sorts what a body returns by its specification, since what it writes is known only afterwards.
+
+    `keys` is known before: every specification that was said, and a default. `sort` gives a list of
+    arrays for each of them, so `keys` is a prefix of its result; `packed` puts those together again.
+    """
+
+    def __init__(
+        self, name: str, call: Call, specs: Specs, out_specs: Any, default: Any, kind: type
+    ):
+        self._name = name
+        self._specs = specs
+        self._out_specs = out_specs
+        self.keys = tuple(dict.fromkeys([default, *_said([*specs, out_specs], kind)]))
+
+    def sort(self, packed: Packed, outline: Outline) -> tuple[list[Any], ...]:
+        if packed.spec.graph is None:
+            specs = along_output(packed.out, self._out_specs, self._name)
+        else:
+            specs = [
+                self._of_new(path, x)
+                for path, x in (*outline.fresh, *outline.arrays)
+                for _ in jax.tree.leaves(x.value if isinstance(x, Ref) else x)
+            ]
+        for i, value in zip(packed.spec.written, packed.written, strict=True):
+            specs += [self._specs.refs[i]] * len(jax.tree.leaves(value))
+        leaves, self._treedef = jax.tree.flatten(packed)
+        self._order = [self.keys.index(spec) for spec in specs]
+        groups: tuple[list[Any], ...] = tuple([] for _ in self.keys)
+        for leaf, group in zip(leaves, self._order, strict=True):
+            groups[group].append(leaf)
+        return groups
+
+    def packed(self, results: tuple[list[Any], ...]) -> Packed:
+        todo = [iter(group) for group in results]
+        return jax.tree.unflatten(self._treedef, [next(todo[i]) for i in self._order])
+
+    def _of_new(self, path: Path, x: Any) -> Any:
+        if path[0] == "1":
+            return _of_new(path[1:], x, self._out_specs, self._name)
+        # Hung on a root: what the root's other Refs of the kind have.
+        root = int(path[1])
+        spec = self._specs.roots[root] if root < len(self._specs.roots) else self.keys[0]
+        return _of_new(path[2:], x, spec, self._name)
+
+
+def _said(spec: Any, kind: type) -> Iterator[Any]:
+    if isinstance(spec, kind):
+        yield spec
+    elif isinstance(spec, ByFilter):
+        yield from _said([spec.rules, spec.default], kind)
+    elif isinstance(spec, dict | list | tuple):
+        for part in spec.values() if isinstance(spec, dict) else spec:
+            yield from _said(part, kind)

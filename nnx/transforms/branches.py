@@ -1,0 +1,165 @@
+"""Branches: `nnx.cond` and `nnx.switch`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nnx.transforms.boundary import (
+    Call,
+    Packed,
+    Roots,
+    Spec,
+    check_lifted,
+    close_call,
+    open_call,
+    run,
+    until_lifted,
+)
+from nnx.transforms.jit import function_name
+from refx import RefError
+from refx.partition import dotted
+
+__all__ = ["BranchError", "cond", "switch"]
+
+
+class BranchError(RefError, TypeError):
+    """Branches that leave different structures, shapes or dtypes behind."""
+
+
+def cond(
+    pred: Any, true_fun: Callable[..., Any], false_fun: Callable[..., Any], *operands: Any
+) -> Any:
+    """Apply `true_fun` or `false_fun` to the operands, by the scalar `pred`.
+
+    Refs in the operands and Refs that a branch closes over may be read and written; a Ref that only
+    one branch writes keeps its value in the other.
+
+    Raises:
+      BranchError: the branches return different structures, or give a Ref different shapes or
+        dtypes, or change the structure of a module differently; the message names the Ref.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> n = nnx.Ref(jnp.array(0), "counters")
+    >>> def count(x):
+    ...     n.value += 1
+    ...     return x
+    >>> float(nnx.cond(True, count, lambda x: -x, jnp.array(2.0))), int(n.value)
+    (2.0, 1)
+    """
+    names = f"{function_name(true_fun)}, {function_name(false_fun)}"
+    return _branch(
+        f"nnx.cond({names})",
+        (true_fun, false_fun),
+        operands,
+        lambda branches, *args: jax.lax.cond(pred, *branches, *args),
+    )
+
+
+def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
+    """Apply the branch with the number `index`, clamped as by `jax.lax.switch`; else as `nnx.cond`.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> n = nnx.Ref(jnp.array(0), "counters")
+    >>> def add(k):
+    ...     def branch():
+    ...         n.value += k
+    ...     return branch
+    >>> nnx.switch(2, [add(1), add(10), add(100)])
+    >>> int(n.value)
+    100
+    """
+    names = ", ".join(map(function_name, branches))
+    return _branch(
+        f"nnx.switch({names})",
+        tuple(branches),
+        operands,
+        lambda fns, *args: jax.lax.switch(index, fns, *args),
+    )
+
+
+def _branch(
+    name: str,
+    branches: tuple[Callable[..., Any], ...],
+    operands: tuple[Any, ...],
+    choose: Callable[..., Any],
+) -> Any:
+    def attempt(roots: Roots) -> Any:
+        call = open_call(operands, {}, roots)
+        inputs = (call.values, call.leaves, call.others)
+
+        def body(fn: Callable[..., Any]) -> Callable[..., Packed]:
+            return lambda *flat: run(fn, name, call, *flat, mode="read")
+
+        # Which Refs each branch writes is known after an abstract evaluation; what one of them
+        # writes, all of them return.
+        found = [jax.eval_shape(body(fn), *inputs) for fn in branches]
+        check_lifted(call)
+        union = tuple(sorted({i for packed in found for i in packed.spec.written}))
+        _check(name, call, branches, found, union)
+
+        def flat(fn: Callable[..., Any]) -> Callable[..., Any]:
+            def branch(values: Any, leaves: Any, others: Any) -> Any:
+                packed = body(fn)(values, leaves, others)
+                written = dict(zip(packed.spec.written, packed.written, strict=True))
+                return packed.out, [written.get(i, values[i]) for i in union]
+
+            return branch
+
+        out, written = choose([flat(fn) for fn in branches], *inputs)
+        return close_call(call, Packed(Spec(union, found[0].spec.graph), out, written))
+
+    return until_lifted(attempt)
+
+
+def _check(
+    name: str,
+    call: Call,
+    branches: tuple[Callable[..., Any], ...],
+    found: list[Packed],
+    union: tuple[int, ...],
+) -> None:
+    first, label = found[0], function_name(branches[0])
+    shapes = [dict(zip(p.spec.written, p.written, strict=True)) for p in found]
+    before = jax.eval_shape(lambda: call.values)
+    for packed, fn, written in zip(found[1:], branches[1:], shapes[1:], strict=True):
+        if packed.spec.graph != first.spec.graph:
+            raise BranchError(
+                f"The branches of {name} leave different structures behind: {label} and "
+                f"{function_name(fn)} change modules or return new ones differently. Make the same "
+                f"change in both, or before the branch."
+            )
+        if jax.tree.structure(packed.out) != jax.tree.structure(first.out):
+            raise BranchError(
+                f"The branches of {name} return different structures: {label} returns "
+                f"{jax.tree.structure(first.out)}, {function_name(fn)} returns "
+                f"{jax.tree.structure(packed.out)}."
+            )
+        _check_same(name, "The output", label, first.out, function_name(fn), packed.out)
+        for i in union:
+            path = dotted(call.layout.dagdef.ref_paths[i][1:])
+            what = f"Ref {path!r}" if path else "The Ref"
+            mine, yours = shapes[0].get(i, before[i]), written.get(i, before[i])
+            _check_same(name, what, label, mine, function_name(fn), yours)
+
+
+def _check_same(name: str, what: str, a_label: str, a: Any, b_label: str, b: Any) -> None:
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        raise BranchError(
+            f"{what} of {name} has the structure {jax.tree.structure(a)} after {a_label} and "
+            f"{jax.tree.structure(b)} after {b_label}. Both branches must leave the same."
+        )
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        weak = getattr(x, "weak_type", False) or getattr(y, "weak_type", False)
+        if x.shape != y.shape or (x.dtype != y.dtype and not weak):
+            raise BranchError(
+                f"{what} of {name} is {_text(x)} after {a_label} and {_text(y)} after {b_label}. "
+                f"Both branches must leave the same shape and dtype; cast or reshape in one."
+            )
+
+
+def _text(x: Any) -> str:
+    return f"{jnp.dtype(x.dtype)}[{','.join(map(str, x.shape))}]"

@@ -1,0 +1,449 @@
+"""Loops: `nnx.scan`, `nnx.while_loop`, `nnx.fori_loop` and `nnx.map`.
+
+JAX's loops carry a fixed set of values, so which Refs a body writes must be known before. It is
+found by evaluating the body once abstractly; then the Refs that are written are carried and the
+others are constants of the loop, which costs nothing and keeps their gradients cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nnx.transforms.axes import AxisError, ByFilter, Specs, assign, length
+from nnx.transforms.boundary import (
+    Call,
+    Packed,
+    Roots,
+    Spec,
+    check_lifted,
+    close_call,
+    open_call,
+    run,
+    until_lifted,
+)
+from nnx.transforms.jit import function_name
+from refx import Filter, RefError, StructureError
+from refx.node import is_identity
+from refx.partition import dotted
+from refx.snapshot import snapshot
+from refx.trace import write
+
+__all__ = ["CARRY", "CarryError", "fori_loop", "map", "scan", "while_loop"]
+
+
+class CarryError(RefError, TypeError):
+    """A loop whose carry changes its structure, its shape or its dtype."""
+
+
+class _Carry:
+    def __repr__(self) -> str:
+        return "nnx.CARRY"
+
+
+CARRY: Any = _Carry()
+"""In `nnx.scan(..., axes={filter: nnx.CARRY})`: carried from step to step and not sliced."""
+
+
+def scan(
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    init: Any = None,
+    xs: Any = None,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+    *,
+    axes: dict[Filter, Any] | None = None,
+) -> tuple[Any, Any]:
+    """Run `f(carry, x) -> (carry, y)` over the leading axis of `xs`, as one compiled loop.
+
+    Refs in `init`, Refs that `f` closes over, and the streams of the ambient scope are carried.
+    Refs in `xs` are sliced along their leading axis and their writes are stacked again. So a stack
+    of layers is `nnx.scan(lambda x, layer: (layer(x), None), x, layers)`, and a whole epoch is
+    `nnx.scan(lambda _, batch: (None, train_step(model, batch)), None, batches)`.
+
+    Args:
+      f: the body. It is called with the carry and one slice of `xs`.
+      init: the first carry: any pytree, modules and Refs included.
+      xs: what is scanned over: any pytree, modules and Refs included, or None.
+      length, reverse, unroll: as for `jax.lax.scan`.
+      axes: for the Refs in `xs`, a dict from filter to `nnx.CARRY`, for what is carried whole, or
+        0. What no filter selects is sliced.
+
+    Returns:
+      `(carry, ys)`. A module in the carry is the caller's own. New modules in `y` are stacked.
+
+    Raises:
+      CarryError: the carry, or a carried Ref, changes its structure, shape or dtype.
+      AxisError: leading axes of different sizes; one Ref both carried and sliced.
+      StructureError: the body changes the structure of a module that comes from outside.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> total = nnx.Ref(jnp.array(0.0))
+    >>> def body(carry, x):
+    ...     total.value += x
+    ...     return carry, total.value
+    >>> _, sums = nnx.scan(body, None, jnp.arange(4.0))
+    >>> sums.tolist(), float(total.value)
+    ([0.0, 1.0, 3.0, 6.0], 6.0)
+    """
+    name = f"nnx.scan({function_name(f)})"
+    for axis in (axes or {}).values():
+        if axis is not CARRY and axis != 0:
+            raise AxisError(
+                f"{name} got the axis {axis!r}; Refs of xs are sliced along axis 0, or carried "
+                f"with nnx.CARRY."
+            )
+
+    def attempt(roots: Roots) -> Any:
+        call = open_call((init, xs), {}, roots)
+        specs = assign(
+            call,
+            (init, xs),
+            {},
+            (ByFilter({}, CARRY), ByFilter(axes or {}, 0)),
+            name=name,
+            keyword=None,
+            ambient=lambda path, ref: CARRY,
+        )
+        loop = _Loop(name, f, call, specs, init)
+        size = _size(call, specs, length, name)
+
+        def first(sliced: Any) -> Any:
+            return loop.step(call.others, None, jax.tree.map(lambda x: jnp.asarray(x)[0], sliced))
+
+        sliced = loop.sliced()
+        loop.learn(jax.eval_shape(first, sliced) if size else _nothing(loop, sliced))
+
+        def body(carry: Any, x: Any) -> Any:
+            others, packed = loop.step(*carry, x)
+            return (others, loop.carried_of(packed)), (packed.out, loop.sliced_of(packed))
+
+        (others, carried), (out, sliced) = jax.lax.scan(
+            body, loop.first(), sliced, size, reverse=reverse, unroll=unroll
+        )
+        y = close_call(call, loop.packed(out, carried, sliced))
+        return loop.carry(others), y
+
+    return until_lifted(attempt)
+
+
+def _size(call: Call, specs: Specs, given: int | None, name: str) -> int:
+    return length(call, specs, given, name, lambda spec: None if spec is CARRY else spec)
+
+
+def _nothing(loop: _Loop, sliced: Any) -> Any:
+    # Of an empty axis there is no first slice, but its shape is known.
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), sliced)
+    return jax.eval_shape(lambda x: loop.step(loop.call.others, None, x), shapes)
+
+
+def while_loop(
+    cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any
+) -> Any:
+    """Run `body_fun(val) -> val` as long as `cond_fun(val)` is true, as one compiled loop.
+
+    Refs in `init_val` and Refs that the functions close over are carried, and both see their
+    current values; only the body may write.
+
+    Raises:
+      CarryError: the carry, or a carried Ref, changes its structure, shape or dtype.
+      StructureError: the condition writes a Ref, or the body changes the structure of a module.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> n = nnx.Ref(jnp.array(1), "counters")
+    >>> def double(_):
+    ...     n.value *= 2
+    >>> nnx.while_loop(lambda _: n.value < 100, double, None)
+    >>> int(n.value)
+    128
+    """
+    name = f"nnx.while_loop({function_name(body_fun)})"
+
+    def attempt(roots: Roots) -> Any:
+        call = open_call((init_val,), {}, roots)
+        loop = _Loop(name, lambda val: (body_fun(val), None), call, _all_carried(call), init_val)
+        loop.learn(jax.eval_shape(lambda: loop.step(call.others, None, loop.sliced())))
+
+        def condition(carry: Any) -> Any:
+            values, others = loop.place(*carry, loop.sliced())
+            packed = run(
+                cond_fun, name, call, values, call.leaves, others, mode="constant"
+            )
+            if packed.spec.written:
+                path = dotted(call.layout.dagdef.ref_paths[packed.spec.written[0]][1:])
+                raise StructureError(
+                    f"The condition of {name} wrote {path!r}. A condition may only read; move the "
+                    f"write into the body."
+                )
+            return packed.out
+
+        def body(carry: Any) -> Any:
+            others, packed = loop.step(*carry, loop.sliced())
+            return others, loop.carried_of(packed)
+
+        others, carried = jax.lax.while_loop(condition, body, loop.first())
+        close_call(call, loop.packed(None, carried, []))
+        return loop.carry(others)
+
+    return until_lifted(attempt)
+
+
+def fori_loop(
+    lower: Any,
+    upper: Any,
+    body_fun: Callable[[Any, Any], Any],
+    init_val: Any,
+    *,
+    unroll: int | bool | None = None,
+) -> Any:
+    """Run `body_fun(i, val) -> val` for `i` from `lower` to `upper - 1`, as one compiled loop.
+
+    Refs in `init_val` and Refs that the body closes over are carried. Arguments as for
+    `jax.lax.fori_loop`; errors as for `nnx.while_loop`.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> total = nnx.Ref(jnp.array(0))
+    >>> def add(i, _):
+    ...     total.value += i
+    >>> nnx.fori_loop(0, 5, add, None)
+    >>> int(total.value)
+    10
+    """
+    name = f"nnx.fori_loop({function_name(body_fun)})"
+    index = jnp.asarray(lower)
+
+    def attempt(roots: Roots) -> Any:
+        call = open_call((index, init_val), {}, roots)
+        specs = _all_carried(call)
+        # The index is an input of each step, and nothing that is carried.
+        specs.others[0] = 0
+        loop = _Loop(name, lambda i, val: (body_fun(i, val), None), call, specs, init_val)
+        loop.learn(jax.eval_shape(lambda: loop.step(call.others, None, loop.sliced())))
+
+        def body(i: Any, carry: Any) -> Any:
+            others, packed = loop.step(*carry, ([], [], [i]))
+            return others, loop.carried_of(packed)
+
+        others, carried = jax.lax.fori_loop(lower, upper, body, loop.first(), unroll=unroll)
+        close_call(call, loop.packed(None, carried, []))
+        return loop.carry(others)
+
+    return until_lifted(attempt)
+
+
+def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> Any:
+    """Apply `f` to each slice of `xs` along the leading axis, one after the other, and stack.
+
+    It is `nnx.scan` without a carry, so Refs in `xs` are sliced and closed-over Refs carried.
+
+    Args:
+      f: a function of one slice.
+      xs: any pytree of arrays, modules and Refs included.
+      batch_size: as for `jax.lax.map`: so many slices at a time, by `nnx.vmap`. `xs` must hold no
+        Refs then.
+
+    Raises:
+      AxisError: `batch_size` with Refs in `xs`, and what `nnx.scan` raises.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> nnx.map(lambda x: x * 2, jnp.arange(3)).tolist()
+    [0, 2, 4]
+    """
+    if batch_size is None:
+        return scan(lambda _, x: (None, f(x)), None, xs)[1]
+    from nnx.transforms.vmap import vmap
+
+    if any(is_identity(x) for x in jax.tree.leaves(xs, is_leaf=is_identity)):
+        raise AxisError(
+            "nnx.map with batch_size= takes no modules or Refs in xs. Leave batch_size out, or "
+            "let f close over the module."
+        )
+    size = {x.shape[0] for x in jax.tree.leaves(xs)}.pop()
+    whole = size - size % batch_size
+    parts = []
+    if whole:
+        batches = jax.tree.map(lambda x: x[:whole].reshape(-1, batch_size, *x.shape[1:]), xs)
+        stacked = scan(lambda _, x: (None, vmap(f)(x)), None, batches)[1]
+        parts.append(jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), stacked))
+    if size % batch_size or not parts:
+        parts.append(vmap(f)(jax.tree.map(lambda x: x[whole:], xs)))
+    return jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
+
+
+def _all_carried(call: Call) -> Specs:
+    return Specs(
+        [CARRY] * len(call.refs), [CARRY] * len(call.leaves), [CARRY] * len(call.others), []
+    )
+
+
+class _Loop:
+    """One call of a loop: which values are carried, which are sliced, and which are constants.
+
+    `step` runs the body on a carry `(others, carried)` and a slice `(refs, leaves, others)`.
+    Before `learn`, nothing is known to be written and every Ref has its first value.
+    """
+
+    def __init__(
+        self, name: str, fn: Callable[..., Any], call: Call, specs: Specs, init: Any
+    ):
+        self.call = call
+        self._name = name
+        self._fn = fn
+        self._init = init
+        self._slices = [[i for i, s in enumerate(at) if s is not CARRY] for at in specs[:3]]
+        self._kept = [i for i, s in enumerate(specs.others) if s is CARRY]
+        self._is_carried = [s is CARRY for s in specs.refs]
+        self._carried: list[int] = []
+        self._spec = Spec((), None)
+
+    def sliced(self) -> tuple[list[Any], ...]:
+        lists = (self.call.values, self.call.leaves, self.call.others)
+        return tuple([x[i] for i in at] for x, at in zip(lists, self._slices, strict=True))
+
+    def first(self) -> tuple[list[Any], list[Any]]:
+        others = [self.call.others[i] for i in self._kept]
+        return others, [self.call.values[i] for i in self._carried]
+
+    def place(self, others: Any, carried: Any, sliced: Any) -> tuple[list[Any], list[Any]]:
+        """The full lists of Ref values and of other values for one step; leaves are in `_leaves`."""
+        values, rest = list(self.call.values), list(self.call.others)
+        self._leaves = list(self.call.leaves)
+        if carried is not None:
+            for i, x in zip(self._kept, others, strict=True):
+                rest[i] = x
+            for i, x in zip(self._carried, carried, strict=True):
+                values[i] = x
+        for x, at, new in zip((values, self._leaves, rest), self._slices, sliced, strict=True):
+            for i, value in zip(at, new, strict=True):
+                x[i] = value
+        return values, rest
+
+    def step(self, others: Any, carried: Any, sliced: Any) -> tuple[list[Any], Packed]:
+        values, rest = self.place(others, carried, sliced)
+        return run(
+            self._body,
+            self._name,
+            self.call,
+            values,
+            self._leaves,
+            rest,
+            mode="read",
+            split_out=lambda out: out,
+        )
+
+    def _body(self, *args: Any) -> tuple[list[Any], Any]:
+        carry = args[0] if len(args) == 1 or self._name.startswith("nnx.scan") else args[1]
+        out = self._fn(*args)
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise CarryError(
+                f"The body of {self._name} must return (carry, y), but it returned "
+                f"{type(out).__name__}."
+            )
+        return self._match(carry, out[0]), out[1]
+
+    def _match(self, carry: Any, new: Any) -> list[Any]:
+        """The arrays of the new carry; modules in it must be those of the old one, or like them."""
+        olds, old_def = jax.tree.flatten(carry, is_leaf=is_identity)
+        news, new_def = jax.tree.flatten(new, is_leaf=is_identity)
+        if old_def != new_def:
+            raise CarryError(
+                f"The carry of {self._name} changes its structure: it comes in as {old_def} and "
+                f"is returned as {new_def}. Return what has the structure of the first carry."
+            )
+        arrays = []
+        for old, x in zip(olds, news, strict=True):
+            if is_identity(old) != is_identity(x):
+                raise CarryError(
+                    f"The carry of {self._name} changes from {type(old).__name__} to "
+                    f"{type(x).__name__}. Return the module that came in, or one like it."
+                )
+            if not is_identity(old):
+                arrays.append(x)
+            elif old is not x:
+                before, after = snapshot(old), snapshot(x)
+                if before.dagdef is not after.dagdef:
+                    raise CarryError(
+                        f"The carry of {self._name} holds a {type(old).__name__}, and the body "
+                        f"returned one of another structure in its place: {after.dagdef!r} for "
+                        f"{before.dagdef!r}."
+                    )
+                for ref, value in zip(before.refs, after.values(), strict=True):
+                    write(ref, value)
+        return arrays
+
+    def learn(self, found: tuple[list[Any], Packed]) -> None:
+        """Take from one abstract step which Refs are written, and check that they may be carried."""
+        check_lifted(self.call)
+        others, packed = found
+        self._spec = packed.spec
+        graph = packed.spec.graph
+        if graph is not None and graph.refill:
+            raise StructureError(
+                f"The body of {self._name} changes the structure of a module that comes from "
+                f"outside (an attribute, a list or a Ref was added, removed or replaced), and the "
+                f"steps of a compiled loop cannot have different structures. Make the change "
+                f"before the loop."
+            )
+        self._carried = [i for i in packed.spec.written if self._is_carried[i]]
+        written = dict(zip(packed.spec.written, packed.written, strict=True))
+        paths = self.call.layout.dagdef.ref_paths
+        for i in self._carried:
+            what = dotted(paths[i][1:]) or "a Ref"
+            self._check(f"Ref {what!r}", self.call.values[i], written[i])
+        flat = jax.tree_util.tree_flatten_with_path(self._init, is_leaf=is_identity)[0]
+        names = [jax.tree_util.keystr(path) for path, x in flat if not is_identity(x)]
+        for where, i, new in zip(names, self._kept, others, strict=True):
+            self._check(f"the carry{where}", self.call.others[i], new)
+
+    def _check(self, what: str, old: Any, new: Any) -> None:
+        before, after = jax.eval_shape(lambda: (old, new)) if _concrete(new) else (old, new)
+        olds, old_def = jax.tree.flatten(before)
+        news, new_def = jax.tree.flatten(after)
+        if old_def != new_def:
+            raise CarryError(
+                f"{what} of {self._name} changes its structure from {old_def} to {new_def}. "
+                f"A carried value must keep it."
+            )
+        for a, b in zip(olds, news, strict=True):
+            a, b = _shaped(a), _shaped(b)
+            if a.shape != b.shape or (a.dtype != b.dtype and not getattr(a, "weak_type", False)):
+                raise CarryError(
+                    f"{what} of {self._name} changes from {_text(a)} to {_text(b)} in one step. A "
+                    f"carried value must keep its shape and dtype; cast or reshape what the body "
+                    f"gives it, or its first value."
+                )
+
+    def carried_of(self, packed: Packed) -> list[Any]:
+        written = dict(zip(packed.spec.written, packed.written, strict=True))
+        return [written[i] for i in self._carried]
+
+    def sliced_of(self, packed: Packed) -> list[Any]:
+        pairs = zip(packed.spec.written, packed.written, strict=True)
+        return [value for i, value in pairs if not self._is_carried[i]]
+
+    def packed(self, out: Any, carried: list[Any], sliced: list[Any]) -> Packed:
+        todo, slices = iter(carried), iter(sliced)
+        written = [next(todo if self._is_carried[i] else slices) for i in self._spec.written]
+        return Packed(self._spec, out, written)
+
+    def carry(self, others: list[Any]) -> Any:
+        """The last carry, with the caller's own modules."""
+        flat, treedef = jax.tree.flatten(self._init, is_leaf=is_identity)
+        todo = iter(others)
+        return jax.tree.unflatten(treedef, [x if is_identity(x) else next(todo) for x in flat])
+
+
+def _concrete(x: Any) -> bool:
+    return not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x))
+
+
+def _shaped(x: Any) -> Any:
+    return x if hasattr(x, "dtype") else jax.eval_shape(lambda: jnp.asarray(x))
+
+
+def _text(x: Any) -> str:
+    return f"{x.dtype}[{','.join(str(n) for n in x.shape)}]"

@@ -1,0 +1,153 @@
+"""`nnx.vmap`: a function of one example, mapped over an axis, with the Refs it reads and writes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import jax
+
+from nnx.scope import Scope, entered
+from nnx.transforms.axes import (
+    AxisError,
+    Sorted,
+    Specs,
+    assign,
+    length,
+)
+from nnx.transforms.boundary import (
+    Call,
+    Packed,
+    Roots,
+    close_call,
+    open_call,
+    run,
+    until_lifted,
+)
+from nnx.transforms.jit import function_name, unbound
+from refx.partition import Path, dotted
+from refx.trace import is_batched, local
+
+__all__ = ["vmap"]
+
+
+def vmap(
+    fn: Callable[..., Any],
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    *,
+    axis_name: Hashable | None = None,
+    axis_size: int | None = None,
+    spmd_axis_name: Any = None,
+) -> Callable[..., Any]:
+    """Map a function over an axis of its arguments; Refs are mapped as their axes say.
+
+    A Ref with an axis has a slice in each lane, and its writes are stacked again. A Ref with the
+    axis None, and one that is closed over, is the same in every lane and may only be written with a
+    value that is the same in every lane too. Each stream of the ambient scope gives one key, which
+    is split into one for each lane: lane `i` draws what the function alone would draw in
+    `nnx.scope(jax.random.split(stream.next(), n)[i])`.
+
+    Args:
+      fn: the function, a module, or a bound method of one.
+      in_axes: an axis, or a tuple with one for each positional argument, or a pytree prefix of
+        that. For a module or a Ref it may be a dict from filter to axis: `{"params": 0, ...: None}`.
+        Keyword arguments are mapped over axis 0.
+      out_axes: the same for the output; new modules and Refs in it may have a dict from filter.
+      axis_name, axis_size, spmd_axis_name: as for `jax.vmap`.
+
+    Raises:
+      AxisError: axes that do not fit the arguments, one Ref with two axes, two sizes, or a write
+        that differs between lanes to a Ref that has no axis; the message names the Ref.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> class Scale(nnx.Module):
+    ...     scale: jax.Array = nnx.param()
+    ...     def __init__(self):
+    ...         self.scale = jax.random.normal(self.make_rng("params"), (2,))
+    >>> stack = nnx.vmap(lambda key: Scale.init(key)())(jax.random.split(jax.random.key(0), 3))
+    >>> stack.scale.shape
+    (3, 2)
+    """
+    inner, bound = unbound(fn)
+    name = f"nnx.vmap({function_name(fn)})"
+    if bound and isinstance(in_axes, list | tuple):
+        in_axes = (None, *in_axes)
+
+    @functools.wraps(inner)
+    def mapped(*args: Any, **kwargs: Any) -> Any:
+        args = bound + args
+        axes = in_axes
+        if bound and not isinstance(axes, list | tuple):
+            axes = (None, *[axes] * (len(args) - 1))
+
+        def attempt(roots: Roots) -> Any:
+            def opened() -> tuple[Call, Specs]:
+                call = open_call(args, kwargs, roots)
+                specs = assign(
+                    call, args, kwargs, axes, name=name, keyword=0, ambient=_ambient_axis
+                )
+                return call, specs
+
+            with entered(None):
+                size = length(*opened(), axis_size, name, _axis)
+            with _lanes(size):
+                call, specs = opened()
+                layout = Sorted(name, call, specs, out_axes, None, int)
+                check = functools.partial(_check_expressible, name, call, specs)
+                results = jax.vmap(
+                    lambda *flat: run(
+                        inner,
+                        name,
+                        call,
+                        *flat,
+                        mode="read",
+                        finish=lambda p, outline: check(p) or layout.sort(p, outline),
+                    ),
+                    in_axes=(specs.refs, specs.leaves, specs.others),
+                    out_axes=layout.keys,
+                    axis_name=axis_name,  # pyright: ignore[reportArgumentType]
+                    axis_size=size,
+                    spmd_axis_name=spmd_axis_name,
+                )(call.values, call.leaves, call.others)
+                return close_call(call, layout.packed(results))
+
+        return until_lifted(attempt)
+
+    return mapped
+
+
+def _axis(spec: Any) -> int | None:
+    return spec
+
+
+def _ambient_axis(path: Path, ref: Any) -> int | None:
+    # Closed-over Refs are the same in every lane; of the scope that `_lanes` makes, the keys differ.
+    return 0 if path[:1] == ("streams",) and path[-1] == "key" else None
+
+
+@contextlib.contextmanager
+def _lanes(size: int) -> Iterator[None]:
+    """The ambient scope with a key for each lane; afterwards each outer stream has moved on by one."""
+    scope: Scope | None = local.scope
+    if scope is None:
+        yield
+        return
+    with entered(scope.lanes(size)):
+        yield
+    for stream in scope.streams.values():
+        stream.advance()
+
+
+def _check_expressible(name: str, call: Call, specs: Specs, packed: Packed) -> None:
+    for i, value in zip(packed.spec.written, packed.written, strict=True):
+        if specs.refs[i] is None and is_batched(value):
+            what = dotted(call.layout.dagdef.ref_paths[i][1:])
+            raise AxisError(
+                f"{name} wrote {what!r} with a value that differs between the lanes, but the Ref "
+                f"has the axis None: it is one value for all of them. Give it an axis, as in "
+                f"in_axes=({{'batch_stats': 0, ...: None}}, 0), or reduce the value over the lanes "
+                f"with jax.lax.pmean and axis_name."
+            )

@@ -1,0 +1,172 @@
+"""The transformations that take a function as a whole: remat, eval_shape, make_jaxpr, checkify."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import checkify as jax_checkify
+
+from nnx.transforms.boundary import (
+    Call,
+    Packed,
+    Roots,
+    close_call,
+    open_call,
+    run,
+    until_lifted,
+)
+from nnx.transforms.jit import function_name, unbound
+from refx.structure import build
+
+__all__ = ["checkify", "eval_shape", "make_jaxpr", "remat"]
+
+
+def _transformed(
+    kind: str, fn: Callable[..., Any], transform: Callable[[Call, Callable[..., Packed]], Any]
+) -> Callable[..., Any]:
+    """A function that opens the boundary and leaves to `transform` what happens inside."""
+    inner, bound = unbound(fn)
+    name = f"{kind}({function_name(fn)})"
+
+    @functools.wraps(inner)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        def attempt(roots: Roots) -> Any:
+            call = open_call(bound + args, kwargs, roots)
+            return transform(call, lambda *flat: run(inner, name, call, *flat, mode="read"))
+
+        return until_lifted(attempt)
+
+    return wrapped
+
+
+def remat(
+    fn: Callable[..., Any] | None = None,
+    *,
+    prevent_cse: bool = True,
+    policy: Callable[..., bool] | None = None,
+) -> Callable[..., Any]:
+    """Compute the intermediate values of `fn` again in the backward pass instead of keeping them.
+
+    Args:
+      fn: the function, a module, or a bound method of one. It may read and write Refs.
+      prevent_cse, policy: as for `jax.checkpoint`.
+
+    Returns:
+      A function that computes what `fn` computes, with less memory under `nnx.grad`.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> w = nnx.Ref(jnp.array(2.0), "params")
+    >>> float(nnx.grad(nnx.remat(lambda w: jnp.sin(w.value) ** 2))(w)[""]).__round__(4)
+    -0.7568
+    """
+    if fn is None:
+        return functools.partial(remat, prevent_cse=prevent_cse, policy=policy)
+
+    def transform(call: Call, pure: Callable[..., Packed]) -> Any:
+        again = jax.checkpoint(pure, prevent_cse=prevent_cse, policy=policy)
+        return close_call(call, again(call.values, call.leaves, call.others))
+
+    return _transformed("nnx.remat", fn, transform)
+
+
+def eval_shape(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The output of `fn` with `jax.ShapeDtypeStruct`s for arrays, without computing anything.
+
+    Modules in the arguments may hold arrays or `ShapeDtypeStruct`s. Nothing that `fn` writes is
+    kept. So a model of any size can be looked at: `nnx.eval_shape(lambda: Model.init(key)(...))`.
+
+    >>> import jax, nnx
+    >>> class Wide(nnx.Module):
+    ...     w: jax.Array = nnx.param()
+    ...     def __init__(self, n):
+    ...         self.w = jax.random.normal(self.make_rng("params"), (n, n))
+    >>> nnx.eval_shape(lambda: Wide.init(jax.random.key(0))(100_000))
+    Wide(
+      w = float32[100000,100000]  # params
+    )
+    """
+
+    def transform(call: Call, pure: Callable[..., Packed]) -> Any:
+        packed = jax.eval_shape(pure, call.values, call.leaves, call.others)
+        if packed.spec.graph is None:
+            return packed.out
+        # The output may hold modules of the caller; it gets copies, with the shapes they would have.
+        graph, (fresh, arrays) = packed.spec.graph, packed.out
+        before = jax.eval_shape(lambda: (call.values, call.leaves))
+        values = list(before[0])
+        for i, value in zip(packed.spec.written, packed.written, strict=True):
+            values[i] = value
+        return build(graph.dagdef, *_all_values(call, graph, values, before[1], fresh, arrays))[0][1]
+
+    return _transformed("nnx.eval_shape", fn, transform)(*args, **kwargs)
+
+
+def _all_values(
+    call: Call, graph: Any, values: list[Any], leaves: list[Any], fresh: Any, arrays: Any
+) -> tuple[list[Any], list[Any]]:
+    """A value for every Ref and plain array of a Graph, whether it is new or was there before."""
+    ref_at = {}
+    for number, node in enumerate(call.layout.dagdef.nodes):
+        if not hasattr(node, "children"):
+            ref_at[number] = len(ref_at)
+    new, more = iter(fresh), iter(arrays)
+    refs = [
+        values[ref_at[graph.known[n]]] if n in graph.known else next(new)
+        for n, node in enumerate(graph.dagdef.nodes)
+        if not hasattr(node, "children")
+    ]
+    return refs, [leaves[i] if i is not None else next(more) for i in graph.leaves]
+
+
+def make_jaxpr(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the arguments of `fn` that gives its jaxpr, to look at; nothing is written.
+
+    The inputs of the jaxpr are the values of the Refs, by path, and then the other arguments; its
+    outputs are those of `fn` and then the Refs that `fn` wrote, and no others.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> n = nnx.Ref(jnp.array(0), "counters")
+    >>> def count(n, x):
+    ...     n.value += x
+    >>> len(nnx.make_jaxpr(count)(n, 2).jaxpr.outvars)
+    1
+    """
+
+    def transform(call: Call, pure: Callable[..., Packed]) -> Any:
+        return jax.make_jaxpr(pure)(call.values, call.leaves, call.others)
+
+    return _transformed("nnx.make_jaxpr", fn, transform)
+
+
+def checkify(
+    fn: Callable[..., Any], errors: Any = jax_checkify.user_checks
+) -> Callable[..., Any]:
+    """Make `jax.experimental.checkify` checks of `fn` into an error value; Refs are written back.
+
+    Args:
+      fn: the function, a module, or a bound method of one.
+      errors: which checks, as for `jax.experimental.checkify.checkify`.
+
+    Returns:
+      A function that returns `(error, out)`; `error.throw()` raises if a check failed. It must be
+      compiled, by `nnx.jit`, if the checks are inside a compiled function.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> from jax.experimental import checkify
+    >>> def log(x):
+    ...     checkify.check(x > 0, "x must be positive")
+    ...     return jnp.log(x)
+    >>> error, _ = nnx.checkify(log)(jnp.array(-1.0))
+    >>> error.get() is not None
+    True
+    """
+
+    def transform(call: Call, pure: Callable[..., Packed]) -> Any:
+        checked = jax_checkify.checkify(pure, errors)
+        error, packed = checked(call.values, call.leaves, call.others)
+        return error, close_call(call, packed)
+
+    return _transformed("nnx.checkify", fn, transform)
