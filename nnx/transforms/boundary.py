@@ -49,7 +49,18 @@ class Layout:
     Layouts are made once for each form and DagDef of a function and compared by identity.
     """
 
-    __slots__ = ("closed", "constants", "dagdef", "form", "has_scope", "statics", "traced")
+    __slots__ = (
+        "closed",
+        "compiled",
+        "constants",
+        "dagdef",
+        "donated",
+        "form",
+        "has_scope",
+        "shardings",
+        "statics",
+        "traced",
+    )
 
     def __init__(
         self,
@@ -69,6 +80,10 @@ class Layout:
         self.statics = statics
         # Whether a compiled function was traced for this layout, so that its closures are known.
         self.traced = False
+        # What `nnx.jit` learned by that: its own program, and the Refs whose buffers it takes.
+        self.compiled: Any = None
+        self.donated: tuple[int, ...] = ()
+        self.shardings: Any = None
 
 
 class Plan(NamedTuple):

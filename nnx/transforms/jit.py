@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, overload
 
 import jax
 
-from nnx.transforms.boundary import Call, Plan, close_call, open_call, run
+from nnx.transforms.boundary import Call, Outline, Packed, Plan, Spec, close_call, open_call, run
 from nnx.transforms.closure import Closure
-from refx import Node
+from nnx.transforms.donation import explain_deleted, explain_donation, selected
+from nnx.transforms.shardings import Shardings
+from nnx.transforms.stages import Traced
+from nnx.transforms.statics import Statics
+from refx import Filter, Node
 from refx.trace import local
 
 __all__ = ["jit"]
@@ -35,27 +38,56 @@ def function_name(fn: Callable[..., Any]) -> str:
 
 
 class Jit:
-    """What `nnx.jit` returns: called like the function, compiled once for each structure."""
+    """What `nnx.jit` returns: called like the function, compiled once for each structure.
+
+    A layout is traced once before it is compiled, since only then is known what the function closes
+    over and which Refs it writes. JAX keeps the trace, so that costs nothing.
+    """
 
     def __init__(
         self,
         fn: Callable[..., Any],
-        static_argnums: int | Iterable[int] | None,
-        static_argnames: str | Iterable[str] | None,
+        statics: tuple[Any, Any],
+        donate: Filter,
+        shardings: tuple[Any, Any],
         options: dict[str, Any],
     ):
         self._fn, self._bound = unbound(fn)
         self._name = f"nnx.jit({function_name(fn)})"
         self._closure = Closure(self._fn)
         self._plans: dict[Any, Plan] = {}
-        self._static = _Statics(self._fn, static_argnums, static_argnames, len(self._bound))
+        self._static = Statics(self._fn, *statics, bound=len(self._bound))
+        self._donate = donate
+        self._options = options
+        self._shardings = Shardings(self._name, *shardings, bound=len(self._bound))
         self._compiled = jax.jit(self._run, static_argnums=0, **options)
         functools.update_wrapper(self, fn if not isinstance(fn, Node) else self._fn)
 
-    def _run(self, layout: Any, values: Any, leaves: Any, others: Any) -> Any:
+    def _run(self, layout: Any, values: Any, leaves: Any, others: Any) -> Packed:
         call: Call = local.call
         fn = self._static.restore(self._fn, layout.statics)
         return run(fn, self._name, call, values, leaves, others, layout=layout)
+
+    def _run_donating(
+        self, layout: Any, donated: Any, values: Any, leaves: Any, others: Any
+    ) -> Packed:
+        call: Call = local.call
+        full = list(values)
+        for i, value in zip(layout.donated, donated, strict=True):
+            full[i] = value
+
+        def finish(packed: Packed, outline: Outline) -> Packed:
+            # What is donated is gone, so it has to come back even where it was not written.
+            written = dict(zip(packed.spec.written, packed.written, strict=True))
+            for i, value in zip(layout.donated, donated, strict=True):
+                written.setdefault(i, value)
+            order = tuple(sorted(written))
+            return Packed(Spec(order, packed.spec.graph), packed.out, [written[i] for i in order])
+
+        fn = self._static.restore(self._fn, layout.statics)
+        return run(
+            fn, self._name, call, full, leaves, others, layout=layout, finish=finish
+        )
 
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         if self._bound:
@@ -63,33 +95,107 @@ class Jit:
         statics = None
         if self._static.active:
             args, kwargs, statics = self._static.take(args, kwargs)
-        return open_call(args, kwargs, self._closure, self._plans, statics)
+        call = open_call(args, kwargs, self._closure, self._plans, statics)
+        if self._shardings.active and not call.layout.traced:
+            self._shardings.learn(call, args, kwargs)
+        return call
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def _trace(self, call: Call) -> None:
+        """Find out what the function closes over and what it writes, and prepare for it."""
+        layout = call.layout
+        traced = self._compiled.trace(layout, call.values, call.leaves, call.others)
+        if call.found:
+            return
+        spec = traced.out_info.spec
+        options = dict(self._options)
+        if self._shardings.active:
+            options |= self._shardings.options(layout, traced.out_info)
+        if self._donate is not None and self._donate is not False:
+            layout.donated = selected(self._donate, call, spec.written)
+            if self._shardings.active:
+                inputs = options["in_shardings"]
+                options["in_shardings"] = ([inputs[0][i] for i in layout.donated], *inputs)
+            layout.compiled = jax.jit(
+                self._run_donating, static_argnums=0, donate_argnums=1, **options
+            )
+        elif self._shardings.active:
+            layout.compiled = jax.jit(self._run, static_argnums=0, **options)
+        layout.traced = True
+
+    def _inputs(self, call: Call) -> tuple[Any, ...]:
+        if not call.layout.donated:
+            return (call.values, call.leaves, call.others)
+        kept: list[Any] = list(call.values)
+        donated = []
+        for i in call.layout.donated:
+            donated.append(kept[i])
+            kept[i] = None
+        return (donated, kept, call.leaves, call.others)
+
+    def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """An opened call whose layout is traced, with all that it closes over."""
         outer = local.call
         while True:
             call = local.call = self._open(args, kwargs)
-            layout = call.layout
-            packed = None
             try:
-                if not layout.traced:
-                    # The trace is kept by JAX for the call below. What it closes over is found
-                    # here, before anything is compiled.
-                    self._compiled.trace(layout, call.values, call.leaves, call.others)
-                    layout.traced = True
-                if not call.found or _starts_again(call):
-                    packed = self._compiled(layout, call.values, call.leaves, call.others)
+                if not call.layout.traced:
+                    self._trace(call)
             except Exception:
                 if not call.found:
                     raise
             finally:
                 local.call = outer
+            if not call.found or _starts_again(call):
+                return call
+            self._closure.add(root for _, root in call.found)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outer = local.call
+        while True:
+            call = self._open(args, kwargs)
+            if not call.layout.traced:
+                call = self._prepared(args, kwargs)
+            layout = call.layout
+            local.call = call
+            try:
+                if layout.compiled is None:
+                    packed = self._compiled(layout, call.values, call.leaves, call.others)
+                else:
+                    packed = layout.compiled(layout, *self._inputs(call))
+            except (RuntimeError, ValueError) as error:
+                explain_donation(error, self._name, call)
+                explain_deleted(error, self._name, call)
+                raise
+            finally:
+                local.call = outer
             if call.found:
+                # Shapes that were not traced before may take another way through the function.
                 self._closure.add(root for _, root in call.found)
-                if packed is None or not _starts_again(call):
+                if not _starts_again(call):
                     continue
                 call.found.clear()
             return close_call(call, packed)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Traced:
+        """Trace for these arguments, as `jax.jit(f).trace`: has `.jaxpr` and `.lower()`."""
+        call = self._prepared(args, kwargs)
+        compiled = call.layout.compiled or self._compiled
+        outer, local.call = local.call, call
+        try:
+            traced = compiled.trace(call.layout, *self._inputs(call))
+        finally:
+            local.call = outer
+        return Traced(traced, self._name, call.layout, self._open, self._inputs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """Lower for these arguments, as `jax.jit(f).lower`: has `.compile()` and `.as_text()`."""
+        return self.trace(*args, **kwargs).lower()
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """The output for these arguments, abstractly; see `nnx.eval_shape`."""
+        from nnx.transforms.whole import eval_shape
+
+        return eval_shape(self._fn, *self._bound, *args, **kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
@@ -108,70 +214,6 @@ def _starts_again(call: Call) -> bool:
     return frame is not None and frame.lifts and any(ref in frame.found for ref, _ in call.found)
 
 
-class _Statics:
-    """Which arguments are static, and how they are taken out of a call and put back."""
-
-    def __init__(self, fn: Any, nums: Any, names: Any, bound: int):
-        nums = (nums,) if isinstance(nums, int) else tuple(nums or ())
-        names = (names,) if isinstance(names, str) else tuple(names or ())
-        self.active = bool(nums or names)
-        if not self.active:
-            return
-        nums = tuple(n + bound if n >= 0 else n for n in nums)
-        try:
-            parameters = list(inspect.signature(fn).parameters.values())
-        except (TypeError, ValueError):
-            parameters = []
-        positional = [
-            p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-        # As in jax.jit: what is static by number is static by name too, and the other way round.
-        by_num = {n % len(positional) if n < 0 and positional else n for n in nums}
-        self.names = set(names) | {positional[n] for n in by_num if n < len(positional)}
-        self.nums = by_num | {i for i, name in enumerate(positional) if name in names}
-
-    def take(self, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
-        fixed = {i: a for i, a in enumerate(args) if i in self.nums}
-        named = {k: v for k, v in kwargs.items() if k in self.names}
-        for where, value in (*fixed.items(), *named.items()):
-            _check_static(where, value)
-        statics = (len(args), tuple(fixed.items()), tuple(sorted(named.items())))
-        rest = tuple(a for i, a in enumerate(args) if i not in self.nums)
-        return rest, {k: v for k, v in kwargs.items() if k not in self.names}, statics
-
-    def restore(self, fn: Callable[..., Any], statics: Any) -> Callable[..., Any]:
-        if statics is None:
-            return fn
-        count, fixed, named = statics
-        fixed = dict(fixed)
-
-        def with_statics(*args: Any, **kwargs: Any) -> Any:
-            rest = iter(args)
-            full = [fixed[i] if i in fixed else next(rest) for i in range(count)]
-            return fn(*full, **kwargs, **dict(named))
-
-        return with_statics
-
-
-def _check_static(where: Any, value: Any) -> None:
-    from refx import StructureError, UnhashableStaticError
-    from refx.node import is_identity
-
-    which = f"argument {where}" if isinstance(where, int) else f"argument {where!r}"
-    if any(map(is_identity, jax.tree.leaves(value, is_leaf=is_identity))):
-        raise StructureError(
-            f"Static {which} of nnx.jit holds a module or a Ref, whose updates would not be seen. "
-            f"Pass it as an ordinary argument: its structure is static there by itself."
-        )
-    try:
-        hash(value)
-    except TypeError:
-        raise UnhashableStaticError(
-            f"Static {which} of nnx.jit is a {type(value).__name__}, which cannot be hashed: "
-            f"{value!r}. Use a tuple for a list, or make the argument an ordinary one."
-        ) from None
-
-
 @overload
 def jit(fn: F, **options: Any) -> F: ...
 @overload
@@ -181,6 +223,9 @@ def jit(
     *,
     static_argnums: int | Iterable[int] | None = None,
     static_argnames: str | Iterable[str] | None = None,
+    donate: Filter = None,
+    in_shardings: Any = None,
+    out_shardings: Any = None,
     **options: Any,
 ) -> Any:
     """Compile a function that may read and write the Refs it is given or closes over.
@@ -196,10 +241,21 @@ def jit(
         in what it closes over, and in its output.
       static_argnums: numbers of arguments that are hashable constants of the program.
       static_argnames: the same by name.
+      donate: a filter, or True for every Ref: the buffers of the Refs that it selects and that the
+        function writes are given to the program, which needs no memory for the new values then.
+        Other names for such an array, as in a clone that shares it, are dead afterwards.
+      in_shardings: a sharding, or a tuple with one for each argument, or a pytree prefix of that;
+        for a module or a Ref it may be a dict from filter to sharding. What is written keeps it.
+      out_shardings: the same for the output, which must hold no new Refs.
       **options: `inline`, `keep_unused`, `compiler_options` and so on, as for `jax.jit`.
+
+    Returns:
+      A function like `fn`, with `.trace`, `.lower` and `.eval_shape` as on `jax.jit`.
 
     Raises:
       UnhashableStaticError: a static attribute or argument cannot be hashed.
+      DonationError: one buffer is behind two Refs of which one is donated; a Ref whose buffer was
+        donated before is used.
       TraceLevelError, ForeignTracerError: see the errors of refx; raised while tracing.
 
     >>> import jax, jax.numpy as jnp, nnx
@@ -213,8 +269,15 @@ def jit(
     """
     if fn is None:
         return functools.partial(
-            jit, static_argnums=static_argnums, static_argnames=static_argnames, **options
+            jit,
+            static_argnums=static_argnums,
+            static_argnames=static_argnames,
+            donate=donate,
+            in_shardings=in_shardings,
+            out_shardings=out_shardings,
+            **options,
         )
     if not callable(fn):
         raise TypeError(f"nnx.jit takes a function, a module or a method, but got {fn!r}.")
-    return Jit(fn, static_argnums, static_argnames, options)
+    statics, shardings = (static_argnums, static_argnames), (in_shardings, out_shardings)
+    return Jit(fn, statics, donate, shardings, options)

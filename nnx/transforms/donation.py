@@ -1,0 +1,82 @@
+"""Donation: giving the buffers of Refs that a step overwrites to the compiled program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from nnx.transforms.boundary import Call
+from refx import Filter, RefError, to_predicate
+from refx.partition import dotted
+
+__all__ = ["DonationError"]
+
+
+class DonationError(RefError, RuntimeError):
+    """A buffer that cannot be donated, or that was donated before."""
+
+
+def selected(donate: Filter, call: Call, written: tuple[int, ...]) -> tuple[int, ...]:
+    """The numbers of the Refs whose buffers are donated: those selected that are written."""
+    predicate = to_predicate(... if donate is True else donate)
+    paths = call.layout.dagdef.ref_paths
+    # The first part of a path is the number of the root.
+    return tuple(i for i in written if predicate(paths[i][1:], call.refs[i]))
+
+
+def explain_donation(error: Exception, name: str, call: Call) -> None:
+    """Say in our terms that two Refs share a buffer of which one was to be donated."""
+    text = str(error)
+    if "donate" not in text or not call.layout.donated:
+        return
+    owner: dict[Any, tuple[int, str]] = {}
+    donated = set(call.layout.donated)
+    # What is donated comes first, so that a clash with anything else is found too.
+    order = [*donated, *(i for i in range(len(call.values)) if i not in donated)]
+    items = [(_name(call, i), call.values[i]) for i in order]
+    items += [(f"array argument {k}", x) for k, x in enumerate([*call.leaves, *call.others])]
+    for k, (what, value) in enumerate(items):
+        for x in jax.tree.leaves(value):
+            buffer = _buffer(x)
+            if buffer is None:
+                continue
+            at, first = owner.setdefault(buffer, (k, what))
+            if at != k:
+                raise DonationError(
+                    f"{name} was to donate the buffer of {first}, but {what} is the same array. "
+                    f"Nothing was changed. Give each an array of its own, as with "
+                    f"x = jnp.copy(x), tie the two as one Ref with nnx.get_ref, or leave one out "
+                    f"of donate=."
+                ) from error
+
+
+def explain_deleted(error: Exception, name: str, call: Call) -> None:
+    """Say in our terms that the buffer of a Ref is gone."""
+    if "deleted" not in str(error) and "donated" not in str(error):
+        return
+    for i, value in enumerate(call.values):
+        for x in jax.tree.leaves(value):
+            if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
+                raise DonationError(
+                    f"{name} was called with {_name(call, i)}, whose buffer is gone: it was "
+                    f"donated to a step (donate=) that wrote another Ref with the same array, or "
+                    f"that failed while it ran. Before a donating step, make copies with "
+                    f"jax.tree.map(jnp.copy, model); after a failed one, load the last checkpoint."
+                ) from error
+
+
+def _name(call: Call, i: int) -> str:
+    root, *path = call.layout.dagdef.ref_paths[i]
+    owner = type(call.roots[int(root)]).__name__
+    which = f" of the {owner} number {int(root) + 1} of the call" if len(call.roots) > 1 else ""
+    return f"Ref {dotted(path)!r}{which}" if path else "a Ref"
+
+
+def _buffer(x: Any) -> Any:
+    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or x.is_deleted():
+        return None
+    try:
+        return x.unsafe_buffer_pointer()
+    except Exception:
+        return id(x)
