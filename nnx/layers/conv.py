@@ -1,0 +1,200 @@
+"""Convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nnx.layers._common import (
+    Dtype,
+    Initializer,
+    Metadata,
+    default_kernel_init,
+    new_ref,
+    promote_dtype,
+    shape_error,
+    zeros,
+)
+from nnx.module import Module, param
+
+__all__ = ["Conv"]
+
+Sizes = int | Sequence[int] | None
+Padding = str | int | Sequence[int | tuple[int, int]]
+
+
+class Conv(Module):
+    """A convolution over any number of spatial axes, with the channels last.
+
+    Args:
+      in_features: channels of the input.
+      out_features: channels of the output.
+      kernel_size: size of the kernel along each spatial axis; an int is one axis.
+      strides: one for all axes or one each.
+      padding: `"SAME"`, `"VALID"`, `"CIRCULAR"`, `"REFLECT"`, `"CAUSAL"` (one axis only), an int
+        for all sides, or for each axis an int or a pair (before, after).
+      input_dilation, kernel_dilation: one for all axes or one each.
+      feature_group_count: number of groups that the channels are divided in.
+      use_bias: whether to add a bias; without it `bias` is None.
+      mask: an array of the kernel's shape that the kernel is multiplied with.
+      dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype, preferred_element_type,
+        kernel_metadata, bias_metadata: as for `Linear`.
+      conv_general_dilated: a function to use in place of `jax.lax.conv_general_dilated`.
+
+    Attributes: `kernel` of shape `(*kernel_size, in_features // feature_group_count,
+    out_features)` and `bias` of shape `(out_features,)`, in the collection `"params"`.
+
+    Raises:
+      ValueError: the channels cannot be divided in so many groups; the mask has another shape.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> conv = nnx.Conv.init(jax.random.key(0))(3, 8, (3, 3))
+    >>> conv(jnp.ones((2, 28, 28, 3))).shape
+    (2, 28, 28, 8)
+    """
+
+    kernel: jax.Array = param()
+    bias: jax.Array | None = param()
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: Sizes = 1,
+        *,
+        padding: Padding = "SAME",
+        input_dilation: Sizes = 1,
+        kernel_dilation: Sizes = 1,
+        feature_group_count: int = 1,
+        use_bias: bool = True,
+        mask: jax.Array | None = None,
+        dtype: Dtype = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: Any = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = zeros,
+        conv_general_dilated: Callable[..., jax.Array] = jax.lax.conv_general_dilated,
+        promote_dtype: Callable[..., Any] = promote_dtype,
+        preferred_element_type: Dtype = None,
+        kernel_metadata: Metadata = {},  # noqa: B006 — never changed
+        bias_metadata: Metadata = {},  # noqa: B006
+    ):
+        size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+        if in_features % feature_group_count or out_features % feature_group_count:
+            raise ValueError(
+                f"Conv cannot divide {in_features} input and {out_features} output channels in "
+                f"{feature_group_count} groups. Both must be multiples of feature_group_count."
+            )
+        shape = (*size, in_features // feature_group_count, out_features)
+        if mask is not None and tuple(mask.shape) != shape:
+            raise ValueError(
+                f"The mask of Conv must have the shape of the kernel, {shape}, but has "
+                f"{tuple(mask.shape)}."
+            )
+        self.kernel = new_ref(kernel_init, shape, param_dtype, kernel_metadata)  # pyright: ignore
+        self.bias = (  # pyright: ignore[reportAttributeAccessIssue]
+            new_ref(bias_init, (out_features,), param_dtype, bias_metadata) if use_bias else None
+        )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.kernel_size = size
+        self.kernel_shape = shape
+        self.strides = _each(strides, len(size))
+        self.padding = _padding(padding, len(size))
+        self.input_dilation = _each(input_dilation, len(size))
+        self.kernel_dilation = _each(kernel_dilation, len(size))
+        self.feature_group_count = feature_group_count
+        self.use_bias = use_bias
+        self.mask = mask
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.conv_general_dilated = conv_general_dilated
+        self.promote_dtype = promote_dtype
+        self.preferred_element_type = preferred_element_type
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply the layer to an input of shape `(*batch, *spatial, in_features)`.
+
+        Any number of batch axes, none included.
+
+        Raises:
+          ValueError: too few axes, or another number of channels; the message has both shapes.
+        """
+        axes = len(self.kernel_size)
+        if x.ndim < axes + 1 or x.shape[-1] != self.in_features:
+            expected = f"(..., {', '.join('*' * axes)}, {self.in_features})"
+            raise shape_error(self, "an input", expected, x.shape)
+        batch = x.shape[: x.ndim - axes - 1]
+        x = x.reshape(-1, *x.shape[len(batch) :])
+        padding = self.padding
+        if isinstance(padding, str) and padding in _PAD_MODES:
+            x, padding = self._padded(x, padding), "VALID"
+        kernel = self.kernel if self.mask is None else self.kernel * self.mask
+        x, kernel, bias = self.promote_dtype((x, kernel, self.bias), dtype=self.dtype)
+        options: dict[str, Any] = {}
+        if self.preferred_element_type is not None:
+            options["preferred_element_type"] = self.preferred_element_type
+        spatial = "DHW"[-axes:] if axes <= 3 else "".join(map(chr, range(97, 97 + axes)))
+        y = self.conv_general_dilated(
+            x,
+            kernel,
+            self.strides,
+            padding,
+            lhs_dilation=self.input_dilation,
+            rhs_dilation=self.kernel_dilation,
+            dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+            feature_group_count=self.feature_group_count,
+            precision=self.precision,
+            **options,
+        )
+        if bias is not None:
+            y = y + bias
+        return y.reshape(*batch, *y.shape[1:])
+
+    def _padded(self, x: jax.Array, mode: str) -> jax.Array:
+        reach = [(k - 1) * d for k, d in zip(self.kernel_size, self.kernel_dilation, strict=True)]
+        if mode == "CAUSAL":
+            return jnp.pad(x, [(0, 0), (reach[0], 0), (0, 0)])
+        pads = [(0, 0), *((r // 2, (r + 1) // 2) for r in reach), (0, 0)]
+        return jnp.pad(x, pads, mode=_PAD_MODES[mode])  # pyright: ignore[reportArgumentType]
+
+
+_PAD_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect", "CAUSAL": "constant"}
+
+
+def _each(sizes: Sizes, axes: int) -> tuple[int, ...]:
+    if sizes is None or isinstance(sizes, int):
+        return (sizes or 1,) * axes
+    if len(sizes) != axes:
+        raise ValueError(
+            f"Conv has a kernel of {axes} spatial axes, but got {len(sizes)} sizes for strides or "
+            f"dilation: {tuple(sizes)}."
+        )
+    return tuple(sizes)
+
+
+def _padding(padding: Padding, axes: int) -> str | tuple[tuple[int, int], ...]:
+    if isinstance(padding, str):
+        if padding == "CAUSAL" and axes != 1:
+            raise ValueError(
+                f"CAUSAL padding is for one spatial axis, but the kernel of Conv has {axes}."
+            )
+        if padding not in ("SAME", "VALID", *_PAD_MODES):
+            raise ValueError(
+                f"{padding!r} is no padding of Conv. Use 'SAME', 'VALID', 'CIRCULAR', 'REFLECT', "
+                f"'CAUSAL', an int, or for each axis an int or a pair."
+            )
+        return padding
+    if isinstance(padding, int):
+        return ((padding, padding),) * axes
+    if len(padding) != axes:
+        raise ValueError(
+            f"Conv has a kernel of {axes} spatial axes, but got {len(padding)} paddings: "
+            f"{tuple(padding)}."
+        )
+    return tuple((p, p) if isinstance(p, int) else (p[0], p[1]) for p in padding)

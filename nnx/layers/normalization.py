@@ -1,0 +1,176 @@
+"""Normalization layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nnx.layers._common import (
+    Dtype,
+    Initializer,
+    Metadata,
+    new_ref,
+    ones,
+    promote_dtype,
+    shape_error,
+    zeros,
+)
+from nnx.module import Module, param, ref
+
+__all__ = ["BatchNorm"]
+
+
+class BatchNorm(Module):
+    """Batch normalization (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167).
+
+    In training it normalizes by the statistics of the batch and moves its running averages towards
+    them; with `use_running_average` it normalizes by the running averages and writes nothing.
+
+    Args:
+      num_features: size of the feature axis.
+      use_running_average: an argument of the call, then a scope flag of this name, wins over it;
+        `model.train()` and `model.eval()` set it.
+      axis: the feature axis; the statistics are over all others.
+      momentum: the running averages become `momentum * old + (1 - momentum) * new`.
+      epsilon: is added to the variance.
+      dtype: dtype of the result; without it, what input and parameters promote to. The statistics
+        are in float32 at least.
+      param_dtype: dtype of `scale` and `bias`.
+      use_bias, use_scale: whether there are such parameters; without, the attribute is None.
+      bias_init, scale_init: initializers.
+      axis_name: name of a mapped axis (`nnx.vmap`, `nnx.shard_map`) to average over as well.
+      axis_index_groups: groups along that axis, as for `jax.lax.pmean`.
+      use_fast_variance: `E[x²] - E[x]²` instead of `E[(x - E[x])²]`: one pass, less exact.
+      promote_dtype: a function for the casts, called with `(x, mean, var, scale, bias), dtype=`.
+      bias_metadata, scale_metadata: metadata of the Refs.
+
+    Attributes, all of shape `(num_features,)`: `scale` and `bias` in the collection `"params"`,
+    `mean` and `var`, in float32, in `"batch_stats"`.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> norm = nnx.BatchNorm(3)
+    >>> y = norm(jnp.arange(12.0).reshape(4, 3))
+    >>> y.mean(0).round(3).tolist(), norm.mean.tolist() != [0.0, 0.0, 0.0]
+    ([0.0, 0.0, 0.0], True)
+    """
+
+    mean: jax.Array = ref("batch_stats")
+    var: jax.Array = ref("batch_stats")
+    scale: jax.Array | None = param()
+    bias: jax.Array | None = param()
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Dtype = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Callable[..., Any] = promote_dtype,
+        bias_metadata: Metadata = {},  # noqa: B006 — never changed
+        scale_metadata: Metadata = {},  # noqa: B006
+    ):
+        shape = (num_features,)
+        self.mean = jnp.zeros(shape, jnp.float32)
+        self.var = jnp.ones(shape, jnp.float32)
+        self.scale = (  # pyright: ignore[reportAttributeAccessIssue]
+            new_ref(scale_init, shape, param_dtype, scale_metadata) if use_scale else None
+        )
+        self.bias = (  # pyright: ignore[reportAttributeAccessIssue]
+            new_ref(bias_init, shape, param_dtype, bias_metadata) if use_bias else None
+        )
+        self.num_features = num_features
+        self.use_running_average = use_running_average
+        self.axis = axis
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.axis_name = axis_name
+        self.axis_index_groups = axis_index_groups
+        self.use_fast_variance = use_fast_variance
+        self.promote_dtype = promote_dtype
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalize; the result has the shape of `x`.
+
+        Args:
+          x: an input whose axis `axis` has size `num_features`.
+          use_running_average: whether to use the running averages.
+          mask: a boolean array that broadcasts to `x`: which elements the statistics are of.
+
+        Raises:
+          ValueError: the feature axis has another size; the message has both shapes.
+          MissingFlagError: `use_running_average` is None everywhere.
+        """
+        if use_running_average is None:
+            use_running_average = self.get_flag("use_running_average")
+        if not -x.ndim <= self.axis < x.ndim or x.shape[self.axis] != self.num_features:
+            expected = f"(..., {self.num_features}) along axis {self.axis}"
+            raise shape_error(self, "an input", expected, x.shape)
+        feature_axis = self.axis % x.ndim
+        others = tuple(i for i in range(x.ndim) if i != feature_axis)
+        x, mean, var, scale, bias = self.promote_dtype(
+            (x, self.mean, self.var, self.scale, self.bias), dtype=self.dtype
+        )
+        if not use_running_average:
+            mean, var = self._statistics(x, others, mask)
+            keep = self.momentum
+            self.mean = jax.lax.stop_gradient(keep * self.mean + (1 - keep) * mean)
+            self.var = jax.lax.stop_gradient(keep * self.var + (1 - keep) * var)
+        along = [-1 if i == feature_axis else 1 for i in range(x.ndim)]
+        factor = jax.lax.rsqrt(var.reshape(along) + self.epsilon)
+        if scale is not None:
+            factor = factor * scale.reshape(along)
+        y = (x - mean.reshape(along)) * factor
+        if bias is not None:
+            y = y + bias.reshape(along)
+        return y.astype(x.dtype)
+
+    def _statistics(
+        self, x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        # Half precision is not enough to sum a batch.
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+        def average(*arrays: jax.Array) -> list[jax.Array]:
+            means = [a.mean(axes, where=mask) for a in arrays]
+            if self.axis_name is None:
+                return means
+            # Together, so that devices exchange one message.
+            stacked = jnp.stack(means)
+            return list(
+                jax.lax.pmean(stacked, self.axis_name, axis_index_groups=self.axis_index_groups)
+            )
+
+        if self.use_fast_variance:
+            mean, square = average(x, _square(x))
+            return mean, jnp.maximum(0.0, square - _square(mean))
+        (mean,) = average(x)
+        (var,) = average(_square(x - jnp.expand_dims(mean, axes)))
+        return mean, var
+
+
+def _square(x: jax.Array) -> jax.Array:
+    return jnp.real(x * jnp.conj(x)) if jnp.iscomplexobj(x) else x * x

@@ -1,0 +1,84 @@
+"""Layers that draw random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from nnx.module import Module
+
+__all__ = ["Dropout"]
+
+
+class Dropout(Module):
+    """Dropout (Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html).
+
+    Each element is zero with the probability `rate`, and the others are scaled by
+    `1 / (1 - rate)`. Keys come from the ambient stream: call it in `nnx.scope(key)` or with
+    `model.apply(rngs=key)`.
+
+    Args:
+      rate: the probability that an element is dropped, from 0 to 1.
+      broadcast_dims: axes along which all elements are dropped together.
+      deterministic: return the input as it is. An argument of the call, then a scope flag of this
+        name, wins over it; `model.train()` and `model.eval()` set it.
+      rng_collection: name of the stream.
+
+    Raises:
+      ValueError: `rate` is not from 0 to 1.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> drop = nnx.Dropout(0.5)
+    >>> float(drop.apply(rngs=jax.random.key(0))(jnp.ones(1000)).mean()) > 0
+    True
+    >>> float(drop.apply(deterministic=True)(jnp.ones(1000)).mean())
+    1.0
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        broadcast_dims: Sequence[int] = (),
+        deterministic: bool | None = False,
+        rng_collection: str = "dropout",
+    ):
+        if not 0 <= rate <= 1:
+            raise ValueError(f"The rate of Dropout is a probability, from 0 to 1, but got {rate}.")
+        self.rate = rate
+        self.broadcast_dims = tuple(broadcast_dims)
+        self.deterministic = deterministic
+        self.rng_collection = rng_collection
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        deterministic: bool | None = None,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """Drop elements of `x`; shape and dtype stay.
+
+        Args:
+          x: any array.
+          deterministic: whether to return `x` as it is.
+          rng: a key to use instead of the ambient stream's next one.
+
+        Raises:
+          MissingStreamError: a key is needed, and there is no stream for one.
+          MissingFlagError: `deterministic` is None everywhere.
+        """
+        if deterministic is None:
+            deterministic = self.get_flag("deterministic")
+        if deterministic or self.rate == 0:
+            return x
+        if self.rate == 1:
+            return jnp.zeros_like(x)
+        shape = list(x.shape)
+        for axis in self.broadcast_dims:
+            shape[axis] = 1
+        key = self.make_rng(self.rng_collection) if rng is None else rng
+        kept = jax.random.bernoulli(key, 1 - self.rate, shape)
+        return jnp.where(kept, x / (1 - self.rate), jnp.zeros_like(x))
