@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx.transforms.boundary import Call, close_call, open_call, run
+from nnx.transforms.boundary import Call, Roots, close_call, open_call, run, until_lifted
 from nnx.transforms.jit import function_name, unbound
 from refx import Filter, Partition, to_predicate
 from refx.errors import RefError
@@ -115,31 +115,27 @@ def _gradient(
     @functools.wraps(inner)
     def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
         args = bound + args
-        call = open_call(args, kwargs)
-        targets = [_target(name, args, n, wrt, predicate, call, allow_int) for n in numbers]
-        _check_disjoint(name, numbers, targets)
 
-        def loss(given: Any) -> Any:
-            values, leaves, others = list(call.values), list(call.leaves), list(call.others)
-            for target, part in zip(targets, given, strict=True):
-                target.put(part, values, leaves, others)
-            return run(
-                inner,
-                name,
-                call,
-                values,
-                leaves,
-                others,
-                mode="constant",
-                split_out=functools.partial(_split, name, has_aux),
-            )
+        def attempt(roots: Roots) -> Any:
+            call = open_call(args, kwargs, roots)
+            targets = [_target(name, args, n, wrt, predicate, call, allow_int) for n in numbers]
+            _check_disjoint(name, numbers, targets)
 
-        (value, packed), grads = jax.value_and_grad(
-            loss, has_aux=True, holomorphic=holomorphic, allow_int=allow_int
-        )([t.take(call.values, call.leaves, call.others) for t in targets])
-        aux = close_call(call, packed)
-        results = tuple(t.named(g) for t, g in zip(targets, grads, strict=True))
-        return (value, aux) if has_aux else value, results[0] if single else results
+            def loss(given: Any) -> Any:
+                flat = list(call.values), list(call.leaves), list(call.others)
+                for target, part in zip(targets, given, strict=True):
+                    target.put(part, *flat)
+                split_out = functools.partial(_split, name, has_aux)
+                return run(inner, name, call, *flat, mode="constant", split_out=split_out)
+
+            (value, packed), grads = jax.value_and_grad(
+                loss, has_aux=True, holomorphic=holomorphic, allow_int=allow_int
+            )([t.take(call.values, call.leaves, call.others) for t in targets])
+            aux = close_call(call, packed)
+            results = tuple(t.named(g) for t, g in zip(targets, grads, strict=True))
+            return (value, aux) if has_aux else value, results[0] if single else results
+
+        return until_lifted(attempt)
 
     return value_and_gradient
 

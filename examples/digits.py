@@ -1,0 +1,135 @@
+"""Train a small convolutional network on handwritten digits.
+
+The data are the 1,797 digits of 8 × 8 pixels of the UCI collection that ship inside scikit-learn.
+The network has batch normalization, dropout, and a residual block that uses one convolution twice.
+Should reach at least 97 % on the held-out fifth, in well under two minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
+
+import nnx
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 — the backend is chosen before
+
+
+class SharedBlock(nnx.Module):
+    """Two residual steps through the same convolution, each with a normalization of its own."""
+
+    def __init__(self, features: int):
+        self.conv = nnx.Conv(features, features, (3, 3))
+        self.norms = [nnx.BatchNorm(features, momentum=0.9) for _ in range(2)]
+
+    def __call__(self, x):
+        for norm in self.norms:
+            x = x + nnx.relu(norm(self.conv(x)))
+        return x
+
+
+class Net(nnx.Module):
+    def __init__(self, features: int = 32, classes: int = 10):
+        self.stem = nnx.Conv(1, features, (3, 3))
+        self.norm = nnx.BatchNorm(features, momentum=0.9)
+        self.block = SharedBlock(features)
+        self.down = nnx.Conv(features, 2 * features, (3, 3), strides=2)
+        self.dropout = nnx.Dropout(0.3)
+        self.head = nnx.Linear(2 * features * 16, classes)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.stem(x)))
+        x = nnx.relu(self.down(self.block(x)))
+        return self.head(self.dropout(x.reshape(len(x), -1)))
+
+
+class Optimizer(nnx.Module):
+    """An optax transformation and its state, which lives in a Ref."""
+
+    def __init__(self, model: nnx.Module, tx: optax.GradientTransformation):
+        self.tx = tx
+        self.state = nnx.Ref(tx.init(model["params"]), "opt_state")
+
+    def update(self, model: nnx.Module, grads: nnx.Partition) -> None:
+        updates, self.state.value = self.tx.update(grads, self.state.value, model["params"])
+        model["params"] = optax.apply_updates(model["params"], updates)
+
+
+def loss_fn(model, x, y):
+    logits = model(x)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+    return loss, (logits.argmax(-1) == y).mean()
+
+
+@nnx.jit
+def train_step(model, optimizer, x, y):
+    (loss, accuracy), grads = nnx.value_and_grad(loss_fn, wrt="params", has_aux=True)(model, x, y)
+    optimizer.update(model, grads)
+    return loss, accuracy
+
+
+@nnx.jit
+def evaluate(model, x, y):
+    return loss_fn(model, x, y)
+
+
+def main(epochs: int, batch_size: int, out: Path) -> float:
+    digits = load_digits()
+    images = (digits.images[..., None] / 16).astype(np.float32)
+    x, x_test, y, y_test = train_test_split(
+        images, digits.target, test_size=0.2, random_state=0, stratify=digits.target
+    )
+    model = Net.init(jax.random.key(0))()
+    steps = epochs * (len(x) // batch_size)
+    optimizer = Optimizer(model, optax.adamw(optax.cosine_decay_schedule(3e-3, steps)))
+    rng = np.random.default_rng(0)
+    history = []
+    with nnx.scope(jax.random.key(1)), tqdm(range(epochs), desc="epochs") as bar:
+        for _ in bar:
+            model.train()
+            seen = []
+            for i in rng.permutation(len(x))[: steps // epochs * batch_size].reshape(
+                -1, batch_size
+            ):
+                seen.append(train_step(model, optimizer, x[i], y[i]))
+            model.eval()
+            test = evaluate(model, x_test, y_test)
+            history.append((*np.mean(jax.device_get(seen), axis=0), *jax.device_get(test)))
+            bar.set_postfix(loss=f"{history[-1][0]:.3f}", held_out=f"{history[-1][3]:.1%}")
+    plot(np.array(history), out)
+    print(f"held-out accuracy: {history[-1][3]:.2%} (should be at least 97 %); plot in {out}")
+    return float(history[-1][3])
+
+
+def plot(history: np.ndarray, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), constrained_layout=True)
+    epochs = np.arange(1, len(history) + 1)
+    for axis, name, column in zip(axes, ("loss", "accuracy"), (0, 1), strict=True):
+        axis.plot(epochs, history[:, column], label="training (with dropout)")
+        axis.plot(epochs, history[:, column + 2], label="held out")
+        axis.set(xlabel="epoch", ylabel=name)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0].set_yscale("log")
+    figure.suptitle("UCI digits, small convolutional network")
+    figure.savefig(out, dpi=120)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=Path("out/digits.png"))
+    arguments = parser.parse_args()
+    main(arguments.epochs, arguments.batch_size, arguments.out)

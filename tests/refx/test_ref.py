@@ -1,0 +1,88 @@
+import copy
+import gc
+import pickle
+import weakref
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import refx
+from refx import Ref
+
+
+def test_reads_and_writes_its_value():
+    ref = Ref(jnp.array(1.0), "params")
+    ref.value = jnp.array(2.0)
+    assert ref.value == 2.0
+    assert ref.collection == "params"
+
+
+def test_equality_and_hash_are_identity():
+    a, b = Ref(1.0), Ref(1.0)
+    assert a == a and a != b
+    assert len({a, b, a}) == 2
+
+
+def test_has_slots_and_weak_references():
+    ref = Ref(1.0)
+    with pytest.raises(AttributeError):
+        ref.other = 1
+    alive = weakref.ref(ref)
+    del ref
+    gc.collect()
+    assert alive() is None
+
+
+def test_metadata_is_read_only():
+    ref = Ref(1.0, "params", sharding=("x", None))
+    assert ref.metadata["sharding"] == ("x", None)
+    with pytest.raises(TypeError):
+        ref.metadata["sharding"] = None
+
+
+def test_collection_and_metadata_must_be_hashable():
+    with pytest.raises(refx.UnhashableStaticError, match=r"collection of a Ref must be hashable"):
+        Ref(1.0, ["params"])
+    with pytest.raises(refx.UnhashableStaticError, match=r"metadata 'names' .* Use a tuple"):
+        Ref(1.0, names=["x"])
+
+
+@pytest.mark.parametrize("value", [Ref(1.0), {"a": [Ref(1.0)]}, refx.Node()])
+def test_holds_values_only(value):
+    with pytest.raises(refx.ValueTypeError, match=r"holds a (Ref|Node).*get_ref"):
+        Ref(value)
+    ref = Ref(1.0)
+    with pytest.raises(refx.ValueTypeError):
+        ref.value = value
+    assert ref.value == 1.0
+
+
+def test_value_may_be_a_pytree():
+    ref = Ref({"m": jnp.zeros(2), "n": (1, 2.0)})
+    ref.value["n"] = (3, 4.0)
+    assert ref.value["n"] == (3, 4.0)
+
+
+def test_repr_shows_shapes_and_collection():
+    assert repr(Ref(jnp.zeros((2, 3)), "params", axis=1)) == "Ref(float32[2,3], 'params', axis=1)"
+    assert repr(Ref({"a": 1, "b": 2})) == "Ref(dict of 2 leaves, None)"
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))])
+def test_copies_keep_value_sharing_and_labels(copied):
+    ref = Ref(jnp.arange(3), "params", axis=1)
+    a, b = copied([ref, ref])
+    assert a is b and a is not ref
+    assert a.value.tolist() == [0, 1, 2] and a.collection == "params" and a.metadata["axis"] == 1
+    a.value = jnp.zeros(3)
+    assert ref.value.tolist() == [0, 1, 2]
+
+
+def test_is_a_pytree_of_its_value():
+    ref = Ref(jnp.array(1.0), "params")
+    doubled = jax.tree.map(lambda x: x * 2, {"a": ref})["a"]
+    assert doubled.value == 2.0 and doubled.collection == "params" and ref.value == 1.0
+    doubled.value = 5.0
+    with pytest.raises(refx.ReadOnlyError, match="nnx.jit_filter"):
+        jax.jit(lambda r: setattr(r, "value", 0.0))(ref)
