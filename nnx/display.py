@@ -49,6 +49,6 @@ def _block(
 def _leaf(x: Any) -> str:
     if isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
-    if jax.tree_util.all_leaves([x]):
+    if jax.tree_util.all_leaves([x]) or not jax.tree.leaves(x):
         return getattr(x, "__name__", None) or repr(x)
     return f"{type(x).__name__} of {len(jax.tree.leaves(x))} leaves"

@@ -280,4 +280,6 @@ def dataclass(cls: type[T]) -> type[T]:
     made = dataclasses.dataclass(cls, eq=False, repr=False)
     for name, f in own.items():
         setattr(made, name, f)
+    # The generated __init__ sets the defaults, in the order of the fields.
+    made._defaults = ()  # pyright: ignore[reportAttributeAccessIssue]
     return made

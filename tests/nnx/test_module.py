@@ -1,0 +1,278 @@
+import copy
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import nnx
+from tests.models import Dense, Net
+
+
+class Plain(nnx.Module):
+    pass
+
+
+def test_fields_read_values_and_write_refs(dense):
+    ref = nnx.get_ref(dense, "w")
+    dense.w = dense.w * 0
+    assert nnx.get_ref(dense, "w") is ref and (ref.value == 0).all()
+    assert ref.collection == "params" and nnx.get_ref(dense, "calls").collection == "counters"
+
+
+def test_a_field_may_be_none_and_may_be_tied(dense):
+    other = Dense(seed=5)
+    other.w = nnx.get_ref(dense, "w")
+    dense.w = jnp.ones((2, 2))
+    assert (other.w == 1).all() and len(nnx.refs([dense, other])) == 5
+    other.b = None
+    assert other.b is None and "b" not in other["params"]
+    other.b = jnp.ones(2)
+    assert nnx.get_ref(other, "b").collection == "params"
+
+
+def test_an_unset_field_says_so():
+    class Half(nnx.Module):
+        w: jax.Array = nnx.param()
+        n: int = nnx.static()
+
+    half = Half()
+    with pytest.raises(nnx.UnsetFieldError, match=r"Half\.w was read before it was set.*__init__"):
+        _ = half.w
+    with pytest.raises(AttributeError, match=r"Half\.n"):
+        _ = half.n
+    assert not hasattr(half, "w")
+
+
+def test_get_ref_explains_itself(dense):
+    with pytest.raises(nnx.UnsetFieldError, match=r"no attribute 'x'; its Ref .* w, b, calls"):
+        nnx.get_ref(dense, "x")
+    dense.x = 1
+    with pytest.raises(nnx.ValueTypeError, match=r"Dense\.x holds int"):
+        nnx.get_ref(dense, "x")
+
+
+def test_defaults_are_made_for_each_instance():
+    class Counter(nnx.Module):
+        n: jax.Array = nnx.ref("counters", default_factory=lambda: jnp.array(3))
+        k: int = nnx.static(default=2)
+
+    a, b = Counter(), Counter()
+    a.n = jnp.array(4)
+    assert (int(a.n), int(b.n), a.k) == (4, 3, 2)
+    with pytest.raises(ValueError, match="shared by every instance"):
+        nnx.param(default=[])
+    with pytest.raises(ValueError, match="not both"):
+        nnx.param(default=1, default_factory=int)
+
+
+def test_dataclass_makes_an_init():
+    @nnx.dataclass
+    class Affine(nnx.Module):
+        w: jax.Array = nnx.param()
+        act: str = nnx.static(default="relu", kw_only=True)
+        b: jax.Array | None = nnx.param(default=None)
+        n: jax.Array = nnx.ref("counters", default_factory=lambda: jnp.array(0), init=False)
+        layers: list = nnx.static(default=())
+
+    a = Affine(jnp.ones(2), act="tanh")
+    assert a.act == "tanh" and a.b is None and int(a.n) == 0 and list(nnx.refs(a)) == [("w",), ("n",)]
+    assert a != Affine(jnp.ones(2))
+    with pytest.raises(TypeError, match="'w'"):
+        Affine()
+
+
+def test_fields_are_inherited_and_overridden():
+    class Base(nnx.Module):
+        w: jax.Array = nnx.param()
+
+    class Frozen(Base):
+        w: jax.Array = nnx.ref("frozen")
+
+    class Fixed(Base):
+        w = 3
+
+    frozen = Frozen()
+    frozen.w = jnp.ones(1)
+    assert nnx.get_ref(frozen, "w").collection == "frozen"
+    assert Fixed().w == 3
+
+
+def test_plain_containers_need_no_wrapper(net):
+    assert list(nnx.refs(net)) == [
+        ("blocks", i, name) for i in "01" for name in ("w", "b", "calls")
+    ]
+    net.extra = {"a": (Dense(), [nnx.Ref(1.0)]), "b": None}
+    assert ("extra", "a", "1", "0") in nnx.refs(net)
+
+
+def test_surgery_is_seen(net):
+    net.blocks.append(Dense(seed=7))
+    assert len(nnx.refs(net)) == 9
+    net.blocks[2] = Dense(seed=8)
+    del net.blocks[0]
+    net.head = Dense()
+    assert len(nnx.refs(net)) == 12
+    del net.head
+    assert not hasattr(net, "head") and len(nnx.refs(net)) == 9
+    with pytest.raises(AttributeError):
+        del net.head
+
+
+def test_brackets_read_and_write(net):
+    before = net["params"]
+    net["params"] = jax.tree.map(lambda x: x + 1, before)
+    assert (net.blocks[0].w == before["blocks.0.w"] + 1).all()
+    assert set(net[nnx.PathContains("w")]) == {("blocks", "0", "w"), ("blocks", "1", "w")}
+    with pytest.raises(nnx.UnknownPathError, match=r"'counters' does not select 'blocks\.0\.w'"):
+        net["counters"] = before
+    with pytest.raises(nnx.ShapeError, match=r"blocks\.0\.w"):
+        net["params"] = {"blocks.0.b": jnp.zeros(2), "blocks.0.w": jnp.zeros(5)}
+    assert (net.blocks[0].b == 1).all()
+
+
+def test_train_and_eval_reach_the_whole_tree():
+    class Flagged(nnx.Module):
+        training = True
+
+    with nnx.scope(0):
+        model = nnx.Sequential(nnx.Dropout(0.5), nnx.Sequential(nnx.BatchNorm(2)))
+    model.flagged = Flagged()
+    assert model.eval() is model
+    drop, norm = model.layers[0], model.layers[1].layers[0]
+    assert drop.deterministic and norm.use_running_average and model.flagged.training is False
+    model.train()
+    assert not drop.deterministic and not norm.use_running_average and model.flagged.training
+    assert not hasattr(model, "training")
+
+
+def test_apply_sets_scope_and_limits_writes(dense, data):
+    x, _ = data
+    norm = nnx.BatchNorm(2)
+    norm.apply(use_running_average=True)(x)
+    assert (norm.mean == 0).all()
+    norm.apply(mutable="batch_stats")(x)
+    assert not (norm.mean == 0).all()
+    with pytest.raises(nnx.NotMutableError, match=r"BatchNorm\.mean .*'batch_stats'"):
+        norm.apply(mutable="params")(x)
+    with pytest.raises(nnx.NotMutableError):
+        dense.apply(mutable=nnx.PathContains("w"))(x)
+    assert dense.calls == 0
+    assert nnx.Dropout(0.5).apply(rngs=1)(x).shape == x.shape
+
+
+def test_apply_reaches_methods_and_submodules():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.inner = nnx.Dropout(1.0)
+            self.n = 3
+
+        def encode(self, x):
+            return self.inner(x)
+
+    model = Model()
+    applied = model.apply(deterministic=True)
+    assert applied.encode(jnp.ones(2)).sum() == 2 and applied.inner(jnp.ones(2)).sum() == 2
+    assert applied.n == 3 and model.encode(jnp.ones(2)).sum() == 0
+
+
+def test_a_module_is_a_pytree_of_its_values(net, data):
+    x, _ = data
+    leaves = jax.tree.leaves(net)
+    assert len(leaves) == 6
+    doubled = jax.tree.map(lambda v: 2 * v, net)
+    assert doubled.blocks[0] is doubled.blocks[2] and doubled.blocks[0] is not net.blocks[0]
+    doubled.blocks[0].w = jnp.zeros((2, 2))
+    names = [jax.tree_util.keystr(p, simple=True) for p, _ in jax.tree.leaves_with_path(net)]
+    assert names[:2] == ["blocks.0.w", "blocks.0.b"]
+    shapes = jax.eval_shape(lambda m: m, net)
+    assert shapes.blocks[0].w.shape == (2, 2)
+    out = jax.jit(lambda m, x: x @ m.blocks[0].w)(net, x)
+    assert jnp.allclose(out, x @ net.blocks[0].w)
+    grads = jax.grad(lambda m: jnp.sum(x @ m.blocks[0].w), allow_int=True)(net)
+    assert isinstance(grads, Net) and (grads.blocks[1].w == 0).all()
+    assert jax.device_put(net, jax.devices()[1]).blocks[0].w.devices() == {jax.devices()[1]}
+    tx = optax.sgd(0.1)
+    tx.init(net)
+
+
+def test_modules_go_through_plain_vmap_scan_cond_and_checkpoint(data):
+    x, _ = data
+
+    @nnx.dataclass
+    class Scale(nnx.Module):
+        w: jax.Array = nnx.param()
+
+        def __call__(self, x):
+            return x * self.w
+
+    stack = Scale(jnp.arange(3.0))
+    assert jax.vmap(lambda m, x: m(x), in_axes=(0, None))(stack, 2.0).tolist() == [0, 2, 4]
+    assert jax.lax.scan(lambda c, m: (m(c) + 1, None), 1.0, stack)[0] == 5.0
+    assert jax.lax.cond(True, lambda m: m(2.0), lambda m: m(3.0), stack).tolist() == [0, 2, 4]
+    assert jax.checkpoint(lambda m: m(2.0))(stack).tolist() == [0, 2, 4]
+    assert jax.lax.scan(lambda m, _: (jax.tree.map(lambda v: v + 1, m), None), stack, None, 3)[0].w[0] == 3
+
+
+def test_bound_methods_are_pytrees(dense, data):
+    x, _ = data
+
+    class Quiet(nnx.Module):
+        def __init__(self):
+            self.inner = dense
+
+        def encode(self, x):
+            return x @ self.inner.w
+
+    model = Quiet()
+    out = jax.jit(lambda f, x: f(x))(model.encode, x)
+    assert jnp.allclose(out, x @ dense.w)
+    assert jnp.allclose(nnx.jit(model.encode)(x), out)
+    assert len(jax.tree.leaves(model.encode)) == 3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_and_pickles(net, data, copied):
+    x, _ = data
+    other = copied(net)
+    assert other.blocks[0] is other.blocks[2] and other.blocks[0] is not net.blocks[0]
+    assert jnp.allclose(other(x), net(x))
+    assert nnx.split(other)[0] is nnx.split(net)[0]
+
+
+def test_repr_is_a_tree_with_shared_parts_once(net):
+    net.me = net
+    text = repr(net)
+    assert text.startswith("Net(\n  blocks = [\n    0: Dense(\n      w = float32[2,2]  # params")
+    assert "2: <same as blocks.0>" in text and "me = <same as the root>" in text
+
+
+def test_an_unhashable_static_is_named_when_it_reaches_jit(dense):
+    dense.options = {1, 2}
+    with pytest.raises(nnx.UnhashableStaticError, match=r"'options' is a set.*Use a tuple"):
+        nnx.jit(lambda m: None)(dense)
+    with pytest.raises(nnx.UnhashableStaticError, match=r"'options'"):
+        jax.jit(lambda m: None)(dense)
+
+
+def test_slot_names_are_refused(dense):
+    with pytest.raises(nnx.StructureError, match="'_frame' is taken"):
+        dense._frame = 1
+
+
+def test_numpy_and_array_attributes_are_values(data):
+    x, _ = data
+    model = Plain()
+    model.table = np.arange(3)
+    model.pair = (jnp.ones(2), "static")
+    assert len(jax.tree.leaves(model)) == 2
+    read = nnx.jit(lambda m: m.table.sum() + m.pair[0].sum())
+    assert read(model) == 5
+    model.table = np.arange(4)
+    assert read(model) == 8
+    model.table[0] = 10
+    assert read(model) == 18
+    model.pair = (jnp.zeros(2), "static")
+    assert read(model) == 16

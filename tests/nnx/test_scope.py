@@ -1,0 +1,114 @@
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nnx
+
+
+def draw(name="x"):
+    return jax.random.normal(nnx.make_rng(name), ())
+
+
+def test_streams_are_deterministic_and_differ_by_name_and_by_call():
+    def run():
+        with nnx.scope(jax.random.key(0)):
+            return [float(draw(n)) for n in ("a", "a", "b")]
+
+    assert run() == run() and len(set(run())) == 3
+
+
+@pytest.mark.parametrize("key", [jax.random.key(0), jax.random.PRNGKey(0), 0, np.int64(0)])
+def test_typed_and_legacy_keys_and_seeds(key):
+    with nnx.scope(key):
+        first = nnx.make_rng("params")
+    typed = not isinstance(key, jax.Array) or jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    assert jnp.issubdtype(first.dtype, jax.dtypes.prng_key) == typed
+    with nnx.scope(jax.random.key(0)):
+        assert draw() == jax.random.normal(nnx.RngStream(jax.random.key(0)).next("x"), ())
+
+
+@pytest.mark.parametrize("bad", ["seed", 1.5, True, jnp.zeros(2)])
+def test_what_is_no_key_is_an_error(bad):
+    with pytest.raises(TypeError, match=r"needs a key, as from jax\.random\.key\(0\)"), nnx.scope(bad):
+        pass
+
+
+def test_named_streams_and_the_missing_one():
+    with nnx.scope({"params": 1}):
+        draw("params")
+        with pytest.raises(nnx.MissingStreamError, match=r"'dropout'.*only \['params'\].*apply\("):
+            draw("dropout")
+        with nnx.scope({"dropout": 2}):
+            draw("params")
+            draw("dropout")
+    with pytest.raises(nnx.MissingStreamError, match=r"no scope with keys is active.*Cls\.init"):
+        nnx.Linear(2, 2)
+
+
+def test_flags_nest_and_the_missing_one_is_named(dense):
+    with nnx.scope(a=1, b=2), nnx.scope(0, b=3):
+        assert (nnx.get_flag("a"), nnx.get_flag("b"), nnx.get_flag("c", 4)) == (1, 3, 4)
+        dense.a, dense.d = 10, 5
+        assert (dense.get_flag("a"), dense.get_flag("d"), dense.get_flag("e", 6)) == (1, 5, 6)
+        with pytest.raises(nnx.MissingFlagError, match=r"'e' is set by no scope \(set are: a, b\)"):
+            dense.get_flag("e")
+
+
+def test_scope_ends_with_an_exception_and_is_of_one_thread():
+    seen = []
+    with pytest.raises(ZeroDivisionError), nnx.scope(a=1):
+        thread = threading.Thread(target=lambda: seen.append(nnx.get_flag("a", None)))
+        thread.start()
+        thread.join()
+        raise ZeroDivisionError
+    assert seen == [None] and nnx.get_flag("a", None) is None
+
+
+def test_streams_advance_through_jit_as_they_do_without():
+    def three():
+        return [float(draw()), float(compiled()), float(draw()), float(compiled())]
+
+    compiled = nnx.jit(draw)
+    with nnx.scope(3):
+        mixed = three()
+    with nnx.scope(3):
+        assert mixed == [float(draw()) for _ in range(4)]
+    with nnx.scope(4):
+        assert not set(three()) & set(mixed)
+
+
+def test_flags_retrace_and_streams_do_not():
+    traces = []
+
+    @nnx.jit
+    def f(x):
+        traces.append(nnx.get_flag("mode", None))
+        return draw() + x
+
+    for seed, mode in [(0, "a"), (1, "a"), (0, "b"), (0, "a")]:
+        with nnx.scope(seed, mode=mode):
+            f(1.0)
+            f(1.0)
+    assert traces == ["a", "b"]
+    with (
+        pytest.raises(nnx.UnhashableStaticError, match=r"flags\.mode"),
+        nnx.scope(0, mode={1}),
+    ):
+        f(1.0)
+
+
+def test_a_failing_call_leaves_the_stream_as_it_was():
+    @nnx.jit
+    def bad():
+        draw()
+        raise ZeroDivisionError
+
+    with nnx.scope(0):
+        with pytest.raises(ZeroDivisionError):
+            bad()
+        first = draw()
+    with nnx.scope(0):
+        assert first == draw()

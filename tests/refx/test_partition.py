@@ -1,0 +1,49 @@
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import refx
+from refx import Partition
+
+P = Partition({("a", "w"): jnp.ones((2, 3)), "b.x": jnp.zeros(1)})
+
+
+def test_is_an_immutable_mapping_by_path_and_by_dotted_path():
+    assert list(P) == [("a", "w"), ("b", "x")] and len(P) == 2
+    assert P["a", "w"] is P["a.w"] and "b.x" in P and ("b", "x") in P and "b" not in P
+    with pytest.raises(TypeError):
+        P["a.w"] = 1
+    assert dict(P).keys() == {("a", "w"), ("b", "x")}
+
+
+def test_an_unknown_path_is_named():
+    with pytest.raises(refx.UnknownPathError, match=r"no path 'a\.v'; it has 'a\.w', 'b\.x'"):
+        P["a.v"]
+    with pytest.raises(KeyError):
+        P["a", "v"]
+
+
+def test_is_a_pytree_with_key_paths():
+    doubled = jax.tree.map(lambda x: 2 * x, P)
+    assert isinstance(doubled, Partition) and doubled["a.w"][0, 0] == 2
+    paths = [jax.tree_util.keystr(path, simple=True) for path, _ in jax.tree.leaves_with_path(P)]
+    assert paths == ["a.w", "b.x"]
+    assert jax.jit(lambda p: p)(P)["b.x"].shape == (1,)
+
+
+def test_works_with_optax():
+    tx = optax.adam(0.1)
+    updates, _ = tx.update(P, tx.init(P), P)
+    assert optax.apply_updates(P, updates)["a.w"].shape == (2, 3)
+
+
+def test_union_and_repr():
+    both = P | {("c",): 1.0, ("b", "x"): 2.0}
+    assert both["c"] == 1.0 and both["b.x"] == 2.0 and P["b.x"].shape == (1,)
+    assert repr(P) == "Partition({\n  'a.w': float32[2,3],\n  'b.x': float32[1],\n})"
+    assert repr(Partition()) == "Partition({})"
+
+
+def test_equality_is_identity_and_raises_nothing():
+    assert P == P and P != Partition(P)
