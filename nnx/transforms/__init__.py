@@ -2,6 +2,7 @@
 
 from nnx.transforms.axes import AxisError
 from nnx.transforms.branches import BranchError, cond, switch
+from nnx.transforms.donation import DonationError
 from nnx.transforms.grad import DifferentiationError, grad, value_and_grad
 from nnx.transforms.jit import jit
 from nnx.transforms.loops import CARRY, CarryError, fori_loop, map, scan, while_loop
@@ -15,6 +16,7 @@ __all__ = [
     "BranchError",
     "CarryError",
     "DifferentiationError",
+    "DonationError",
     "checkify",
     "cond",
     "eval_shape",

@@ -61,7 +61,8 @@ class Jit:
         self._options = options
         self._shardings = Shardings(self._name, *shardings, bound=len(self._bound))
         self._compiled = jax.jit(self._run, static_argnums=0, **options)
-        functools.update_wrapper(self, fn if not isinstance(fn, Node) else self._fn)
+        # A function that is itself a Jit has attributes that must not become those of this one.
+        functools.update_wrapper(self, fn if not isinstance(fn, Node) else self._fn, updated=())
 
     def _run(self, layout: Any, values: Any, leaves: Any, others: Any) -> Packed:
         call: Call = local.call

@@ -1,0 +1,367 @@
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import nnx
+from tests.models import Dense, Net, sgd
+
+
+def test_a_step_returns_nothing_and_the_model_has_learned(net, data):
+    x, y = data
+    params = net["params"]
+
+    def pure(params):
+        model = nnx.clone(net)
+        model["params"] = params
+        return jnp.mean((model(x) - y) ** 2)
+
+    expected = jax.tree.map(lambda w, g: w - 0.1 * g, params, jax.grad(pure)(params))
+    step = nnx.jit(sgd)
+    assert step(net, x, y) is None
+    for path, value in net["params"].items():
+        assert jnp.allclose(value, expected[path], atol=1e-6)
+    assert net.blocks[0].calls == 2
+
+
+def test_no_tracer_leaks_over_steps(net, data):
+    net.me = net
+    net.table = jnp.ones(2)
+    step = nnx.jit(sgd)
+    with jax.check_tracer_leaks():
+        for _ in range(2):
+            step(net, *data)
+        step(Dense(), *data)
+
+
+def test_refs_anywhere_in_arguments_with_sharing_kept():
+    @nnx.jit
+    def f(a, pair, *, options):
+        a.value += 1
+        pair[1]["x"].value *= 2
+        options["r"].value = a.value
+        return pair[0] is a, options["r"] is a
+
+    a, b = nnx.Ref(jnp.array(1.0)), nnx.Ref(jnp.array(5.0))
+    assert f(a, (a, {"x": b}), options={"r": b}) == (True, False)
+    assert (a.value, b.value) == (2.0, 2.0)
+    assert f(a, (a, {"x": a}), options={"r": a}) == (True, True)
+    assert a.value == 6.0
+
+
+def test_what_comes_in_goes_out_as_the_callers_own(net):
+    f = nnx.jit(lambda m: (m, m.blocks, {"r": nnx.get_ref(m.blocks[1], "w")}, m.blocks[0].w))
+    out = f(net)
+    assert out[0] is net and out[1] is net.blocks
+    assert out[2]["r"] is nnx.get_ref(net.blocks[1], "w")
+
+
+def test_new_modules_and_refs_come_out(dense):
+    @nnx.jit
+    def make(m):
+        other = Dense(seed=4)
+        other.w = nnx.get_ref(m, "w")
+        return {"pair": [other, other], "ref": nnx.Ref(m.b + 1, "new"), "m": nnx.clone(m)}
+
+    out = make(dense)
+    first, second = out["pair"]
+    assert first is second and nnx.get_ref(first, "w") is nnx.get_ref(dense, "w")
+    assert out["ref"].collection == "new" and (out["ref"].value == 1).all()
+    assert out["m"] is not dense and (out["m"].w == dense.w).all()
+    out["m"].w = jnp.zeros((2, 2))
+
+
+def test_only_written_refs_are_outputs(net, data):
+    x, _ = data
+    lowered = nnx.jit(lambda m, x: m(x)).lower(net, x)
+    # The output, and one counter for each of the two layers.
+    assert len(jax.tree.leaves(lowered.out_info)) == 3
+    assert len(jax.tree.leaves(nnx.jit(lambda m, x: x @ m.blocks[0].w).lower(net, x).out_info)) == 1
+
+
+def test_a_value_changed_in_place_is_written_back():
+    ref = nnx.Ref({"m": jnp.zeros(2), "n": [jnp.array(0)]}, "opt_state")
+
+    @nnx.jit
+    def f(r):
+        r.value["n"][0] = r.value["n"][0] + 1
+
+    f(ref)
+    f(ref)
+    assert ref.value["n"][0] == 2
+
+
+def test_structure_changed_inside_propagates(net):
+    @nnx.jit
+    def grow(m):
+        m.blocks.append(Dense(seed=3))
+        m.extra = nnx.Ref(m.blocks[0].w.sum(), "new")
+        m.scale = 3.0
+        del m.blocks[1]
+        m.blocks[0].b = None
+        m.table = m.blocks[0].w * 2
+
+    shared, blocks = net.blocks[0], net.blocks
+    grow(net)
+    assert net.blocks is blocks and net.blocks[0] is shared and net.blocks[1] is shared
+    assert len(blocks) == 3 and net.scale == 3.0 and shared.b is None
+    assert (net.table == shared.w * 2).all() and net.extra.value == shared.w.sum()
+    net.blocks[2](jnp.ones((1, 2)))
+    assert net.blocks[2].calls == 1
+
+
+def test_a_swap_of_two_equal_layers_propagates(net):
+    @nnx.jit
+    def swap(m):
+        m.blocks[0], m.blocks[1] = m.blocks[1], m.blocks[0]
+
+    a, b = net.blocks[:2]
+    swap(net)
+    assert net.blocks[0] is b and net.blocks[1] is a and net.blocks[2] is a
+
+
+def test_a_static_counter_retraces(dense):
+    traces = []
+
+    @nnx.jit
+    def f(m):
+        traces.append(1)
+        m.n = getattr(m, "n", 0) + 1
+
+    for _ in range(3):
+        f(dense)
+    assert dense.n == 3 and len(traces) == 3
+
+
+def test_equal_structures_share_a_program(data):
+    traces = []
+
+    @nnx.jit
+    def f(m, x):
+        traces.append(1)
+        return m(x)
+
+    for seed in range(3):
+        f(Dense(seed=seed), data[0])
+    assert len(traces) == 1
+
+
+def test_an_exception_changes_nothing(net, data):
+    before = {p: v.copy() for p, v in nnx.split(net)[1].items()}
+    blocks = list(net.blocks)
+
+    @nnx.jit
+    def bad(m, x):
+        sgd(m, x, x)
+        m.blocks.append(Dense())
+        raise ZeroDivisionError("in the middle")
+
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError, match="in the middle"):
+            bad(net, data[0])
+    assert net.blocks == blocks
+    for path, value in nnx.split(net)[1].items():
+        assert (value == before[path]).all()
+
+
+def test_an_exception_at_run_time_changes_nothing(dense):
+    def fail(x):
+        raise ValueError("from the callback")
+
+    @nnx.jit
+    def bad(m):
+        m.b = jax.pure_callback(fail, jax.ShapeDtypeStruct((2,), jnp.float32), m.b)
+        return m.b
+
+    with pytest.raises(Exception, match="from the callback"):
+        jax.block_until_ready(bad(dense))
+        jax.block_until_ready(dense.b)
+
+
+def test_methods_and_modules_are_functions(data):
+    class Trainer(nnx.Module):
+        def __init__(self):
+            self.model = Dense()
+            self.steps = nnx.Ref(jnp.array(0), "counters")
+
+        @nnx.jit
+        def step(self, x, *, n=1):
+            self.steps.value += n
+            return self.model(x)
+
+        def __call__(self, x):
+            return self.step(x, n=2)
+
+    trainer = Trainer()
+    x, _ = data
+    trainer.step(x)
+    trainer(x)
+    nnx.jit(trainer)(x)
+    nnx.jit(trainer.step, static_argnames="n")(x, n=3)
+    assert trainer.steps.value == 1 + 2 + 2 + 3 and trainer.model.calls == 4
+
+
+def test_static_arguments():
+    traces = []
+
+    @nnx.jit(static_argnums=1, static_argnames=("mode",))
+    def f(r, n, x=1.0, mode="a"):
+        traces.append((n, mode))
+        r.value += n
+        return x
+
+    r = nnx.Ref(jnp.array(0))
+    f(r, 2)
+    f(r, n=3, mode="b")
+    f(r, 2, 2.0)
+    assert r.value == 7 and traces == [(2, "a"), (3, "b"), (2, "a")]
+    with pytest.raises(nnx.UnhashableStaticError, match=r"argument 1 of nnx\.jit is a list"):
+        f(r, [1])
+    with pytest.raises(nnx.StructureError, match=r"argument 1 of nnx\.jit holds a module"):
+        f(r, Dense())
+
+
+def test_nested_jits_and_a_function_that_is_none():
+    inner = nnx.jit(lambda r: setattr(r, "value", r.value * 2))
+
+    @nnx.jit
+    def outer(r):
+        inner(r)
+        inner(r)
+
+    r = nnx.Ref(jnp.array(1.0))
+    outer(r)
+    inner(r)
+    assert r.value == 8.0
+    with pytest.raises(TypeError, match="takes a function, a module or a method, but got 3"):
+        nnx.jit(3)
+    assert repr(inner) == "<nnx.jit(test_nested_jits_and_a_function_that_is_none.<locals>.<lambda>)>"
+
+
+def test_mutable_holds_for_programs_in_cache(dense, data):
+    step = nnx.jit(lambda m, x: m(x))
+    step(dense, data[0])
+    with nnx.mutable("params"), pytest.raises(nnx.NotMutableError, match="'counters'"):
+        step(dense, data[0])
+    assert dense.calls == 1
+
+
+def test_under_plain_transformations_values_go_in_and_writes_are_errors(dense, data):
+    x, _ = data
+    read = nnx.jit(lambda m, x: x @ m.w)
+    assert jax.vmap(lambda row: read(dense, row))(x).shape == (4, 2)
+    assert jax.jit(lambda m, x: read(m, x))(dense, x).shape == (4, 2)
+    write = nnx.jit(lambda m, x: m(x))
+    with pytest.raises(nnx.TraceLevelError, match="plain jax.vmap"):
+        jax.vmap(lambda row: write(dense, row))(x)
+    with pytest.raises(nnx.ReadOnlyError):
+        jax.jit(lambda m, x: write(m, x))(dense, x)
+    assert dense.calls == 0
+
+
+def test_donated_buffers_are_reused_and_the_model_is_right(data):
+    x, y = data
+    a, b = Dense(), Dense()
+    kept = b.w
+    step, donating = nnx.jit(sgd), nnx.jit(sgd, donate=True)
+    for _ in range(3):
+        step(a, x, y)
+        donating(b, x, y)
+    assert kept.is_deleted() and jnp.allclose(a.w, b.w) and int(b.calls) == 3
+    c = Dense()
+    counters = nnx.get_ref(c, "calls").value
+    nnx.jit(sgd, donate="params")(c, x, y)
+    assert not counters.is_deleted()
+    memory = donating.lower(b, x, y).compile().memory_analysis()
+    assert memory.alias_size_in_bytes > 0
+
+
+def test_donation_says_what_is_shared_and_what_is_gone(data):
+    x, y = data
+    step = nnx.jit(sgd, donate="params")
+    model = Dense()
+    other = nnx.clone(model)
+    step(model, x, y)
+    with pytest.raises(nnx.DonationError, match=r"Ref 'w', whose buffer is gone.*jnp\.copy"):
+        step(other, x, y)
+
+    @nnx.jit(donate=True)
+    def both(a, b):
+        a.b, b.b = a.b + 1, b.b + 1
+
+    left, right = Dense(), Dense()
+    right.b = left.b
+    with pytest.raises(nnx.DonationError, match=r"Ref 'b' of the Dense number 1.*number 2.*same"):
+        both(left, right)
+    assert (left.b == 0).all() and (right.b == 0).all()
+
+
+def test_shardings_by_filter():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    class Wide(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Ref(jnp.ones((8, 4)), "params")
+            self.n = nnx.Ref(jnp.array(0), "counters")
+
+    @nnx.jit(in_shardings=({"params": rows, ...: whole}, whole), out_shardings=rows)
+    def step(m, x):
+        m.w.value = m.w.value + x
+        m.n.value += 1
+        return m.w.value * 2
+
+    model = Wide()
+    for _ in range(2):
+        out = step(model, jnp.ones(4))
+    assert out.sharding == rows and model.w.value.sharding == rows and model.n.value == 2
+    assert len(model.w.value.sharding.device_set) == 4 and (out == 6).all()
+
+
+def test_ahead_of_time(dense, data):
+    x, y = data
+    step = nnx.jit(sgd)
+    assert "dot_general" in str(step.trace(dense, x, y).jaxpr)
+    lowered = step.lower(dense, x, y)
+    assert "stablehlo" in lowered.as_text()
+    compiled = lowered.compile()
+    assert compiled.cost_analysis()["flops"] > 0
+    before = dense.w
+    compiled(dense, x, y)
+    assert not jnp.allclose(before, dense.w) and dense.calls == 1
+    dense.note = 1
+    with pytest.raises(nnx.StructureError, match="another structure than it was compiled for"):
+        compiled(dense, x, y)
+    assert nnx.jit(lambda m, x: m(x)).eval_shape(dense, x).shape == (4, 2)
+    assert dense.calls == 1
+
+
+def test_threads_share_a_function(data):
+    step = nnx.jit(sgd)
+    models = [Dense(seed=i) for i in range(4)]
+    expected = [nnx.clone(m) for m in models]
+    threads = [threading.Thread(target=step, args=(m, *data)) for m in models]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for a, b in zip(models, expected, strict=True):
+        sgd(b, *data)
+        assert jnp.allclose(a.w, b.w, atol=1e-6) and a.calls == 1
+
+
+def test_tied_weights_learn_together(data):
+    class Tied(nnx.Module):
+        def __init__(self):
+            self.enc, self.dec = Dense(seed=1), Dense(seed=2)
+            self.dec.w = nnx.get_ref(self.enc, "w")
+
+        def __call__(self, x):
+            return self.dec(self.enc(x))
+
+    model = Tied()
+    nnx.jit(sgd)(model, *data)
+    assert nnx.get_ref(model.dec, "w") is nnx.get_ref(model.enc, "w")
+    assert (model.enc.w == model.dec.w).all() and Net is not None
