@@ -1,0 +1,108 @@
+"""`python -m benchmarks`: run them all, print one page, write it to `benchmarks/results/`."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+from typing import Any
+
+import equinox
+import flax
+import jax
+
+from benchmarks import (
+    compiling,
+    eager,
+    epoch,
+    growth,
+    memory,
+    report,
+    steps,
+    transformer,
+)
+
+KINDS = {
+    "SGD step": steps.sgd_contenders,
+    "Adam step": steps.adam_contenders,
+    "evaluation step": steps.eval_contenders,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = ["steps", "eager", "compile", "epoch", "transformer", "pytrees", "memory", "growth"]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--quick", action="store_true", help="few rounds, small sizes")
+    parser.add_argument("--sizes", nargs="+", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds or (5 if arguments.quick else 21)
+    sizes = arguments.sizes or ([10, 100] if arguments.quick else [10, 100, 500, 2000])
+    only = arguments.only
+    pages: list[str] = [_header(rounds)]
+    raw: dict[str, Any] = {}
+
+    def page(name: str, text: str, data: Any) -> None:
+        print(text, flush=True)
+        pages.append(text)
+        raw[name] = data
+
+    if "steps" in only:
+        by_kind = {}
+        for title, kind in KINDS.items():
+            by_kind[title] = steps.measure(kind, sizes, rounds)
+            page(title, report.by_size(title, by_kind[title]), by_kind[title])
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        report.plot(by_kind, arguments.out / "steps.png")
+    if "eager" in only:
+        forward = eager.forward(rounds)
+        page("forward", report.by_name("Eager forward, 50 layers", forward, "x @ w + b"), forward)
+        built = eager.construction(rounds)
+        page("construction", report.by_name("Construction, 50 layers", built, "by hand"), built)
+    if "compile" in only:
+        few = 2 if arguments.quick else 5
+        stages = compiling.stages(10 if arguments.quick else 50, few)
+        page("compile", report.table("Trace, lower, compile: ratios to jax.jit", stages), stages)
+        depth = {"seconds": compiling.depth(1 if arguments.quick else 3)}
+        page("depth", report.table("Trace + compile by depth", depth), depth)
+    if "epoch" in only:
+        for size in [s for s in sizes if s <= 500]:
+            ratios = epoch.epoch(size, max(3, rounds // 3))
+            title = f"An epoch of 100 steps as one program, {size} arrays"
+            page(title, report.by_name(title, ratios, "100 jax.jit dispatches"), ratios)
+    if "transformer" in only:
+        real = transformer.measure(3 if arguments.quick else 7)
+        page("transformer", report.by_name("Transformer step", real, "jax.jit"), real)
+    if "pytrees" in only:
+        rows = eager.pytrees(rounds, 25 if arguments.quick else 250)
+        flat = {
+            name: {k: f"1 = {r.microseconds:.0f} µs" if k == "nnx" else str(r) for k, r in row.items()}
+            for name, row in rows.items()
+        }
+        page("pytrees", report.table("Whole-model operations, 500 arrays: ratios to ours", flat), rows)
+    if "memory" in only:
+        used = memory.measure()
+        page("memory", report.table("Memory of a large step, MiB", used, 1), used)
+    if "growth" in only:
+        grown = growth.measure((50, 100, 200) if arguments.quick else (100, 500, 1000, 2000, 4000))
+        rows = {
+            n: {"slope, ns": g["slope in ns"], "worst misfit": g["worst misfit"]}
+            for n, g in grown.items()
+        }
+        page("growth", report.table("Growth of a call, per unit", rows), grown)
+    report.write(arguments.out, "\n".join(pages), raw)
+
+
+def _header(rounds: int) -> str:
+    return (
+        "# Results\n\n"
+        f"JAX {jax.__version__}, flax {flax.__version__}, equinox {equinox.__version__}, Python "
+        f"{platform.python_version()}, CPU. Ratios of times within a round, contenders in shuffled "
+        f"order, {rounds} rounds: median (10th–90th percentile).\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The results as markdown, JSON and a plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 — the backend is chosen before
+
+from benchmarks.timing import Ratio  # noqa: E402
+
+
+def by_size(title: str, results: dict[int, dict[str, Ratio]]) -> str:
+    sizes = list(results)
+    lines = [f"### {title}", "", "| | " + " | ".join(f"{s} arrays" for s in sizes) + " |"]
+    lines.append("| --- " * (len(sizes) + 1) + "|")
+    for name in results[sizes[0]]:
+        cells = [str(results[s][name]) for s in sizes]
+        if name == "jax.jit":
+            cells = [f"1 = {results[s][name].microseconds:.0f} µs" for s in sizes]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def by_name(title: str, results: dict[str, Ratio], baseline: str) -> str:
+    lines = [f"### {title}", "", "| | ratio |", "| --- | --- |"]
+    for name, ratio in results.items():
+        cell = f"1 = {ratio.microseconds:.0f} µs" if name == baseline else str(ratio)
+        lines.append(f"| {name} | {cell} |")
+    return "\n".join(lines) + "\n"
+
+
+def table(title: str, rows: dict[str, dict[str, Any]], digits: int = 2) -> str:
+    columns = list(next(iter(rows.values())))
+    lines = [f"### {title}", "", "| | " + " | ".join(columns) + " |"]
+    lines.append("| --- " * (len(columns) + 1) + "|")
+    for name, row in rows.items():
+        cells = [f"{v:.{digits}f}" if isinstance(v, float) else str(v) for v in row.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, dict[int, dict[str, Ratio]]], path: Path) -> None:
+    """Ratios by size, one panel for each kind of step."""
+    figure, axes = plt.subplots(
+        1, len(results), figsize=(4.5 * len(results), 3.8), constrained_layout=True, squeeze=False
+    )
+    for axis, (title, by) in zip(axes[0], results.items(), strict=True):
+        sizes = list(by)
+        for name in by[sizes[0]]:
+            ratios = [by[s][name] for s in sizes]
+            axis.plot(sizes, [r.median for r in ratios], "o-", label=name, markersize=4)
+            axis.fill_between(sizes, [r.low for r in ratios], [r.high for r in ratios], alpha=0.15)
+        axis.set(xscale="log", yscale="log", title=title, xlabel="parameter arrays")
+        axis.grid(alpha=0.3, which="both")
+    axes[0][0].set_ylabel("time ÷ hand-written jax.jit")
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write(folder: Path, text: str, raw: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.md").write_text(text)
+    (folder / "results.json").write_text(json.dumps(raw, indent=1, default=str) + "\n")
