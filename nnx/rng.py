@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refx import Node, Ref
-from refx.trace import local
+from refx.trace import is_eager
 
 __all__ = ["RngStream"]
 
@@ -30,8 +30,8 @@ class RngStream(Node):
     False
     """
 
-    # Keys derived for a name cost a dispatch; outside of traces they are kept.
-    __slots__ = ("_named",)
+    # Outside of traces a dispatch costs more than a key, so keys are made many at a time.
+    __slots__ = ("_ahead",)
 
     def __init__(self, key: Any):
         self.key = Ref(as_key(key), "rngs")
@@ -45,7 +45,23 @@ class RngStream(Node):
         """
         key, count = self.key.value, self.count.value
         self.advance()
-        return jax.random.fold_in(key if name is None else self._for(name, key), count)
+        if type(count) is int and not isinstance(key, jax.core.Tracer) and is_eager():
+            return self._from_block(name, key, count)
+        if name is not None:
+            key = jax.random.fold_in(key, _number(name))
+        return jax.random.fold_in(key, count)
+
+    def _from_block(self, name: str | None, key: jax.Array, count: int) -> jax.Array:
+        kept = getattr(self, "_ahead", None)
+        if kept is None or kept[0] is not key:
+            kept = (key, {})
+            _set_ahead(self, kept)
+        start = count - count % _BLOCK
+        block = kept[1].get(name)
+        if block is None or block[0] != start:
+            base = key if name is None else jax.random.fold_in(key, _number(name))
+            block = kept[1][name] = (start, _block(base, start))
+        return block[1][count - start]
 
     def lanes(self, size: int) -> RngStream:
         """A stream of stacked keys, split from what `next()` would give; this one does not move."""
@@ -56,20 +72,20 @@ class RngStream(Node):
         """Move on by one key."""
         self.count.value = self.count.value + 1
 
-    def _for(self, name: str, key: Any) -> Any:
-        data = zlib.crc32(name.encode())
-        if local.frame is not None or isinstance(key, jax.core.Tracer):
-            return jax.random.fold_in(key, data)
-        kept = getattr(self, "_named", None)
-        if kept is None or kept[0] is not key:
-            kept = (key, {})
-            _set_named(self, kept)
-        if name not in kept[1]:
-            kept[1][name] = jax.random.fold_in(key, data)
-        return kept[1][name]
+
+_set_ahead = RngStream._ahead.__set__  # pyright: ignore[reportAttributeAccessIssue]
+
+_BLOCK = 32
 
 
-_set_named = RngStream._named.__set__  # pyright: ignore[reportAttributeAccessIssue]
+@jax.jit
+def _block(key: jax.Array, start: int) -> list[jax.Array]:
+    keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(start + jnp.arange(_BLOCK))
+    return list(keys)
+
+
+def _number(name: str) -> int:
+    return zlib.crc32(name.encode())
 
 
 def as_key(key: Any) -> Any:

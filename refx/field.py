@@ -66,34 +66,43 @@ class Field:
         )
 
 
-class RefField(Field):
+class RefField(Field, property):
     """A field whose value lives in a Ref: reading gives the value, writing writes the Ref.
 
-    Assigning a Ref ties the field to that Ref, and assigning None leaves the field without one.
+    Assigning a Ref ties the field to that Ref, and assigning None leaves the field without one. It
+    is a `property` since Python calls the getter of one in C.
     """
 
     is_ref = True
 
     def __init__(self, collection: Hashable = None, *, metadata: Any = None, **options: Any):
-        super().__init__(**options)
+        Field.__init__(self, **options)
         self.collection = collection
         self.metadata = metadata or {}
 
-    def __get__(self, node: Any, owner: Any = None) -> Any:
-        if node is None:
-            return self
-        try:
-            ref = attributes(node)[self.name]
-        except KeyError:
-            raise self._unset(node) from None
-        if ref is None:
-            return None
-        frame = local.frame
-        if ref._frame is frame and (frame is not None or current_trace(()) is EVAL):
-            return ref._value
-        return read(ref, node)
+    def __set_name__(self, owner: type, name: str) -> None:
+        Field.__set_name__(self, owner, name)
+        property.__init__(self, self._getter(name), self.__set__, self.__delete__)
 
-    def __set__(self, node: Node, value: Any) -> None:
+    def _getter(self, name: str) -> Callable[[Any], Any]:
+        # Everything that a read needs is a local variable here: it is the hottest code of all.
+        def get(node: Any, local: Any = local, current: Any = current_trace) -> Any:
+            try:
+                ref = node._dict[name]
+                frame = local.frame
+                if ref._frame is frame and (frame is not None or current(()) is EVAL):
+                    return ref._value
+            except (KeyError, AttributeError):
+                ref = attributes(node).get(name, MISSING)
+                if ref is MISSING:
+                    raise self._unset(node) from None
+                if not isinstance(ref, Ref):
+                    return ref
+            return read(ref, node)
+
+        return get
+
+    def __set__(self, node: Any, value: Any) -> None:
         cell = attributes(node).get(self.name)
         if isinstance(value, Ref) or value is None:
             if value is not cell or self.name not in attributes(node):
@@ -106,7 +115,7 @@ class RefField(Field):
             check_type(value)
             write(cell, value, node)
 
-    def __delete__(self, node: Node) -> None:
+    def __delete__(self, node: Any) -> None:
         check_structure(node, f"Attribute {self.name!r}")
         if attributes(node).pop(self.name, MISSING) is MISSING:
             raise self._unset(node)

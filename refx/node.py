@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -18,8 +19,7 @@ class _HasDict:
     pass
 
 
-attributes = _HasDict.__dict__["__dict__"].__get__
-"""`attributes(node)` is the live dict of a Node's attributes; `vars(node)` also takes note of it."""
+_own_dict = _HasDict.__dict__["__dict__"].__get__
 
 # Bumped when a change happened that comparing two dicts does not show; see `Node.__setattr__`.
 epoch = [0]
@@ -44,13 +44,15 @@ class Node(_HasDict):
     0
     """
 
-    __slots__ = ("_exposed", "_frame", "_snapshot", "_trace")
+    # `_dict` is the dict of the attributes, where it is found faster than by its own name.
+    __slots__ = ("_dict", "_exposed", "_frame", "_snapshot", "_trace")
 
     _is_node: ClassVar[bool] = True
     # The fields of the class by name, and those of them that need a value before `__init__` runs.
     _fields: ClassVar[dict[str, Any]] = {}
     _defaults: ClassVar[tuple[Any, ...]] = ()
 
+    _dict: dict[str, Any]
     _frame: Any
     _trace: Any
     _snapshot: Any
@@ -110,9 +112,6 @@ class Node(_HasDict):
             expose(self)
         return attributes(self)
 
-    def _attributes(self) -> dict[str, Any]:
-        return attributes(self)
-
     def __getstate__(self) -> dict[str, Any]:
         return dict(attributes(self))
 
@@ -129,6 +128,7 @@ _SLOTS = frozenset(Node.__slots__)
 def make(cls: type, frame: Any, trace: Any, _new: Any = object.__new__) -> Any:
     """A Node without attributes, at a given level: `__init__` has not run and will not."""
     node = _new(cls)
+    _set_dict(node, _own_dict(node))
     _set_frame(node, frame)
     _set_trace(node, trace)
     _set_snapshot(node, None)
@@ -140,6 +140,10 @@ def _blank(cls: type) -> Any:
     return make(cls, local.frame, trace_ref())
 
 
+attributes: Callable[[Node], dict[str, Any]] = Node._dict.__get__  # pyright: ignore
+"""`attributes(node)` is the live dict of a Node's attributes; `vars(node)` also takes note of it."""
+
+_set_dict = Node._dict.__set__  # pyright: ignore
 _set_frame = Node._frame.__set__
 _set_trace = Node._trace.__set__
 _set_exposed = Node._exposed.__set__

@@ -21,7 +21,7 @@ import numpy as np
 from refx.node import Node, attributes, epoch, set_snapshot
 from refx.ref import Ref
 from refx.structure import DagDef, Scan, is_array, scan
-from refx.trace import EVAL, current_trace, local, read
+from refx.trace import EVAL, current_trace, local, read, trace_ref
 
 __all__: list[str] = []
 
@@ -37,7 +37,7 @@ class Snapshot:
     """
 
     __slots__ = ("_copies", "_epoch", "_leaves", "_live", "_places", "_strict",
-                 "dagdef", "frame", "refs", "uid")
+                 "dagdef", "frame", "refs", "trace", "uid")
 
     def __init__(self, tree: Any):
         found = scan(tree)
@@ -51,9 +51,9 @@ class Snapshot:
         self._copies: list[Any] = []
         self._strict: list[_Strict | _Opaque] = [_Opaque(*o) for o in found.opaque]
         self._epoch = epoch[0]
-        frames = {id(r._frame): r._frame for r in found.refs}
-        # False is no frame: Refs of several levels have to be read one by one.
-        self.frame: Any = (next(iter(frames.values())) if frames else None) if len(frames) < 2 else False
+        # Where all Refs were made; False is no frame, so Refs of several levels compare with none.
+        self.frame: Any = _common(found.refs, "_frame", False)
+        self.trace: Any = _common(found.refs, "_trace", None)
         self._watch(found)
 
     def _watch(self, found: Scan) -> None:
@@ -80,12 +80,22 @@ class Snapshot:
             # An == of the user's own may raise; then the walk decides.
             return False
 
-    def values(self, owner: Any = None) -> list[Any]:
-        """The values of the Refs, as seen from here; `owner` is the Node that they are read of."""
+    def values(self, tree: Any = None) -> list[Any]:
+        """The values of the Refs, as seen from here; `tree` is what they are read of."""
         frame = local.frame
         if self.frame is frame and (frame is not None or current_trace(()) is EVAL):
             return [r._value for r in self.refs]
+        owner = tree if isinstance(tree, Node) else None
         return [read(r, owner) for r in self.refs]
+
+    def writable(self) -> bool:
+        """Whether all Refs may be written here, without asking each of them."""
+        return (
+            self.frame is local.frame
+            and local.allowed is None
+            and self.trace is not None
+            and self.trace() is current_trace(())
+        )
 
     def leaves(self) -> list[Any]:
         """The plain arrays, as they are now: they may be replaced without a change of structure."""
@@ -105,6 +115,13 @@ class Snapshot:
 
 
 _ARRAY = object()
+
+
+def _common(refs: list[Ref[Any]], name: str, otherwise: Any) -> Any:
+    found = {id(getattr(r, name)): getattr(r, name) for r in refs}
+    if not found:
+        return local.frame if name == "_frame" else trace_ref()
+    return next(iter(found.values())) if len(found) == 1 else otherwise
 
 
 class _Strict:

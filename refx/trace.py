@@ -53,6 +53,11 @@ def trace_ref() -> Callable[[], Any]:
     return weakref.ref(current_trace(()))
 
 
+def is_eager() -> bool:
+    """Whether code runs outside of every transformation."""
+    return local.frame is None and current_trace(()) is EVAL
+
+
 class _Marker:
     """Stands in for a trace reference in Refs that may not be written at all."""
 
@@ -131,13 +136,20 @@ class Frame:
 
 
 class _Local(threading.local):
-    frame: Frame | None = None
+    frame: Frame | None
     # Set by `mutable`: says whether a Ref may be written. None allows everything.
-    allowed: Callable[[Ref[Any]], bool] | None = None
+    allowed: Callable[[Ref[Any]], bool] | None
     # nnx keeps its ambient streams and flags here, so that a boundary crosses one thread-local.
-    scope: Any = None
+    scope: Any
     # The call that a compiled function is being traced for.
-    call: Any = None
+    call: Any
+
+    def __init__(self) -> None:
+        # Runs in each thread. As attributes of the instance they are found faster.
+        self.frame = None
+        self.allowed = None
+        self.scope = None
+        self.call = None
 
 
 local = _Local()
@@ -341,7 +353,7 @@ def describe(ref: Ref[Any], owner: Any = None) -> str:
             return f"Ref {known} ({summary(ref)})"
         frame = frame.parent
     if owner is not None:
-        for name, value in owner._attributes().items():
+        for name, value in owner._dict.items():
             if value is ref:
                 return f"Ref {type(owner).__name__}.{name} ({summary(ref)})"
     return f"A Ref ({summary(ref)})"

@@ -34,7 +34,7 @@ from refx.node import is_identity
 from refx.partition import Path, dotted
 from refx.snapshot import Snapshot, snapshot
 from refx.structure import DagDef, Leaf, Static, build, scan
-from refx.trace import Frame, current_trace, local, seen_from, writable
+from refx.trace import Frame, local, seen_from, writable
 
 __all__: list[str] = []
 
@@ -162,20 +162,16 @@ def open_call(
             plans[key] = plan
     if len(snapshots) == 1:
         kept = snapshots[0]
-        refs, values, leaves = kept.refs, kept.values(_owner(roots[0])), kept.leaves()
+        refs, values, leaves = kept.refs, kept.values(roots[0]), kept.leaves()
     else:
         refs = _chosen([r for s in snapshots for r in s.refs], plan.refs)
-        pairs = zip(snapshots, map(_owner, roots), strict=True)
-        values = _chosen([v for s, owner in pairs for v in s.values(owner)], plan.refs)
+        pairs = zip(snapshots, roots, strict=True)
+        values = _chosen([v for s, root in pairs for v in s.values(root)], plan.refs)
         leaves = _chosen([x for s in snapshots for x in s.leaves()], plan.leaves)
     call = Call(plan.layout, roots, snapshots, refs, values, leaves, others)
     if type(closure) is Roots:
         closure.call = call
     return call
-
-
-def _owner(root: Any) -> Any:
-    return None if type(root) is Ref else root
 
 
 class Form(NamedTuple):
@@ -566,10 +562,18 @@ def check_lifted(call: Call) -> None:
 
 def close_call(call: Call, packed: Packed) -> Any:
     """Step 5: write the new values into the caller's Refs, and give the caller's output."""
-    check_lifted(call)
+    if call.found:
+        raise Lift
     spec = packed.spec
     if spec.written:
-        write_back([call.refs[i] for i in spec.written], packed.written)
+        refs = call.refs
+        for kept in call.snapshots:
+            if not kept.writable():
+                write_back([refs[i] for i in spec.written], packed.written)
+                break
+        else:
+            for i, value in zip(spec.written, packed.written):  # noqa: B905 — equal, and hot
+                refs[i]._value = value
     if spec.graph is None:
         return packed.out
     return _apply(call, spec.graph, *packed.out)
@@ -577,16 +581,6 @@ def close_call(call: Call, packed: Packed) -> Any:
 
 def write_back(refs: list[Ref[Any]], values: Iterable[Any]) -> None:
     """Write all values or, if one of the Refs may not be written here, none."""
-    frame, trace = local.frame, current_trace(())
-    here = refs[0]._trace
-    if local.allowed is None and here() is trace:
-        for ref in refs:
-            if ref._trace is not here or ref._frame is not frame:
-                break
-        else:
-            for ref, value in zip(refs, values, strict=True):
-                ref._value = value
-            return
     targets = [writable(ref) for ref in refs]
     for target, value in zip(targets, values, strict=True):
         target._value = value

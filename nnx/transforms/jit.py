@@ -157,6 +157,7 @@ class Jit:
             if not call.layout.traced:
                 call = self._prepared(args, kwargs)
             layout = call.layout
+            # The function may be traced for new shapes, and then needs to know its call.
             local.call = call
             try:
                 if layout.compiled is None:

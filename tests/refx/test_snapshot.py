@@ -36,7 +36,7 @@ def evaluate(x):
 
 
 def vars_of(module):
-    return module._attributes()
+    return module._dict
 
 
 def model():
