@@ -103,6 +103,7 @@ class Call:
     """
 
     __slots__ = (
+        "at_once",
         "found",
         "layout",
         "leaves",
@@ -131,6 +132,8 @@ class Call:
         self.leaves = leaves
         self.others = others
         self.found: list[tuple[Ref[Any], Any]] = []
+        # Whether every Ref may be written where the call was opened, with no need to ask each.
+        self.at_once = False
 
 
 def open_call(
@@ -142,13 +145,14 @@ def open_call(
 ) -> Call:
     """Take the arguments of one call apart. `plans` is a function's cache of Plans."""
     form, roots, others = _take_roots(args, kwargs)
-    given = len(roots)
-    closed = closure.roots() if closure is not None else ()
     scope = local.scope
+    closed = closure.roots() if closure is not None else ()
+    constants: tuple[Any, ...] = ()
     if closed or scope is not None:
+        given = len(roots)
         roots = [*roots, *closed] if scope is None else [*roots, *closed, scope]
-    snapshots = list(map(snapshot, roots))
-    constants = _constants(snapshots[given : given + len(closed)]) if closed else ()
+        constants = _constants([snapshot(root) for root in roots[given : given + len(closed)]])
+    snapshots = [snapshot(root) for root in roots]
     # With one root, equal structure is enough; with more, which Refs they share matters too.
     shape = snapshots[0].dagdef if len(roots) == 1 else tuple([s.uid for s in snapshots])
     key = (form, shape, constants, scope is None, statics)
@@ -160,29 +164,43 @@ def open_call(
             if len(plans) >= _MOST:
                 plans.clear()
             plans[key] = plan
-    if len(snapshots) == 1:
+    at_once = all([s.writable() for s in snapshots])
+    if len(roots) == 1:
         kept = snapshots[0]
-        refs, values, leaves = kept.refs, kept.values(roots[0]), kept.leaves()
+        refs, leaves = kept.refs, kept.leaves()
+        # What may be written here may be read here.
+        values = [r._value for r in refs] if at_once else kept.values(roots[0])
     else:
         refs = _chosen([r for s in snapshots for r in s.refs], plan.refs)
         pairs = zip(snapshots, roots, strict=True)
         values = _chosen([v for s, root in pairs for v in s.values(root)], plan.refs)
         leaves = _chosen([x for s in snapshots for x in s.leaves()], plan.leaves)
     call = Call(plan.layout, roots, snapshots, refs, values, leaves, others)
+    call.at_once = at_once
     if type(closure) is Roots:
         closure.call = call
     return call
 
 
-class Form(NamedTuple):
-    """Where the roots are among the arguments: by number in the flattened arguments."""
+class Form:
+    """Where the roots are among the arguments: by number in the flattened arguments.
 
-    treedef: Any
-    where: tuple[int, ...]
+    Forms are interned, so that a key that holds one is hashed by its identity.
+    """
+
+    __slots__ = ("treedef", "where")
+
+    def __init__(self, treedef: Any, where: tuple[int, ...]):
+        self.treedef = treedef
+        self.where = where
 
 
-# The forms of calls whose arguments are, one by one, a root or a single array or number.
-_flat_forms: dict[tuple[type, ...], tuple[Form, tuple[int, ...]] | None] = {}
+_forms: dict[tuple[Any, tuple[int, ...]], Form] = {}
+
+
+# Filled only together with `_forms`, and emptied with it. The forms of calls whose arguments are
+# so many roots and then single arrays or numbers.
+_flat_forms: dict[tuple[type, ...], tuple[Form, int]] = {}
 _SINGLE = frozenset({type(jnp.zeros(())), np.ndarray, bool, int, float, complex})
 
 
@@ -190,16 +208,19 @@ def _take_roots(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Form, li
     types = tuple(map(type, args))
     known = _flat_forms.get(types) if not kwargs else None
     if known is not None:
-        form, rest = known
-        return form, [args[i] for i in form.where], [args[i] for i in rest]
+        form, count = known
+        return form, list(args[:count]), list(args[count:])
     flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_identity)
     where = tuple(i for i, x in enumerate(flat) if is_identity(x))
     rest = tuple(i for i, x in enumerate(flat) if not is_identity(x))
-    form = Form(treedef, where)
-    if not kwargs and all(t in _SINGLE or issubclass(t, (Node, Ref)) for t in types):
-        if len(_flat_forms) >= _MOST:
-            _flat_forms.clear()
-        _flat_forms[types] = form, rest
+    if len(_forms) >= _MOST:
+        _forms.clear()
+        _flat_forms.clear()
+    form = _forms.setdefault((treedef, where), Form(treedef, where))
+    count = len(where)
+    first, last = types[:count], types[count:]
+    if not kwargs and all(issubclass(t, (Node, Ref)) for t in first) and _SINGLE.issuperset(last):
+        _flat_forms[types] = form, count
     return form, [flat[i] for i in where], [flat[i] for i in rest]
 
 
@@ -566,14 +587,14 @@ def close_call(call: Call, packed: Packed) -> Any:
         raise Lift
     spec = packed.spec
     if spec.written:
-        refs = call.refs
-        for kept in call.snapshots:
-            if not kept.writable():
-                write_back([refs[i] for i in spec.written], packed.written)
-                break
-        else:
+        if call.at_once:
+            # The old values are let go here, while the program that read them has hardly begun:
+            # a few microseconds later it costs a third more.
+            refs, call.values = call.refs, []
             for i, value in zip(spec.written, packed.written):  # noqa: B905 — equal, and hot
                 refs[i]._value = value
+        else:
+            write_back([call.refs[i] for i in spec.written], packed.written)
     if spec.graph is None:
         return packed.out
     return _apply(call, spec.graph, *packed.out)

@@ -60,6 +60,8 @@ class Jit:
         self._donate = donate
         self._options = options
         self._shardings = Shardings(self._name, *shardings, bound=len(self._bound))
+        # Nothing but the arguments as they are: the common case has a shorter way.
+        self._direct = not (self._bound or self._static.active or self._shardings.active)
         self._compiled = jax.jit(self._run, static_argnums=0, **options)
         # A function that is itself a Jit has attributes that must not become those of this one.
         functools.update_wrapper(self, fn if not isinstance(fn, Node) else self._fn, updated=())
@@ -153,7 +155,10 @@ class Jit:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         outer = local.call
         while True:
-            call = self._open(args, kwargs)
+            if self._direct:
+                call = open_call(args, kwargs, self._closure, self._plans)
+            else:
+                call = self._open(args, kwargs)
             if not call.layout.traced:
                 call = self._prepared(args, kwargs)
             layout = call.layout
