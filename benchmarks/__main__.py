@@ -78,10 +78,16 @@ def main() -> None:
     if "pytrees" in only:
         rows = eager.pytrees(rounds, 25 if arguments.quick else 250)
         flat = {
-            name: {k: f"1 = {r.microseconds:.0f} µs" if k == "nnx" else str(r) for k, r in row.items()}
+            name: {
+                k: f"1 = {r.microseconds:.0f} µs" if k == "nnx" else str(r) for k, r in row.items()
+            }
             for name, row in rows.items()
         }
-        page("pytrees", report.table("Whole-model operations, 500 arrays: ratios to ours", flat), rows)
+        page(
+            "pytrees",
+            report.table("Whole-model operations, 500 arrays: ratios to ours", flat),
+            rows,
+        )
     if "memory" in only:
         used = memory.measure()
         page("memory", report.table("Memory of a large step, MiB", used, 1), used)

@@ -9,9 +9,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 — the backend is chosen before
+import matplotlib.pyplot as plt
 
-from benchmarks.timing import Ratio  # noqa: E402
+from benchmarks.timing import Ratio
 
 
 def by_size(title: str, results: dict[int, dict[str, Ratio]]) -> str:

@@ -77,7 +77,9 @@ def sgd_contenders(layers: int) -> dict[str, tuple[Contender, Any]]:
         ),
         "equinox": (threaded("equinox", equinox), lambda: state["equinox"].layers[0].w),
         "flax nnx.jit": (
-            lambda n: [flax_jit(flax_model, x, y) for _ in range(n)] and flax_model.layers[0].w[...],
+            lambda n: (
+                [flax_jit(flax_model, x, y) for _ in range(n)] and flax_model.layers[0].w[...]
+            ),
             lambda: flax_model.layers[0].w[...],
         ),
         "flax cached_partial": (
@@ -141,8 +143,10 @@ def adam_contenders(layers: int) -> dict[str, tuple[Contender, Any]]:
         "nnx.jit": (run_ours, lambda: model.layers[0].w),
         "equinox": (threaded("equinox", equinox), lambda: state["equinox"][0].layers[0].w),
         "flax nnx.jit": (
-            lambda n: [flax_step(flax_model, flax_optimizer, x, y) for _ in range(n)]
-            and flax_model.layers[0].w[...],
+            lambda n: (
+                [flax_step(flax_model, flax_optimizer, x, y) for _ in range(n)]
+                and flax_model.layers[0].w[...]
+            ),
             lambda: flax_model.layers[0].w[...],
         ),
         "flax cached_partial": (
@@ -161,9 +165,9 @@ def eval_contenders(layers: int) -> dict[str, tuple[Contender, Any]]:
         "nnx.jit": lambda f=nnx.jit(lambda m, x: m(x)): f(model, x),
         "equinox": lambda f=eqx.filter_jit(lambda m, x: m(x)): f(eqx_model, x),
         "flax nnx.jit": lambda f=fnx.jit(lambda m, x: m(x)): f(flax_model, x),
-        "flax cached_partial": lambda f=fnx.cached_partial(
-            fnx.jit(lambda m, x: m(x)), cached_model
-        ): f(x),
+        "flax cached_partial": lambda f=fnx.cached_partial(fnx.jit(lambda m, x: m(x)), cached_model): (
+            f(x)
+        ),
     }
     return {name: (repeat(call), call) for name, call in calls.items()}
 

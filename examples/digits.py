@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
@@ -22,7 +21,7 @@ from tqdm import tqdm
 import nnx
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 — the backend is chosen before
+import matplotlib.pyplot as plt
 
 
 class SharedBlock(nnx.Module):

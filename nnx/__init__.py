@@ -5,15 +5,14 @@ pure values for JAX and write the updates back, so a training step returns nothi
 `jax.*` a module is a pytree of its values.
 """
 
-from nnx import layers
+import refx
+from nnx import layers, transforms
 from nnx.layers import *  # noqa: F403
 from nnx.module import Module, dataclass, param, ref, static
 from nnx.rng import RngStream
 from nnx.scope import MissingFlagError, MissingStreamError, get_flag, make_rng, scope
 from nnx.transforms import *  # noqa: F403
-from nnx import transforms
 from refx import *  # noqa: F403
-import refx as _refx
 
 __all__ = [
     "MissingFlagError",
@@ -27,7 +26,7 @@ __all__ = [
     "ref",
     "scope",
     "static",
-    *layers.__all__,
-    *transforms.__all__,
-    *_refx.__all__,
 ]
+__all__ += layers.__all__
+__all__ += transforms.__all__
+__all__ += refx.__all__

@@ -100,9 +100,7 @@ def static(
     >>> Pool().window
     (2, 2)
     """
-    return StaticField(
-        default=default, default_factory=default_factory, init=init, kw_only=kw_only
-    )
+    return StaticField(default=default, default_factory=default_factory, init=init, kw_only=kw_only)
 
 
 class Module(Node):

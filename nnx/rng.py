@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from refx import Node, Ref
 from refx.trace import is_eager
@@ -45,7 +46,7 @@ class RngStream(Node):
         """
         key, count = self.key.value, self.count.value
         self.advance()
-        if type(count) is int and not isinstance(key, jax.core.Tracer) and is_eager():
+        if type(count) is int and not isinstance(key, Tracer) and is_eager():
             return self._from_block(name, key, count)
         if name is not None:
             key = jax.random.fold_in(key, _number(name))

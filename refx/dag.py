@@ -20,8 +20,8 @@ from refx.errors import (
     ValueTypeError,
 )
 from refx.filters import Filter, reads_paths, to_predicate
-from refx.node import attributes
-from refx.partition import Partition, Path, as_path, dotted, listed
+from refx.node import Node, attributes
+from refx.partition import Partition, Path, dotted, listed
 from refx.ref import Ref, check_type
 from refx.snapshot import Snapshot, snapshot
 from refx.structure import DagDef, build
@@ -161,7 +161,9 @@ def get_partition(tree: Any, filter: Filter = ...) -> Partition:
     })
     """
     predicate = to_predicate(filter)
-    return Partition._of({p: value for p, cell, value in _items(snapshot(tree)) if predicate(p, cell)})
+    return Partition._of(
+        {p: value for p, cell, value in _items(snapshot(tree)) if predicate(p, cell)}
+    )
 
 
 def update(tree: Any, *partitions: Mapping[Path, Any], strict: bool = True) -> None:
@@ -212,7 +214,7 @@ def _resolve(tree: Any, path: Path, cells: Mapping[Path, Ref[Any]], kept: Snapsh
             at = at[int(name)]
         elif isinstance(at, Mapping):
             at = {str(key): value for key, value in at.items()}.get(name)
-        elif getattr(type(at), "_is_node", False):
+        elif isinstance(at, Node):
             at = attributes(at).get(name)
         else:
             at = None

@@ -8,8 +8,8 @@ plain array attribute has no Ref: for it, `ref` is the array itself, and no coll
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Hashable
 import typing
+from collections.abc import Callable, Hashable
 
 from refx.errors import FilterError
 from refx.ref import Ref
@@ -19,7 +19,6 @@ __all__ = ["All", "Any", "Filter", "Not", "OfType", "PathContains", "to_predicat
 Path = tuple[str, ...]
 Predicate = Callable[[Path, object], bool]
 Filter = typing.Any  # a label, a tuple, ..., None, a callable: no narrower type says this
-
 
 
 def to_predicate(filter: Filter) -> Predicate:
@@ -40,7 +39,7 @@ def to_predicate(filter: Filter) -> Predicate:
     if isinstance(filter, tuple):
         return Any(*filter)
     if callable(filter) and not isinstance(filter, type):
-        return filter
+        return typing.cast(Predicate, filter)
     if isinstance(filter, type):
         raise FilterError(
             f"{filter.__name__} is a class, not a filter. To select by type, use "

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
+from jax.core import Tracer
 
 from refx.errors import StructureError
 from refx.ref import Ref
@@ -87,7 +88,7 @@ class Node(_HasDict):
             field.__set__(self, value)
             return
         check_structure(self, f"Attribute {name!r}")
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             check_value(None, value)
         if name in _SLOTS:
             raise StructureError(f"The attribute name {name!r} is taken by refx; choose another.")
@@ -146,7 +147,7 @@ attributes: Callable[[Node], dict[str, Any]] = Node._dict.__get__  # pyright: ig
 _set_dict = Node._dict.__set__  # pyright: ignore
 _set_frame = Node._frame.__set__
 _set_trace = Node._trace.__set__
-_set_exposed = Node._exposed.__set__
+_set_exposed = Node._exposed.__set__  # pyright: ignore
 _set_snapshot = Node._snapshot.__set__
 set_snapshot = _set_snapshot
 

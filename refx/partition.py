@@ -82,7 +82,7 @@ class Partition(Mapping[Path, Any]):
 
     # The values are arrays, whose == is no bool, so equality of mappings would raise.
     __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
 
     def __repr__(self) -> str:
         lines = "".join(f"\n  {'.'.join(p)!r}: {_short(v)}," for p, v in self._items.items())

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, Generic, TypeVar, final
 
 import jax
+from jax.core import Tracer
 
 from refx.errors import UnhashableStaticError, ValueTypeError
 from refx.trace import (
@@ -162,7 +163,7 @@ def _is_identity(x: Any) -> bool:
 
 def is_value_copy(leaves: Any) -> bool:
     """Whether what JAX rebuilds from `leaves` here is a copy whose updates could reach nobody."""
-    return current_trace(()) is not EVAL or any(isinstance(x, jax.core.Tracer) for x in leaves)
+    return current_trace(()) is not EVAL or any(isinstance(x, Tracer) for x in leaves)
 
 
 def _flatten(ref: Ref[Any]) -> tuple[tuple[Any], Any]:

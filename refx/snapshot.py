@@ -36,8 +36,19 @@ class Snapshot:
     never used again, so it may stand for the snapshot where holding it would be a leak.
     """
 
-    __slots__ = ("_copies", "_epoch", "_leaves", "_live", "_places", "_strict",
-                 "dagdef", "frame", "refs", "trace", "uid")
+    __slots__ = (
+        "_copies",
+        "_epoch",
+        "_leaves",
+        "_live",
+        "_places",
+        "_strict",
+        "dagdef",
+        "frame",
+        "refs",
+        "trace",
+        "uid",
+    )
 
     def __init__(self, tree: Any):
         found = scan(tree)
@@ -46,7 +57,9 @@ class Snapshot:
         self.refs = found.refs
         self._places = found.places
         # An array in a tuple cannot be replaced without the tuple, so those are kept as they are.
-        self._leaves = [x if p[0] is None else None for x, p in zip(found.leaves, found.places, strict=True)]
+        self._leaves = [
+            x if p[0] is None else None for x, p in zip(found.leaves, found.places, strict=True)
+        ]
         self._live: list[Any] = []
         self._copies: list[Any] = []
         self._strict: list[_Strict | _Opaque] = [_Opaque(*o) for o in found.opaque]
@@ -160,7 +173,11 @@ def _is(a: Any, b: Any) -> bool:
 
 
 def _items(content: Any) -> list[tuple[Any, Any]]:
-    return list(content.items()) if isinstance(content, dict) else list(zip(range(len(content)), content))
+    return (
+        list(content.items())
+        if isinstance(content, dict)
+        else list(zip(range(len(content)), content))
+    )
 
 
 # Values of these types are compared by identity, or are the same when they are equal.

@@ -36,7 +36,7 @@ __all__ = ["DagDef"]
 class Leaf(NamedTuple):
     """The place of a plain array, by its number among the plain arrays of the tree."""
 
-    index: int
+    number: int
 
 
 class Static:
@@ -140,7 +140,7 @@ class DagDef:
                 paths[child] = path
                 child = self.nodes[child]
             elif type(child) is Leaf:
-                leaves.setdefault(child.index, path)
+                leaves.setdefault(child.number, path)
             if isinstance(child, (NodeDef, Tree)):
                 todo += [
                     (c, (*path, str(name)))
@@ -233,7 +233,7 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None) -> Scan:
                 continue
             place[position] = numbers[id(obj)] = len(nodes)
             found.objects.append(obj)
-            if kind is Ref:
+            if isinstance(obj, Ref):
                 found.refs.append(obj)
                 nodes.append(RefDef(obj._collection, tuple(obj._metadata.items())))
                 continue
@@ -245,7 +245,7 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None) -> Scan:
             children: list[Any] = [None] * len(names)
             nodes.append((kind, names, children))
             for i in range(len(names) - 1, -1, -1):
-                field = fields.get(names[i])
+                field = fields.get(names[i])  # pyright: ignore
                 if field is not None and not field.is_ref:
                     children[i] = _static(values[i], (link, names[i]))
                 else:
@@ -255,7 +255,7 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None) -> Scan:
             found.leaves.append(obj)
             found.places.append((holder, link[1] if link is not None else None))
         else:
-            keyed, treedef = jax.tree_util.tree_flatten_with_path(obj, lambda x: x is not obj)
+            keyed, treedef = _one_level(obj)
             if len(keyed) == 1 and keyed[0][1] is obj:
                 place[position] = _static(obj, link)
                 continue
@@ -270,6 +270,10 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None) -> Scan:
         n if type(n) is RefDef else NodeDef(n[0], n[1], tuple(map(_freeze, n[2]))) for n in nodes
     )
     return found._replace(dagdef=intern(_freeze(result[0]), frozen))
+
+
+def _one_level(obj: Any) -> Any:
+    return jax.tree_util.tree_flatten_with_path(obj, lambda x: x is not obj)
 
 
 def _freeze(child: Any) -> Any:
@@ -346,9 +350,7 @@ def build(
         if existing is not None and i in existing:
             objects.append(existing[i])
         elif type(node) is RefDef:
-            objects.append(
-                make_ref(next(todo), node.collection, dagdef.metadata[i], frame, trace)
-            )
+            objects.append(make_ref(next(todo), node.collection, dagdef.metadata[i], frame, trace))
         elif node.kind is list:
             objects.append([])
         elif node.kind is dict:
@@ -363,7 +365,7 @@ def build(
         if kind is Static:
             return child.value
         if kind is Leaf:
-            return leaves[child.index]
+            return leaves[child.number]
         return jax.tree.unflatten(child.treedef, map(get, child.children))
 
     for i, (node, obj) in enumerate(zip(dagdef.nodes, objects, strict=True)):

@@ -44,6 +44,8 @@ def _root_trace() -> Any:
     return trace
 
 
+_under_jit: Callable[[], bool] = jex_core.unsafe_am_i_under_a_jit_DO_NOT_USE  # pyright: ignore
+
 EVAL = _root_trace()
 """JAX's evaluating trace, a singleton: where code runs outside of every transformation."""
 
@@ -281,7 +283,7 @@ def _check_not_baked(ref: Ref[Any], owner: Any) -> None:
         return
     if any(isinstance(x, Tracer) for x in jax.tree.leaves(ref._value)):
         return
-    if jex_core.unsafe_am_i_under_a_jit_DO_NOT_USE():
+    if _under_jit():
         raise ClosureError(
             f"{describe(ref, owner)} was read by closure inside {transformation()}. Its value would "
             f"become a constant of the compiled program, and later updates would never reach it. "

@@ -17,5 +17,5 @@ __all__ = [
     "Linear",
     "Sequential",
     "initializers",
-    *activations.__all__,
 ]
+__all__ += activations.__all__

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from nnx.scope import entered
 from nnx.transforms.closure import Closure
@@ -33,7 +34,7 @@ from refx.errors import StructureError
 from refx.node import is_identity
 from refx.partition import Path, dotted
 from refx.snapshot import Snapshot, snapshot
-from refx.structure import DagDef, Leaf, Static, build, scan
+from refx.structure import DagDef, build, scan
 from refx.trace import Frame, local, seen_from, writable
 
 __all__: list[str] = []
@@ -131,7 +132,7 @@ class Call:
         self.values = values
         self.leaves = leaves
         self.others = others
-        self.found: list[tuple[Ref[Any], Any]] = []
+        self.found: list[tuple[Any, Any]] = []
         # Whether every Ref may be written where the call was opened, with no need to ask each.
         self.at_once = False
 
@@ -239,7 +240,7 @@ class _Same:
 
     def __init__(self, array: Any):
         # A tracer must not be kept, and is never the same in a later call.
-        self.array = object() if isinstance(array, jax.core.Tracer) else array
+        self.array = object() if isinstance(array, Tracer) else array
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and other.array is self.array
@@ -410,14 +411,14 @@ def _arguments(layout: Layout, roots: tuple[Any, ...], others: Any) -> Any:
     return jax.tree.unflatten(layout.form.treedef, flat)
 
 
-def _shadow(
-    frame: Frame, layout: Layout, mode: str, outer: list[Any], objects: list[Any]
-) -> None:
+def _shadow(frame: Frame, layout: Layout, mode: str, outer: list[Any], objects: list[Any]) -> None:
     # Whatever is a root is one cell, reached as an argument or by closure. A compiled program is
     # used again for other arguments, so there only what is closed over may be taken for a root.
     pairs = zip(outer, objects, strict=True)
     if mode == "lift":
-        reach = _reachable(layout.dagdef, range(len(layout.form.where), len(layout.form.where) + layout.closed))
+        reach = _reachable(
+            layout.dagdef, range(len(layout.form.where), len(layout.form.where) + layout.closed)
+        )
         pairs = ((o, i) for n, (o, i) in enumerate(zip(outer, objects, strict=True)) if n in reach)
     frame.shadow.update((o, i) for o, i in pairs if type(o) is Ref)
 
@@ -476,7 +477,9 @@ def _pack(
     _note_found(frame, mode, call)
     inner_refs = [x for x in objects if type(x) is Ref]
     written = tuple(
-        i for i, (ref, was) in enumerate(zip(inner_refs, before, strict=True)) if _changed(ref, *was)
+        i
+        for i, (ref, was) in enumerate(zip(inner_refs, before, strict=True))
+        if _changed(ref, *was)
     )
     new_values = [inner_refs[i]._value for i in written]
     after = scan(roots)
@@ -591,7 +594,7 @@ def close_call(call: Call, packed: Packed) -> Any:
             # The old values are let go here, while the program that read them has hardly begun:
             # a few microseconds later it costs a third more.
             refs, call.values = call.refs, []
-            for i, value in zip(spec.written, packed.written):  # noqa: B905 — equal, and hot
+            for i, value in zip(spec.written, packed.written):
                 refs[i]._value = value
         else:
             write_back([call.refs[i] for i in spec.written], packed.written)
@@ -612,7 +615,5 @@ def _apply(call: Call, graph: Graph, fresh: list[Any], arrays: list[Any]) -> Any
     existing = {n: objects[i] for n, i in graph.known.items()}
     given = iter(arrays)
     leaves = [call.leaves[i] if i is not None else next(given) for i in graph.leaves]
-    (_, out), _ = build(
-        graph.dagdef, fresh, leaves, existing=existing, refill=graph.refill
-    )
+    (_, out), _ = build(graph.dagdef, fresh, leaves, existing=existing, refill=graph.refill)
     return out

@@ -120,7 +120,8 @@ def _names(x: Any) -> Iterable[tuple[Callable[[], Any], Any]]:
         for part in (x.func, *x.args, *x.keywords.values()):
             yield functools.partial(_identity, part), part
     elif hasattr(x, "__wrapped__") and callable(x):
-        yield functools.partial(_identity, x.__wrapped__), x.__wrapped__
+        inner: Any = getattr(x, "__wrapped__")  # noqa: B009
+        yield functools.partial(_identity, inner), inner
     elif isinstance(getattr(x, "__dict__", None), dict) and not isinstance(x, types.ModuleType):
         if type(x).__module__.split(".")[0] not in _LIBRARIES:
             for name, value in vars(x).items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 from nnx.transforms.boundary import Call
 from refx import Filter, RefError, to_predicate
@@ -57,7 +58,7 @@ def explain_deleted(error: Exception, name: str, call: Call) -> None:
         return
     for i, value in enumerate(call.values):
         for x in jax.tree.leaves(value):
-            if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
+            if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted():
                 raise DonationError(
                     f"{name} was called with {_name(call, i)}, whose buffer is gone: it was "
                     f"donated to a step (donate=) that wrote another Ref with the same array, or "
@@ -74,7 +75,7 @@ def _name(call: Call, i: int) -> str:
 
 
 def _buffer(x: Any) -> Any:
-    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or x.is_deleted():
+    if not isinstance(x, jax.Array) or isinstance(x, Tracer) or x.is_deleted():
         return None
     try:
         return x.unsafe_buffer_pointer()

@@ -88,9 +88,7 @@ class Jit:
             return Packed(Spec(order, packed.spec.graph), packed.out, [written[i] for i in order])
 
         fn = self._static.restore(self._fn, layout.statics)
-        return run(
-            fn, self._name, call, full, leaves, others, layout=layout, finish=finish
-        )
+        return run(fn, self._name, call, full, leaves, others, layout=layout, finish=finish)
 
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         if self._bound:

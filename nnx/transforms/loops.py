@@ -119,7 +119,7 @@ def scan(
         loop.learn(jax.eval_shape(first, sliced) if size else _nothing(loop, sliced))
 
         def body(carry: Any, x: Any) -> Any:
-            others, packed = loop.step(*carry, x)
+            others, packed = loop.step(carry[0], carry[1], x)
             return (others, loop.carried_of(packed)), (packed.out, loop.sliced_of(packed))
 
         (others, carried), (out, sliced) = jax.lax.scan(
@@ -169,10 +169,8 @@ def while_loop(
         loop.learn(jax.eval_shape(lambda: loop.step(call.others, None, loop.sliced())))
 
         def condition(carry: Any) -> Any:
-            values, others = loop.place(*carry, loop.sliced())
-            packed = run(
-                cond_fun, name, call, values, call.leaves, others, mode="constant"
-            )
+            values, others = loop.place(carry[0], carry[1], loop.sliced())
+            packed = run(cond_fun, name, call, values, call.leaves, others, mode="constant")
             if packed.spec.written:
                 path = dotted(call.layout.dagdef.ref_paths[packed.spec.written[0]][1:])
                 raise StructureError(
@@ -182,7 +180,7 @@ def while_loop(
             return packed.out
 
         def body(carry: Any) -> Any:
-            others, packed = loop.step(*carry, loop.sliced())
+            others, packed = loop.step(carry[0], carry[1], loop.sliced())
             return others, loop.carried_of(packed)
 
         others, carried = jax.lax.while_loop(condition, body, loop.first())
@@ -225,7 +223,7 @@ def fori_loop(
         loop.learn(jax.eval_shape(lambda: loop.step(call.others, None, loop.sliced())))
 
         def body(i: Any, carry: Any) -> Any:
-            others, packed = loop.step(*carry, ([], [], [i]))
+            others, packed = loop.step(carry[0], carry[1], ([], [], [i]))
             return others, loop.carried_of(packed)
 
         others, carried = jax.lax.fori_loop(lower, upper, body, loop.first(), unroll=unroll)
@@ -287,9 +285,7 @@ class _Loop:
     Before `learn`, nothing is known to be written and every Ref has its first value.
     """
 
-    def __init__(
-        self, name: str, fn: Callable[..., Any], call: Call, specs: Specs, init: Any
-    ):
+    def __init__(self, name: str, fn: Callable[..., Any], call: Call, specs: Specs, init: Any):
         self.call = call
         self._name = name
         self._fn = fn

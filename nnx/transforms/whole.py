@@ -99,7 +99,9 @@ def eval_shape(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         values = list(before[0])
         for i, value in zip(packed.spec.written, packed.written, strict=True):
             values[i] = value
-        return build(graph.dagdef, *_all_values(call, graph, values, before[1], fresh, arrays))[0][1]
+        return build(graph.dagdef, *_all_values(call, graph, values, before[1], fresh, arrays))[0][
+            1
+        ]
 
     return _transformed("nnx.eval_shape", fn, transform)(*args, **kwargs)
 
@@ -141,9 +143,7 @@ def make_jaxpr(fn: Callable[..., Any]) -> Callable[..., Any]:
     return _transformed("nnx.make_jaxpr", fn, transform)
 
 
-def checkify(
-    fn: Callable[..., Any], errors: Any = jax_checkify.user_checks
-) -> Callable[..., Any]:
+def checkify(fn: Callable[..., Any], errors: Any = jax_checkify.user_checks) -> Callable[..., Any]:
     """Make `jax.experimental.checkify` checks of `fn` into an error value; Refs are written back.
 
     Args:

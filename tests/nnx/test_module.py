@@ -78,7 +78,9 @@ def test_dataclass_makes_an_init():
         layers: list = nnx.static(default=())
 
     a = Affine(jnp.ones(2), act="tanh")
-    assert a.act == "tanh" and a.b is None and int(a.n) == 0 and list(nnx.refs(a)) == [("w",), ("n",)]
+    assert (
+        a.act == "tanh" and a.b is None and int(a.n) == 0 and list(nnx.refs(a)) == [("w",), ("n",)]
+    )
     assert a != Affine(jnp.ones(2))
     with pytest.raises(TypeError, match="'w'"):
         Affine()
@@ -213,7 +215,10 @@ def test_modules_go_through_plain_vmap_scan_cond_and_checkpoint(data):
     assert jax.lax.scan(lambda c, m: (m(c) + 1, None), 1.0, stack)[0] == 5.0
     assert jax.lax.cond(True, lambda m: m(2.0), lambda m: m(3.0), stack).tolist() == [0, 2, 4]
     assert jax.checkpoint(lambda m: m(2.0))(stack).tolist() == [0, 2, 4]
-    assert jax.lax.scan(lambda m, _: (jax.tree.map(lambda v: v + 1, m), None), stack, None, 3)[0].w[0] == 3
+    assert (
+        jax.lax.scan(lambda m, _: (jax.tree.map(lambda v: v + 1, m), None), stack, None, 3)[0].w[0]
+        == 3
+    )
 
 
 def test_bound_methods_are_pytrees(dense, data):

@@ -32,7 +32,10 @@ def test_typed_and_legacy_keys_and_seeds(key):
 
 @pytest.mark.parametrize("bad", ["seed", 1.5, True, jnp.zeros(2)])
 def test_what_is_no_key_is_an_error(bad):
-    with pytest.raises(TypeError, match=r"needs a key, as from jax\.random\.key\(0\)"), nnx.scope(bad):
+    with (
+        pytest.raises(TypeError, match=r"needs a key, as from jax\.random\.key\(0\)"),
+        nnx.scope(bad),
+    ):
         pass
 
 

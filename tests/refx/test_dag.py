@@ -167,7 +167,9 @@ def test_shared_refs_have_one_canonical_path():
     assert list(refx.refs(tree)) == [("first", "w")]
     refx.update(tree, {("second", "0"): 5.0})
     assert shared.value == 5.0
-    with pytest.raises(refx.UnknownPathError, match="one shared Ref, at 'first.w' and at 'second.0'"):
+    with pytest.raises(
+        refx.UnknownPathError, match="one shared Ref, at 'first.w' and at 'second.0'"
+    ):
         refx.update(tree, {("first", "w"): 1.0, ("second", "0"): 2.0})
 
 

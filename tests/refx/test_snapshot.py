@@ -29,9 +29,13 @@ def evaluate(x):
     if isinstance(x, jax.Array | np.ndarray):
         return jnp.sum(x) * 7
     if isinstance(x, int | float):
-        return jnp.asarray(x).dtype.itemsize * 100 + jnp.copysign(11.0, float(x)) + x * 1.5 + (
-            1000 if isinstance(x, bool) else 0
-        ) + (500 if isinstance(x, float) else 0)
+        return (
+            jnp.asarray(x).dtype.itemsize * 100
+            + jnp.copysign(11.0, float(x))
+            + x * 1.5
+            + (1000 if isinstance(x, bool) else 0)
+            + (500 if isinstance(x, float) else 0)
+        )
     return 3.0 if x is None else float(len(str(x)))
 
 

@@ -190,7 +190,9 @@ def test_grad_takes_what_it_closes_over_as_constant(dense, data):
     other = Dense(seed=2)
     grads = nnx.grad(lambda m: jnp.sum((x @ m.w) * (x @ other.w)))(dense)
     assert jnp.allclose(grads["w"], x.T @ (x @ other.w), atol=1e-5)
-    with pytest.raises(nnx.TraceLevelError, match=r"'calls'|Dense\.calls.*constant there.*argument"):
+    with pytest.raises(
+        nnx.TraceLevelError, match=r"'calls'|Dense\.calls.*constant there.*argument"
+    ):
         nnx.grad(lambda m: jnp.sum(m(x) + other(x)))(dense)
     assert dense.calls == 0 and other.calls == 0
 

@@ -61,7 +61,9 @@ def test_argnums_and_plain_arguments(dense, data):
 
 def test_modules_nested_in_arguments_and_shared_between_them(dense):
     other = Dense(seed=2)
-    grads = nnx.grad(lambda ms, m: (ms[0].w * ms[1]["x"].w * m.w).sum())([dense, {"x": other}], dense)
+    grads = nnx.grad(lambda ms, m: (ms[0].w * ms[1]["x"].w * m.w).sum())(
+        [dense, {"x": other}], dense
+    )
     assert jnp.allclose(grads["0.w"], 2 * dense.w * other.w, atol=1e-6)
     assert jnp.allclose(grads["1.x.w"], dense.w**2, atol=1e-6)
     with pytest.raises(nnx.DifferentiationError, match=r"'w' twice: arguments 0 and 1 share it"):
@@ -108,7 +110,10 @@ def test_values_that_are_trees():
         (lambda m: nnx.grad(lambda m: m.w)(m), r"array of shape \(2, 2\)\. Reduce it"),
         (lambda m: nnx.grad(lambda m: (m.w.sum(), 1))(m), r"returned tuple\. Pass has_aux=True"),
         (lambda m: nnx.grad(lambda m: m.w.sum(), has_aux=True)(m), r"must return \(scalar, aux\)"),
-        (lambda m: nnx.grad(lambda m: 0.0, wrt="param")(m), r"'param' has nothing .*'counters', 'par"),
+        (
+            lambda m: nnx.grad(lambda m: 0.0, wrt="param")(m),
+            r"'param' has nothing .*'counters', 'par",
+        ),
         (lambda m: nnx.grad(lambda m: 0.0, wrt=...)(m), r"cannot differentiate 'calls'.*int32"),
         (lambda m: nnx.grad(lambda m: 0.0, argnums=1)(m), r"argument 1, but .* 1 positional"),
     ],

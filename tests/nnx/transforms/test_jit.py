@@ -236,7 +236,9 @@ def test_nested_jits_and_a_function_that_is_none():
     assert r.value == 8.0
     with pytest.raises(TypeError, match="takes a function, a module or a method, but got 3"):
         nnx.jit(3)
-    assert repr(inner) == "<nnx.jit(test_nested_jits_and_a_function_that_is_none.<locals>.<lambda>)>"
+    assert (
+        repr(inner) == "<nnx.jit(test_nested_jits_and_a_function_that_is_none.<locals>.<lambda>)>"
+    )
 
 
 def test_mutable_holds_for_programs_in_cache(dense, data):

@@ -1,0 +1,162 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nnx
+from tests.models import Dense
+
+
+def stack(n=3):
+    return nnx.vmap(lambda w: _with(w))(jnp.arange(4.0 * n).reshape(n, 2, 2) / 10)
+
+
+def _with(w):
+    model = Dense()
+    model.w = w
+    return model
+
+
+def test_a_stack_is_made_and_mapped_and_its_writes_stacked(data):
+    x, _ = data
+    layers = stack()
+    out = nnx.vmap(lambda m, x: m(x), in_axes=(0, None))(layers, x)
+    assert jnp.allclose(out, jnp.einsum("bi,nio->nbo", x, layers.w))
+    assert layers.calls.tolist() == [1, 1, 1]
+
+
+def test_axes_by_filter(data):
+    x, _ = data
+    model = Dense()
+    model.calls = jnp.zeros(4, int)
+    f = nnx.vmap(lambda m, x: m(x), in_axes=({"counters": 0, ...: None}, 0))
+    assert jnp.allclose(f(model, x), x @ model.w) and model.calls.tolist() == [1] * 4
+    g = nnx.vmap(lambda m, x: m(x), in_axes=({"counters": None, nnx.PathContains("w"): 2, ...: None}, 0))
+    other = Dense()
+    other.w = jnp.stack([other.w] * 4, axis=2)
+    assert jnp.allclose(g(other, x), x @ other.w[..., 0]) and other.calls == 1
+
+
+def test_a_write_that_differs_needs_an_axis(dense, data):
+    def f(m, x):
+        m.b = m.b + x
+
+    with pytest.raises(nnx.AxisError, match=r"nnx\.vmap.* wrote 'b' .*axis None.*in_axes.*pmean"):
+        nnx.vmap(f, in_axes=(None, 0))(dense, data[0])
+    assert (dense.b == 0).all()
+    nnx.vmap(lambda m, x: f(m, jax.lax.pmean(x, "i")), in_axes=(None, 0), axis_name="i")(dense, data[0])
+    assert jnp.allclose(dense.b, data[0].mean(0))
+
+
+def test_closures_are_the_same_in_every_lane(dense, data):
+    x, _ = data
+    out = nnx.vmap(lambda x: dense(x))(x)
+    assert jnp.allclose(out, x @ dense.w) and dense.calls == 1
+    with pytest.raises(nnx.AxisError, match="wrote 'b'"):
+        nnx.vmap(lambda x: setattr(dense, "b", x))(x)
+
+
+def test_new_refs_hang_on_roots_and_go_out_with_axes(data):
+    x, _ = data
+    layers = stack(4)
+
+    def f(m, x):
+        m.seen = nnx.Ref(x, "seen")
+        return {"a": nnx.Ref(x.sum(), "a"), "b": x[0], "m": m}
+
+    out = nnx.vmap(f, out_axes={"a": 0, "b": 0, "m": 0})(layers, x)
+    assert layers.seen.value.shape == (4, 2) and out["a"].value.shape == (4,) and out["m"] is layers
+    made = nnx.vmap(lambda x: _with(jnp.eye(2) * x[0]), out_axes={"params": 1, ...: 0})(x)
+    assert made.w.shape == (2, 4, 2) and made.calls.shape == (4,)
+
+
+def test_streams_split_along_the_axis_and_each_lane_is_a_run_of_its_own():
+    def f(x):
+        return jax.random.normal(nnx.make_rng("noise"), (2,)) + x
+
+    with nnx.scope(jax.random.key(3)):
+        first, second = nnx.vmap(f)(jnp.zeros(3)), nnx.vmap(f)(jnp.zeros(3))
+    assert len(np.unique(np.concatenate([first, second]))) == 12
+    keys = jax.random.split(nnx.RngStream(jax.random.key(3)).next(), 3)
+    for key, lane in zip(keys, first, strict=True):
+        with nnx.scope(key):
+            assert jnp.array_equal(f(0.0), lane)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m, x: nnx.vmap(lambda a, b: 0, in_axes=(None, 0))(m, m), r"two specif.*'w' of argument 1"),
+        (lambda m, x: nnx.vmap(lambda m: 0)(m), r"axis 0 of 'calls', whose shape is \(\)"),
+        (lambda m, x: nnx.vmap(lambda m: 0, in_axes=({"params": 0},))(m), r"No filter .*'calls' .*\.\.\. : None"),
+        (lambda m, x: nnx.vmap(lambda a, b: 0)(x, jnp.ones(3)), r"two sizes to map over: 4 of .* and 3 of"),
+        (lambda m, x: nnx.vmap(lambda m: 0, in_axes=None)(m), "nothing to map over"),
+        (lambda m, x: nnx.vmap(lambda a: 0, in_axes=(0, 0))(x), "for 2 arguments, but was called with 1"),
+        (lambda m, x: nnx.vmap(lambda a: 0, in_axes=((0, 0),))((x,)), "not a prefix of it"),
+        (lambda m, x: nnx.vmap(lambda a: 0, in_axes=({"params": 0},))(x), "holds no Refs there"),
+    ],
+)
+def test_axes_that_do_not_fit(dense, data, call, message):
+    with pytest.raises(nnx.AxisError, match=message):
+        call(dense, data[0])
+
+
+def test_nested_and_compiled_and_of_methods(data):
+    x, y = data
+    layers = stack(2)
+
+    @nnx.jit
+    def f(ms, x):
+        return nnx.vmap(lambda m: nnx.vmap(lambda row: row @ m.w)(x))(ms)
+
+    assert jnp.allclose(f(layers, x), jnp.einsum("bi,nio->nbo", x, layers.w))
+    model = Dense()
+    assert jnp.allclose(nnx.vmap(model.__call__)(x), x @ model.w) and model.calls == 1
+    assert jnp.allclose(nnx.vmap(model, in_axes=0)(x), x @ model.w)
+    grads = nnx.vmap(nnx.grad(lambda m, x, y: ((m(x) - y) ** 2).sum()), in_axes=(None, 0, 0))(model, x, y)
+    each = jax.vmap(jax.grad(lambda w, x, y: ((x @ w - y) ** 2).sum()), (None, 0, 0))(model.w, x, y)
+    assert jnp.allclose(grads["w"], each, atol=1e-5)
+
+
+def test_kwargs_axis_size_and_exceptions(dense):
+    assert nnx.vmap(lambda *, x: x * 2)(x=jnp.arange(3)).tolist() == [0, 2, 4]
+    assert nnx.vmap(lambda: 1.0, axis_size=3)().tolist() == [1.0, 1.0, 1.0]
+
+    def bad(x):
+        dense.b = dense.b + 1
+        raise ZeroDivisionError
+
+    with nnx.scope(0):
+        with pytest.raises(ZeroDivisionError):
+            nnx.vmap(bad)(jnp.ones(2))
+        first = nnx.make_rng()
+    with nnx.scope(0):
+        assert jnp.array_equal(first, nnx.make_rng())
+    assert (dense.b == 0).all()
+
+
+def test_no_leaks(dense, data):
+    with jax.check_tracer_leaks():
+        nnx.vmap(lambda x: dense(x))(data[0])
+        nnx.jit(lambda x: nnx.vmap(lambda x: dense(x))(x))(data[0])
+
+
+def test_shard_map_shards_by_spec():
+    P = jax.sharding.PartitionSpec
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    model = Dense()
+    model.rows = nnx.Ref(jnp.zeros((8, 2)), "rows")
+    x = jnp.arange(16.0).reshape(8, 2)
+
+    @nnx.jit
+    @nnx.shard_map(mesh=mesh, in_specs=({"rows": P("d"), ...: P()}, P("d")), out_specs=P("d"))
+    def f(m, x):
+        assert x.shape == (2, 2) and m.rows.value.shape == (2, 2)
+        m.rows.value = m.rows.value + x
+        m.b = m.b + jax.lax.psum(x.sum(0), "d")
+        return x @ m.w
+
+    assert jnp.allclose(f(model, x), x @ model.w)
+    assert jnp.allclose(model.rows.value, x) and jnp.allclose(model.b, x.sum(0))
+    with pytest.raises(nnx.AxisError, match="two specifications"):
+        nnx.shard_map(lambda a, b: a, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())(model, model)
