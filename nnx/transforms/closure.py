@@ -14,8 +14,6 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
-
 from refx.node import is_identity
 
 __all__: list[str] = []
@@ -90,11 +88,19 @@ def _unchanged(content: Any, items: list[Any]) -> bool:
 
 
 def _identities(x: Any) -> list[Any]:
-    if is_identity(x):
-        return [x]
-    if isinstance(x, list | tuple | dict | types.MethodType):
-        return [i for i in jax.tree.leaves(x, is_leaf=is_identity) if is_identity(i)]
-    return []
+    """The modules and Refs that are `x`, or that plain lists, tuples and dicts in it hold."""
+    found: list[Any] = []
+    todo, seen = [x], set()
+    while todo:
+        at = todo.pop()
+        if is_identity(at):
+            found.append(at)
+        elif isinstance(at, list | tuple | dict) and id(at) not in seen:
+            seen.add(id(at))
+            todo += reversed(list(at.values() if isinstance(at, dict) else at))
+        elif isinstance(at, types.MethodType):
+            todo.append(at.__self__)
+    return found
 
 
 def _names(x: Any) -> Iterable[tuple[Callable[[], Any], Any]]:
