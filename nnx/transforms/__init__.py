@@ -2,11 +2,14 @@
 
 from nnx.transforms.axes import AxisError
 from nnx.transforms.branches import BranchError, cond, switch
+from nnx.transforms.custom import CustomRuleError, custom_jvp, custom_vjp
+from nnx.transforms.derivatives import hessian, jacfwd, jacrev, jvp, vjp
 from nnx.transforms.donation import DonationError
-from nnx.transforms.grad import DifferentiationError, grad, value_and_grad
+from nnx.transforms.grad import grad, value_and_grad
 from nnx.transforms.jit import jit
 from nnx.transforms.loops import CARRY, CarryError, fori_loop, map, scan, while_loop
 from nnx.transforms.sharded import shard_map
+from nnx.transforms.targets import DifferentiationError
 from nnx.transforms.vmap import vmap
 from nnx.transforms.whole import checkify, eval_shape, make_jaxpr, remat
 
@@ -15,14 +18,21 @@ __all__ = [
     "AxisError",
     "BranchError",
     "CarryError",
+    "CustomRuleError",
     "DifferentiationError",
     "DonationError",
     "checkify",
     "cond",
+    "custom_jvp",
+    "custom_vjp",
     "eval_shape",
     "fori_loop",
     "grad",
+    "hessian",
+    "jacfwd",
+    "jacrev",
     "jit",
+    "jvp",
     "make_jaxpr",
     "map",
     "remat",
@@ -30,6 +40,7 @@ __all__ = [
     "shard_map",
     "switch",
     "value_and_grad",
+    "vjp",
     "vmap",
     "while_loop",
 ]

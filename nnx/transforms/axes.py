@@ -88,8 +88,8 @@ def assign(
     for key in sorted(kwargs):
         flat += _along(kwargs[key], keyword, name, f"argument {key!r}")
     result = Specs([UNSET] * len(call.refs), [UNSET] * len(call.leaves), [], [])
-    places = _places(call)
-    roots = iter(places)
+    by_root = places(call)
+    roots = iter(by_root)
     for x, spec, where in flat:
         if is_identity(x):
             result.roots.append(spec)
@@ -106,12 +106,12 @@ def assign(
     return result
 
 
-class _Root(NamedTuple):
+class Root(NamedTuple):
     refs: list[tuple[Path, Ref[Any], int]]
     leaves: list[tuple[Path, Any, int]]
 
 
-def _places(call: Call) -> list[_Root]:
+def places(call: Call) -> list[Root]:
     """For each root of a call, where its Refs and plain arrays are in the lists of the call."""
     joint = scan(tuple(call.roots))
     ref_at = {id(r): i for i, r in enumerate(joint.refs)}
@@ -124,7 +124,7 @@ def _places(call: Call) -> list[_Root]:
         refs = zip(kept.dagdef.ref_paths, kept.refs, strict=True)
         leaves = zip(kept.dagdef.leaf_paths, kept.leaves(), kept.places(), strict=True)
         result.append(
-            _Root(
+            Root(
                 [(path, r, ref_at[id(r)]) for path, r in refs],
                 [(path, x, leaf_at[place]) for path, x, place in leaves],
             )
@@ -133,7 +133,7 @@ def _places(call: Call) -> list[_Root]:
 
 
 def _assign_root(
-    result: Specs, root: _Root, choose: Callable[[Path, Any], Any], name: str, where: str
+    result: Specs, root: Root, choose: Callable[[Path, Any], Any], name: str, where: str
 ) -> None:
     pairs = [(result.refs, root.refs), (result.leaves, root.leaves)]
     for specs, items in pairs:

@@ -9,19 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx.transforms.boundary import Call, Roots, close_call, open_call, run, until_lifted
+from nnx.transforms.boundary import Roots, close_call, open_call, run, until_lifted
 from nnx.transforms.jit import function_name, unbound
-from refx import Filter, Partition, to_predicate
-from refx.errors import RefError
-from refx.node import is_identity
-from refx.partition import dotted
-from refx.snapshot import snapshot
+from nnx.transforms.targets import DifferentiationError, check_disjoint, target
+from refx import Filter, to_predicate
 
-__all__ = ["DifferentiationError", "grad", "value_and_grad"]
-
-
-class DifferentiationError(RefError, TypeError):
-    """What was to be differentiated is nothing that can be, or there is nothing of it."""
+__all__ = ["grad", "value_and_grad"]
 
 
 def value_and_grad(
@@ -118,13 +111,13 @@ def _gradient(
 
         def attempt(roots: Roots) -> Any:
             call = open_call(args, kwargs, roots)
-            targets = [_target(name, args, n, wrt, predicate, call, allow_int) for n in numbers]
-            _check_disjoint(name, numbers, targets)
+            targets = [target(name, args, n, wrt, predicate, call, allow_int) for n in numbers]
+            check_disjoint(name, numbers, targets)
 
             def loss(given: Any) -> Any:
                 flat = list(call.values), list(call.leaves), list(call.others)
-                for target, part in zip(targets, given, strict=True):
-                    target.put(part, *flat)
+                for t, part in zip(targets, given, strict=True):
+                    t.put(part, *flat)
                 split_out = functools.partial(_split, name, has_aux)
                 return run(inner, name, call, *flat, mode="constant", split_out=split_out)
 
@@ -162,104 +155,3 @@ def _split(name: str, has_aux: bool, out: Any) -> tuple[Any, Any]:
             f"{jnp.shape(loss)}. Reduce it, as with jnp.mean."
         )
     return loss, aux
-
-
-class _Target:
-    """What is differentiated of one argument: the places of it in the flat lists of the call.
-
-    `refs`, `leaves` and `others` are pairs of a name and a position; `restore` turns the gradients
-    by name into what the user gets.
-    """
-
-    def __init__(self, restore: Callable[[dict[Any, Any]], Any]):
-        self.refs: list[tuple[Any, int]] = []
-        self.leaves: list[tuple[Any, int]] = []
-        self.others: list[tuple[Any, int]] = []
-        self._restore = restore
-
-    def take(self, *lists: list[Any]) -> list[list[Any]]:
-        places = (self.refs, self.leaves, self.others)
-        return [[x[i] for _, i in at] for at, x in zip(places, lists, strict=True)]
-
-    def put(self, parts: Any, *lists: list[Any]) -> None:
-        for at, part, x in zip((self.refs, self.leaves, self.others), parts, lists, strict=True):
-            for (_, i), value in zip(at, part, strict=True):
-                x[i] = value
-
-    def named(self, parts: Any) -> Any:
-        pairs = zip((self.refs, self.leaves, self.others), parts, strict=True)
-        return self._restore({n: g for at, p in pairs for (n, _), g in zip(at, p, strict=True)})
-
-
-def _target(
-    name: str,
-    args: tuple[Any, ...],
-    number: int,
-    wrt: Filter,
-    predicate: Callable[[Any, Any], bool],
-    call: Call,
-    allow_int: bool,
-) -> _Target:
-    if not -len(args) <= number < len(args):
-        raise DifferentiationError(
-            f"{name} was to differentiate argument {number}, but it was called with {len(args)} "
-            f"positional arguments."
-        )
-    number %= len(args)
-    flat, treedef = jax.tree.flatten(args[number], is_leaf=is_identity)
-    if not any(map(is_identity, flat)):
-        before = jax.tree.leaves(args[:number], is_leaf=is_identity)
-        start = sum(not is_identity(x) for x in before)
-        target = _Target(lambda grads: jax.tree.unflatten(treedef, list(grads.values())))
-        target.others = [(i, start + i) for i in range(len(flat))]
-        return target
-    target = _Target(lambda grads: Partition(grads))
-    kept = snapshot(args[number])
-    positions = {id(ref): i for i, ref in enumerate(call.refs)}
-    for path, ref, value in zip(kept.dagdef.ref_paths, kept.refs, kept.values(), strict=True):
-        if predicate(path, ref):
-            _check_differentiable(name, path, value, allow_int)
-            target.refs.append((path, positions[id(ref)]))
-    taken: set[tuple[int, int]] = set()
-    for path, leaf in zip(kept.dagdef.leaf_paths, kept.leaves(), strict=True):
-        if predicate(path, leaf):
-            _check_differentiable(name, path, leaf, allow_int)
-            at = next(
-                (k, i)
-                for k, where in enumerate((call.leaves, call.others))
-                for i, x in enumerate(where)
-                if x is leaf and (k, i) not in taken
-            )
-            taken.add(at)
-            (target.others if at[0] else target.leaves).append((path, at[1]))
-    if not (target.refs or target.leaves or target.others):
-        there = sorted({repr(ref.collection) for ref in kept.refs})
-        raise DifferentiationError(
-            f"{name} with wrt={wrt!r} has nothing to differentiate in argument {number}: its "
-            f"collections are {', '.join(there) or 'none'}."
-        )
-    return target
-
-
-def _check_disjoint(name: str, numbers: Sequence[int], targets: list[_Target]) -> None:
-    owner: dict[int, int] = {}
-    for number, target in zip(numbers, targets, strict=True):
-        for path, position in target.refs:
-            first = owner.setdefault(position, number)
-            if first != number:
-                raise DifferentiationError(
-                    f"{name} was to differentiate {dotted(path)!r} twice: arguments {first} and "
-                    f"{number} share it. Pass both in one argument, as a tuple; the gradient of a "
-                    f"shared Ref is then the sum over its uses."
-                )
-
-
-def _check_differentiable(name: str, path: Any, value: Any, allow_int: bool) -> None:
-    for leaf in jax.tree.leaves(value):
-        dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
-        if not (allow_int or jnp.issubdtype(dtype, jnp.inexact)):
-            raise DifferentiationError(
-                f"{name} cannot differentiate {dotted(path)!r}: its dtype is {dtype}, and only "
-                f"floating-point values have gradients. Choose a wrt that leaves it out, as "
-                f"nnx.All(..., nnx.Not(...)), or put it in a collection of its own."
-            )

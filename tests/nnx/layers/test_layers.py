@@ -103,7 +103,13 @@ CONVS = [
     ((8, 8), {"kernel_size": (3, 3), "padding": ((1, 2), (0, 1)), "input_dilation": (1, 2)}),
     ((8, 8), {"kernel_size": (3, 3), "feature_group_count": 2, "strides": (1, 2)}),
     ((4, 4, 4), {"kernel_size": (2, 2, 2), "dtype": jnp.bfloat16}),
-    ((8, 8), {"kernel_size": (3, 3), "mask": jnp.tril(jnp.ones((3, 3)))[..., None, None] * jnp.ones((4, 6))}),
+    (
+        (8, 8),
+        {
+            "kernel_size": (3, 3),
+            "mask": jnp.tril(jnp.ones((3, 3)))[..., None, None] * jnp.ones((4, 6)),
+        },
+    ),
 ]
 
 
@@ -124,11 +130,23 @@ def test_conv_with_other_batches(batch):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: nnx.Conv(4, 6, (3, 3))(jnp.ones((2, 8, 8, 3))), r"\*, \*, 4\), but got \(2, 8, 8, 3\)"),
+        (
+            lambda: nnx.Conv(4, 6, (3, 3))(jnp.ones((2, 8, 8, 3))),
+            r"\*, \*, 4\), but got \(2, 8, 8, 3\)",
+        ),
         (lambda: nnx.Conv(4, 6, (3, 3))(jnp.ones((8, 4))), r"but got \(8, 4\)"),
-        (lambda: nnx.Conv(3, 6, 3, feature_group_count=2), "3 input and 6 output channels in 2 groups"),
-        (lambda: nnx.Conv(3, 6, 3, mask=jnp.ones((3, 6))), r"shape of the kernel, \(3, 3, 6\), but has"),
-        (lambda: nnx.Conv(3, 6, (3, 3), padding="CAUSAL"), "CAUSAL padding is for one spatial axis"),
+        (
+            lambda: nnx.Conv(3, 6, 3, feature_group_count=2),
+            "3 input and 6 output channels in 2 groups",
+        ),
+        (
+            lambda: nnx.Conv(3, 6, 3, mask=jnp.ones((3, 6))),
+            r"shape of the kernel, \(3, 3, 6\), but has",
+        ),
+        (
+            lambda: nnx.Conv(3, 6, (3, 3), padding="CAUSAL"),
+            "CAUSAL padding is for one spatial axis",
+        ),
         (lambda: nnx.Conv(3, 6, (3, 3), padding="SAM"), "'SAM' is no padding of Conv"),
         (lambda: nnx.Conv(3, 6, (3, 3), strides=(1, 1, 1)), "2 spatial axes, but got 3 sizes"),
         (lambda: nnx.Conv(3, 6, (3, 3), padding=(1,)), "2 spatial axes, but got 1 paddings"),

@@ -312,7 +312,9 @@ def test_every_level_nested(data):
     def batched(layers, x):
         def loss(layers):
             def body(h, layer):
-                one = lambda r: nnx.cond(r.sum() > 0, lambda r: r @ layer.w, lambda r: -r @ layer.w, r)
+                one = lambda r: nnx.cond(
+                    r.sum() > 0, lambda r: r @ layer.w, lambda r: -r @ layer.w, r
+                )
                 return nnx.remat(jnp.tanh)(nnx.vmap(one)(h)), None
 
             return (nnx.scan(body, x, layers)[0] @ head.w).sum()

@@ -31,7 +31,9 @@ def test_axes_by_filter(data):
     model.calls = jnp.zeros(4, int)
     f = nnx.vmap(lambda m, x: m(x), in_axes=({"counters": 0, ...: None}, 0))
     assert jnp.allclose(f(model, x), x @ model.w) and model.calls.tolist() == [1] * 4
-    g = nnx.vmap(lambda m, x: m(x), in_axes=({"counters": None, nnx.PathContains("w"): 2, ...: None}, 0))
+    g = nnx.vmap(
+        lambda m, x: m(x), in_axes=({"counters": None, nnx.PathContains("w"): 2, ...: None}, 0)
+    )
     other = Dense()
     other.w = jnp.stack([other.w] * 4, axis=2)
     assert jnp.allclose(g(other, x), x @ other.w[..., 0]) and other.calls == 1
@@ -44,7 +46,9 @@ def test_a_write_that_differs_needs_an_axis(dense, data):
     with pytest.raises(nnx.AxisError, match=r"nnx\.vmap.* wrote 'b' .*axis None.*in_axes.*pmean"):
         nnx.vmap(f, in_axes=(None, 0))(dense, data[0])
     assert (dense.b == 0).all()
-    nnx.vmap(lambda m, x: f(m, jax.lax.pmean(x, "i")), in_axes=(None, 0), axis_name="i")(dense, data[0])
+    nnx.vmap(lambda m, x: f(m, jax.lax.pmean(x, "i")), in_axes=(None, 0), axis_name="i")(
+        dense, data[0]
+    )
     assert jnp.allclose(dense.b, data[0].mean(0))
 
 
@@ -86,12 +90,24 @@ def test_streams_split_along_the_axis_and_each_lane_is_a_run_of_its_own():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda m, x: nnx.vmap(lambda a, b: 0, in_axes=(None, 0))(m, m), r"two specif.*'w' of argument 1"),
+        (
+            lambda m, x: nnx.vmap(lambda a, b: 0, in_axes=(None, 0))(m, m),
+            r"two specif.*'w' of argument 1",
+        ),
         (lambda m, x: nnx.vmap(lambda m: 0)(m), r"axis 0 of 'calls', whose shape is \(\)"),
-        (lambda m, x: nnx.vmap(lambda m: 0, in_axes=({"params": 0},))(m), r"No filter .*'calls' .*\.\.\. : None"),
-        (lambda m, x: nnx.vmap(lambda a, b: 0)(x, jnp.ones(3)), r"two sizes to map over: 4 of .* and 3 of"),
+        (
+            lambda m, x: nnx.vmap(lambda m: 0, in_axes=({"params": 0},))(m),
+            r"No filter .*'calls' .*\.\.\. : None",
+        ),
+        (
+            lambda m, x: nnx.vmap(lambda a, b: 0)(x, jnp.ones(3)),
+            r"two sizes to map over: 4 of .* and 3 of",
+        ),
         (lambda m, x: nnx.vmap(lambda m: 0, in_axes=None)(m), "nothing to map over"),
-        (lambda m, x: nnx.vmap(lambda a: 0, in_axes=(0, 0))(x), "for 2 arguments, but was called with 1"),
+        (
+            lambda m, x: nnx.vmap(lambda a: 0, in_axes=(0, 0))(x),
+            "for 2 arguments, but was called with 1",
+        ),
         (lambda m, x: nnx.vmap(lambda a: 0, in_axes=((0, 0),))((x,)), "not a prefix of it"),
         (lambda m, x: nnx.vmap(lambda a: 0, in_axes=({"params": 0},))(x), "holds no Refs there"),
     ],
@@ -113,7 +129,9 @@ def test_nested_and_compiled_and_of_methods(data):
     model = Dense()
     assert jnp.allclose(nnx.vmap(model.__call__)(x), x @ model.w) and model.calls == 1
     assert jnp.allclose(nnx.vmap(model, in_axes=0)(x), x @ model.w)
-    grads = nnx.vmap(nnx.grad(lambda m, x, y: ((m(x) - y) ** 2).sum()), in_axes=(None, 0, 0))(model, x, y)
+    grads = nnx.vmap(nnx.grad(lambda m, x, y: ((m(x) - y) ** 2).sum()), in_axes=(None, 0, 0))(
+        model, x, y
+    )
     each = jax.vmap(jax.grad(lambda w, x, y: ((x @ w - y) ** 2).sum()), (None, 0, 0))(model.w, x, y)
     assert jnp.allclose(grads["w"], each, atol=1e-5)
 
@@ -159,4 +177,6 @@ def test_shard_map_shards_by_spec():
     assert jnp.allclose(f(model, x), x @ model.w)
     assert jnp.allclose(model.rows.value, x) and jnp.allclose(model.b, x.sum(0))
     with pytest.raises(nnx.AxisError, match="two specifications"):
-        nnx.shard_map(lambda a, b: a, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())(model, model)
+        nnx.shard_map(lambda a, b: a, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())(
+            model, model
+        )

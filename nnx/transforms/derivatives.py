@@ -1,0 +1,268 @@
+"""Derivatives beside the gradient: `vjp`, `jvp`, `jacfwd`, `jacrev`, `hessian`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from nnx.transforms.boundary import Roots, close_call, open_call, run, until_lifted
+from nnx.transforms.jit import function_name, unbound
+from nnx.transforms.targets import DifferentiationError, Parts, Target, check_disjoint, target
+from refx import Filter, to_predicate
+
+__all__ = ["hessian", "jacfwd", "jacrev", "jvp", "vjp"]
+
+
+def _differentiate(
+    kind: str,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    numbers: Sequence[int],
+    wrt: Filter,
+    has_aux: bool,
+    allow_int: bool,
+    transform: Callable[..., tuple[Any, Any]],
+) -> tuple[Any, Any]:
+    """Open the boundary and let `transform` differentiate a function of Parts.
+
+    `transform(pure, parts, targets, name)` gets a pure function from the differentiated values to
+    `(out, packed)`, and returns a result and the packed rest. Returns the result and the aux.
+    """
+    inner, bound = unbound(fn)
+    name = f"{kind}({function_name(fn)})"
+    args = bound + args
+    predicate = to_predicate(wrt)
+
+    def attempt(roots: Roots) -> Any:
+        call = open_call(args, kwargs, roots)
+        targets = [target(name, args, n, wrt, predicate, call, allow_int) for n in numbers]
+        check_disjoint(name, numbers, targets)
+
+        def pure(parts: list[Parts]) -> Any:
+            flat = list(call.values), list(call.leaves), list(call.others)
+            for t, part in zip(targets, parts, strict=True):
+                t.put(part, *flat)
+            split_out = functools.partial(_split, name, has_aux)
+            return run(inner, name, call, *flat, mode="constant", split_out=split_out)
+
+        parts = [t.take(call.values, call.leaves, call.others) for t in targets]
+        result, packed = transform(pure, parts, targets, name)
+        return result, close_call(call, packed)
+
+    return until_lifted(attempt)
+
+
+def _split(name: str, has_aux: bool, out: Any) -> tuple[Any, Any]:
+    if not has_aux:
+        return out, None
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise DifferentiationError(
+            f"With has_aux=True, the function of {name} must return (out, aux), but it returned "
+            f"{type(out).__name__}."
+        )
+    return out
+
+
+def vjp(
+    fn: Callable[..., Any], *primals: Any, wrt: Filter = "params", has_aux: bool = False
+) -> tuple[Any, ...]:
+    """The output of a function and the function of its vector-Jacobian products.
+
+    Args:
+      fn: a function of modules, Refs and arrays. Refs that it writes are written back.
+      *primals: its arguments.
+      wrt: a filter for the Refs of arguments that hold some.
+      has_aux: `fn` returns `(out, aux)`.
+
+    Returns:
+      `(out, vjp_fn)` or `(out, vjp_fn, aux)`. `vjp_fn(cotangent)` gives a tuple with an entry for
+      each primal: a Partition for one that holds Refs.
+
+    Raises:
+      DifferentiationError: `wrt` selects nothing, or a Ref whose dtype has no gradient.
+      TraceLevelError: `fn` writes a Ref that it closes over, which is a constant here.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> w = nnx.Ref(jnp.array([1.0, 2.0]), "params")
+    >>> out, vjp_fn = nnx.vjp(lambda w, x: w.value * x, w, 3.0)
+    >>> dw, dx = vjp_fn(jnp.ones(2))
+    >>> dw[""].tolist(), float(dx)
+    ([3.0, 3.0], 3.0)
+    """
+
+    def transform(pure: Any, parts: Any, targets: list[Target], name: str) -> Any:
+        out, pull, packed = jax.vjp(pure, parts, has_aux=True)
+
+        def vjp_fn(cotangent: Any) -> tuple[Any, ...]:
+            (grads,) = pull(cotangent)
+            return tuple(t.named(g) for t, g in zip(targets, grads, strict=True))
+
+        return (out, vjp_fn), packed
+
+    numbers = range(len(primals) + len(unbound(fn)[1]))
+    result, aux = _differentiate("nnx.vjp", fn, primals, {}, numbers, wrt, has_aux, True, transform)
+    return (*result, aux) if has_aux else result
+
+
+def jvp(
+    fn: Callable[..., Any],
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
+    *,
+    wrt: Filter = "params",
+    has_aux: bool = False,
+) -> tuple[Any, ...]:
+    """The output of a function and its derivative in the direction of the tangents.
+
+    Args:
+      fn: a function of modules, Refs and arrays. Refs that it writes are written back.
+      primals: its arguments.
+      tangents: one for each primal: for one that holds Refs a Partition (or another mapping by
+        path) of what `wrt` selects; what it lacks is zero.
+      wrt: a filter for the Refs of arguments that hold some.
+      has_aux: `fn` returns `(out, aux)`.
+
+    Returns:
+      `(out, tangent_out)` or `(out, tangent_out, aux)`.
+
+    Raises:
+      UnknownPathError, ShapeError: a tangent has a path that is not differentiated, or another
+        shape or dtype than the value.
+      DifferentiationError: as for `vjp`, or another number of tangents than of primals.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> w = nnx.Ref(jnp.array(2.0), "params")
+    >>> out, tangent = nnx.jvp(lambda w, x: w.value ** 2 * x, (w, 3.0), ({"": jnp.array(1.0)}, 0.0))
+    >>> float(out), float(tangent)
+    (12.0, 12.0)
+    """
+    if len(primals) != len(tangents):
+        raise DifferentiationError(
+            f"nnx.jvp({function_name(fn)}) got {len(primals)} primals and {len(tangents)} tangents. "
+            f"Give one tangent for each; a module that does not move has the tangent {{}}."
+        )
+    bound = unbound(fn)[1]
+
+    def transform(pure: Any, parts: Any, targets: list[Target], name: str) -> Any:
+        given = (*({} for _ in bound), *tangents)
+        moved = [t.parts(name, d, p) for t, d, p in zip(targets, given, parts, strict=True)]
+        out, tangent, packed = jax.jvp(pure, (parts,), (moved,), has_aux=True)
+        return (out, tangent), packed
+
+    numbers = range(len(primals) + len(bound))
+    result, aux = _differentiate(
+        "nnx.jvp", fn, tuple(primals), {}, numbers, wrt, has_aux, True, transform
+    )
+    return (*result, aux) if has_aux else result
+
+
+def _jacobian(
+    kind: str, transforms: Sequence[Callable[..., Any]], fn: Callable[..., Any], options: Any
+) -> Callable[..., Any]:
+    wrt, argnums, has_aux, holomorphic, allow_int = options
+    single = isinstance(argnums, int)
+    numbers = (argnums,) if single else tuple(argnums)
+
+    def named(tree: Any, targets: list[Target]) -> Any:
+        """Every list of Parts in a tree of derivatives as what the user gets, from the inside."""
+
+        def one(parts: Any) -> Any:
+            inner = [
+                t.named(Parts([named(v, targets) for v in p.values]))
+                for t, p in zip(targets, parts, strict=True)
+            ]
+            return inner[0] if single else tuple(inner)
+
+        return jax.tree.map(lambda x: one(x) if _is_parts(x) else x, tree, is_leaf=_is_parts)
+
+    def transform(pure: Any, parts: Any, targets: list[Target], name: str) -> Any:
+        derivative = pure
+        for jacobian in transforms:
+            kwargs = {} if jacobian is jax.jacfwd else {"allow_int": allow_int}
+            derivative = jacobian(derivative, has_aux=True, holomorphic=holomorphic, **kwargs)
+        result, packed = derivative(parts)
+        return named(result, targets), packed
+
+    @functools.wraps(unbound(fn)[0])
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result, aux = _differentiate(
+            kind, fn, args, kwargs, numbers, wrt, has_aux, allow_int, transform
+        )
+        return (result, aux) if has_aux else result
+
+    return wrapped
+
+
+def _is_parts(x: Any) -> bool:
+    return isinstance(x, list) and bool(x) and all(isinstance(p, Parts) for p in x)
+
+
+def jacrev(
+    fn: Callable[..., Any],
+    *,
+    wrt: Filter = "params",
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[..., Any]:
+    """The Jacobian of a function by reverse mode; arguments and errors as for `nnx.grad`.
+
+    Returns:
+      A function with the arguments of `fn` that returns the Jacobian, or `(jacobian, aux)`: the
+      structure of the output, with a Partition (or what `jax.jacrev` gives, for an argument
+      without Refs) in place of each array.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> w = nnx.Ref(jnp.array([1.0, 2.0]), "params")
+    >>> nnx.jacrev(lambda w: w.value ** 2)(w)[""].tolist()
+    [[2.0, 0.0], [0.0, 4.0]]
+    """
+    options = (wrt, argnums, has_aux, holomorphic, allow_int)
+    return _jacobian("nnx.jacrev", (jax.jacrev,), fn, options)
+
+
+def jacfwd(
+    fn: Callable[..., Any],
+    *,
+    wrt: Filter = "params",
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+) -> Callable[..., Any]:
+    """The Jacobian of a function by forward mode; everything else as for `nnx.jacrev`.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> w = nnx.Ref(jnp.array([1.0, 2.0]), "params")
+    >>> nnx.jacfwd(lambda w: w.value ** 2)(w)[""].tolist()
+    [[2.0, 0.0], [0.0, 4.0]]
+    """
+    options = (wrt, argnums, has_aux, holomorphic, False)
+    return _jacobian("nnx.jacfwd", (jax.jacfwd,), fn, options)
+
+
+def hessian(
+    fn: Callable[..., Any],
+    *,
+    wrt: Filter = "params",
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+) -> Callable[..., Any]:
+    """The Hessian of a function, forward over reverse; arguments and errors as for `nnx.grad`.
+
+    Returns:
+      A function with the arguments of `fn` that returns a Partition of Partitions (or what
+      `jax.hessian` gives, for an argument without Refs), or `(hessian, aux)`.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> w = nnx.Ref(jnp.array([1.0, 2.0]), "params")
+    >>> nnx.hessian(lambda w: (w.value ** 3).sum())(w)[""][""].tolist()
+    [[6.0, 0.0], [0.0, 12.0]]
+    """
+    options = (wrt, argnums, has_aux, holomorphic, False)
+    return _jacobian("nnx.hessian", (jax.jacrev, jax.jacfwd), fn, options)

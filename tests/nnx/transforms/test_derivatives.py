@@ -1,0 +1,207 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nnx
+from tests.models import Dense
+
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
+
+
+def f(w, b, x):
+    return jnp.tanh(x @ w + b)
+
+
+def net(m, x):
+    m.calls = m.calls + 1
+    return f(m.w, m.b, x)
+
+
+def test_vjp_and_jvp_are_those_of_jax(dense, data):
+    x, y = data
+    w, b = dense.w, dense.b
+    for wrap in (lambda g: g, nnx.jit):
+        out, pulled = wrap(lambda m, x, y: (lambda o, p: (o, p(y)))(*nnx.vjp(net, m, x)))(
+            dense, x, y
+        )
+        expected, pull = jax.vjp(f, w, b, x)
+        dw, db, dx = pull(y)
+        close(out, expected)
+        close(pulled[0]["w"], dw), close(pulled[0]["b"], db), close(pulled[1], dx)
+        direction = ({"w": y.T @ x}, y)
+        out, moved = wrap(lambda m, x, d: nnx.jvp(net, (m, x), d))(dense, x, direction)
+        close(moved, jax.jvp(f, (w, b, x), (y.T @ x, jnp.zeros(2), y))[1])
+    assert dense.calls == 4
+
+
+def test_aux_goes_along(dense, data):
+    x, y = data
+    out, pull, aux = nnx.vjp(lambda m, x: (net(m, x), (m, x)), dense, x, has_aux=True)
+    assert aux[0] is dense and pull(y)[0]["w"].shape == (2, 2)
+    _, _, aux = nnx.jvp(lambda m, x: (net(m, x), m), (dense, x), ({}, x), has_aux=True)
+    assert aux is dense and dense.calls == 2
+
+
+@pytest.mark.parametrize("ours, theirs", [(nnx.jacrev, jax.jacrev), (nnx.jacfwd, jax.jacfwd)])
+def test_jacobians(dense, data, ours, theirs):
+    x, _ = data
+
+    def g(m, x):
+        return {"out": net(m, x), "sum": m.w.sum() * x.sum()}
+
+    def pure(w, b, x):
+        return {"out": f(w, b, x), "sum": w.sum() * x.sum()}
+
+    jac = ours(g, argnums=(0, 1))(dense, x)
+    expected = theirs(pure, argnums=(0, 1, 2))(dense.w, dense.b, x)
+    for name in expected:
+        close(jac[name][0]["w"], expected[name][0])
+        close(jac[name][0]["b"], expected[name][1])
+        close(jac[name][1], expected[name][2])
+    assert dense.calls == 1
+    jac, aux = nnx.jit(ours(lambda m, x: (net(m, x), x), has_aux=True))(dense, x)
+    close(jac["w"], expected["out"][0])
+
+
+def test_hessian(dense, data):
+    x, _ = data
+    h = nnx.hessian(lambda m: net(m, x).sum())(dense)
+    expected = jax.hessian(lambda p: f(p["w"], p["b"], x).sum())({"w": dense.w, "b": dense.b})
+    for a in "wb":
+        for b in "wb":
+            close(h[a][b], expected[a][b])
+    assert dense.calls == 1
+    plain = nnx.hessian(lambda x: (x**3).sum())(jnp.arange(2.0))
+    close(plain, jnp.diag(6 * jnp.arange(2.0)))
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda m, x: nnx.jvp(net, (m, x), (x,)), nnx.DifferentiationError, "2 primals and 1 tangents"),
+        (lambda m, x: nnx.jvp(net, (m, x), ({"c": x}, x)), nnx.UnknownPathError, r"'c', which is not .*'w', 'b'"),
+        (lambda m, x: nnx.jvp(net, (m, x), ({"w": x}, x)), nnx.ShapeError, r"\(4, 2\).*'w', .*\(2, 2\)"),
+        (lambda m, x: nnx.vjp(net, m, x, wrt="none"), nnx.DifferentiationError, "'none' has nothing"),
+        (lambda m, x: nnx.vjp(net, m, x, has_aux=True), nnx.DifferentiationError, r"must return \(out, aux\)"),
+        (lambda m, x: nnx.jacrev(lambda: net(m, x))(), nnx.DifferentiationError, r"with 0 positional"),
+        (lambda m, x: nnx.jacfwd(lambda y: net(m, y))(x), nnx.TraceLevelError, "constant there"),
+    ],
+)  # fmt: skip
+def test_errors(dense, data, call, error, message):
+    with pytest.raises(error, match=message):
+        call(dense, data[0])
+    assert dense.calls == 0
+
+
+@nnx.custom_vjp
+def clipped(m, x):
+    m.calls = m.calls + 1
+    return x @ m.w
+
+
+def clipped_fwd(m, x):
+    m.calls = m.calls + 1
+    return x @ m.w, (m.w, x)
+
+
+def clipped_bwd(residuals, g):
+    w, x = residuals
+    return {"w": jnp.clip(x.T @ g, -0.5, 0.5)}, g @ w.T
+
+
+clipped.defvjp(clipped_fwd, clipped_bwd)
+
+
+@nnx.custom_jvp
+def doubled(m, x):
+    m.calls = m.calls + 1
+    return x @ m.w
+
+
+@doubled.defjvp
+def doubled_rule(primals, tangents):
+    (m, x), (dm, dx) = primals, tangents
+    m.calls = m.calls + 1
+    return x @ m.w, 2 * (x @ dm["w"]) + dx @ m.w
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, nnx.jit])
+def test_custom_rules_are_used(data, wrap):
+    x, _ = data
+    model = Dense()
+    g, gx = wrap(nnx.grad(lambda m, x: clipped(m, x).sum(), argnums=(0, 1)))(model, x)
+    close(g["w"], jnp.clip(x.T @ jnp.ones((4, 2)), -0.5, 0.5))
+    close(gx, jnp.ones((4, 2)) @ model.w.T)
+    assert (g["b"] == 0).all() and model.calls == 1
+    close(wrap(clipped)(model, x), x @ model.w)
+    g = wrap(nnx.grad(lambda m: doubled(m, x).sum()))(model)
+    close(g["w"], 2 * x.T @ jnp.ones((4, 2)))
+    close(wrap(doubled)(model, x), x @ model.w)
+    close(nnx.jvp(doubled, (model, x), ({"w": model.w}, jnp.zeros_like(x)))[1], 2 * x @ model.w)
+    assert model.calls == 5
+
+
+def test_custom_rules_nest_and_vmap_without_leaks(data):
+    x, _ = data
+    model = Dense()
+    with jax.check_tracer_leaks():
+        g = nnx.jit(nnx.grad(lambda m: nnx.vmap(lambda r: clipped(m, r[None]))(x).sum()))(model)
+        close(g["w"], jnp.stack([jnp.clip(jnp.outer(r, jnp.ones(2)), -0.5, 0.5) for r in x]).sum(0))
+
+
+def test_custom_rules_with_fixed_arguments_and_closures(data):
+    x, _ = data
+    scale = nnx.Ref(jnp.array(3.0))
+
+    def power(m, n, x):
+        return scale.value * (x @ m.w) ** n
+
+    rule = nnx.custom_vjp(power, nondiff_argnums=(1,))
+    rule.defvjp(
+        lambda m, n, x: (power(m, n, x), (x, x @ m.w)),
+        lambda n, res, g: ({"w": res[0].T @ (g * n * scale.value * res[1] ** (n - 1))}, None),
+    )
+    model = Dense()
+    g = nnx.grad(lambda m: rule(m, 2, x).sum())(model)
+    close(g["w"], nnx.grad(lambda m: (3.0 * (x @ m.w) ** 2).sum())(model)["w"])
+
+
+@pytest.mark.parametrize(
+    "fwd, bwd, message",
+    [
+        (clipped_fwd, lambda r, g: ({},), r"tuple of 2 cotangents.* returned 1"),
+        (clipped_fwd, lambda r, g: ({"q": g}, None), r"cotangent for 'q' of argument 0.*'w', 'b'"),
+        (clipped_fwd, lambda r, g: ({"w": g}, None), r"\(4, 2\).*'w', whose .*\(2, 2\)"),
+        (lambda m, x: x @ m.w, lambda r, g: (None, None), r"must return \(out, residuals\)"),
+    ],
+)
+def test_custom_rules_that_do_not_fit(dense, data, fwd, bwd, message):
+    rule = nnx.custom_vjp(lambda m, x: x @ m.w)
+    with pytest.raises(nnx.CustomRuleError, match=r"rule is not defined.*defvjp\(fwd, bwd\)"):
+        rule(dense, data[0])
+    with pytest.raises(nnx.CustomRuleError, match=r"not defined.*defjvp\(rule\)"):
+        nnx.custom_jvp(lambda m, x: x @ m.w)(dense, data[0])
+    rule.defvjp(fwd, bwd)
+    with pytest.raises(nnx.CustomRuleError, match=message):
+        nnx.grad(lambda m: rule(m, data[0]).sum())(dense)
+    assert dense.calls == 0
+
+
+def test_custom_rules_draw_from_the_ambient_stream(dense, data):
+    x, _ = data
+    rule = nnx.custom_vjp(lambda m, x: x @ m.w + jax.random.normal(nnx.make_rng("n"), ()))
+
+    def fwd(m, x):
+        noise = jax.random.normal(nnx.make_rng("n"), ())
+        return x @ m.w + noise, noise
+
+    rule.defvjp(fwd, lambda noise, g: ({"b": noise * jnp.ones(2)}, None))
+    with nnx.scope(0):
+        a = nnx.grad(lambda m: rule(m, x).sum())(dense)["b"]
+        b = nnx.grad(lambda m: rule(m, x).sum())(dense)["b"]
+    with nnx.scope(0):
+        close(a, jax.random.normal(nnx.make_rng("n"), ()) * jnp.ones(2))
+    assert not jnp.allclose(a, b)
