@@ -4,7 +4,7 @@ from jax.nn import initializers
 
 from nnx.layers import activations
 from nnx.layers.activations import *  # noqa: F403
-from nnx.layers.containers import Sequential
+from nnx.layers.containers import Sequential, Stack
 from nnx.layers.conv import Conv
 from nnx.layers.linear import Linear
 from nnx.layers.normalization import BatchNorm
@@ -16,6 +16,7 @@ __all__ = [
     "Dropout",
     "Linear",
     "Sequential",
+    "Stack",
     "initializers",
 ]
 __all__ += activations.__all__

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from nnx.module import Module
+from nnx.transforms import remat as nnx_remat
+from nnx.transforms import scan, vmap
 
-__all__ = ["Sequential"]
+__all__ = ["Sequential", "Stack"]
 
 
 class Sequential(Module):
@@ -55,3 +57,54 @@ class Sequential(Module):
             else:
                 out = layer(out)
         return out
+
+
+class Stack(Module):
+    """Layers of one kind, one after the other, compiled in the time of one.
+
+    The parameters of the layers are stacked along a leading axis, and the layers run in `nnx.scan`.
+    Each layer has initial values of its own, and takes what the one before returned.
+
+    Args:
+      make: makes one layer, such as a module class or a function; called without arguments.
+      length: number of layers.
+      remat: compute what is inside a layer again in the backward pass, instead of keeping it.
+      policy: what to keep nevertheless, as for `jax.checkpoint`.
+      unroll: as for `jax.lax.scan`.
+
+    Attributes: `layers`, a module as `make` makes it, whose Refs have a leading axis.
+
+    Raises:
+      CarryError: a layer returns another shape or dtype than it takes.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> stack = nnx.Stack.init(jax.random.key(0))(lambda: nnx.Linear(4, 4), 8)
+    >>> stack.layers.kernel.shape, stack(jnp.ones((2, 4))).shape
+    ((8, 4, 4), (2, 4))
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Module],
+        length: int,
+        *,
+        remat: bool = False,
+        policy: Callable[..., bool] | None = None,
+        unroll: int = 1,
+    ):
+        if length < 1:
+            raise ValueError(f"Stack needs at least one layer, but its length is {length}.")
+        self.layers = vmap(lambda: make(), axis_size=length)()
+        self.length = length
+        self.remat = remat
+        self.policy = policy
+        self.unroll = unroll
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the layers in order, each as `layer(x, *args, **kwargs)`."""
+
+        def call(layer: Any, x: Any) -> Any:
+            return layer(x, *args, **kwargs)
+
+        body = nnx_remat(call, policy=self.policy) if self.remat else call
+        return scan(lambda x, layer: (body(layer, x), None), x, self.layers, unroll=self.unroll)[0]

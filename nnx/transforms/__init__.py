@@ -5,6 +5,13 @@ from nnx.transforms.branches import BranchError, cond, switch
 from nnx.transforms.custom import CustomRuleError, custom_jvp, custom_vjp
 from nnx.transforms.derivatives import hessian, jacfwd, jacrev, jvp, vjp
 from nnx.transforms.donation import DonationError
+from nnx.transforms.filtered import (
+    grad_filter,
+    is_array,
+    is_inexact_array,
+    jit_filter,
+    value_and_grad_filter,
+)
 from nnx.transforms.grad import grad, value_and_grad
 from nnx.transforms.jit import jit
 from nnx.transforms.loops import CARRY, CarryError, fori_loop, map, scan, while_loop
@@ -28,10 +35,14 @@ __all__ = [
     "eval_shape",
     "fori_loop",
     "grad",
+    "grad_filter",
     "hessian",
+    "is_array",
+    "is_inexact_array",
     "jacfwd",
     "jacrev",
     "jit",
+    "jit_filter",
     "jvp",
     "make_jaxpr",
     "map",
@@ -40,6 +51,7 @@ __all__ = [
     "shard_map",
     "switch",
     "value_and_grad",
+    "value_and_grad_filter",
     "vjp",
     "vmap",
     "while_loop",

@@ -34,7 +34,7 @@ from refx.errors import StructureError
 from refx.node import is_identity
 from refx.partition import Path, dotted
 from refx.snapshot import Snapshot, snapshot
-from refx.structure import DagDef, build, scan
+from refx.structure import DagDef, RefDef, build, scan
 from refx.trace import Frame, local, seen_from, writable
 
 __all__: list[str] = []
@@ -416,14 +416,14 @@ def _shadow(frame: Frame, layout: Layout, mode: str, outer: list[Any], objects: 
     # used again for other arguments, so there only what is closed over may be taken for a root.
     pairs = zip(outer, objects, strict=True)
     if mode == "lift":
-        reach = _reachable(
+        reach = reachable(
             layout.dagdef, range(len(layout.form.where), len(layout.form.where) + layout.closed)
         )
         pairs = ((o, i) for n, (o, i) in enumerate(zip(outer, objects, strict=True)) if n in reach)
     frame.shadow.update((o, i) for o, i in pairs if type(o) is Ref)
 
 
-def _reachable(dagdef: DagDef, roots: Iterable[int]) -> set[int]:
+def reachable(dagdef: DagDef, roots: Iterable[int]) -> set[int]:
     todo = [dagdef.root.children[i] for i in roots]
     seen: set[int] = set()
     while todo:
@@ -617,3 +617,26 @@ def _apply(call: Call, graph: Graph, fresh: list[Any], arrays: list[Any]) -> Any
     leaves = [call.leaves[i] if i is not None else next(given) for i in graph.leaves]
     (_, out), _ = build(graph.dagdef, fresh, leaves, existing=existing, refill=graph.refill)
     return out
+
+
+def fresh_output(call: Call, packed: Packed, values: list[Any], leaves: list[Any]) -> Any:
+    """The output with value semantics: what came in comes out as a copy, with what was written.
+
+    `values` and `leaves` are those that came in, or `ShapeDtypeStruct`s for them.
+    """
+    graph = packed.spec.graph
+    if graph is None:
+        return packed.out
+    values = list(values)
+    for i, value in zip(packed.spec.written, packed.written, strict=True):
+        values[i] = value
+    numbers = [n for n, node in enumerate(call.layout.dagdef.nodes) if type(node) is RefDef]
+    ref_at = {n: i for i, n in enumerate(numbers)}
+    new, more = map(iter, packed.out)
+    refs = [
+        values[ref_at[graph.known[n]]] if n in graph.known else next(new)
+        for n, node in enumerate(graph.dagdef.nodes)
+        if type(node) is RefDef
+    ]
+    arrays = [leaves[i] if i is not None else next(more) for i in graph.leaves]
+    return build(graph.dagdef, refs, arrays)[0][1]

@@ -14,12 +14,12 @@ from nnx.transforms.boundary import (
     Packed,
     Roots,
     close_call,
+    fresh_output,
     open_call,
     run,
     until_lifted,
 )
 from nnx.transforms.jit import function_name, unbound
-from refx.structure import build
 
 __all__ = ["checkify", "eval_shape", "make_jaxpr", "remat"]
 
@@ -93,34 +93,10 @@ def eval_shape(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         packed = jax.eval_shape(pure, call.values, call.leaves, call.others)
         if packed.spec.graph is None:
             return packed.out
-        # The output may hold modules of the caller; it gets copies, with the shapes they would have.
-        graph, (fresh, arrays) = packed.spec.graph, packed.out
         before = jax.eval_shape(lambda: (call.values, call.leaves))
-        values = list(before[0])
-        for i, value in zip(packed.spec.written, packed.written, strict=True):
-            values[i] = value
-        return build(graph.dagdef, *_all_values(call, graph, values, before[1], fresh, arrays))[0][
-            1
-        ]
+        return fresh_output(call, packed, *before)
 
     return _transformed("nnx.eval_shape", fn, transform)(*args, **kwargs)
-
-
-def _all_values(
-    call: Call, graph: Any, values: list[Any], leaves: list[Any], fresh: Any, arrays: Any
-) -> tuple[list[Any], list[Any]]:
-    """A value for every Ref and plain array of a Graph, whether it is new or was there before."""
-    ref_at = {}
-    for number, node in enumerate(call.layout.dagdef.nodes):
-        if not hasattr(node, "children"):
-            ref_at[number] = len(ref_at)
-    new, more = iter(fresh), iter(arrays)
-    refs = [
-        values[ref_at[graph.known[n]]] if n in graph.known else next(new)
-        for n, node in enumerate(graph.dagdef.nodes)
-        if not hasattr(node, "children")
-    ]
-    return refs, [leaves[i] if i is not None else next(more) for i in graph.leaves]
 
 
 def make_jaxpr(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -218,3 +218,43 @@ def test_sequential_passes_tuples_and_dicts_on():
     model = nnx.Sequential(lambda x: (x, x + 1), lambda a, b: {"c": a * b}, lambda c: c * 2)
     assert model(3) == 24 and nnx.Sequential()(5) == 5
     assert len(model.layers) == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"remat": True}, {"unroll": 2}])
+def test_stack_is_the_python_loop_with_gradients(options):
+    def block():
+        return nnx.Sequential(nnx.Linear(3, 3), nnx.tanh)
+
+    stack = nnx.Stack.init(0)(block, 4, **options)
+    kernels = stack.layers.layers[0].kernel
+    assert kernels.shape == (4, 3, 3) and len(np.unique(kernels)) == 36
+    x = draw(2, 3)
+
+    def loop(kernels, x):
+        for k in kernels:
+            x = jnp.tanh(x @ k)
+        return x.sum()
+
+    value, grads = nnx.jit(nnx.value_and_grad(lambda m: m(x).sum()))(stack)
+    expected, expected_grads = jax.value_and_grad(loop)(kernels, x)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(grads["layers.layers.0.kernel"], expected_grads, atol=1e-5)
+
+
+def test_stack_with_statistics_randomness_and_arguments():
+    class Block(nnx.Module):
+        def __init__(self):
+            self.norm, self.drop = nnx.BatchNorm(3), nnx.Dropout(0.5)
+
+        def __call__(self, x, scale, *, shift=0.0):
+            return self.drop(self.norm(x)) * scale + shift
+
+    with nnx.scope(0):
+        stack = nnx.Stack(Block, 3, remat=True)
+        y = nnx.jit(lambda m, x: m(x, 2.0, shift=1.0))(stack, draw(8, 3))
+    assert y.shape == (8, 3) and stack.layers.norm.mean.shape == (3, 3)
+    assert not jnp.allclose(stack.layers.norm.mean[0], stack.layers.norm.mean[1])
+    with pytest.raises(nnx.CarryError, match=r"float32\[8,3\] to float32\[8,5\]"):
+        nnx.Stack.init(0)(lambda: nnx.Linear(3, 5), 2)(draw(8, 3))
+    with pytest.raises(ValueError, match="at least one layer"):
+        nnx.Stack(Block, 0)
