@@ -2,6 +2,7 @@
 
 from nnx.transforms.axes import AxisError
 from nnx.transforms.branches import BranchError, cond, switch
+from nnx.transforms.carry import CARRY, CarryError
 from nnx.transforms.custom import CustomRuleError, custom_jvp, custom_vjp
 from nnx.transforms.derivatives import hessian, jacfwd, jacrev, jvp, vjp
 from nnx.transforms.donation import DonationError
@@ -14,7 +15,7 @@ from nnx.transforms.filtered import (
 )
 from nnx.transforms.grad import grad, value_and_grad
 from nnx.transforms.jit import jit
-from nnx.transforms.loops import CARRY, CarryError, fori_loop, map, scan, while_loop
+from nnx.transforms.loops import fori_loop, map, scan, while_loop
 from nnx.transforms.sharded import shard_map
 from nnx.transforms.targets import DifferentiationError
 from nnx.transforms.vmap import vmap

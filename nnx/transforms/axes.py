@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from nnx.transforms.boundary import Call, Outline, Packed
+from nnx.transforms.boundary import Outline, Packed
+from nnx.transforms.call import Call
 from refx import Ref, RefError, to_predicate
 from refx.node import is_identity
 from refx.partition import Path, dotted

@@ -8,17 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx.transforms.boundary import (
-    Call,
-    Packed,
-    Roots,
-    Spec,
-    check_lifted,
-    close_call,
-    open_call,
-    run,
-    until_lifted,
-)
+from nnx.transforms.boundary import Packed, Spec, check_lifted, close_call, run, until_lifted
+from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.jit import function_name
 from refx import RefError
 from refx.partition import dotted

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from nnx.transforms.boundary import Roots, close_call, open_call, run, until_lifted
+from nnx.transforms.boundary import close_call, run, until_lifted
+from nnx.transforms.call import Roots, open_call
 from nnx.transforms.jit import function_name, unbound
 from nnx.transforms.targets import DifferentiationError, Parts, Target, check_disjoint, target
 from refx import Filter, to_predicate

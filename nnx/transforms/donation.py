@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from nnx.transforms.boundary import Call
+from nnx.transforms.call import Call
 from refx import Filter, RefError, to_predicate
 from refx.partition import dotted
 

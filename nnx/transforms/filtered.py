@@ -16,21 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnx.transforms.axes import assign
-from nnx.transforms.boundary import (
-    Call,
-    Outline,
-    Packed,
-    Plan,
-    fresh_output,
-    open_call,
-    reachable,
-    run,
-    write_back,
-)
+from nnx.transforms.boundary import Outline, Packed, fresh_output, reachable, run, write_back
+from nnx.transforms.call import Call, Plan, open_call
 from nnx.transforms.closure import Closure
 from nnx.transforms.jit import function_name, unbound
 from nnx.transforms.targets import DifferentiationError
-from refx import Ref, TraceLevelError, UnhashableStaticError, clone
+from refx import TraceLevelError, UnhashableStaticError, clone
 from refx.node import is_identity
 from refx.partition import dotted
 from refx.structure import Static
@@ -348,9 +339,11 @@ def _checked(name: str, out: Any, has_aux: bool) -> tuple[Any, Any]:
             f"With has_aux=True, the function of {name} must return (scalar, aux), but it "
             f"returned {type(out).__name__}."
         )
-    loss, aux = out if has_aux else (out, None)
-    if isinstance(loss, Ref) or not hasattr(loss, "dtype") or jnp.shape(loss) != ():
-        what = f"an array of shape {jnp.shape(loss)}" if hasattr(loss, "dtype") else repr(loss)
+    loss: Any = out[0] if has_aux else out
+    aux = out[1] if has_aux else None
+    shape = getattr(loss, "shape", None)
+    if shape != ():
+        what = repr(loss) if shape is None else f"an array of shape {shape}"
         raise DifferentiationError(
             f"The function of {name} must return a scalar, but it returned {what}."
         )

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx.transforms.boundary import Roots, close_call, open_call, run, until_lifted
+from nnx.transforms.boundary import close_call, run, until_lifted
+from nnx.transforms.call import Roots, open_call
 from nnx.transforms.jit import function_name, unbound
 from nnx.transforms.targets import DifferentiationError, check_disjoint, target
 from refx import Filter, to_predicate

@@ -9,7 +9,8 @@ from typing import Any, TypeVar, overload
 
 import jax
 
-from nnx.transforms.boundary import Call, Outline, Packed, Plan, Spec, close_call, open_call, run
+from nnx.transforms.boundary import Outline, Packed, Spec, close_call, run
+from nnx.transforms.call import Call, Plan, open_call
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import explain_deleted, explain_donation, selected
 from nnx.transforms.shardings import Shardings

@@ -10,13 +10,8 @@ import jax
 from jax.sharding import PartitionSpec
 
 from nnx.transforms.axes import Sorted, assign
-from nnx.transforms.boundary import (
-    Roots,
-    close_call,
-    open_call,
-    run,
-    until_lifted,
-)
+from nnx.transforms.boundary import close_call, run, until_lifted
+from nnx.transforms.call import Roots, open_call
 from nnx.transforms.jit import function_name, unbound
 
 __all__ = ["shard_map"]

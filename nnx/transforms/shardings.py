@@ -8,7 +8,8 @@ import jax
 from jax.sharding import PartitionSpec
 
 from nnx.transforms.axes import AxisError, along_output, assign
-from nnx.transforms.boundary import Call, Layout, Packed
+from nnx.transforms.boundary import Packed
+from nnx.transforms.call import Call, Layout
 
 __all__: list[str] = []
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nnx.transforms.boundary import Call, Layout, close_call
+from nnx.transforms.boundary import close_call
+from nnx.transforms.call import Call, Layout
 from refx import StructureError
 
 __all__: list[str] = []

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx.transforms.boundary import Call
+from nnx.transforms.call import Call
 from refx import Filter, Partition, RefError, ShapeError, UnknownPathError
 from refx.node import is_identity
 from refx.partition import dotted, listed

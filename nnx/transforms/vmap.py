@@ -17,15 +17,8 @@ from nnx.transforms.axes import (
     assign,
     length,
 )
-from nnx.transforms.boundary import (
-    Call,
-    Packed,
-    Roots,
-    close_call,
-    open_call,
-    run,
-    until_lifted,
-)
+from nnx.transforms.boundary import Packed, close_call, run, until_lifted
+from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.jit import function_name, unbound
 from refx.partition import Path, dotted
 from refx.trace import is_batched, local

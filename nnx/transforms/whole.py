@@ -9,16 +9,8 @@ from typing import Any
 import jax
 from jax.experimental import checkify as jax_checkify
 
-from nnx.transforms.boundary import (
-    Call,
-    Packed,
-    Roots,
-    close_call,
-    fresh_output,
-    open_call,
-    run,
-    until_lifted,
-)
+from nnx.transforms.boundary import Packed, close_call, fresh_output, run, until_lifted
+from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.jit import function_name, unbound
 
 __all__ = ["checkify", "eval_shape", "make_jaxpr", "remat"]

@@ -1,0 +1,289 @@
+"""The caller's side of a call: its arguments, closures and scope, taken apart into flat lists.
+
+This is what every call of a compiled function does, so it has to be quick: the structure of each root
+is remembered (`refx.snapshot`), and so is how the structures of several roots go together (`Plan`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from nnx.transforms.closure import Closure
+from refx import Node, Ref
+from refx.node import is_identity
+from refx.snapshot import Snapshot, snapshot
+from refx.structure import DagDef, scan
+from refx.trace import local
+
+__all__: list[str] = []
+
+
+class Layout:
+    """What a call looks like without its values: the static argument of the compiled function.
+
+    Layouts are made once for each form and DagDef of a function and compared by identity.
+    """
+
+    __slots__ = (
+        "closed",
+        "compiled",
+        "constants",
+        "dagdef",
+        "donated",
+        "form",
+        "has_scope",
+        "shardings",
+        "statics",
+        "traced",
+    )
+
+    def __init__(
+        self,
+        dagdef: DagDef,
+        form: Form,
+        closed: int,
+        constants: tuple[Any, ...],
+        has_scope: bool,
+        statics: Any,
+    ):
+        self.dagdef = dagdef
+        self.form = form
+        self.closed = closed
+        # Array attributes of closed-over modules are read where they are, so they are constants.
+        self.constants = constants
+        self.has_scope = has_scope
+        self.statics = statics
+        # Whether a compiled function was traced for this layout, so that its closures are known.
+        self.traced = False
+        # What `nnx.jit` learned by that: its own program, and the Refs whose buffers it takes.
+        self.compiled: Any = None
+        self.donated: tuple[int, ...] = ()
+        self.shardings: Any = None
+
+
+class Plan(NamedTuple):
+    """How the snapshots of several roots make up one list of Refs: by position, each Ref once."""
+
+    layout: Layout
+    refs: tuple[int, ...] | None
+    leaves: tuple[int, ...] | None
+
+
+class Call:
+    """The caller's side of one call.
+
+    `refs`, `values` and `leaves` are in the order of `layout.dagdef`; `others` are the arguments
+    that hold no Refs. `roots` are the argument roots, the closed-over ones, and the scope, if any.
+    `found` are pairs of a closed-over Ref that was met and the root to take for it.
+    """
+
+    __slots__ = (
+        "at_once",
+        "found",
+        "layout",
+        "leaves",
+        "others",
+        "refs",
+        "roots",
+        "snapshots",
+        "values",
+    )
+
+    def __init__(
+        self,
+        layout: Layout,
+        roots: list[Any],
+        snapshots: list[Snapshot],
+        refs: list[Ref[Any]],
+        values: list[Any],
+        leaves: list[Any],
+        others: list[Any],
+    ):
+        self.layout = layout
+        self.roots = roots
+        self.snapshots = snapshots
+        self.refs = refs
+        self.values = values
+        self.leaves = leaves
+        self.others = others
+        self.found: list[tuple[Any, Any]] = []
+        # Whether every Ref may be written where the call was opened, with no need to ask each.
+        self.at_once = False
+
+
+def open_call(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    closure: Closure | Roots | None = None,
+    plans: dict[Any, Plan] | None = None,
+    statics: Any = None,
+) -> Call:
+    """Take the arguments of one call apart. `plans` is a function's cache of Plans."""
+    form, roots, others = _take_roots(args, kwargs)
+    scope = local.scope
+    closed = closure.roots() if closure is not None else ()
+    constants: tuple[Any, ...] = ()
+    if closed or scope is not None:
+        given = len(roots)
+        roots = [*roots, *closed] if scope is None else [*roots, *closed, scope]
+        constants = _constants([snapshot(root) for root in roots[given : given + len(closed)]])
+    snapshots = [snapshot(root) for root in roots]
+    # With one root, equal structure is enough; with more, which Refs they share matters too.
+    shape = snapshots[0].dagdef if len(roots) == 1 else tuple([s.uid for s in snapshots])
+    key = (form, shape, constants, scope is None, statics)
+    plan = plans.get(key) if plans is not None else None
+    if plan is None:
+        layout = (form, len(closed), constants, scope is not None, statics)
+        plan = _plan(layout, roots, snapshots, plans)
+        if plans is not None:
+            if len(plans) >= _MOST:
+                plans.clear()
+            plans[key] = plan
+    at_once = all([s.writable() for s in snapshots])
+    if len(roots) == 1:
+        kept = snapshots[0]
+        refs, leaves = kept.refs, kept.leaves()
+        # What may be written here may be read here.
+        values = [r._value for r in refs] if at_once else kept.values(roots[0])
+    else:
+        refs = _chosen([r for s in snapshots for r in s.refs], plan.refs)
+        pairs = zip(snapshots, roots, strict=True)
+        values = _chosen([v for s, root in pairs for v in s.values(root)], plan.refs)
+        leaves = _chosen([x for s in snapshots for x in s.leaves()], plan.leaves)
+    call = Call(plan.layout, roots, snapshots, refs, values, leaves, others)
+    call.at_once = at_once
+    if type(closure) is Roots:
+        closure.call = call
+    return call
+
+
+class Form:
+    """Where the roots are among the arguments: by number in the flattened arguments.
+
+    Forms are interned, so that a key that holds one is hashed by its identity.
+    """
+
+    __slots__ = ("treedef", "where")
+
+    def __init__(self, treedef: Any, where: tuple[int, ...]):
+        self.treedef = treedef
+        self.where = where
+
+
+_forms: dict[tuple[Any, tuple[int, ...]], Form] = {}
+
+
+# Filled only together with `_forms`, and emptied with it. The forms of calls whose arguments are
+# so many roots and then single arrays or numbers.
+_flat_forms: dict[tuple[type, ...], tuple[Form, int]] = {}
+_SINGLE = frozenset({type(jnp.zeros(())), np.ndarray, bool, int, float, complex})
+
+
+def _take_roots(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Form, list[Any], list[Any]]:
+    types = tuple(map(type, args))
+    known = _flat_forms.get(types) if not kwargs else None
+    if known is not None:
+        form, count = known
+        return form, list(args[:count]), list(args[count:])
+    flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_identity)
+    where = tuple(i for i, x in enumerate(flat) if is_identity(x))
+    rest = tuple(i for i, x in enumerate(flat) if not is_identity(x))
+    if len(_forms) >= _MOST:
+        _forms.clear()
+        _flat_forms.clear()
+    form = _forms.setdefault((treedef, where), Form(treedef, where))
+    count = len(where)
+    first, last = types[:count], types[count:]
+    if not kwargs and all(issubclass(t, (Node, Ref)) for t in first) and _SINGLE.issuperset(last):
+        _flat_forms[types] = form, count
+    return form, [flat[i] for i in where], [flat[i] for i in rest]
+
+
+# A bound for caches that ever new objects or types could fill; what is dropped is made again.
+_MOST = 512
+
+
+def _chosen(items: list[Any], positions: tuple[int, ...] | None) -> list[Any]:
+    return items if positions is None else [items[i] for i in positions]
+
+
+class _Same:
+    """An array as part of a key: equal only to itself."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, array: Any):
+        # A tracer must not be kept, and is never the same in a later call.
+        self.array = object() if isinstance(array, Tracer) else array
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.array is self.array
+
+    def __hash__(self) -> int:
+        return id(self.array)
+
+
+def _constants(snapshots: list[Snapshot]) -> tuple[Any, ...]:
+    return tuple(_Same(x) for s in snapshots for x in s.leaves())
+
+
+def _plan(
+    parts: tuple[Any, ...],
+    roots: list[Any],
+    snapshots: list[Snapshot],
+    plans: dict[Any, Plan] | None,
+) -> Plan:
+    joint = scan(tuple(roots))
+    refs = [id(r) for s in snapshots for r in s.refs]
+    places = [place for s in snapshots for place in s.places()]
+    joint_places = [
+        (id(h), k) if h is not None else id(x)
+        for x, (h, k) in zip(joint.leaves, joint.places, strict=True)
+    ]
+    layout = Layout(joint.dagdef, *parts)
+    for known in plans.values() if plans is not None else ():
+        if _same_layout(known.layout, layout):
+            layout = known.layout
+            break
+    return Plan(
+        layout,
+        _positions(refs, [id(r) for r in joint.refs]),
+        _positions(places, joint_places),
+    )
+
+
+def _same_layout(a: Layout, b: Layout) -> bool:
+    names = ("dagdef", "form", "closed", "constants", "has_scope", "statics")
+    return all(getattr(a, name) == getattr(b, name) for name in names)
+
+
+def _positions(items: list[Any], chosen: list[Any]) -> tuple[int, ...] | None:
+    if items == chosen:
+        return None
+    first: dict[Any, int] = {}
+    for i, x in enumerate(items):
+        first.setdefault(x, i)
+    return tuple(first[x] for x in chosen)
+
+
+class Roots:
+    """Closed-over roots for one call of a transformation that keeps nothing between calls."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, Any] = {}
+        self.call: Call | None = None
+
+    def roots(self) -> tuple[Any, ...]:
+        """The roots that were met so far."""
+        return tuple(self._found.values())
+
+    def grew(self) -> bool:
+        """Take what the last call found; whether that was anything."""
+        found = self.call.found if self.call is not None else []
+        self._found.update((id(root), root) for _, root in found)
+        return bool(found)
