@@ -201,12 +201,13 @@ def is_array(x: Any) -> bool:
 _STATIC = frozenset({int, float, bool, str, complex, bytes, type(None), type(len), type})
 
 
-def scan(tree: Any, alias: Mapping[int, Any] | None = None) -> Scan:
+def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) -> Scan:
     """Walk a tree and find its structure.
 
     Args:
       tree: what to walk.
       alias: by id, objects that are met in place of others.
+      skip: how many parts of a path a message leaves out: a tuple around the user's trees.
 
     Raises:
       UnhashableStaticError: a static value cannot be hashed; the message has its path.
@@ -247,7 +248,7 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None) -> Scan:
             for i in range(len(names) - 1, -1, -1):
                 field = fields.get(names[i])  # pyright: ignore
                 if field is not None and not field.is_ref:
-                    children[i] = _static(values[i], (link, names[i]))
+                    children[i] = _static(values[i], (link, names[i]), skip)
                 else:
                     todo.append((values[i], (link, names[i]), children, i, content))
         elif is_array(obj):
@@ -257,7 +258,7 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None) -> Scan:
         else:
             keyed, treedef = _one_level(obj)
             if len(keyed) == 1 and keyed[0][1] is obj:
-                place[position] = _static(obj, link)
+                place[position] = _static(obj, link, skip)
                 continue
             names = tuple(_name(path[0]) for path, _ in keyed)
             children = [None] * len(keyed)
@@ -298,8 +299,9 @@ def _path(link: Any) -> Path:
     return tuple(reversed(parts))
 
 
-def _static(obj: Any, link: Any) -> Static:
-    where = f"Attribute {dotted(_path(link))!r}" if link is not None else "The tree"
+def _static(obj: Any, link: Any, skip: int) -> Static:
+    path = _path(link)[skip:]
+    where = f"Attribute {dotted(path)!r}" if path else "The tree"
     try:
         hash(obj)
     except TypeError:

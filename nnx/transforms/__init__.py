@@ -2,6 +2,7 @@
 
 from nnx.transforms.axes import AxisError
 from nnx.transforms.branches import BranchError, cond, switch
+from nnx.transforms.call import ArgumentError
 from nnx.transforms.carry import CARRY, CarryError
 from nnx.transforms.custom import CustomRuleError, custom_jvp, custom_vjp
 from nnx.transforms.derivatives import hessian, jacfwd, jacrev, jvp, vjp
@@ -23,6 +24,7 @@ from nnx.transforms.whole import checkify, eval_shape, make_jaxpr, remat
 
 __all__ = [
     "CARRY",
+    "ArgumentError",
     "AxisError",
     "BranchError",
     "CarryError",

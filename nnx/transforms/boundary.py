@@ -231,7 +231,7 @@ def _pack(
         if _changed(ref, *was)
     )
     new_values = [inner_refs[i]._value for i in written]
-    after = scan(roots)
+    after = scan(roots, skip=1)
     same = (
         after.dagdef is layout.dagdef
         and all(map(_is, after.objects, objects))
@@ -242,7 +242,7 @@ def _pack(
     if same and not holds:
         return Packed(Spec(written, None), out, new_values), Outline([], [])
     alias = {id(o): i for o, i in zip(outer, objects, strict=True)}
-    both = scan((roots, out), alias)
+    both = scan((roots, out), alias, skip=2)
     strangers = [x for x in both.objects if is_identity(x) and x._frame is not frame]
     if strangers:
         roots_of = [x for x in strangers if isinstance(x, Node)] or strangers

@@ -14,13 +14,17 @@ import numpy as np
 from jax.core import Tracer
 
 from nnx.transforms.closure import Closure
-from refx import Node, Ref
+from refx import Node, Ref, RefError
 from refx.node import is_identity
 from refx.snapshot import Snapshot, snapshot
 from refx.structure import DagDef, scan
 from refx.trace import local
 
-__all__: list[str] = []
+__all__ = ["ArgumentError"]
+
+
+class ArgumentError(RefError, TypeError):
+    """An argument that no transformation can take."""
 
 
 class Layout:
@@ -115,6 +119,12 @@ class Call:
         # Whether every Ref may be written where the call was opened, with no need to ask each.
         self.at_once = False
 
+    def without_values(self) -> Call:
+        """The same call for a body that JAX may keep: it must not keep the call's tracers alive."""
+        bare = Call(self.layout, self.roots, self.snapshots, self.refs, [], [], [])
+        bare.found = self.found
+        return bare
+
 
 def open_call(
     args: tuple[Any, ...],
@@ -122,9 +132,13 @@ def open_call(
     closure: Closure | Roots | None = None,
     plans: dict[Any, Plan] | None = None,
     statics: Any = None,
+    *,
+    any_leaf: bool = False,
 ) -> Call:
     """Take the arguments of one call apart. `plans` is a function's cache of Plans."""
     form, roots, others = _take_roots(args, kwargs)
+    if not (any_leaf or _SINGLE.issuperset(map(type, others))):
+        _check_others(others, args, kwargs)
     scope = local.scope
     closed = closure.roots() if closure is not None else ()
     constants: tuple[Any, ...] = ()
@@ -184,6 +198,22 @@ _flat_forms: dict[tuple[type, ...], tuple[Form, int]] = {}
 _SINGLE = frozenset({type(jnp.zeros(())), np.ndarray, bool, int, float, complex})
 
 
+def _check_others(others: list[Any], args: Any, kwargs: Any) -> None:
+    """Raise for an argument that is nothing JAX can trace."""
+    for x in others:
+        if type(x) in _SINGLE or hasattr(x, "dtype") or hasattr(x, "__jax_array__"):
+            continue
+        flat = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_identity)[0]
+        path = next(path for path, leaf in flat if leaf is x)[1:]
+        where = jax.tree_util.keystr(path)
+        raise ArgumentError(
+            f"Argument {where} is a {type(x).__name__}, which is no array, number, module or Ref, "
+            f"nor a pytree of them: {x!r:.80}. Pass a setting as a static argument of nnx.jit "
+            f"(static_argnames=...), as an attribute of a module, or by closure; put modules and "
+            f"Refs in a list, a tuple or a dict rather than in a set or a generator."
+        )
+
+
 def _take_roots(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Form, list[Any], list[Any]]:
     types = tuple(map(type, args))
     known = _flat_forms.get(types) if not kwargs else None
@@ -238,7 +268,7 @@ def _plan(
     snapshots: list[Snapshot],
     plans: dict[Any, Plan] | None,
 ) -> Plan:
-    joint = scan(tuple(roots))
+    joint = scan(tuple(roots), skip=1)
     refs = [id(r) for s in snapshots for r in s.refs]
     places = [place for s in snapshots for place in s.places()]
     joint_places = [

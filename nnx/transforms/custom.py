@@ -61,9 +61,9 @@ class _Custom:
         raise CustomRuleError(f"{self._name} has no rule.")
 
     def _plain(self, call: Call, fixed: list[Any]) -> Callable[..., Packed]:
-        fn = self._fn
+        fn, bare = self._fn, call.without_values()
         return lambda *flat: run(
-            lambda *args: fn(*self._whole(args, fixed)), self._name, call, *flat, mode="read"
+            lambda *args: fn(*self._whole(args, fixed)), self._name, bare, *flat, mode="read"
         )
 
     def _missing(self, method: str) -> CustomRuleError:
@@ -128,13 +128,13 @@ class custom_vjp(_Custom):
         if self._rules is None:
             raise self._missing("defvjp(fwd, bwd)")
         fwd, bwd = self._rules
-        plain = self._plain(call, fixed)
+        plain, bare = self._plain(call, fixed), call.without_values()
 
         def forward(*flat: Any) -> tuple[Any, Packed]:
             return run(
                 lambda *args: fwd(*self._whole(args, fixed)),
                 self._name,
-                call,
+                bare,
                 *flat,
                 mode="read",
                 split_out=self._split,
@@ -205,7 +205,7 @@ class custom_vjp(_Custom):
 
 
 class _Form(NamedTuple):
-    """What the backward rule needs to know of an argument; it must not hold values of the call.
+    """What a rule needs to know of an argument; it must not hold values of the call.
 
     `treedef` is that of an argument without Refs. `items` are, for another one, the path, the list
     (0 for Refs, 1 for plain arrays), the position there, and the shapes of each value.
@@ -274,14 +274,15 @@ class custom_jvp(_Custom):
         rule = self._rule
         if rule is None:
             raise self._missing("defjvp(rule)")
-        plain = self._plain(call, fixed)
+        plain, bare = self._plain(call, fixed), call.without_values()
+        forms = _forms(call, args)
 
         def both(flat: Any, tangents: Any) -> tuple[Any, Packed]:
-            given = self._tangents(call, args, tangents)
+            given = self._tangents(forms, tangents)
             return run(
                 lambda *primals: rule(*fixed, primals, given),
                 self._name,
-                call,
+                bare,
                 *flat,
                 mode="read",
                 split_out=self._split,
@@ -310,24 +311,16 @@ class custom_jvp(_Custom):
             )
         return out[1], out[0]
 
-    def _tangents(self, call: Call, args: tuple[Any, ...], tangents: Any) -> tuple[Any, ...]:
-        refs, leaves, others = tangents
-        roots, todo = iter(places(call)), iter(others)
+    def _tangents(self, forms: list[_Form], tangents: Any) -> tuple[Any, ...]:
+        todo = iter(tangents[2])
         result = []
-        for arg in args:
-            flat, treedef = jax.tree.flatten(arg, is_leaf=is_identity)
-            if not any(map(is_identity, flat)):
-                result.append(jax.tree.unflatten(treedef, [next(todo) for _ in flat]))
+        for form in forms:
+            others = [next(todo) for _ in range(form.others)]
+            if form.treedef is not None:
+                result.append(jax.tree.unflatten(form.treedef, others))
                 continue
-            items: dict[Any, Any] = {}
-            for x in flat:
-                if not is_identity(x):
-                    next(todo)
-                    continue
-                root = next(roots)
-                for at, source in ((root.refs, refs), (root.leaves, leaves)):
-                    items.update((path, source[i]) for path, _, i in at if _moves(source[i]))
-            result.append(Partition(items))
+            moving = ((path, tangents[kind][i]) for path, kind, i, _ in form.items)
+            result.append(Partition((path, t) for path, t in moving if _moves(t)))
         return tuple(result)
 
 

@@ -178,7 +178,7 @@ class _JitFilter:
         args = self._bound + args
         outer = local.call
         while True:
-            call = open_call(args, kwargs, self._closure, self._plans)
+            call = open_call(args, kwargs, self._closure, self._plans, any_leaf=True)
             flat, treedef, mask = self._masked(call, args, kwargs)
             fixed = tuple(
                 None if m else self._static(leaf) for m, leaf in zip(mask, flat, strict=True)
@@ -353,7 +353,7 @@ def _checked(name: str, out: Any, has_aux: bool) -> tuple[Any, Any]:
 def _broadcast(prefix: Any, tree: Any, name: str) -> list[bool]:
     """A bool for each leaf, from a pytree prefix; for a module also a dict from filter to bool."""
     if is_identity(tree) and isinstance(prefix, dict):
-        call = open_call((tree,), {})
+        call = open_call((tree,), {}, any_leaf=True)
         specs = assign(
             call,
             (tree,),

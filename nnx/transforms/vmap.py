@@ -17,7 +17,7 @@ from nnx.transforms.axes import (
     assign,
     length,
 )
-from nnx.transforms.boundary import Packed, close_call, run, until_lifted
+from nnx.transforms.boundary import Outline, Packed, close_call, run, until_lifted
 from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.jit import function_name, unbound
 from refx.partition import Path, dotted
@@ -89,7 +89,13 @@ def vmap(
             with _lanes(size):
                 call, specs = opened()
                 layout = Sorted(name, call, specs, out_axes, None, int)
-                check = functools.partial(_check_expressible, name, call, specs)
+
+                def finish(packed: Packed, outline: Outline) -> Any:
+                    _check_expressible(name, call, specs, packed)
+                    groups = layout.sort(packed, outline)
+                    _check_output(name, groups[layout.keys.index(None)])
+                    return groups
+
                 results = jax.vmap(
                     lambda *flat: run(
                         inner,
@@ -97,7 +103,7 @@ def vmap(
                         call,
                         *flat,
                         mode="read",
-                        finish=lambda p, outline: check(p) or layout.sort(p, outline),
+                        finish=finish,
                     ),
                     in_axes=(specs.refs, specs.leaves, specs.others),
                     out_axes=layout.keys,
@@ -144,3 +150,17 @@ def _check_expressible(name: str, call: Call, specs: Specs, packed: Packed) -> N
                 f"in_axes=({{'batch_stats': 0, ...: None}}, 0), or reduce the value over the lanes "
                 f"with jax.lax.pmean and axis_name."
             )
+
+
+def _check_output(name: str, values: list[Any]) -> None:
+    for value in values:
+        if is_batched(value):
+            raise AxisError(
+                f"{name} returns a value (or a new Ref that holds one) that differs between the "
+                f"lanes, with the axis None in out_axes: {value.dtype}[{_text(value.shape)}]. Give it "
+                f"an axis, as in out_axes=0 or out_axes={{'params': 0, ...: None}}, or reduce it."
+            )
+
+
+def _text(shape: Any) -> str:
+    return ",".join(map(str, shape))

@@ -367,3 +367,23 @@ def test_tied_weights_learn_together(data):
     nnx.jit(sgd)(model, *data)
     assert nnx.get_ref(model.dec, "w") is nnx.get_ref(model.enc, "w")
     assert (model.enc.w == model.dec.w).all() and Net is not None
+
+
+@pytest.mark.parametrize("bad", [{nnx.Ref(1.0)}, (r for r in ()), "train", object(), len])
+def test_what_cannot_be_traced_is_named(dense, bad):
+    for call in (
+        lambda: nnx.jit(lambda m, options: None)(dense, {"mode": [bad]}),
+        lambda: nnx.remat(lambda m, options: None)(dense, {"mode": [bad]}),
+        lambda: nnx.vmap(lambda m, options: None, axis_size=2)(dense, {"mode": [bad]}),
+    ):
+        with pytest.raises(
+            nnx.ArgumentError, match=rf"\[1\]\['mode'\]\[0\] is a {type(bad).__name__}.*static"
+        ):
+            call()
+
+
+def test_a_static_that_becomes_unhashable_inside_is_named(dense):
+    model = nnx.Sequential()
+    model.inner = dense
+    with pytest.raises(nnx.UnhashableStaticError, match=r"Attribute 'inner\.f' is a set"):
+        nnx.jit(lambda m: setattr(m.inner, "f", {1}))(model)

@@ -240,6 +240,66 @@ def test_cell(name, column):
             COLUMNS[column](name)
 
 
+# Scalar functions of (w, x): each transformation as plain JAX has it, and what it makes of a scalar.
+PURE = {
+    "jit": lambda g, w, x: jax.jit(g)(w, x),
+    "grad": lambda g, w, x: jax.grad(g)(w, x),
+    "vjp": lambda g, w, x: g(w, x),
+    "jvp": lambda g, w, x: g(w, x),
+    "jacrev": lambda g, w, x: jax.jacrev(g)(w, x),
+    "jacfwd": lambda g, w, x: jax.jacfwd(g)(w, x),
+    "hessian": lambda g, w, x: jax.hessian(g)(w, x),
+    "vmap": lambda g, w, x: jax.vmap(g, (None, None), axis_size=2)(w, x)[0],
+    "scan": lambda g, w, x: jax.lax.scan(lambda c, y: (c, g(w, y)), 0, x[None])[1][0],
+    "map": lambda g, w, x: jax.lax.map(lambda y: g(w, y), x[None])[0],
+    "cond": lambda g, w, x: jax.lax.cond(True, g, g, w, x),
+    "switch": lambda g, w, x: jax.lax.switch(0, [g, g], w, x),
+    "remat": lambda g, w, x: jax.checkpoint(g)(w, x),
+    "shard_map": lambda g, w, x: g(w, x),
+    "checkify": lambda g, w, x: g(w, x),
+}  # fmt: skip
+INNER = sorted(set(PURE) - {"checkify", "shard_map"})
+
+
+def as_scalar(result):
+    while isinstance(result, nnx.Partition):
+        result = result["w"]
+    return jnp.reshape(result, ())
+
+
+@pytest.mark.parametrize("outer", PURE)
+def test_every_transformation_in_every_other(outer):
+    for inner in INNER:
+        m = Cell(0.7)
+
+        def leaf(m, x):
+            m.n = m.n + 1.0
+            return jnp.sin(m.w) * m.w * x
+
+        def body(m, x, inner=inner, leaf=leaf):
+            return as_scalar(RUN[inner](leaf, m, x))
+
+        def pure(w, x, inner=inner):
+            return jnp.reshape(PURE[inner](lambda w, x: jnp.sin(w) * w * x, w, x), ())
+
+        result = as_scalar(RUN[outer](body, m, X))
+        expected = PURE[outer](pure, jnp.array(0.7), X)
+        assert jnp.allclose(result, expected, atol=1e-4), (outer, inner)
+        assert m.n == 1.0, (outer, inner)
+
+
+@pytest.mark.parametrize("outer", ["jit", "grad", "vmap", "scan", "cond", "remat"])
+def test_no_nesting_leaks(outer):
+    with jax.check_tracer_leaks():
+        for inner in ("jit", "grad", "vmap", "scan", "cond", "remat", "custom_vjp"):
+            m, other = Cell(), Cell()
+            RUN[outer](lambda m, x: as_scalar(RUN[inner](writes, m, x)) * other.w, m, X)
+            if outer != "grad" and inner != "grad":
+                RUN[outer](lambda m, x: as_scalar(RUN[inner](writes, other, x)) * m.w, m, X)
+                assert other.n == 1.0
+            assert m.n == 1.0
+
+
 def page():
     lines = [
         "# What works where",

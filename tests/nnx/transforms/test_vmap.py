@@ -105,6 +105,11 @@ def test_streams_split_along_the_axis_and_each_lane_is_a_run_of_its_own():
         ),
         (lambda m, x: nnx.vmap(lambda m: 0, in_axes=None)(m), "nothing to map over"),
         (
+            lambda m, x: nnx.vmap(lambda x: nnx.Ref(x), out_axes=None)(x),
+            r"new Ref .*float32\[2\].*out_axes=0",
+        ),
+        (lambda m, x: nnx.vmap(lambda x: {"a": x}, out_axes={"a": None})(x), "returns a value"),
+        (
             lambda m, x: nnx.vmap(lambda a: 0, in_axes=(0, 0))(x),
             "for 2 arguments, but was called with 1",
         ),
