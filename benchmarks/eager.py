@@ -14,13 +14,32 @@ from benchmarks import workloads as w
 from benchmarks.timing import Ratio, interleave, repeat
 
 
+class _Plain:
+    """The least that a layer which is an object can cost."""
+
+    def __init__(self, params: dict[str, jax.Array]):
+        self.w, self.b = params["w"], params["b"]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.w + self.b
+
+
 def forward(rounds: int, layers: int = 50) -> dict[str, Ratio]:
     x, _ = w.data()
     params, model, library = w.arrays(layers), w.ours(layers), w.ours_library(layers)
     eqx_model, flax_model = w.equinox(layers), w.flax(layers)
+    plain = [_Plain(p) for p in params]
+
+    def objects() -> jax.Array:
+        h = x
+        for layer in plain:
+            h = layer(h)
+        return h
+
     return interleave(
         {
             "x @ w + b": repeat(lambda: w.forward(params, x)),
+            "plain Python objects": repeat(objects),
             "nnx": repeat(lambda: model(x)),
             "nnx, nnx.Linear": repeat(lambda: library(x)),
             "equinox": repeat(lambda: eqx_model(x)),

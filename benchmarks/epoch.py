@@ -34,6 +34,17 @@ def epoch(arrays: int, rounds: int) -> dict[str, Ratio]:
     def train(model: Any, batches: Any) -> None:
         nnx.scan(lambda _, batch: (None, step(model, batch)), None, batches)
 
+    @jax.jit
+    def hand_epoch(params: Any, batches: Any) -> Any:
+        return jax.lax.scan(lambda p, b: (hand(p, *b), None), params, batches)[0]
+
+    scanned = {"params": w.arrays(arrays // 2)}
+
+    def by_hand_scan(calls: int) -> Any:
+        for _ in range(calls):
+            scanned["params"] = hand_epoch(scanned["params"], batches)
+        return scanned["params"]
+
     def by_dispatch(calls: int) -> Any:
         for _ in range(calls):
             for _ in range(STEPS):
@@ -46,7 +57,11 @@ def epoch(arrays: int, rounds: int) -> dict[str, Ratio]:
         return jax.tree.leaves(model)
 
     return interleave(
-        {"100 jax.jit dispatches": by_dispatch, "nnx.scan": by_scan},
+        {
+            "100 jax.jit dispatches": by_dispatch,
+            "hand-written lax.scan": by_hand_scan,
+            "nnx.scan": by_scan,
+        },
         "100 jax.jit dispatches",
         rounds=rounds,
     )
