@@ -223,6 +223,9 @@ class Module(Node):
             )
         refx.update(self, new)
 
+    # Brackets take filters, so Python's way to iterate by number would never end.
+    __iter__ = None
+
     def __repr__(self) -> str:
         return tree_repr(self)
 

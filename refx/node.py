@@ -93,8 +93,8 @@ class Node(_HasDict):
         if name in _SLOTS:
             raise StructureError(f"The attribute name {name!r} is taken by refx; choose another.")
         old = attributes(self).get(name)
-        if isinstance(old, _NUMBERS) and old == value and old is not value:
-            # 2 and 2.0, 0.0 and -0.0 compare equal but compute differently.
+        if isinstance(old, _NUMBERS) and old is not value and _may_equal(old, value):
+            # 2 and 2.0 and an array of 2, 0.0 and -0.0: equal, but they compute differently.
             expose(self)
         object.__setattr__(self, name, value)
 
@@ -121,6 +121,10 @@ class Node(_HasDict):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _blank, (type(self),), self.__getstate__()
+
+
+def _may_equal(number: Any, value: Any) -> bool:
+    return type(value) is not type(number) or isinstance(number, float | complex)
 
 
 _SLOTS = frozenset(Node.__slots__)

@@ -32,7 +32,7 @@ from refx.node import is_identity
 from refx.partition import Path, dotted
 from refx.snapshot import snapshot
 from refx.structure import DagDef, RefDef, build, scan
-from refx.trace import Frame, seen_from, writable
+from refx.trace import Frame, check_structure, seen_from, writable
 
 __all__: list[str] = []
 
@@ -173,6 +173,7 @@ def _shadow(frame: Frame, layout: Layout, mode: str, outer: list[Any], objects: 
 
 
 def reachable(dagdef: DagDef, roots: Iterable[int]) -> set[int]:
+    """The numbers of the objects that hang on some of the roots, by the roots' positions."""
     todo = [dagdef.root.children[i] for i in roots]
     seen: set[int] = set()
     while todo:
@@ -320,6 +321,10 @@ def close_call(call: Call, packed: Packed) -> Any:
     if call.found:
         raise Lift
     spec = packed.spec
+    if spec.graph is not None and spec.graph.refill:
+        for root in call.roots:
+            if isinstance(root, Node):
+                check_structure(root, "The structure")
     if spec.written:
         if call.at_once:
             # The old values are let go here, while the program that read them has hardly begun:

@@ -315,5 +315,6 @@ class Roots:
     def grew(self) -> bool:
         """Take what the last call found; whether that was anything."""
         found = self.call.found if self.call is not None else []
-        self._found.update((id(root), root) for _, root in found)
-        return bool(found)
+        new = {id(root): root for _, root in found if id(root) not in self._found}
+        self._found.update(new)
+        return bool(new)

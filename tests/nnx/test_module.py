@@ -281,3 +281,13 @@ def test_numpy_and_array_attributes_are_values(data):
     assert read(model) == 18
     model.pair = (jnp.zeros(2), "static")
     assert read(model) == 16
+
+
+def test_brackets_do_not_make_a_module_iterable(dense):
+    with pytest.raises(TypeError, match="not iterable"):
+        list(dense)
+
+
+def test_partitions_pickle(dense):
+    part = pickle.loads(pickle.dumps(dense["params"]))
+    assert (part["w"] == dense.w).all() and list(part) == list(dense["params"])

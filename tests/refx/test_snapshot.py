@@ -28,7 +28,7 @@ def evaluate(x):
         return sum((evaluate(v) * (i + 5) for i, v in enumerate(x)), 0.125)
     if isinstance(x, jax.Array | np.ndarray):
         return jnp.sum(x) * 7
-    if isinstance(x, int | float):
+    if isinstance(x, int | float | np.generic):
         return (
             jnp.asarray(x).dtype.itemsize * 100
             + jnp.copysign(11.0, float(x))
@@ -75,6 +75,9 @@ CHANGES = {
     "through vars(), bool for int": lambda m: vars(m).update(flag=1),
     "nested attribute": lambda m: setattr(m.first, "extra", 1),
     "equal number of another type": lambda m: setattr(m, "count", 2.0),
+    "number by an equal array": lambda m: setattr(m, "count", jnp.array(2)),
+    "number by an equal NumPy number": lambda m: setattr(m, "count", np.float32(2)),
+    "number by an array of several": lambda m: setattr(m, "count", jnp.ones(3)),
     "negative zero": lambda m: setattr(m, "zero", -0.0),
     "list append": lambda m: m.items.append(3),
     "list insert": lambda m: m.items.insert(0, Dense(seed=9)),
