@@ -13,8 +13,10 @@ import refx
 from nnx.display import tree_repr
 from nnx.scope import Scope, entered, get_flag, make_rng, make_scope
 from refx import MISSING, Filter, Node, Partition, RefField, StaticField, UnknownPathError
+from refx.dag import find_ref
 from refx.field import Field
 from refx.node import attributes
+from refx.partition import dotted
 from refx.structure import scan
 
 __all__ = ["Module", "dataclass", "param", "ref", "static"]
@@ -210,18 +212,17 @@ class Module(Node):
         Raises:
           UnknownPathError: a path that the module does not have, or that the filter excludes.
         """
-        new = Partition(partition)
         selects = refx.to_predicate(filter)
         cells = refx.refs(self)
-        outside = [path for path in new if path in cells and not selects(path, cells[path])]
-        if outside:
-            path = outside[0]
-            raise UnknownPathError(
-                f"The filter {filter!r} does not select {'.'.join(path)!r} (collection "
-                f"{cells[path].collection!r}), so model[{filter!r}] cannot write it. Is this the "
-                f"partition of another filter? nnx.update(model, partition) writes any path."
-            )
-        refx.update(self, new)
+        for given in partition:
+            path, cell = find_ref(self, given, cells)
+            if not selects(path, cell):
+                raise UnknownPathError(
+                    f"The filter {filter!r} does not select {dotted(given)!r} (collection "
+                    f"{cell.collection!r}), so model[{filter!r}] cannot write it. Is this the "
+                    f"partition of another filter? nnx.update(model, partition) writes any path."
+                )
+        refx.update(self, partition)
 
     # Brackets take filters, so Python's way to iterate by number would never end.
     __iter__ = None

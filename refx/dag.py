@@ -21,7 +21,7 @@ from refx.errors import (
 )
 from refx.filters import Filter, reads_paths, to_predicate
 from refx.node import Node, attributes
-from refx.partition import Partition, Path, dotted, listed
+from refx.partition import Partition, Path, as_path, dotted, listed
 from refx.ref import Ref, check_type
 from refx.snapshot import Snapshot, snapshot
 from refx.structure import DagDef, build
@@ -186,28 +186,40 @@ def update(tree: Any, *partitions: Mapping[Path, Any], strict: bool = True) -> N
     >>> tree["w"].value
     5.0
     """
-    kept = snapshot(tree)
-    cells = dict(zip(kept.dagdef.ref_paths, kept.refs, strict=True))
-    writes: dict[Ref[Any], tuple[Path, Any]] = {}
+    cells = refs(tree)
+    writes: dict[Ref[Any], tuple[Any, Any]] = {}
     for partition in partitions:
-        for path, value in Partition(partition)._items.items():
-            cell = cells.get(path)
-            if cell is None:
-                cell = _resolve(tree, path, cells, kept)
+        for given, value in partition.items():
+            path, cell = find_ref(tree, given, cells)
             if cell in writes and writes[cell][1] is not value:
                 raise UnknownPathError(
                     f"Two values were given for one shared Ref, at {dotted(writes[cell][0])!r} and "
-                    f"at {dotted(path)!r}. Give one of them."
+                    f"at {dotted(given)!r}. Give one of them."
                 )
             _check_like(path, cell, value, strict)
-            writes[cell] = (path, value)
+            writes[cell] = (given, value)
     targets = [(writable(cell), value) for cell, (_, value) in writes.items()]
     for target, value in targets:
         target._value = value
 
 
-def _resolve(tree: Any, path: Path, cells: Mapping[Path, Ref[Any]], kept: Snapshot) -> Ref[Any]:
-    """The Ref at another path than its canonical one, or an error that says what there is."""
+def find_ref(tree: Any, given: Any, cells: Mapping[Path, Ref[Any]]) -> tuple[Path, Ref[Any]]:
+    """The Ref at a path, and its canonical path.
+
+    Args:
+      tree: the tree.
+      given: a tuple of strings or their dotted form; of a shared Ref any path will do.
+      cells: what `refs(tree)` gives.
+
+    Raises:
+      UnknownPathError: there is no Ref; the message says what there is.
+    """
+    path = as_path(given)
+    if isinstance(given, str) and path not in cells:
+        # A key of a dict may have a dot itself.
+        path = next((p for p in cells if dotted(p) == given), path)
+    if path in cells:
+        return path, cells[path]
     at = tree
     for name in path:
         if isinstance(at, list | tuple) and name.isdecimal() and int(name) < len(at):
@@ -219,8 +231,8 @@ def _resolve(tree: Any, path: Path, cells: Mapping[Path, Ref[Any]], kept: Snapsh
         else:
             at = None
     if isinstance(at, Ref):
-        return at
-    if path in kept.dagdef.leaf_paths:
+        return next(p for p, cell in cells.items() if cell is at), at
+    if path in snapshot(tree).dagdef.leaf_paths:
         raise UnknownPathError(
             f"Path {dotted(path)!r} is a plain array attribute, not a Ref. Assign the attribute, or "
             f"make it a Ref: a param() or ref() field, or nnx.Ref(...)."

@@ -90,7 +90,9 @@ class RefField(Field, property):
             try:
                 ref = node._dict[name]
                 frame = local.frame
-                if ref._frame is frame and (frame is not None or current(()) is EVAL):
+                if ref._frame is frame and current(()) is (
+                    EVAL if frame is None else frame.trace()
+                ):
                     return ref._value
             except (KeyError, AttributeError):
                 ref = attributes(node).get(name, MISSING)

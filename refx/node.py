@@ -100,6 +100,8 @@ class Node(_HasDict):
 
     def __delattr__(self, name: str) -> None:
         check_structure(self, f"Attribute {name!r}")
+        # The same name may come back in another place, with a number that is equal to this one.
+        expose(self)
         field = type(self)._fields.get(name)
         if field is not None:
             field.__delete__(self)
@@ -118,6 +120,7 @@ class Node(_HasDict):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         attributes(self).update(state)
+        expose(self)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _blank, (type(self),), self.__getstate__()

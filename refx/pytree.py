@@ -20,6 +20,13 @@ from refx.trace import READ_ONLY
 __all__: list[str] = []
 
 
+class _PathKey(jax.tree_util.GetAttrKey):
+    # JAX's message for two trees that differ asks every key of a custom node for this name.
+    @property
+    def key(self) -> str:
+        return self.name
+
+
 def _flatten(node: Node) -> tuple[list[Any], DagDef]:
     kept = snapshot(node)
     return kept.values() + kept.leaves(), kept.dagdef
@@ -27,7 +34,7 @@ def _flatten(node: Node) -> tuple[list[Any], DagDef]:
 
 def _flatten_with_keys(node: Node) -> tuple[list[tuple[Any, Any]], DagDef]:
     values, dagdef = _flatten(node)
-    keys = [jax.tree_util.GetAttrKey(dotted(path)) for path in dagdef.paths]
+    keys = [_PathKey(dotted(path)) for path in dagdef.paths]
     return list(zip(keys, values, strict=True)), dagdef
 
 

@@ -79,7 +79,7 @@ class Ref(Generic[T]):
     def value(self) -> T:
         """The value. Writing it is allowed only in the transformation that the Ref was made in."""
         frame = local.frame
-        if self._frame is frame and (frame is not None or current_trace(()) is EVAL):
+        if self._frame is frame and current_trace(()) is (EVAL if frame is None else frame.trace()):
             return self._value
         return read(self)
 

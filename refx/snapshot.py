@@ -5,14 +5,16 @@ walk is remembered together with the live containers (attribute dicts, lists, di
 through and shallow copies of them: as long as `live == copies`, which Python compares by identity
 first and in C, the structure is what it was.
 
-Equality can lie in two ways, and the containers where it could are compared item by item instead
-(`_Strict`): arrays, whose `==` computes, and numbers of different types that are equal. A Node's
-own attributes need the second only if its dict was handed out (see `Node.__setattr__`).
+Equality can lie: arrays compute their `==`, numbers of different types are equal, so are two lists
+with equal items, and dicts in another order. Which list or dict an item is, and the order of a dict,
+is noted beside the copies; containers with arrays or numbers are compared item by item (`_Strict`).
+A Node's own attributes need that only where `Node.__setattr__` could not see a change.
 """
 
 from __future__ import annotations
 
 import itertools
+from operator import getitem, is_
 from typing import Any
 
 import jax
@@ -39,8 +41,12 @@ class Snapshot:
     __slots__ = (
         "_copies",
         "_epoch",
+        "_held",
+        "_holders",
+        "_keys",
         "_leaves",
         "_live",
+        "_ordered",
         "_places",
         "_strict",
         "dagdef",
@@ -63,6 +69,11 @@ class Snapshot:
         self._live: list[Any] = []
         self._copies: list[Any] = []
         self._strict: list[_Strict | _Opaque] = [_Opaque(*o) for o in found.opaque]
+        # Where a list or a dict is an item of another container: equal ones are not the same.
+        self._holders: list[Any] = []
+        self._keys: list[Any] = []
+        self._held: list[Any] = []
+        self._ordered: list[tuple[dict[Any, Any], list[Any]]] = []
         self._epoch = epoch[0]
         # Where all Refs were made; False is no frame, so Refs of several levels compare with none.
         self.frame: Any = _common(found.refs, "_frame", False)
@@ -75,19 +86,31 @@ class Snapshot:
             content = attributes(container) if is_node else container
             values = content.values() if isinstance(content, dict) else content
             trusted = _TRUSTED if is_node and not container._exposed else _TRUSTED_OUTSIDE
-            if all(_compares(v, trusted) for v in values):
-                self._live.append(content)
-                self._copies.append(content.copy())
-            else:
+            names = all(type(k) is str for k in content) if isinstance(content, dict) else True
+            if not names or not all(_compares(v, trusted) for v in values):
                 self._strict.append(_Strict(content))
+                continue
+            self._live.append(content)
+            self._copies.append(content.copy())
+            if container is content and isinstance(content, dict):
+                # The order of a dict is seen by whoever walks it, but not by ==.
+                self._ordered.append((content, list(content)))
+            for key, value in _items(content):
+                if type(value) is list or type(value) is dict:
+                    self._holders.append(content)
+                    self._keys.append(key)
+                    self._held.append(value)
 
     def valid(self) -> bool:
         """Whether the structure still stands."""
         if self._epoch != epoch[0]:
             return False
         try:
-            return self._live == self._copies and (
-                not self._strict or all(s.same() for s in self._strict)
+            return (
+                self._live == self._copies
+                and all(map(is_, map(getitem, self._holders, self._keys), self._held))
+                and (not self._ordered or all(list(d) == keys for d, keys in self._ordered))
+                and (not self._strict or all(s.same() for s in self._strict))
             )
         except Exception:
             # An == of the user's own may raise; then the walk decides.
@@ -96,7 +119,7 @@ class Snapshot:
     def values(self, tree: Any = None) -> list[Any]:
         """The values of the Refs, as seen from here; `tree` is what they are read of."""
         frame = local.frame
-        if self.frame is frame and (frame is not None or current_trace(()) is EVAL):
+        if self.frame is frame and current_trace(()) is (EVAL if frame is None else frame.trace()):
             return [r._value for r in self.refs]
         owner = tree if isinstance(tree, Node) else None
         return [read(r, owner) for r in self.refs]
@@ -106,6 +129,7 @@ class Snapshot:
         return (
             self.frame is local.frame
             and local.allowed is None
+            and (self.frame is None or not self.frame.baked)
             and self.trace is not None
             and self.trace() is current_trace(())
         )
@@ -149,7 +173,7 @@ class _Strict:
     def same(self) -> bool:
         now = _items(self.content)
         return len(now) == len(self.items) and all(
-            k == k0 and (v is v0 or (v0 is _ARRAY and is_array(v)))
+            k == k0 and type(k) is type(k0) and (v is v0 or (v0 is _ARRAY and is_array(v)))
             for (k, v), (k0, v0) in zip(now, self.items, strict=True)
         )
 
@@ -157,19 +181,20 @@ class _Strict:
 class _Opaque:
     """An instance of a registered pytree class, which may change in ways that only it knows."""
 
-    __slots__ = ("children", "obj")
+    __slots__ = ("children", "obj", "treedef")
 
-    def __init__(self, obj: Any, children: list[Any]):
+    def __init__(self, obj: Any, treedef: Any, children: list[Any]):
         self.obj = obj
+        self.treedef = treedef
         self.children = children
 
     def same(self) -> bool:
-        now = jax.tree.leaves(self.obj, is_leaf=lambda x: x is not self.obj)
-        return len(now) == len(self.children) and all(map(_is, now, self.children))
-
-
-def _is(a: Any, b: Any) -> bool:
-    return a is b
+        now, treedef = jax.tree.flatten(self.obj, is_leaf=lambda x: x is not self.obj)
+        return (
+            treedef == self.treedef
+            and len(now) == len(self.children)
+            and all(map(is_, now, self.children))
+        )
 
 
 def _items(content: Any) -> list[tuple[Any, Any]]:
@@ -181,7 +206,9 @@ def _items(content: Any) -> list[tuple[Any, Any]]:
 
 
 # Values of these types are compared by identity, or are the same when they are equal.
-_TRUSTED_OUTSIDE = frozenset({Ref, list, dict, str, bytes, type(None), type(jax.numpy.float32)})
+_TRUSTED_INSIDE = frozenset({Ref, str, bytes, type(None), type(jax.numpy.float32)})
+# Of lists and dicts the snapshot notes which they are; inside of a tuple it could not.
+_TRUSTED_OUTSIDE = _TRUSTED_INSIDE | {list, dict}
 # In a Node, `__setattr__` notices a number that is replaced by an equal one of another type.
 _TRUSTED = _TRUSTED_OUTSIDE | {bool, int, float, complex}
 
@@ -190,7 +217,7 @@ def _compares(value: Any, trusted: frozenset[type]) -> bool:
     kind = type(value)
     if kind in trusted or kind.__eq__ is object.__eq__ or isinstance(value, np.dtype):
         return True
-    return kind is tuple and all(_compares(v, _TRUSTED_OUTSIDE) for v in value)
+    return kind is tuple and all(_compares(v, _TRUSTED_INSIDE) for v in value)
 
 
 def snapshot(tree: Any) -> Snapshot:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ import jax
 import numpy as np
 
 from refx.errors import StructureError, UnhashableStaticError
-from refx.node import Node, attributes
+from refx.node import Node, attributes, is_identity
 from refx.node import make as make_node
 from refx.partition import Path, dotted
 from refx.ref import Ref
@@ -46,10 +47,7 @@ class Static:
 
     def __init__(self, value: Any):
         self.value = value
-        kind = type(value)
-        # 1 == 1.0 == True and 0.0 == -0.0, but programs compiled for them differ.
-        exact = value.hex() if kind is float else repr(value) if kind is complex else value
-        self._key = (kind, exact)
+        self._key = _exact(value)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Static) and self._key == other._key
@@ -59,6 +57,23 @@ class Static:
 
     def __repr__(self) -> str:
         return repr(self.value)
+
+
+def _exact(value: Any) -> Any:
+    """A key that is equal only for values that compute alike.
+
+    1 == 1.0 == True and 0.0 == -0.0, also inside of tuples, but programs compiled for them differ.
+    """
+    kind = type(value)
+    if kind is float:
+        return kind, value.hex()
+    if kind is complex:
+        return kind, value.real.hex(), value.imag.hex()
+    if kind is tuple or kind is frozenset:
+        return kind, kind(map(_exact, value))
+    if isinstance(value, np.generic):
+        return kind, value.tobytes()
+    return kind, value
 
 
 class Tree(NamedTuple):
@@ -72,16 +87,20 @@ class Tree(NamedTuple):
 class RefDef(NamedTuple):
     """A Ref: what is left of it without its value."""
 
-    collection: Hashable
-    metadata: tuple[tuple[str, Any], ...]
+    collection: Static
+    metadata: tuple[tuple[str, Static], ...]
 
 
 class NodeDef(NamedTuple):
-    """A Node (`kind` is its class), a list or a dict, with the names of what it holds."""
+    """A Node (`kind` is its class), a list or a dict, with the names of what it holds.
+
+    `types` are those of the keys of a dict that are no strings: 1 and True are equal keys.
+    """
 
     kind: type
     names: tuple[Any, ...]
     children: tuple[Any, ...]
+    types: tuple[type, ...] = ()
 
 
 class DagDef:
@@ -103,7 +122,8 @@ class DagDef:
         self.root = root
         self.nodes = nodes
         self.metadata = [
-            MappingProxyType(dict(n.metadata)) if type(n) is RefDef else _EMPTY for n in nodes
+            MappingProxyType({k: v.value for k, v in n.metadata}) if type(n) is RefDef else _EMPTY
+            for n in nodes
         ]
         self._ref_paths: tuple[Path, ...] | None = None
         self._leaf_paths: tuple[Path, ...] = ()
@@ -149,6 +169,12 @@ class DagDef:
         kinds = zip(self.nodes, paths, strict=True)
         refs = tuple(p for n, p in kinds if type(n) is RefDef and p is not None)
         self._leaf_paths = tuple(leaves[i] for i in range(len(leaves)))
+        twice = [p for p, count in Counter(refs + self._leaf_paths).items() if count > 1]
+        if twice:
+            raise StructureError(
+                f"Two values have the same path {dotted(twice[0])!r}: keys of a dict that are "
+                f"different but read the same, such as 1 and '1'. Rename one of the keys."
+            )
         self._ref_paths = refs
 
     def __repr__(self) -> str:
@@ -236,7 +262,8 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             found.objects.append(obj)
             if isinstance(obj, Ref):
                 found.refs.append(obj)
-                nodes.append(RefDef(obj._collection, tuple(obj._metadata.items())))
+                facts = tuple((k, Static(v)) for k, v in obj._metadata.items())
+                nodes.append(RefDef(Static(obj._collection), facts))
                 continue
             content = attributes(obj) if isinstance(obj, Node) else obj
             found.containers.append(obj)
@@ -264,13 +291,20 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             children = [None] * len(keyed)
             place[position] = (treedef, names, children)
             if not isinstance(obj, tuple):
-                found.opaque.append((obj, [x for _, x in keyed]))
+                found.opaque.append((obj, treedef, [x for _, x in keyed]))
             for i in range(len(keyed) - 1, -1, -1):
                 todo.append((keyed[i][1], (link, names[i]), children, i, None))
     frozen = tuple(
-        n if type(n) is RefDef else NodeDef(n[0], n[1], tuple(map(_freeze, n[2]))) for n in nodes
+        n if type(n) is RefDef else NodeDef(n[0], n[1], tuple(map(_freeze, n[2])), _types(*n[:2]))
+        for n in nodes
     )
     return found._replace(dagdef=intern(_freeze(result[0]), frozen))
+
+
+def _types(kind: type, names: tuple[Any, ...]) -> tuple[type, ...]:
+    if kind is not dict or all(type(name) is str for name in names):
+        return ()
+    return tuple(map(type, names))
 
 
 def _one_level(obj: Any) -> Any:
@@ -311,10 +345,17 @@ def _static(obj: Any, link: Any, skip: int) -> Static:
             f"Use a tuple for a set or for a static() list, an array for numbers, or register the "
             f"class as a pytree."
         ) from None
-    if isinstance(obj, frozenset) and any(isinstance(x, (Ref, Node)) for x in obj):
+    if hasattr(type(obj), "__next__"):
         raise StructureError(
-            f"{where} is a frozenset that holds Refs or modules, which have no order and no path "
-            f"there. Use a list, a tuple or a dict."
+            f"{where} is a {type(obj).__name__}, an iterator, which may hold Refs or modules that "
+            f"cannot be seen, and is used up when it is read. Use a list or a tuple."
+        )
+    held = obj if isinstance(obj, frozenset) else jax.tree.leaves(obj, is_leaf=is_identity)
+    if any(map(is_identity, held)):
+        raise StructureError(
+            f"{where} is static (a static() field, or a frozenset), but holds Refs or modules, "
+            f"whose updates would not be seen. Use an ordinary attribute, with a list, a tuple or "
+            f"a dict."
         )
     return Static(obj)
 
@@ -352,7 +393,9 @@ def build(
         if existing is not None and i in existing:
             objects.append(existing[i])
         elif type(node) is RefDef:
-            objects.append(make_ref(next(todo), node.collection, dagdef.metadata[i], frame, trace))
+            objects.append(
+                make_ref(next(todo), node.collection.value, dagdef.metadata[i], frame, trace)
+            )
         elif node.kind is list:
             objects.append([])
         elif node.kind is dict:

@@ -8,6 +8,7 @@ traces: `tests/refx/test_trace.py` states what it relies on.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -44,8 +45,6 @@ def _root_trace() -> Any:
     return trace
 
 
-_under_jit: Callable[[], bool] = jex_core.unsafe_am_i_under_a_jit_DO_NOT_USE  # pyright: ignore
-
 EVAL = _root_trace()
 """JAX's evaluating trace, a singleton: where code runs outside of every transformation."""
 
@@ -75,6 +74,9 @@ READ_ONLY = _Marker("read-only")
 CONSTANT = _Marker("constant")
 
 
+_uids = itertools.count()
+
+
 class Frame:
     """One running body of a stateful transformation, from its entry to its exit.
 
@@ -85,6 +87,7 @@ class Frame:
     """
 
     __slots__ = (
+        "baked",
         "constants",
         "describe",
         "found",
@@ -94,14 +97,19 @@ class Frame:
         "parent",
         "shadow",
         "trace",
+        "uid",
     )
 
     def __init__(self, name: str, *, lifts: bool = False, constants: bool = False):
         self.name = name
+        # Never used again, so that it may stand for the frame where holding it would be a leak.
+        self.uid = next(_uids)
         self.parent = local.frame
         self.trace = trace_ref()
         self.shadow: dict[Ref[Any], Ref[Any]] = {}
         self.found: dict[Ref[Any], Any] = {}
+        # Refs that a plain jax program in this body has read by closure.
+        self.baked: set[Ref[Any]] = set()
         # Whether the body runs again with what it found as an input.
         self.lifts = lifts
         # Whether what it closes over may not be written.
@@ -121,6 +129,7 @@ class Frame:
         """Drop everything that could keep a tracer alive."""
         self.shadow.clear()
         self.found.clear()
+        self.baked.clear()
         self.describe = None
 
     def stand_in(self, ref: Ref[Any], owner: Any) -> Ref[Any]:
@@ -172,7 +181,7 @@ def read(ref: Ref[Any], owner: Any = None) -> Any:
     if ref._frame is not frame:
         _check_reachable(ref, owner)
         return seen_from(frame, ref, owner)
-    if frame is None and current_trace(()) is not EVAL:
+    if current_trace(()) is not (EVAL if frame is None else frame.trace()):
         _check_not_baked(ref, owner)
     return ref._value
 
@@ -194,6 +203,13 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
         target = ref
     if target._trace() is not current_trace(()):
         raise _not_writable(target, ref, owner)
+    if frame is not None and target in frame.baked:
+        raise ClosureError(
+            f"{describe(ref, owner)} is written after it was read by closure inside a plain jax "
+            f"transformation that keeps its program (jax.jit, lax.scan, jax.checkpoint, ...): "
+            f"another call of that function would go on with the old value. Pass the module to it "
+            f"as an argument, or use the nnx transformation of the same name."
+        )
     if local.allowed is not None and not local.allowed(ref):
         raise NotMutableError(
             f"{describe(ref, owner)} was written, but the surrounding `mutable` does not allow it. "
@@ -279,24 +295,43 @@ def _check_not_baked(ref: Ref[Any], owner: Any) -> None:
     # vmap and grad run their function anew at every call, so a closed-over value is always fresh.
     # jit, scan, checkpoint and the like keep a program in a cache: a concrete value read by closure
     # becomes a constant of that program, and later writes of the Ref would not reach it.
-    if ref._trace() is current_trace(()) or ref._trace is READ_ONLY:
+    frame = local.frame
+    home = ref._trace()
+    if ref._trace is READ_ONLY or not _program_between(EVAL if home is None else home):
         return
     if any(isinstance(x, Tracer) for x in jax.tree.leaves(ref._value)):
+        # JAX lifts the tracer, and keeps the program for the next call of the same function.
+        if frame is not None:
+            frame.baked.add(ref)
         return
-    if _under_jit():
-        raise ClosureError(
-            f"{describe(ref, owner)} was read by closure inside {transformation()}. Its value would "
-            f"become a constant of the compiled program, and later updates would never reach it. "
-            f"Pass the module as an argument, as in jax.jit(lambda m, x: m(x))(model, x), or use "
-            f"the nnx transformation of the same name (nnx.jit, nnx.scan, nnx.remat, ...), which "
-            f"lifts closed-over Refs to inputs."
-        )
+    raise ClosureError(
+        f"{describe(ref, owner)} was read by closure inside {transformation()}. Its value would "
+        f"become a constant of the compiled program, and later updates would never reach it. "
+        f"Pass the module as an argument, as in jax.jit(lambda m, x: m(x))(model, x), or use "
+        f"the nnx transformation of the same name (nnx.jit, nnx.scan, nnx.remat, ...), which "
+        f"lifts closed-over Refs to inputs."
+    )
+
+
+def _program_between(home: Any) -> bool:
+    """Whether a trace that becomes a program, and is kept, lies between here and `home`."""
+    trace = current_trace(())
+    while trace is not None and trace is not home:
+        if type(trace).__name__ == "DynamicJaxprTrace":
+            return True
+        trace = getattr(trace, "parent_trace", None)
+    return False
 
 
 def _not_writable(target: Ref[Any], ref: Ref[Any], owner: Any) -> Exception:
     what = describe(ref, owner)
     if target._trace is READ_ONLY:
         return ReadOnlyError(_read_only_message(what, transformation()))
+    if not isinstance(target._trace, _Marker) and target._trace() is None:
+        return EndedTraceError(
+            f"{what} was made inside a jax transformation that has ended; its value was a tracer "
+            f"and means nothing any more. Return its value from the function instead."
+        )
     if target._trace is CONSTANT:
         frame = target._frame
         return TraceLevelError(

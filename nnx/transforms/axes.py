@@ -114,19 +114,20 @@ class Root(NamedTuple):
 
 def places(call: Call) -> list[Root]:
     """For each root of a call, where its Refs and plain arrays are in the lists of the call."""
-    joint = scan(tuple(call.roots))
+    joint = scan(tuple(call.roots), call.alias)
     ref_at = {id(r): i for i, r in enumerate(joint.refs)}
     leaf_at = {
         (id(h), k) if h is not None else id(x): i
         for i, (x, (h, k)) in enumerate(zip(joint.leaves, joint.places, strict=True))
     }
     result = []
+    alias = call.alias or {}
     for kept in map(snapshot, call.roots):
         refs = zip(kept.dagdef.ref_paths, kept.refs, strict=True)
         leaves = zip(kept.dagdef.leaf_paths, kept.leaves(), kept.places(), strict=True)
         result.append(
             Root(
-                [(path, r, ref_at[id(r)]) for path, r in refs],
+                [(path, r, ref_at[id(alias.get(id(r), r))]) for path, r in refs],
                 [(path, x, leaf_at[place]) for path, x, place in leaves],
             )
         )

@@ -127,7 +127,7 @@ def run(
     frame = Frame(name, lifts=mode == "lift", constants=mode == "constant")
     with frame:
         roots, objects = build(layout.dagdef, values, leaves)
-        outer = scan(tuple(call.roots)).objects
+        outer = call.objects()
         inner_refs = [x for x in objects if type(x) is Ref]
         before = [(r._value, jax.tree.leaves(r._value)) for r in inner_refs]
         _shadow(frame, layout, mode, outer, objects)
@@ -170,6 +170,11 @@ def _shadow(frame: Frame, layout: Layout, mode: str, outer: list[Any], objects: 
         )
         pairs = ((o, i) for n, (o, i) in enumerate(zip(outer, objects, strict=True)) if n in reach)
     frame.shadow.update((o, i) for o, i in pairs if type(o) is Ref)
+    if frame.parent is not None:
+        # What stands for a Ref in the body around this one may be reached by that Ref's name.
+        for ref, stand_in in frame.parent.shadow.items():
+            if stand_in in frame.shadow:
+                frame.shadow[ref] = frame.shadow[stand_in]
 
 
 def reachable(dagdef: DagDef, roots: Iterable[int]) -> set[int]:
@@ -347,7 +352,7 @@ def write_back(refs: list[Ref[Any]], values: Iterable[Any]) -> None:
 
 
 def _apply(call: Call, graph: Graph, fresh: list[Any], arrays: list[Any]) -> Any:
-    objects = scan(tuple(call.roots)).objects
+    objects = call.objects()
     existing = {n: objects[i] for n, i in graph.known.items()}
     given = iter(arrays)
     leaves = [call.leaves[i] if i is not None else next(given) for i in graph.leaves]

@@ -87,6 +87,7 @@ class Call:
     """
 
     __slots__ = (
+        "alias",
         "at_once",
         "found",
         "layout",
@@ -118,11 +119,18 @@ class Call:
         self.found: list[tuple[Any, Any]] = []
         # Whether every Ref may be written where the call was opened, with no need to ask each.
         self.at_once = False
+        # By id, what stands in the surrounding body for a closed-over Ref among the roots.
+        self.alias: dict[int, Any] | None = None
+
+    def objects(self) -> list[Any]:
+        """The caller's objects, by their numbers in the DagDef."""
+        return scan(tuple(self.roots), self.alias, skip=1).objects
 
     def without_values(self) -> Call:
         """The same call for a body that JAX may keep: it must not keep the call's tracers alive."""
         bare = Call(self.layout, self.roots, self.snapshots, self.refs, [], [], [])
         bare.found = self.found
+        bare.alias = self.alias
         return bare
 
 
@@ -149,28 +157,37 @@ def open_call(
     snapshots = [snapshot(root) for root in roots]
     # With one root, equal structure is enough; with more, which Refs they share matters too.
     shape = snapshots[0].dagdef if len(roots) == 1 else tuple([s.uid for s in snapshots])
+    frame = local.frame
+    alias = None
+    if frame is not None and frame.shadow and any([s.frame is not frame for s in snapshots]):
+        # A closed-over Ref and what stands for it in the body around this call are one cell.
+        alias = {id(ref): inner for ref, inner in frame.shadow.items()}
+        shape = (shape, frame.uid, len(alias))
     key = (form, shape, constants, scope is None, statics)
     plan = plans.get(key) if plans is not None else None
     if plan is None:
         layout = (form, len(closed), constants, scope is not None, statics)
-        plan = _plan(layout, roots, snapshots, plans)
+        plan = _plan(layout, roots, snapshots, plans, alias)
         if plans is not None:
             if len(plans) >= _MOST:
                 plans.clear()
             plans[key] = plan
     at_once = all([s.writable() for s in snapshots])
-    if len(roots) == 1:
+    if len(roots) == 1 and alias is None:
         kept = snapshots[0]
         refs, leaves = kept.refs, kept.leaves()
         # What may be written here may be read here.
         values = [r._value for r in refs] if at_once else kept.values(roots[0])
     else:
         refs = _chosen([r for s in snapshots for r in s.refs], plan.refs)
+        if alias is not None:
+            refs = [alias.get(id(r), r) for r in refs]
         pairs = zip(snapshots, roots, strict=True)
         values = _chosen([v for s, root in pairs for v in s.values(root)], plan.refs)
         leaves = _chosen([x for s in snapshots for x in s.leaves()], plan.leaves)
     call = Call(plan.layout, roots, snapshots, refs, values, leaves, others)
     call.at_once = at_once
+    call.alias = alias
     if type(closure) is Roots:
         closure.call = call
     return call
@@ -248,14 +265,21 @@ class _Same:
     __slots__ = ("array",)
 
     def __init__(self, array: Any):
-        # A tracer must not be kept, and is never the same in a later call.
-        self.array = object() if isinstance(array, Tracer) else array
+        # A tracer must not be kept, and is never the same in a later call. NumPy's arrays may
+        # change in place, so of those the content counts.
+        self.array: Any = object() if isinstance(array, Tracer) else array
+        if isinstance(array, np.ndarray):
+            self.array = (array.shape, array.dtype.str, array.tobytes())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.array is self.array
+        if not isinstance(other, _Same):
+            return False
+        return other.array is self.array or (
+            isinstance(self.array, tuple) and self.array == other.array
+        )
 
     def __hash__(self) -> int:
-        return id(self.array)
+        return hash(self.array) if isinstance(self.array, tuple) else id(self.array)
 
 
 def _constants(snapshots: list[Snapshot]) -> tuple[Any, ...]:
@@ -267,16 +291,18 @@ def _plan(
     roots: list[Any],
     snapshots: list[Snapshot],
     plans: dict[Any, Plan] | None,
+    alias: dict[int, Any] | None,
 ) -> Plan:
-    joint = scan(tuple(roots), skip=1)
-    refs = [id(r) for s in snapshots for r in s.refs]
+    joint = scan(tuple(roots), alias, skip=1)
+    refs = [id(alias.get(id(r), r)) if alias else id(r) for s in snapshots for r in s.refs]
     places = [place for s in snapshots for place in s.places()]
     joint_places = [
         (id(h), k) if h is not None else id(x)
         for x, (h, k) in zip(joint.leaves, joint.places, strict=True)
     ]
     layout = Layout(joint.dagdef, *parts)
-    for known in plans.values() if plans is not None else ():
+    # A list, since another thread may add to the plans meanwhile.
+    for known in list(plans.values()) if plans is not None else ():
         if _same_layout(known.layout, layout):
             layout = known.layout
             break

@@ -51,35 +51,62 @@ class Closure:
         self._roots = None
 
     def _look(self) -> None:
-        found: dict[int, Any] = {}
         self._watched = []
-        _look_into(self._fn, found, self._watched, set())
-        self._roots = tuple({**found, **self._met}.values())
+        found = _look_into(self._fn, self._watched)
+        here = {id(x) for x in found}
+        # One root for each name that leads to it, in order: names that change places are noticed.
+        self._roots = (*found, *(x for x in self._met.values() if id(x) not in here))
 
 
-def _look_into(
-    x: Any, found: dict[int, Any], watched: list[tuple[Callable[[], Any], Any]], seen: set[int]
-) -> None:
+# How many functions and objects a look goes through, at most.
+_MOST = 2000
+
+
+def _look_into(x: Any, watched: list[tuple[Callable[[], Any], Any]]) -> list[Any]:
+    found: list[Any] = []
     todo = [x]
-    while todo:
+    seen: set[int] = set()
+    while todo and len(seen) < _MOST:
         x = todo.pop()
         if id(x) in seen:
             continue
         seen.add(id(x))
         for get, value in _names(x):
             identities = _identities(value)
-            if identities:
+            if identities or value is None or not _is_plain(value):
                 watched.append((get, value))
-                found.update((id(i), i) for i in identities)
-                if isinstance(value, list | dict):
-                    content, items = value, list(_values(value))
-                    watched.append((functools.partial(_unchanged, content, items), True))
-            else:
+            found += identities
+            for content in _containers(value) if identities else ():
+                watched.append(
+                    (functools.partial(_unchanged, content, list(_values(content))), True)
+                )
+            if not identities:
                 todo.append(value)
+    return found
 
 
-def _values(x: list[Any] | dict[Any, Any]) -> Iterable[Any]:
-    return x.values() if isinstance(x, dict) else x
+def _is_plain(x: Any) -> bool:
+    """Whether nothing can be reached from `x`."""
+    return isinstance(x, (int | float | complex | str | bytes | types.ModuleType, type))
+
+
+def _containers(x: Any) -> list[Any]:
+    """The lists and dicts in `x`, itself included."""
+    found: list[Any] = []
+    todo, seen = [x], set()
+    while todo:
+        at = todo.pop()
+        if not isinstance(at, list | tuple | dict) or id(at) in seen:
+            continue
+        seen.add(id(at))
+        if not isinstance(at, tuple):
+            found.append(at)
+        todo += list(at.values()) if isinstance(at, dict) else list(at)
+    return found
+
+
+def _values(x: list[Any] | dict[Any, Any]) -> list[Any]:
+    return [*x, *x.values()] if isinstance(x, dict) else list(x)
 
 
 def _unchanged(content: Any, items: list[Any]) -> bool:
@@ -128,11 +155,17 @@ def _names(x: Any) -> Iterable[tuple[Callable[[], Any], Any]]:
     elif hasattr(x, "__wrapped__") and callable(x):
         inner: Any = getattr(x, "__wrapped__")  # noqa: B009
         yield functools.partial(_identity, inner), inner
-    elif isinstance(getattr(x, "__dict__", None), dict) and not isinstance(x, types.ModuleType):
-        if type(x).__module__.split(".")[0] not in _LIBRARIES:
-            for name, value in vars(x).items():
-                if _identities(value):
-                    yield functools.partial(vars(x).get, name), value
+    elif isinstance(x, type) or isinstance(getattr(x, "__dict__", None), dict):
+        home = x if isinstance(x, type) else type(x)
+        if isinstance(x, types.ModuleType) or home.__module__.split(".")[0] in _LIBRARIES:
+            return
+        for name, value in list(vars(x).items()):
+            if not name.startswith("__"):
+                yield functools.partial(_attribute, x, name), value
+
+
+def _attribute(x: Any, name: str) -> Any:
+    return vars(x).get(name)
 
 
 def _identity(x: Any) -> Any:

@@ -120,10 +120,11 @@ def target(
     found = Target(lambda by_path: Partition(by_path))
     kept = snapshot(args[number])
     positions = {id(ref): i for i, ref in enumerate(call.refs)}
+    alias = call.alias or {}
     for path, ref, value in zip(kept.dagdef.ref_paths, kept.refs, kept.values(), strict=True):
         if predicate(path, ref):
             _check_differentiable(name, path, value, allow_int)
-            found.refs.append((path, positions[id(ref)]))
+            found.refs.append((path, positions[id(alias.get(id(ref), ref))]))
     taken: set[tuple[int, int]] = set()
     for path, leaf in zip(kept.dagdef.leaf_paths, kept.leaves(), strict=True):
         if predicate(path, leaf):

@@ -5,7 +5,6 @@ import threading
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.extend import core as jex_core
 
 import nnx
 import refx
@@ -52,14 +51,6 @@ def test_jax_tracers_know_their_trace_and_their_batching():
         return x
 
     jax.vmap(look)(jnp.ones(2))
-
-
-def test_jax_says_whether_a_program_is_being_made():
-    under = jex_core.unsafe_am_i_under_a_jit_DO_NOT_USE
-    assert not under()
-    assert jax.vmap(lambda x: jnp.full((), under()))(jnp.ones(2)).tolist() == [False, False]
-    assert jax.jit(lambda: jnp.full((), under()))()
-    assert jax.jit(jax.vmap(lambda x: jnp.full((), under())))(jnp.ones(1)).all()
 
 
 TRANSFORMS = {

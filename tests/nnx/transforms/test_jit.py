@@ -260,9 +260,13 @@ def test_under_plain_transformations_values_go_in_and_writes_are_errors(dense, d
     with pytest.raises(nnx.ReadOnlyError):
         jax.jit(lambda m, x: write(m, x))(dense, x)
     assert dense.calls == 0
-    with pytest.raises(nnx.TraceLevelError, match="The structure of a Dense was set inside a plain"):
+    with pytest.raises(
+        nnx.TraceLevelError, match="The structure of a Dense was set inside a plain"
+    ):
         jax.vmap(lambda row: nnx.jit(lambda m, r: setattr(m, "extra", r))(dense, row))(x)
-    with pytest.raises(nnx.TraceLevelError, match="The structure of a Dense was set inside nnx.jit"):
+    with pytest.raises(
+        nnx.TraceLevelError, match="The structure of a Dense was set inside nnx.jit"
+    ):
         nnx.jit(lambda: nnx.jit(lambda m: setattr(m, "extra", 1))(dense))()
     assert not hasattr(dense, "extra")
 
