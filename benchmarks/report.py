@@ -49,16 +49,31 @@ def plot(results: dict[str, dict[int, dict[str, Ratio]]], path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(results), figsize=(4.5 * len(results), 3.8), constrained_layout=True, squeeze=False
     )
+    names = list(dict.fromkeys(n for by in results.values() for row in by.values() for n in row))
+    colors = {name: f"C{i}" for i, name in enumerate(names)}
     for axis, (title, by) in zip(axes[0], results.items(), strict=True):
         sizes = list(by)
         for name in by[sizes[0]]:
             ratios = [by[s][name] for s in sizes]
-            axis.plot(sizes, [r.median for r in ratios], "o-", label=name, markersize=4)
-            axis.fill_between(sizes, [r.low for r in ratios], [r.high for r in ratios], alpha=0.15)
+            axis.plot(
+                sizes,
+                [r.median for r in ratios],
+                "o-",
+                label=name,
+                markersize=4,
+                color=colors[name],
+            )
+            axis.fill_between(
+                sizes,
+                [r.low for r in ratios],
+                [r.high for r in ratios],
+                alpha=0.15,
+                color=colors[name],
+            )
         axis.set(xscale="log", yscale="log", title=title, xlabel="parameter arrays")
         axis.grid(alpha=0.3, which="both")
     axes[0][0].set_ylabel("time ÷ hand-written jax.jit")
-    axes[0][0].legend(fontsize=8)
+    axes[0][0].legend(fontsize=7, loc="upper right")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -14,6 +14,7 @@ Building is therefore two loops without recursion: make every object, then fill 
 from __future__ import annotations
 
 import threading
+import types
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -350,12 +351,14 @@ def _static(obj: Any, link: Any, skip: int) -> Static:
             f"{where} is a {type(obj).__name__}, an iterator, which may hold Refs or modules that "
             f"cannot be seen, and is used up when it is read. Use a list or a tuple."
         )
-    held = obj if isinstance(obj, frozenset) else jax.tree.leaves(obj, is_leaf=is_identity)
+    held: Any = obj if isinstance(obj, frozenset) else jax.tree.leaves(obj, is_leaf=is_identity)
+    if not isinstance(obj, type | types.FunctionType | types.ModuleType):
+        held = [*held, *getattr(obj, "__dict__", {}).values()]
     if any(map(is_identity, held)):
         raise StructureError(
-            f"{where} is static (a static() field, or a frozenset), but holds Refs or modules, "
-            f"whose updates would not be seen. Use an ordinary attribute, with a list, a tuple or "
-            f"a dict."
+            f"{where} is a {type(obj).__name__} that holds Refs or modules, but it is static, so "
+            f"their updates would not be seen. Use a list, a tuple or a dict in an ordinary attribute; "
+            f"make a class of your own an nnx.Module or a registered pytree."
         )
     return Static(obj)
 

@@ -180,7 +180,10 @@ def read(ref: Ref[Any], owner: Any = None) -> Any:
     frame = local.frame
     if ref._frame is not frame:
         _check_reachable(ref, owner)
-        return seen_from(frame, ref, owner)
+        value = seen_from(frame, ref, owner)
+        if frame is not None and current_trace(()) is not frame.trace():
+            _check_not_baked(frame.shadow.get(ref, ref), owner)
+        return value
     if current_trace(()) is not (EVAL if frame is None else frame.trace()):
         _check_not_baked(ref, owner)
     return ref._value
@@ -297,7 +300,9 @@ def _check_not_baked(ref: Ref[Any], owner: Any) -> None:
     # becomes a constant of that program, and later writes of the Ref would not reach it.
     frame = local.frame
     home = ref._trace()
-    if ref._trace is READ_ONLY or not _program_between(EVAL if home is None else home):
+    if home is None:
+        home = EVAL if frame is None else frame.trace()
+    if ref._trace is READ_ONLY or not _program_between(home):
         return
     if any(isinstance(x, Tracer) for x in jax.tree.leaves(ref._value)):
         # JAX lifts the tracer, and keeps the program for the next call of the same function.
@@ -311,6 +316,14 @@ def _check_not_baked(ref: Ref[Any], owner: Any) -> None:
         f"the nnx transformation of the same name (nnx.jit, nnx.scan, nnx.remat, ...), which "
         f"lifts closed-over Refs to inputs."
     )
+
+
+def _runs(home: Any) -> bool:
+    """Whether `home` is the current trace or one around it."""
+    trace = current_trace(())
+    while trace is not None and trace is not home:
+        trace = getattr(trace, "parent_trace", None)
+    return trace is not None
 
 
 def _program_between(home: Any) -> bool:
@@ -327,7 +340,7 @@ def _not_writable(target: Ref[Any], ref: Ref[Any], owner: Any) -> Exception:
     what = describe(ref, owner)
     if target._trace is READ_ONLY:
         return ReadOnlyError(_read_only_message(what, transformation()))
-    if not isinstance(target._trace, _Marker) and target._trace() is None:
+    if not isinstance(target._trace, _Marker) and not _runs(target._trace()):
         return EndedTraceError(
             f"{what} was made inside a jax transformation that has ended; its value was a tracer "
             f"and means nothing any more. Return its value from the function instead."

@@ -153,12 +153,18 @@ def open_call(
     if closed or scope is not None:
         given = len(roots)
         roots = [*roots, *closed] if scope is None else [*roots, *closed, scope]
-        constants = _constants([snapshot(root) for root in roots[given : given + len(closed)]])
-    snapshots = [snapshot(root) for root in roots]
+        assert closure is not None or not closed
+        known = [closure.snapshot(root) for root in closed] if closure is not None else []
+        snapshots = [snapshot(root) for root in roots[:given]] + known
+        if scope is not None:
+            snapshots.append(snapshot(scope))
+        constants = _constants(known)
+    else:
+        snapshots = [snapshot(root) for root in roots]
     # With one root, equal structure is enough; with more, which Refs they share matters too.
     shape = snapshots[0].dagdef if len(roots) == 1 else tuple([s.uid for s in snapshots])
     frame = local.frame
-    alias = None
+    alias: dict[int, Any] | None = None
     if frame is not None and frame.shadow and any([s.frame is not frame for s in snapshots]):
         # A closed-over Ref and what stands for it in the body around this call are one cell.
         alias = {id(ref): inner for ref, inner in frame.shadow.items()}
@@ -337,6 +343,10 @@ class Roots:
     def roots(self) -> tuple[Any, ...]:
         """The roots that were met so far."""
         return tuple(self._found.values())
+
+    def snapshot(self, root: Any) -> Snapshot:
+        """The snapshot of one of the roots."""
+        return snapshot(root)
 
     def grew(self) -> bool:
         """Take what the last call found; whether that was anything."""

@@ -14,7 +14,10 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from refx import RefError
 from refx.node import is_identity
+from refx.snapshot import Snapshot, snapshot
+from refx.structure import scan
 
 __all__: list[str] = []
 
@@ -37,6 +40,17 @@ class Closure:
         self._roots: tuple[Any, ...] | None = None
         # Pairs of a way to get what a name is bound to, and what it was bound to.
         self._watched: list[tuple[Callable[[], Any], Any]] = []
+        # The snapshots of roots that are no modules and so do not keep one themselves.
+        self._kept: dict[int, tuple[Any, Snapshot]] = {}
+
+    def snapshot(self, root: Any) -> Snapshot:
+        """The snapshot of one of the roots."""
+        if not isinstance(root, list | tuple | dict):
+            return snapshot(root)
+        kept = self._kept.get(id(root))
+        if kept is None or kept[0] is not root or not kept[1].valid():
+            kept = self._kept[id(root)] = (root, snapshot(root))
+        return kept[1]
 
     def roots(self) -> tuple[Any, ...]:
         """The roots, as they are now."""
@@ -52,6 +66,7 @@ class Closure:
 
     def _look(self) -> None:
         self._watched = []
+        self._kept = {}
         found = _look_into(self._fn, self._watched)
         here = {id(x) for x in found}
         # One root for each name that leads to it, in order: names that change places are noticed.
@@ -75,7 +90,7 @@ def _look_into(x: Any, watched: list[tuple[Callable[[], Any], Any]]) -> list[Any
             identities = _identities(value)
             if identities or value is None or not _is_plain(value):
                 watched.append((get, value))
-            found += identities
+            found += _as_roots(value, identities)
             for content in _containers(value) if identities else ():
                 watched.append(
                     (functools.partial(_unchanged, content, list(_values(content))), True)
@@ -83,6 +98,17 @@ def _look_into(x: Any, watched: list[tuple[Callable[[], Any], Any]]) -> list[Any
             if not identities:
                 todo.append(value)
     return found
+
+
+def _as_roots(value: Any, identities: list[Any]) -> list[Any]:
+    """A container as one root, so that its keys and its nesting count; else what it holds."""
+    if identities and isinstance(value, list | tuple | dict):
+        try:
+            scan(value)
+        except RefError:
+            return identities
+        return [value]
+    return identities
 
 
 def _is_plain(x: Any) -> bool:

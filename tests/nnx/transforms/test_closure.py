@@ -48,7 +48,7 @@ def test_globals_helpers_partials_and_defaults(dense):
 
 def test_what_cannot_be_seen_is_found_by_reading(dense, data):
     class Holder:
-        pass
+        __slots__ = ("inner", "model", "ref")
 
     holder = Holder()
     holder.inner = Holder()
@@ -70,7 +70,7 @@ def test_what_cannot_be_seen_is_found_by_reading(dense, data):
 
 def test_three_levels_deep_costs_one_extra_trace_for_each():
     class Holder:
-        pass
+        __slots__ = ("inner", "model", "ref")
 
     holder = Holder()
     holder.inner = Holder()

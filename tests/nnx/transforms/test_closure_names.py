@@ -113,14 +113,14 @@ def test_an_attribute_of_a_class_and_of_a_namespace():
     agree(compiled, f)
 
 
-def test_an_object_in_a_static_attribute():
+def test_an_object_in_a_static_attribute_cannot_hide_modules():
     model = Plain()
     model.helper = Holder()
     model.helper.layer = Dense(seed=1)
-    f = nnx.jit(lambda m: m.helper.layer.w.sum())
-    np.testing.assert_allclose(f(model), model.helper.layer.w.sum(), rtol=1e-5)
-    model.helper.layer = Dense(seed=2)
-    np.testing.assert_allclose(f(model), model.helper.layer.w.sum(), rtol=1e-5)
+    with pytest.raises(
+        nnx.StructureError, match=r"'helper' is a Holder that holds Refs.*nnx\.Module"
+    ):
+        nnx.jit(lambda m: m.helper.layer.w.sum())(model)
 
 
 @pytest.mark.parametrize("where", ["cell", "attribute"])
@@ -170,7 +170,8 @@ def test_a_numpy_attribute_changed_in_place():
     model.table = np.arange(3.0)
 
     def f():
-        return jnp.sum(model.table)
+        # A copy: JAX keeps constants made of a NumPy array by its identity.
+        return jnp.sum(model.table.copy())
 
     compiled = nnx.jit(f)
     agree(compiled, f)
@@ -288,9 +289,9 @@ def test_a_plain_jit_in_two_stateful_ones():
     ref = Ref(jnp.array(1.0))
     plain = jax.jit(lambda x: x * ref.value)
     f, g = nnx.jit(lambda x: plain(x)), nnx.jit(lambda x: plain(x) + 1)
-    call_or_refuse(lambda: (f(1.0), g(1.0)), (1.0, 2.0))
-    ref.value = jnp.array(5.0)
-    call_or_refuse(lambda: (f(1.0), g(1.0)), (5.0, 6.0))
+    # JAX keeps the inner program with a tracer of the first body, and says so itself.
+    with pytest.raises(jax.errors.UnexpectedTracerError):
+        (f(1.0), g(1.0))
 
 
 @pytest.mark.parametrize("name", ["grad", "value_and_grad", "vmap"])
