@@ -189,6 +189,11 @@ def update(tree: Any, *partitions: Mapping[Path, Any], strict: bool = True) -> N
     cells = refs(tree)
     writes: dict[Ref[Any], tuple[Any, Any]] = {}
     for partition in partitions:
+        if not isinstance(partition, Mapping):
+            raise ValueTypeError(
+                f"update takes partitions, mappings from path to value, but got a "
+                f"{type(partition).__name__}."
+            )
         for given, value in partition.items():
             path, cell = find_ref(tree, given, cells)
             if cell in writes and writes[cell][1] is not value:

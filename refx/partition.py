@@ -93,6 +93,10 @@ def as_path(path: Any) -> Path:
     """A path as a tuple of strings, from one or from its dotted form."""
     if isinstance(path, str):
         return tuple(path.split(".")) if path else ()
+    if not isinstance(path, tuple | list):
+        raise UnknownPathError(
+            f"{path!r} is no path. A path is a tuple of strings, or these joined by dots."
+        )
     return tuple(map(str, path))
 
 

@@ -137,6 +137,7 @@ def run(
             scope = roots[-1] if layout.has_scope else None
             with entered(scope):
                 out = fn(*args, **kwargs)
+            _check_containers(frame, (args, kwargs), roots[: len(layout.form.where)])
             first, out = split_out(out) if split_out is not None else (None, out)
             packed, outline = _pack(
                 frame, layout, call, roots, objects, outer, before, leaves, out, mode
@@ -158,6 +159,17 @@ def _arguments(layout: Layout, roots: tuple[Any, ...], others: Any) -> Any:
     for root, position in zip(roots, layout.form.where, strict=False):
         flat.insert(position, root)
     return jax.tree.unflatten(layout.form.treedef, flat)
+
+
+def _check_containers(frame: Frame, arguments: Any, roots: tuple[Any, ...]) -> None:
+    # A list of modules that is an argument is a value to JAX, and the body had a copy of it.
+    now = [x for x in jax.tree.leaves(arguments, is_leaf=is_identity) if is_identity(x)]
+    if len(now) != len(roots) or not all(map(_is, now, roots)):
+        raise StructureError(
+            f"A list, dict or tuple of modules or Refs that is an argument of {frame.name} was "
+            f"changed inside it, and the change would be lost: such a container is a value there. "
+            f"Keep it in an attribute of a module, where changes propagate, or return it."
+        )
 
 
 def _shadow(frame: Frame, layout: Layout, mode: str, outer: list[Any], objects: list[Any]) -> None:

@@ -10,6 +10,7 @@ import jax
 
 from refx import StructureError, UnhashableStaticError
 from refx.node import is_identity
+from refx.structure import Static
 
 __all__: list[str] = []
 
@@ -41,7 +42,12 @@ class Statics:
         named = {k: v for k, v in kwargs.items() if k in self.names}
         for where, value in (*fixed.items(), *named.items()):
             _check_static(where, value)
-        statics = (len(args), tuple(fixed.items()), tuple(sorted(named.items())))
+        # As `Static`, since programs for 2 and 2.0 differ, although the numbers are equal.
+        statics = (
+            len(args),
+            tuple((i, Static(value)) for i, value in fixed.items()),
+            tuple((k, Static(named[k])) for k in sorted(named)),
+        )
         rest = tuple(a for i, a in enumerate(args) if i not in self.nums)
         return rest, {k: v for k, v in kwargs.items() if k not in self.names}, statics
 
@@ -49,12 +55,13 @@ class Statics:
         if statics is None:
             return fn
         count, fixed, named = statics
-        fixed = dict(fixed)
+        fixed = {i: static.value for i, static in fixed}
+        named = {k: static.value for k, static in named}
 
         def with_statics(*args: Any, **kwargs: Any) -> Any:
             rest = iter(args)
             full = [fixed[i] if i in fixed else next(rest) for i in range(count)]
-            return fn(*full, **kwargs, **dict(named))
+            return fn(*full, **kwargs, **named)
 
         return with_statics
 

@@ -216,6 +216,8 @@ def test_static_arguments():
     f(r, n=3, mode="b")
     f(r, 2, 2.0)
     assert r.value == 7 and traces == [(2, "a"), (3, "b"), (2, "a")]
+    kind = nnx.jit(lambda n: jnp.asarray(n), static_argnums=0)
+    assert [str(kind(n).dtype) for n in (2, 2.0, True, 1)] == ["int32", "float32", "bool", "int32"]
     with pytest.raises(nnx.UnhashableStaticError, match=r"argument 1 of nnx\.jit is a list"):
         f(r, [1])
     with pytest.raises(nnx.StructureError, match=r"argument 1 of nnx\.jit holds a module"):
@@ -396,3 +398,16 @@ def test_a_static_that_becomes_unhashable_inside_is_named(dense):
     model.inner = dense
     with pytest.raises(nnx.UnhashableStaticError, match=r"Attribute 'inner\.f' is a set"):
         nnx.jit(lambda m: setattr(m.inner, "f", {1}))(model)
+
+
+def test_a_container_argument_that_is_changed_inside_is_an_error(dense):
+    models = [dense]
+    with pytest.raises(
+        nnx.StructureError, match=r"argument of nnx\.jit.*changed inside.*return it"
+    ):
+        nnx.jit(lambda ms: ms.append(Dense()))(models)
+    with pytest.raises(nnx.StructureError, match="changed inside"):
+        nnx.jit(lambda d: d.update(a=nnx.Ref(1.0)))({"a": nnx.Ref(2.0)})
+    assert models == [dense]
+    batch = {"x": jnp.ones(2)}
+    assert nnx.jit(lambda b: b.update(x=b["x"] * 2) or b["x"])(batch).tolist() == [2, 2]
