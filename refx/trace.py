@@ -90,6 +90,7 @@ class Frame:
         "baked",
         "constants",
         "describe",
+        "entry",
         "found",
         "lifts",
         "name",
@@ -100,8 +101,18 @@ class Frame:
         "uid",
     )
 
-    def __init__(self, name: str, *, lifts: bool = False, constants: bool = False):
+    def __init__(
+        self,
+        name: str,
+        *,
+        lifts: bool = False,
+        constants: bool = False,
+        entry: Callable[[], Any] | None = None,
+    ):
         self.name = name
+        # The trace that called the transformation, where its body reads closed-over Refs itself:
+        # a plain jax program may lie between that and the level of the Refs.
+        self.entry = entry
         # Never used again, so that it may stand for the frame where holding it would be a leak.
         self.uid = next(_uids)
         self.parent = local.frame
@@ -127,6 +138,8 @@ class Frame:
 
     def close(self) -> None:
         """Drop everything that could keep a tracer alive."""
+        for ref in self.found:
+            self.shadow[ref]._value = None
         self.shadow.clear()
         self.found.clear()
         self.baked.clear()
@@ -137,6 +150,11 @@ class Frame:
         inner = self.shadow.get(ref)
         if inner is None:
             value = seen_from(self.parent, ref, owner)
+            entry = self.entry() if self.entry is not None else None
+            if entry is not None:
+                parent = self.parent
+                here = ref if ref._frame is parent else parent.shadow[ref]  # pyright: ignore
+                _check_not_baked(here, owner, parent, entry)
             from refx.ref import make as _make_ref  # ref.py is built on this file
 
             trace = CONSTANT if self.constants else self.trace
@@ -182,10 +200,10 @@ def read(ref: Ref[Any], owner: Any = None) -> Any:
         _check_reachable(ref, owner)
         value = seen_from(frame, ref, owner)
         if frame is not None and current_trace(()) is not frame.trace():
-            _check_not_baked(frame.shadow.get(ref, ref), owner)
+            _check_not_baked(frame.shadow.get(ref, ref), owner, frame, current_trace(()))
         return value
     if current_trace(()) is not (EVAL if frame is None else frame.trace()):
-        _check_not_baked(ref, owner)
+        _check_not_baked(ref, owner, frame, current_trace(()))
     return ref._value
 
 
@@ -294,15 +312,14 @@ def _misplaced(ref: Ref[Any], owner: Any) -> Exception:
     )
 
 
-def _check_not_baked(ref: Ref[Any], owner: Any) -> None:
+def _check_not_baked(ref: Ref[Any], owner: Any, frame: Frame | None, trace: Any) -> None:
     # vmap and grad run their function anew at every call, so a closed-over value is always fresh.
     # jit, scan, checkpoint and the like keep a program in a cache: a concrete value read by closure
     # becomes a constant of that program, and later writes of the Ref would not reach it.
-    frame = local.frame
     home = ref._trace()
     if home is None:
         home = EVAL if frame is None else frame.trace()
-    if ref._trace is READ_ONLY or not _program_between(home):
+    if ref._trace is READ_ONLY or not _program_between(home, trace):
         return
     if any(isinstance(x, Tracer) for x in jax.tree.leaves(ref._value)):
         # JAX lifts the tracer, and keeps the program for the next call of the same function.
@@ -310,7 +327,7 @@ def _check_not_baked(ref: Ref[Any], owner: Any) -> None:
             frame.baked.add(ref)
         return
     raise ClosureError(
-        f"{describe(ref, owner)} was read by closure inside {transformation()}. Its value would "
+        f"{describe(ref, owner)} was read by closure inside {kind_of(trace)}. Its value would "
         f"become a constant of the compiled program, and later updates would never reach it. "
         f"Pass the module as an argument, as in jax.jit(lambda m, x: m(x))(model, x), or use "
         f"the nnx transformation of the same name (nnx.jit, nnx.scan, nnx.remat, ...), which "
@@ -326,9 +343,8 @@ def _runs(home: Any) -> bool:
     return trace is not None
 
 
-def _program_between(home: Any) -> bool:
-    """Whether a trace that becomes a program, and is kept, lies between here and `home`."""
-    trace = current_trace(())
+def _program_between(home: Any, trace: Any) -> bool:
+    """Whether a trace that becomes a program, and is kept, lies between `trace` and `home`."""
     while trace is not None and trace is not home:
         if type(trace).__name__ == "DynamicJaxprTrace":
             return True
@@ -385,6 +401,11 @@ def transformation() -> str:
         return frame.name
     if trace is EVAL:
         return "code outside of every transformation"
+    return kind_of(trace)
+
+
+def kind_of(trace: Any) -> str:
+    """A trace of plain jax, as a person would name it."""
     kinds = {
         "DynamicJaxprTrace": "a plain jax transformation that compiles (jax.jit, lax.scan, ...)",
         "BatchTrace": "a plain jax.vmap",

@@ -124,13 +124,18 @@ def run(
       A Packed, or what `finish` made of it; with `split_out` a pair of the first part and that.
     """
     layout = call.layout if layout is None else layout
-    frame = Frame(name, lifts=mode == "lift", constants=mode == "constant")
+    frame = Frame(
+        name,
+        lifts=mode == "lift",
+        constants=mode == "constant",
+        entry=None if mode == "lift" else call.entry,
+    )
     with frame:
         roots, objects = build(layout.dagdef, values, leaves)
         outer = call.objects()
         inner_refs = [x for x in objects if type(x) is Ref]
         before = [(r._value, jax.tree.leaves(r._value)) for r in inner_refs]
-        _shadow(frame, layout, mode, outer, objects)
+        _shadow(frame, call, layout, mode, outer, objects)
         frame.describe = _namer(layout.dagdef, outer, objects)
         try:
             args, kwargs = _arguments(layout, roots, others)
@@ -172,7 +177,9 @@ def _check_containers(frame: Frame, arguments: Any, roots: tuple[Any, ...]) -> N
         )
 
 
-def _shadow(frame: Frame, layout: Layout, mode: str, outer: list[Any], objects: list[Any]) -> None:
+def _shadow(
+    frame: Frame, call: Call, layout: Layout, mode: str, outer: list[Any], objects: list[Any]
+) -> None:
     # Whatever is a root is one cell, reached as an argument or by closure. A compiled program is
     # used again for other arguments, so there only what is closed over may be taken for a root.
     pairs = zip(outer, objects, strict=True)
@@ -182,11 +189,12 @@ def _shadow(frame: Frame, layout: Layout, mode: str, outer: list[Any], objects: 
         )
         pairs = ((o, i) for n, (o, i) in enumerate(zip(outer, objects, strict=True)) if n in reach)
     frame.shadow.update((o, i) for o, i in pairs if type(o) is Ref)
-    if frame.parent is not None:
-        # What stands for a Ref in the body around this one may be reached by that Ref's name.
-        for ref, stand_in in frame.parent.shadow.items():
-            if stand_in in frame.shadow:
-                frame.shadow[ref] = frame.shadow[stand_in]
+    # What stands for a Ref in the body around this one may be reached by that Ref's name. JAX runs
+    # derivative rules late, when that body has ended, so a call may have kept the names.
+    around = frame.parent.shadow if call.names is None and frame.parent is not None else call.names
+    for ref, stand_in in (around or {}).items():
+        if stand_in in frame.shadow:
+            frame.shadow[ref] = frame.shadow[stand_in]
 
 
 def reachable(dagdef: DagDef, roots: Iterable[int]) -> set[int]:

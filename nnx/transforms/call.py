@@ -18,7 +18,7 @@ from refx import Node, Ref, RefError
 from refx.node import is_identity
 from refx.snapshot import Snapshot, snapshot
 from refx.structure import DagDef, scan
-from refx.trace import local
+from refx.trace import local, trace_ref
 
 __all__ = ["ArgumentError"]
 
@@ -89,9 +89,11 @@ class Call:
     __slots__ = (
         "alias",
         "at_once",
+        "entry",
         "found",
         "layout",
         "leaves",
+        "names",
         "others",
         "refs",
         "roots",
@@ -121,6 +123,10 @@ class Call:
         self.at_once = False
         # By id, what stands in the surrounding body for a closed-over Ref among the roots.
         self.alias: dict[int, Any] | None = None
+        # The trace that made the call, for transformations that read closed-over Refs in the body.
+        self.entry: Any = None
+        # For those too, the Refs that something stands for in the body around the call.
+        self.names: dict[Ref[Any], Ref[Any]] | None = None
 
     def objects(self) -> list[Any]:
         """The caller's objects, by their numbers in the DagDef."""
@@ -131,6 +137,8 @@ class Call:
         bare = Call(self.layout, self.roots, self.snapshots, self.refs, [], [], [])
         bare.found = self.found
         bare.alias = self.alias
+        bare.entry = self.entry
+        bare.names = self.names
         return bare
 
 
@@ -196,6 +204,8 @@ def open_call(
     call.alias = alias
     if type(closure) is Roots:
         closure.call = call
+        call.entry = trace_ref()
+        call.names = dict(frame.shadow) if frame is not None else {}
     return call
 
 

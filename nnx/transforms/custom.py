@@ -2,6 +2,10 @@
 
 The rules see what the function sees: modules and Refs. Where JAX wants a cotangent or a tangent for
 each array, an argument that holds Refs has a Partition of them, by path.
+
+JAX runs a rule long after the call, when it differentiates a program that it kept. So every Ref
+that the function or a rule closes over is an input of the function that JAX sees (mode "lift"): what
+a rule reads of it then is the value of that call, and not what the Ref happens to hold.
 """
 
 from __future__ import annotations
@@ -13,13 +17,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nnx.transforms.axes import places
 from nnx.transforms.boundary import Packed, Spec, check_lifted, close_call, run, until_lifted
 from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.jit import function_name
+from nnx.transforms.targets import by_path, locate, moves, shapes, text, zero_tangent
 from refx import Partition, RefError
-from refx.node import is_identity
-from refx.partition import dotted, listed
+from refx.partition import Path, dotted, listed
 
 __all__ = ["CustomRuleError", "custom_jvp", "custom_vjp"]
 
@@ -63,7 +66,7 @@ class _Custom:
     def _plain(self, call: Call, fixed: list[Any]) -> Callable[..., Packed]:
         fn, bare = self._fn, call.without_values()
         return lambda *flat: run(
-            lambda *args: fn(*self._whole(args, fixed)), self._name, bare, *flat, mode="read"
+            lambda *args: fn(*self._whole(args, fixed)), self._name, bare, *flat
         )
 
     def _missing(self, method: str) -> CustomRuleError:
@@ -129,28 +132,58 @@ class custom_vjp(_Custom):
             raise self._missing("defvjp(fwd, bwd)")
         fwd, bwd = self._rules
         plain, bare = self._plain(call, fixed), call.without_values()
+        forms = _forms(call, args)
+        counts = len(call.values), len(call.leaves), len(call.others)
+        closed = _closed(call)
 
         def forward(*flat: Any) -> tuple[Any, Packed]:
-            return run(
+            rest, packed = run(
                 lambda *args: fwd(*self._whole(args, fixed)),
                 self._name,
                 bare,
                 *flat,
-                mode="read",
                 split_out=self._split,
             )
+            return (rest, [flat[0][i] for i in closed], flat[1]), packed
 
-        spec = _learn(call, plain, lambda *flat: forward(*flat)[1])
-        forms = _forms(call, args)
-        counts = len(call.values), len(call.leaves)
+        def backward(residuals: Any, cotangent: Any) -> tuple[list[Any], ...]:
+            rest, known, leaves = residuals
+            values: list[Any] = [None] * counts[0]
+            for i, value in zip(closed, known, strict=True):
+                values[i] = value
+            # The arguments are not there any more, only what the rule closes over.
+            packed = run(
+                lambda *_: bwd(*fixed, rest, cotangent),
+                self._name,
+                bare,
+                values,
+                leaves,
+                [None] * counts[2],
+            )
+            if packed.spec.written or packed.spec.graph is not None:
+                raise CustomRuleError(
+                    f"The backward rule of {self._name} changed a Ref or a module, or returned "
+                    f"one. It runs as often as JAX needs it, or never: write in the forward rule, "
+                    f"and return cotangents."
+                )
+            return self._cotangents(forms, counts, packed.out)
+
+        def gradient(*flat: Any) -> Packed:
+            residuals, packed = forward(*flat)
+            # With modules in the output this is not what the user sees of it; JAX's is.
+            zeros = jax.tree.map(zero_tangent, packed.out)
+            if not call.found:
+                backward(residuals, zeros)
+            return packed
+
+        spec = _learn(call, plain, gradient)
 
         def pure_fwd(*flat: Any) -> Any:
             residuals, packed = forward(*flat)
             return _united(packed, spec, flat[0]), residuals
 
         def pure_bwd(residuals: Any, cotangents: Any) -> Any:
-            given = bwd(*fixed, residuals, cotangents[0])
-            return self._cotangents(forms, counts, given)
+            return backward(residuals, cotangents[0])
 
         pure = jax.custom_vjp(lambda *flat: _united(plain(*flat), spec, flat[0]))
         pure.defvjp(pure_fwd, pure_bwd)
@@ -166,7 +199,7 @@ class custom_vjp(_Custom):
         return out[1], out[0]
 
     def _cotangents(
-        self, forms: list[_Form], counts: tuple[int, int], given: Any
+        self, forms: list[_Form], counts: tuple[int, int, int], given: Any
     ) -> tuple[list[Any], ...]:
         """A cotangent for each value, in the order of the flat lists; None is zero."""
         if not isinstance(given, tuple | list) or len(given) != len(forms):
@@ -175,63 +208,94 @@ class custom_vjp(_Custom):
                 f"The backward rule of {self._name} must return a tuple of {len(forms)} "
                 f"cotangents, one for each differentiable argument, but it returned {count}."
             )
-        flat: tuple[list[Any], ...] = ([None] * counts[0], [None] * counts[1], [])
+        flat: tuple[list[Any], ...] = tuple([None] * n for n in counts)
         for number, (form, cotangent) in enumerate(zip(forms, given, strict=True)):
-            if form.treedef is not None:
-                none = [None] * form.others
-                flat[2].extend(none if cotangent is None else jax.tree.leaves(cotangent))
-                continue
-            flat[2].extend([None] * form.others)
-            by_path = dict(Partition(cotangent or {}))
-            for path, kind, i, shapes in form.items:
-                if path in by_path:
-                    self._check(path, by_path[path], shapes)
-                    flat[kind][i] = by_path[path]
-            known = [item[0] for item in form.items]
-            unknown = [path for path in by_path if path not in known]
-            if unknown:
-                raise CustomRuleError(
-                    f"The backward rule of {self._name} returned a cotangent for {listed(unknown)} "
-                    f"of argument {number}, which has {listed(known)}."
+            what = f"The backward rule of {self._name} returned a cotangent for argument {number}"
+            for place, value in form.matched(cotangent, what):
+                if value is None:
+                    continue
+                self._check(what, place, value, form.treedef is None)
+                before = flat[place.kind][place.position]
+                # What two arguments share has the sum of what the rule says for each.
+                flat[place.kind][place.position] = (
+                    value if before is None else jax.tree.map(jnp.add, before, value)
                 )
         return flat
 
-    def _check(self, path: Any, cotangent: Any, shapes: Any) -> None:
-        if _shapes(cotangent) != shapes:
+    def _check(self, what: str, place: _Place, cotangent: Any, named: bool) -> None:
+        if shapes(cotangent) != shapes(place.zero):
+            where = f" at {dotted(place.path)!r}" if named else ""
             raise CustomRuleError(
-                f"The backward rule of {self._name} returned a cotangent of {_shapes(cotangent)} "
-                f"for {dotted(path)!r}, whose shape and dtype are {shapes}."
+                f"{what}{where} of {text(cotangent)}, but it must be {text(place.zero)}, as the "
+                f"value is."
             )
+
+
+class _Place(NamedTuple):
+    """A value of an argument: its path, where it is in the flat lists, and the shape of a zero."""
+
+    path: Path
+    kind: int
+    position: int
+    zero: Any
 
 
 class _Form(NamedTuple):
     """What a rule needs to know of an argument; it must not hold values of the call.
 
-    `treedef` is that of an argument without Refs. `items` are, for another one, the path, the list
-    (0 for Refs, 1 for plain arrays), the position there, and the shapes of each value.
+    `treedef` is that of an argument without Refs.
     """
 
     treedef: Any
-    others: int
-    items: list[tuple[Any, int, int, Any]]
+    places: list[_Place]
+
+    def matched(self, given: Any, what: str) -> list[tuple[_Place, Any]]:
+        """The places with what `given` has for each: a mapping by path, or the argument's pytree."""
+        if given is None:
+            return []
+        if self.treedef is not None:
+            try:
+                leaves = self.treedef.flatten_up_to(given)
+            except ValueError:
+                raise CustomRuleError(
+                    f"{what} that has the structure {jax.tree.structure(given)}, but the argument "
+                    f"has {self.treedef}. Return None for an array without one."
+                ) from None
+            return list(zip(self.places, leaves, strict=True))
+        values = by_path(given, what, CustomRuleError)
+        known = {place.path for place in self.places}
+        unknown = [path for path in values if path not in known]
+        if unknown:
+            raise CustomRuleError(
+                f"{what} at {listed(unknown)}, which it does not have; it has "
+                f"{listed([place.path for place in self.places])}."
+            )
+        return [(place, values.get(place.path)) for place in self.places]
 
 
 def _forms(call: Call, args: tuple[Any, ...]) -> list[_Form]:
-    todo = iter(places(call))
     forms = []
-    for arg in args:
-        flat, treedef = jax.tree.flatten(arg, is_leaf=is_identity)
-        mine = [next(todo) for x in flat if is_identity(x)]
-        items = []
-        for root in mine:
-            items += [(path, 0, i, _shapes(call.values[i])) for path, _, i in root.refs]
-            items += [(path, 1, i, _shapes(call.leaves[i])) for path, _, i in root.leaves]
-        forms.append(_Form(None if mine else treedef, len(flat) - len(mine), items))
+    for number in range(len(args)):
+        located = locate(call, args, number)
+        places = [
+            _Place(p.path, p.kind, p.position, jax.tree.map(_zero_shape, p.value))
+            for p in located.places
+        ]
+        forms.append(_Form(located.treedef, places))
     return forms
 
 
-def _shapes(value: Any) -> Any:
-    return [(jnp.shape(x), str(jnp.result_type(x))) for x in jax.tree.leaves(value)]
+def _zero_shape(x: Any) -> jax.ShapeDtypeStruct:
+    dtype = jnp.result_type(x) if moves(x) else jax.dtypes.float0
+    return jax.ShapeDtypeStruct(jnp.shape(x), dtype)
+
+
+def _closed(call: Call) -> list[int]:
+    """The positions of the values that hang on no argument."""
+    given = {id(ref) for kept in call.snapshots[: len(call.layout.form.where)] for ref in kept.refs}
+    alias = call.alias or {}
+    given |= {id(alias[i]) for i in given if i in alias}
+    return [i for i, ref in enumerate(call.refs) if id(ref) not in given]
 
 
 class custom_jvp(_Custom):
@@ -278,18 +342,17 @@ class custom_jvp(_Custom):
         forms = _forms(call, args)
 
         def both(flat: Any, tangents: Any) -> tuple[Any, Packed]:
-            given = self._tangents(forms, tangents)
+            given = tuple(_tangents(form, tangents) for form in forms)
             return run(
                 lambda *primals: rule(*fixed, primals, given),
                 self._name,
                 bare,
                 *flat,
-                mode="read",
                 split_out=self._split,
             )
 
         def zeros(flat: Any) -> Any:
-            return jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), _tangent_dtype(x)), flat)
+            return jax.tree.map(zero_tangent, flat)
 
         spec = _learn(call, plain, lambda *flat: both(flat, zeros(flat))[1])
         pure = jax.custom_jvp(lambda *flat: _united(plain(*flat), spec, flat[0]))
@@ -311,23 +374,10 @@ class custom_jvp(_Custom):
             )
         return out[1], out[0]
 
-    def _tangents(self, forms: list[_Form], tangents: Any) -> tuple[Any, ...]:
-        todo = iter(tangents[2])
-        result = []
-        for form in forms:
-            others = [next(todo) for _ in range(form.others)]
-            if form.treedef is not None:
-                result.append(jax.tree.unflatten(form.treedef, others))
-                continue
-            moving = ((path, tangents[kind][i]) for path, kind, i, _ in form.items)
-            result.append(Partition((path, t) for path, t in moving if _moves(t)))
-        return tuple(result)
 
-
-def _tangent_dtype(x: Any) -> Any:
-    dtype = jnp.result_type(x)
-    return dtype if jnp.issubdtype(dtype, jnp.inexact) else jax.dtypes.float0
-
-
-def _moves(tangent: Any) -> bool:
-    return all(x.dtype != jax.dtypes.float0 for x in jax.tree.leaves(tangent))
+def _tangents(form: _Form, tangents: Any) -> Any:
+    given = [tangents[p.kind][p.position] for p in form.places]
+    if form.treedef is not None:
+        return jax.tree.unflatten(form.treedef, given)
+    pairs = zip(form.places, given, strict=True)
+    return Partition((p.path, t) for p, t in pairs if all(map(moves, jax.tree.leaves(t))))

@@ -11,8 +11,9 @@ import jax
 from nnx.transforms.boundary import close_call, run, until_lifted
 from nnx.transforms.call import Roots, open_call
 from nnx.transforms.jit import function_name, unbound
-from nnx.transforms.targets import DifferentiationError, Parts, Target, check_disjoint, target
-from refx import Filter, to_predicate
+from nnx.transforms.targets import DifferentiationError, Parts, Target, moves, targets_of
+from refx import Filter, Ref, get_partition
+from refx.node import is_identity
 
 __all__ = ["hessian", "jacfwd", "jacrev", "jvp", "vjp"]
 
@@ -22,50 +23,79 @@ def _differentiate(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    numbers: Sequence[int],
+    numbers: Sequence[int] | None,
     wrt: Filter,
     has_aux: bool,
     allow_int: bool,
     transform: Callable[..., tuple[Any, Any]],
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, Any]:
     """Open the boundary and let `transform` differentiate a function of Parts.
 
-    `transform(pure, parts, targets, name)` gets a pure function from the differentiated values to
-    `(out, packed)`, and returns a result and the packed rest. Returns the result and the aux.
+    Args:
+      numbers: the arguments to differentiate, or None for all.
+      transform: `transform(pure, parts, targets, name)` gets a pure function from the
+        differentiated values to `(out, packed)`, and returns a result and the packed rest.
+
+    Returns:
+      The result, a function that gives the caller's own output for the one that JAX saw, and the
+      aux.
     """
     inner, bound = unbound(fn)
     name = f"{kind}({function_name(fn)})"
     args = bound + args
-    predicate = to_predicate(wrt)
 
     def attempt(roots: Roots) -> Any:
         call = open_call(args, kwargs, roots)
-        targets = [target(name, args, n, wrt, predicate, call, allow_int) for n in numbers]
-        check_disjoint(name, numbers, targets)
+        chosen = range(len(args)) if numbers is None else numbers
+        targets = targets_of(
+            name, args, chosen, wrt, call, allow_int=allow_int, all_args=numbers is None
+        )
+        holds: list[bool] = []
+
+        def split_out(out: Any) -> tuple[Any, Any]:
+            out, aux = _split(name, out) if has_aux else (out, None)
+            holds.append(any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity))))
+            return (_pure(out), (out, aux)) if holds[-1] else (out, aux)
 
         def pure(parts: list[Parts]) -> Any:
             flat = list(call.values), list(call.leaves), list(call.others)
             for t, part in zip(targets, parts, strict=True):
                 t.put(part, *flat)
-            split_out = functools.partial(_split, name, has_aux)
             return run(inner, name, call, *flat, mode="constant", split_out=split_out)
 
         parts = [t.take(call.values, call.leaves, call.others) for t in targets]
         result, packed = transform(pure, parts, targets, name)
-        return result, close_call(call, packed)
+        closed = close_call(call, packed)
+        if holds[-1]:
+            return result, lambda _: closed[0], closed[1]
+        return result, lambda out: out, closed
 
     return until_lifted(attempt)
 
 
-def _split(name: str, has_aux: bool, out: Any) -> tuple[Any, Any]:
-    if not has_aux:
-        return out, None
+def _split(name: str, out: Any) -> tuple[Any, Any]:
     if not isinstance(out, tuple) or len(out) != 2:
         raise DifferentiationError(
             f"With has_aux=True, the function of {name} must return (out, aux), but it returned "
             f"{type(out).__name__}."
         )
     return out
+
+
+def _pure(tree: Any) -> Any:
+    """A tree with Partitions of what can be differentiated in place of modules and Refs."""
+
+    def selects(path: Any, cell: Any) -> bool:
+        return all(map(moves, jax.tree.leaves(cell.value if isinstance(cell, Ref) else cell)))
+
+    return jax.tree.map(
+        lambda x: get_partition(x, selects) if is_identity(x) else x, tree, is_leaf=is_identity
+    )
+
+
+def _pull(targets: list[Target], pull: Callable[..., Any], cotangent: Any) -> tuple[Any, ...]:
+    (grads,) = pull(_pure(cotangent))
+    return tuple(t.named(g) for t, g in zip(targets, grads, strict=True))
 
 
 def vjp(
@@ -81,10 +111,12 @@ def vjp(
 
     Returns:
       `(out, vjp_fn)` or `(out, vjp_fn, aux)`. `vjp_fn(cotangent)` gives a tuple with an entry for
-      each primal: a Partition for one that holds Refs.
+      each primal (of a bound method, first for its module): a Partition for one that holds Refs.
+      Where the output holds a module, the cotangent has a Partition of its floating-point values,
+      or a module like it. `vjp_fn` is a pytree, so compiled functions may return it.
 
     Raises:
-      DifferentiationError: `wrt` selects nothing, or a Ref whose dtype has no gradient.
+      DifferentiationError: `wrt` selects nothing at all, or two primals share a Ref that it selects.
       TraceLevelError: `fn` writes a Ref that it closes over, which is a constant here.
 
     >>> import jax.numpy as jnp, nnx
@@ -97,16 +129,14 @@ def vjp(
 
     def transform(pure: Any, parts: Any, targets: list[Target], name: str) -> Any:
         out, pull, packed = jax.vjp(pure, parts, has_aux=True)
+        # The places, without the values that they had.
+        bare = [t.without_values() for t in targets]
+        return (out, jax.tree_util.Partial(functools.partial(_pull, bare), pull)), packed
 
-        def vjp_fn(cotangent: Any) -> tuple[Any, ...]:
-            (grads,) = pull(cotangent)
-            return tuple(t.named(g) for t, g in zip(targets, grads, strict=True))
-
-        return (out, vjp_fn), packed
-
-    numbers = range(len(primals) + len(unbound(fn)[1]))
-    result, aux = _differentiate("nnx.vjp", fn, primals, {}, numbers, wrt, has_aux, True, transform)
-    return (*result, aux) if has_aux else result
+    (out, vjp_fn), own, aux = _differentiate(
+        "nnx.vjp", fn, primals, {}, None, wrt, has_aux, True, transform
+    )
+    return (own(out), vjp_fn, aux) if has_aux else (own(out), vjp_fn)
 
 
 def jvp(
@@ -128,12 +158,14 @@ def jvp(
       has_aux: `fn` returns `(out, aux)`.
 
     Returns:
-      `(out, tangent_out)` or `(out, tangent_out, aux)`.
+      `(out, tangent_out)` or `(out, tangent_out, aux)`. Where the output holds a module, the
+      tangent has a Partition of its floating-point values.
 
     Raises:
       UnknownPathError, ShapeError: a tangent has a path that is not differentiated, or another
         shape or dtype than the value.
-      DifferentiationError: as for `vjp`, or another number of tangents than of primals.
+      DifferentiationError: as for `vjp`, another number of tangents than of primals, or a tangent
+        that is nothing of its primal's structure, or no mapping for one that holds Refs.
 
     >>> import jax.numpy as jnp, nnx
     >>> w = nnx.Ref(jnp.array(2.0), "params")
@@ -154,11 +186,10 @@ def jvp(
         out, tangent, packed = jax.jvp(pure, (parts,), (moved,), has_aux=True)
         return (out, tangent), packed
 
-    numbers = range(len(primals) + len(bound))
-    result, aux = _differentiate(
-        "nnx.jvp", fn, tuple(primals), {}, numbers, wrt, has_aux, True, transform
+    (out, tangent), own, aux = _differentiate(
+        "nnx.jvp", fn, tuple(primals), {}, None, wrt, has_aux, True, transform
     )
-    return (*result, aux) if has_aux else result
+    return (own(out), tangent, aux) if has_aux else (own(out), tangent)
 
 
 def _jacobian(
@@ -190,7 +221,7 @@ def _jacobian(
 
     @functools.wraps(unbound(fn)[0])
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        result, aux = _differentiate(
+        result, _, aux = _differentiate(
             kind, fn, args, kwargs, numbers, wrt, has_aux, allow_int, transform
         )
         return (result, aux) if has_aux else result
@@ -216,7 +247,8 @@ def jacrev(
     Returns:
       A function with the arguments of `fn` that returns the Jacobian, or `(jacobian, aux)`: the
       structure of the output, with a Partition (or what `jax.jacrev` gives, for an argument
-      without Refs) in place of each array.
+      without Refs) in place of each array. In place of a module in the output is a Partition of
+      its floating-point values, with one of those for each.
 
     >>> import jax.numpy as jnp, nnx
     >>> w = nnx.Ref(jnp.array([1.0, 2.0]), "params")

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from nnx.transforms.boundary import close_call, run, until_lifted
 from nnx.transforms.call import Roots, open_call
 from nnx.transforms.jit import function_name, unbound
-from nnx.transforms.targets import DifferentiationError, check_disjoint, target
-from refx import Filter, to_predicate
+from nnx.transforms.targets import DifferentiationError, targets_of
+from refx import Filter
 
 __all__ = ["grad", "value_and_grad"]
 
@@ -104,7 +104,6 @@ def _gradient(
     name = f"{name}({function_name(fn)})"
     single = isinstance(argnums, int)
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    predicate = to_predicate(wrt)
 
     @functools.wraps(inner)
     def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
@@ -112,8 +111,7 @@ def _gradient(
 
         def attempt(roots: Roots) -> Any:
             call = open_call(args, kwargs, roots)
-            targets = [target(name, args, n, wrt, predicate, call, allow_int) for n in numbers]
-            check_disjoint(name, numbers, targets)
+            targets = targets_of(name, args, numbers, wrt, call, allow_int=allow_int)
 
             def loss(given: Any) -> Any:
                 flat = list(call.values), list(call.leaves), list(call.others)

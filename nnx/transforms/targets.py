@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nnx.transforms.call import Call
-from refx import Filter, Partition, RefError, ShapeError, UnknownPathError
+from refx import Filter, Partition, RefError, ShapeError, UnknownPathError, to_predicate
 from refx.node import is_identity
-from refx.partition import dotted, listed
+from refx.partition import Path, dotted, listed
 from refx.snapshot import snapshot
+from refx.structure import _name as key_name
 
 __all__ = ["DifferentiationError"]
 
@@ -21,66 +23,167 @@ class DifferentiationError(RefError, TypeError):
     """What was to be differentiated is nothing that can be, or there is nothing of it."""
 
 
-class Target:
-    """What is differentiated of one argument: the places of it in the flat lists of the call.
+class Place(NamedTuple):
+    """Where one value of an argument is in the lists of a call: Refs (0), arrays (1), others (2)."""
 
-    `refs`, `leaves` and `others` are pairs of a name and a position in the list of that name.
+    path: Path
+    # The Ref, or the array itself.
+    cell: Any
+    value: Any
+    kind: int
+    position: int
+
+
+class Located(NamedTuple):
+    """The values of one argument. `treedef` is that of an argument without Refs."""
+
+    treedef: Any
+    places: list[Place]
+
+
+def locate(call: Call, args: tuple[Any, ...], number: int) -> Located:
+    """Find the values of one positional argument in the flat lists of its call.
+
+    Places are found by path, not by identity: one array may be in several of them.
     """
+    flat, treedef = jax.tree.flatten(args[number], is_leaf=is_identity)
+    before = jax.tree.leaves(args[:number], is_leaf=is_identity)
+    root = sum(map(is_identity, before))
+    other = len(before) - root
+    if not any(map(is_identity, flat)):
+        return Located(treedef, [Place((), x, x, 2, other + i) for i, x in enumerate(flat)])
+    # The path of each root and of each other leaf in the argument, with its number.
+    roots: list[tuple[Path, int]] = []
+    others: dict[Path, int] = {}
+    keyed = jax.tree_util.tree_flatten_with_path(args[number], is_leaf=is_identity)[0]
+    for keys, x in keyed:
+        path = tuple(map(key_name, keys))
+        if is_identity(x):
+            roots.append((path, root + len(roots)))
+        else:
+            others[path] = other + len(others)
+    kept = snapshot(args[number])
+    alias = call.alias or {}
+    refs = {id(ref): i for i, ref in enumerate(call.refs)}
+    places = [
+        Place(path, ref, value, 0, refs[id(alias.get(id(ref), ref))])
+        for path, ref, value in zip(kept.dagdef.ref_paths, kept.refs, kept.values(), strict=True)
+    ]
+    joint = {path: i for i, path in enumerate(call.layout.dagdef.leaf_paths)}
+    for path, x in zip(kept.dagdef.leaf_paths, kept.leaves(), strict=True):
+        if path in others:
+            places.append(Place(path, x, x, 2, others[path]))
+            continue
+        prefix, n = next((q, n) for q, n in roots if path[: len(q)] == q)
+        # What another root holds too is there under the path that it has in that one.
+        i = joint.get((str(n), *path[len(prefix) :]))
+        i = next(k for k, y in enumerate(call.leaves) if y is x) if i is None else i
+        places.append(Place(path, x, x, 1, i))
+    return Located(None, places)
 
-    def __init__(self, restore: Callable[[dict[Any, Any]], Any], *, plain: bool = False):
-        self.refs: list[tuple[Any, int]] = []
-        self.leaves: list[tuple[Any, int]] = []
-        self.others: list[tuple[Any, int]] = []
-        # Whether the argument holds no Refs.
-        self.plain = plain
-        # Turns values by name into what the user gets for the argument.
-        self.restore = restore
 
-    def _places(self) -> tuple[list[tuple[Any, int]], ...]:
-        return self.refs, self.leaves, self.others
+class Target:
+    """What is differentiated of one argument."""
+
+    def __init__(self, number: int, located: Located, places: list[Place]):
+        self._number = number
+        # The structure of an argument without Refs.
+        self._treedef = located.treedef
+        self.places = places
+
+    def without_values(self) -> Target:
+        """The same, to be kept: it holds no array of the call."""
+        places = [p._replace(cell=None, value=None) for p in self.places]
+        return Target(self._number, Located(self._treedef, []), places)
 
     def take(self, *lists: list[Any]) -> Parts:
         """The values of the argument that are differentiated."""
-        return Parts([x[i] for at, x in zip(self._places(), lists, strict=True) for _, i in at])
+        return Parts([lists[p.kind][p.position] for p in self.places])
 
     def put(self, parts: Parts, *lists: list[Any]) -> None:
         """Put other values in their place."""
-        todo = iter(parts.values)
-        for at, x in zip(self._places(), lists, strict=True):
-            for _, i in at:
-                x[i] = next(todo)
+        for p, value in zip(self.places, parts.values, strict=True):
+            lists[p.kind][p.position] = value
 
     def named(self, parts: Parts) -> Any:
         """What the user gets: a Partition, or the argument's own structure."""
-        names = [name for at in self._places() for name, _ in at]
-        return self.restore(dict(zip(names, parts.values, strict=True)))
+        if self._treedef is not None:
+            return jax.tree.unflatten(self._treedef, parts.values)
+        pairs = zip(self.places, parts.values, strict=True)
+        return Partition((p.path, value) for p, value in pairs)
 
     def parts(self, name: str, given: Any, like: Parts) -> Parts:
         """The inverse of `named`, for a tangent: what is missing is zero."""
-        if self.plain:
-            return Parts(jax.tree.leaves(given))
-        names = [n for at in self._places() for n, _ in at]
-        values = dict(Partition(given or {}))
-        for path in values:
-            if path not in names:
-                raise UnknownPathError(
-                    f"{name} got a tangent for {dotted(path)!r}, which is not differentiated; "
-                    f"wrt selects {listed(names)}."
+        what = f"{name} got a tangent for argument {self._number}"
+        if self._treedef is not None:
+            leaves, treedef = jax.tree.flatten(given)
+            if treedef != self._treedef:
+                raise DifferentiationError(
+                    f"{what} that has the structure {treedef}, but the argument has "
+                    f"{self._treedef}. Give a zero for each array that does not move."
                 )
+            values: dict[Path, Any] = {(str(i),): x for i, x in enumerate(leaves)}
+            paths: list[Path] = list(values)
+        else:
+            values = {} if given is None else by_path(given, what, DifferentiationError)
+            paths = [p.path for p in self.places]
+        unknown = [path for path in values if path not in paths]
+        if unknown:
+            raise UnknownPathError(
+                f"{what} at {listed(unknown)}, which is not differentiated; wrt selects "
+                f"{listed(paths)}."
+            )
         result = []
-        for path, primal in zip(names, like.values, strict=True):
-            if path in values and _shapes(values[path]) != _shapes(primal):
+        for path, primal in zip(paths, like.values, strict=True):
+            zero = jax.tree.map(zero_tangent, primal)
+            if path in values and shapes(values[path]) != shapes(zero):
+                where = f" at {dotted(path)!r}" if self._treedef is None else ""
                 raise ShapeError(
-                    f"{name} got a tangent of shape {_shapes(values[path])} for {dotted(path)!r}, "
-                    f"whose shape is {_shapes(primal)}."
+                    f"{what}{where} of {text(values[path])}; the value is {text(primal)}, so it "
+                    f"must be {text(zero)}."
                 )
-            result.append(values.get(path, jax.tree.map(jnp.zeros_like, primal)))
+            result.append(values.get(path, zero))
         return Parts(result)
 
 
-def _shapes(value: Any) -> Any:
-    shapes = [(jnp.shape(x), str(jnp.result_type(x))) for x in jax.tree.leaves(value)]
-    return shapes[0] if len(shapes) == 1 else shapes
+def by_path(given: Any, what: str, error: type[RefError]) -> dict[Path, Any]:
+    """What was given for an argument that holds Refs, with paths as keys."""
+    if not isinstance(given, Mapping):
+        raise error(
+            f"{what} that is a {type(given).__name__}, but the argument holds Refs: give a "
+            f"Partition of what wrt selects, as model['params'], or a dict by path; {{}} is zero."
+        )
+    return dict(Partition(given))
+
+
+def shapes(value: Any) -> Any:
+    """The structure, shapes and dtypes of a value, to compare."""
+    leaves, treedef = jax.tree.flatten(value)
+    return treedef, [(jnp.shape(x), _dtype(x)) for x in leaves]
+
+
+def text(value: Any) -> str:
+    """The shapes and dtypes of a value, for a message."""
+    all_of = [
+        f"{'float0' if _dtype(x) == jax.dtypes.float0 else _dtype(x)}"
+        f"[{','.join(map(str, jnp.shape(x)))}]"
+        for x in jax.tree.leaves(value)
+    ]
+    return ", ".join(all_of) or "nothing"
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+
+
+def moves(x: Any) -> bool:
+    """Whether an array has tangents other than zero."""
+    return jnp.issubdtype(_dtype(x), jnp.inexact)
+
+
+def zero_tangent(x: Any) -> Any:
+    """The zero tangent of an array."""
+    return jnp.zeros_like(x) if moves(x) else np.zeros(jnp.shape(x), jax.dtypes.float0)
 
 
 class Parts:
@@ -95,65 +198,59 @@ jax.tree_util.register_pytree_node(
 )
 
 
-def target(
+def targets_of(
     name: str,
     args: tuple[Any, ...],
-    number: int,
+    numbers: Sequence[int],
     wrt: Filter,
-    predicate: Callable[[Any, Any], bool],
     call: Call,
+    *,
     allow_int: bool,
-) -> Target:
-    if not -len(args) <= number < len(args):
-        raise DifferentiationError(
-            f"{name} was to differentiate argument {number}, but it was called with {len(args)} "
-            f"positional arguments."
-        )
-    number %= len(args)
-    flat, treedef = jax.tree.flatten(args[number], is_leaf=is_identity)
-    if not any(map(is_identity, flat)):
-        before = jax.tree.leaves(args[:number], is_leaf=is_identity)
-        start = sum(not is_identity(x) for x in before)
-        found = Target(lambda d: jax.tree.unflatten(treedef, list(d.values())), plain=True)
-        found.others = [(i, start + i) for i in range(len(flat))]
-        return found
-    found = Target(lambda by_path: Partition(by_path))
-    kept = snapshot(args[number])
-    positions = {id(ref): i for i, ref in enumerate(call.refs)}
-    alias = call.alias or {}
-    for path, ref, value in zip(kept.dagdef.ref_paths, kept.refs, kept.values(), strict=True):
-        if predicate(path, ref):
-            _check_differentiable(name, path, value, allow_int)
-            found.refs.append((path, positions[id(alias.get(id(ref), ref))]))
-    taken: set[tuple[int, int]] = set()
-    for path, leaf in zip(kept.dagdef.leaf_paths, kept.leaves(), strict=True):
-        if predicate(path, leaf):
-            _check_differentiable(name, path, leaf, allow_int)
-            at = next(
-                (k, i)
-                for k, where in enumerate((call.leaves, call.others))
-                for i, x in enumerate(where)
-                if x is leaf and (k, i) not in taken
+    all_args: bool = False,
+) -> list[Target]:
+    """What is differentiated of each of the arguments.
+
+    With `all_args`, where nobody chose them, one that holds Refs and has nothing to differentiate
+    is no error as long as another that holds Refs has something.
+    """
+    predicate = to_predicate(wrt)
+    targets, empty, selected = [], [], False
+    for number in numbers:
+        if not -len(args) <= number < len(args):
+            raise DifferentiationError(
+                f"{name} was to differentiate argument {number}, but it was called with "
+                f"{len(args)} positional arguments."
             )
-            taken.add(at)
-            (found.others if at[0] else found.leaves).append((path, at[1]))
-    if not (found.refs or found.leaves or found.others):
-        there = sorted({repr(ref.collection) for ref in kept.refs})
+        located = locate(call, args, number % len(args))
+        places = located.places
+        if located.treedef is None:
+            places = [p for p in places if predicate(p.path, p.cell)]
+            for p in places:
+                _check_differentiable(name, p.path, p.value, allow_int)
+            if places:
+                selected = True
+            else:
+                empty.append((number, located))
+        targets.append(Target(number, located, places))
+    if empty and not (all_args and selected):
+        number, located = empty[0]
+        there = {repr(p.cell.collection) for p in located.places if p.kind == 0}
         raise DifferentiationError(
             f"{name} with wrt={wrt!r} has nothing to differentiate in argument {number}: its "
-            f"collections are {', '.join(there) or 'none'}."
+            f"collections are {', '.join(sorted(there)) or 'none'}."
         )
-    return found
+    _check_disjoint(name, numbers, targets)
+    return targets
 
 
-def check_disjoint(name: str, numbers: Sequence[int], targets: list[Target]) -> None:
-    owner: dict[int, int] = {}
+def _check_disjoint(name: str, numbers: Sequence[int], targets: list[Target]) -> None:
+    owner: dict[tuple[int, int], int] = {}
     for number, target in zip(numbers, targets, strict=True):
-        for path, position in target.refs:
-            first = owner.setdefault(position, number)
+        for p in target.places:
+            first = owner.setdefault((p.kind, p.position), number)
             if first != number:
                 raise DifferentiationError(
-                    f"{name} was to differentiate {dotted(path)!r} twice: arguments {first} and "
+                    f"{name} was to differentiate {dotted(p.path)!r} twice: arguments {first} and "
                     f"{number} share it. Pass both in one argument, as a tuple; the gradient of a "
                     f"shared Ref is then the sum over its uses."
                 )

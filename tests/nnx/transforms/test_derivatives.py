@@ -83,7 +83,7 @@ def test_hessian(dense, data):
     [
         (lambda m, x: nnx.jvp(net, (m, x), (x,)), nnx.DifferentiationError, "2 primals and 1 tangents"),
         (lambda m, x: nnx.jvp(net, (m, x), ({"c": x}, x)), nnx.UnknownPathError, r"'c', which is not .*'w', 'b'"),
-        (lambda m, x: nnx.jvp(net, (m, x), ({"w": x}, x)), nnx.ShapeError, r"\(4, 2\).*'w', .*\(2, 2\)"),
+        (lambda m, x: nnx.jvp(net, (m, x), ({"w": x}, x)), nnx.ShapeError, r"argument 0 at 'w' of float32\[4,2\]; .* must be float32\[2,2\]"),
         (lambda m, x: nnx.vjp(net, m, x, wrt="none"), nnx.DifferentiationError, "'none' has nothing"),
         (lambda m, x: nnx.vjp(net, m, x, has_aux=True), nnx.DifferentiationError, r"must return \(out, aux\)"),
         (lambda m, x: nnx.jacrev(lambda: net(m, x))(), nnx.DifferentiationError, r"with 0 positional"),
@@ -173,8 +173,18 @@ def test_custom_rules_with_fixed_arguments_and_closures(data):
     "fwd, bwd, message",
     [
         (clipped_fwd, lambda r, g: ({},), r"tuple of 2 cotangents.* returned 1"),
-        (clipped_fwd, lambda r, g: ({"q": g}, None), r"cotangent for 'q' of argument 0.*'w', 'b'"),
-        (clipped_fwd, lambda r, g: ({"w": g}, None), r"\(4, 2\).*'w', whose .*\(2, 2\)"),
+        (clipped_fwd, lambda r, g: ({"q": g}, None), r"for argument 0 at 'q', .*it has 'w', 'b'"),
+        (
+            clipped_fwd,
+            lambda r, g: ({"w": g}, None),
+            r"argument 0 at 'w' of float32\[4,2\], .*be float32\[2,2\]",
+        ),
+        (
+            clipped_fwd,
+            lambda r, g: ({"w": r[0].T}, {"a": g}),
+            r"argument 1 that has the structure.*None",
+        ),
+        (clipped_fwd, lambda r, g: (r[0], None), r"argument 0 that is a .*a dict by path"),
         (lambda m, x: x @ m.w, lambda r, g: (None, None), r"must return \(out, residuals\)"),
     ],
 )
@@ -205,3 +215,104 @@ def test_custom_rules_draw_from_the_ambient_stream(dense, data):
     with nnx.scope(0):
         close(a, jax.random.normal(nnx.make_rng("n"), ()) * jnp.ones(2))
     assert not jnp.allclose(a, b)
+
+
+def test_one_array_in_several_places_is_differentiated_at_each():
+    a = jnp.array(2.0)
+    m, n = Holder(a), Holder(a)
+
+    def f(m, n, y):
+        return m.a * 5 + n.a * 7 + y * 11
+
+    g = nnx.grad(f, wrt=..., argnums=(0, 1, 2))(m, n, a)
+    assert (g[0]["a"], g[1]["a"], g[2]) == (5, 7, 11)
+    rule = nnx.custom_vjp(f)
+    rule.defvjp(
+        lambda *args: (f(*args), None), lambda _, g: ({"a": 50 * g}, {"a": 70 * g}, 110 * g)
+    )
+    g = nnx.grad(rule, wrt=..., argnums=(0, 1, 2))(m, n, a)
+    assert (g[0]["a"], g[1]["a"], g[2]) == (50, 70, 110)
+    assert nnx.grad(lambda a: rule(Holder(a), Holder(a), a))(a) == 230
+
+
+class Holder(nnx.Module):
+    def __init__(self, a):
+        self.a = a
+        self.r = nnx.Ref(jnp.array(1.0), "params")
+
+
+def test_cotangents_of_a_shared_ref_add_up():
+    rule = nnx.custom_vjp(lambda u, v: u.value * v.value)
+    rule.defvjp(lambda u, v: (u.value * v.value, None), lambda _, g: ({"": 100 * g}, {"": g}))
+    w = nnx.Ref(jnp.array(2.0), "params")
+    assert nnx.grad(lambda w: rule(w, w))(w)[""] == 101
+    assert nnx.grad(lambda d: rule(*d))([w, nnx.Ref(jnp.array(3.0), "params")])["0"] == 100
+
+
+def _jvp_rule(k):
+    rule = nnx.custom_jvp(lambda w: w.value * k.value)
+    rule.defjvp(lambda p, t: (p[0].value * k.value, t[0][""] * k.value))
+    return rule
+
+
+def _vjp_rule(k):
+    rule = nnx.custom_vjp(lambda w: w.value * k.value)
+    rule.defvjp(lambda w: (w.value * k.value, None), lambda _, g: ({"": g * k.value},))
+    return rule
+
+
+WRAPS = {
+    "jit": nnx.jit,
+    "remat": nnx.remat,
+    "scan": lambda f: lambda w: nnx.scan(lambda c, _: (c + f(w), None), 0.0, None, length=1)[0],
+    "cond": lambda f: lambda w: nnx.cond(w.value > 0, lambda: f(w), lambda: 0.0),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("make", [_jvp_rule, _vjp_rule])
+def test_rules_that_run_late_see_the_refs_of_their_call(make, wrap):
+    k, w = nnx.Ref(jnp.array(1.0)), nnx.Ref(jnp.array(2.0), "params")
+    inner = WRAPS[wrap](make(k))
+    kept = nnx.jit(lambda w: nnx.grad(inner)(w))
+    with_argument = nnx.jit(lambda w, k: nnx.grad(inner)(w))
+    for value in (1.0, 5.0):
+        k.value = jnp.array(value)
+        assert nnx.grad(inner)(w)[""] == value
+        assert kept(w)[""] == value
+        assert with_argument(w, k)[""] == value
+
+
+def test_a_backward_rule_writes_nothing(dense, data):
+    rule = nnx.custom_vjp(lambda m, x: x @ m.w)
+    count = nnx.Ref(0)
+
+    def bwd(_, g):
+        count.value = count.value + 1
+        return None, None
+
+    rule.defvjp(clipped_fwd, bwd)
+    with pytest.raises(nnx.CustomRuleError, match="backward rule .* changed a Ref.*forward rule"):
+        rule(dense, data[0])
+    assert count.value == 0
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        lambda k: nnx.grad(lambda w: w.value * k.value),
+        lambda k: lambda w: nnx.vjp(lambda w: w.value * k.value, w)[0],
+        lambda k: nnx.jacrev(lambda w: w.value * k.value),
+        lambda k: lambda w: nnx.vmap(lambda x: x * k.value)(jnp.ones(2)),
+        lambda k: lambda w: nnx.cond(w.value > 0, lambda: k.value, lambda: 0.0),
+        lambda k: _jvp_rule(k),
+        lambda k: nnx.grad(_vjp_rule(k)),
+    ],
+)
+def test_closed_over_refs_of_transformations_inside_a_plain_jit(inside):
+    k = nnx.Ref(jnp.array(1.0), "scale")
+    f = inside(k)
+    with pytest.raises(
+        nnx.ClosureError, match="'scale'.* by closure inside a plain jax .*compiles"
+    ):
+        jax.jit(lambda v: f(nnx.Ref(v, "params")))(2.0)
