@@ -254,13 +254,14 @@ class _Form(NamedTuple):
         if given is None:
             return []
         if self.treedef is not None:
-            try:
-                leaves = self.treedef.flatten_up_to(given)
-            except ValueError:
+            leaves, treedef = jax.tree.flatten(given)
+            if treedef != self.treedef:
+                leaves, treedef = jax.tree.flatten(given, is_leaf=lambda x: x is None)
+            if treedef != self.treedef:
                 raise CustomRuleError(
-                    f"{what} that has the structure {jax.tree.structure(given)}, but the argument "
-                    f"has {self.treedef}. Return None for an array without one."
-                ) from None
+                    f"{what} that has the structure {treedef}, but the argument has "
+                    f"{self.treedef}. Return None for an array without one."
+                )
             return list(zip(self.places, leaves, strict=True))
         values = by_path(given, what, CustomRuleError)
         known = {place.path for place in self.places}
