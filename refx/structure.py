@@ -74,6 +74,8 @@ def _exact(value: Any) -> Any:
         return kind, kind(map(_exact, value))
     if isinstance(value, np.generic):
         return kind, value.tobytes()
+    if kind is slice:
+        return kind, _exact((value.start, value.stop, value.step))
     return kind, value
 
 
@@ -337,8 +339,9 @@ def _path(link: Any) -> Path:
 def _static(obj: Any, link: Any, skip: int) -> Static:
     path = _path(link)[skip:]
     where = f"Attribute {dotted(path)!r}" if path else "The tree"
+    static = Static(obj)
     try:
-        hash(obj)
+        hash(static)
     except TypeError:
         raise UnhashableStaticError(
             f"{where} is a {type(obj).__name__}, which cannot be hashed and is neither an array "
@@ -360,7 +363,7 @@ def _static(obj: Any, link: Any, skip: int) -> Static:
             f"their updates would not be seen. Use a list, a tuple or a dict in an ordinary attribute; "
             f"make a class of your own an nnx.Module or a registered pytree."
         )
-    return Static(obj)
+    return static
 
 
 def _clip(obj: Any) -> str:

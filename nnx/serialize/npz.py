@@ -1,0 +1,159 @@
+"""The container: an uncompressed `.npz` with the structure as JSON beside the arrays.
+
+`numpy.load(path, allow_pickle=False)` opens it. Arrays go through in pieces, one at a time, so a file
+may be as large as memory. A file is read with distrust: every size is checked against the size of
+the file before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnx.serialize.decode import dtype_of
+from nnx.serialize.encode import Encoded
+from nnx.serialize.errors import LoadError
+
+__all__: list[str] = []
+
+STRUCTURE = "nnx.json"
+Progress = Callable[[int, int], None]
+
+_PIECE = 1 << 24
+
+
+def to_host(x: Any) -> np.ndarray:
+    """An array as NumPy has it, of a dtype that the `.npy` format knows, in C order."""
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    host = np.asarray(x)
+    # ascontiguousarray would make one axis of none.
+    host = np.ascontiguousarray(host).reshape(host.shape)
+    stored = stored_dtype(host.dtype)
+    return host if stored == host.dtype else host.view(stored)
+
+
+def stored_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype that stands for another one in the file: for bfloat16, float8, int4, its bits."""
+    # Those that NumPy has by registration only (2) are not in its format.
+    if dtype.isbuiltin == 2:
+        return np.dtype(f"uint{8 * dtype.itemsize}")
+    return np.dtype(dtype.str) if dtype.names is None else dtype
+
+
+def write(file: Any, encoded: Encoded, progress: Progress | None) -> None:
+    """Write a tree into an open file."""
+    total = sum(_size(x) for x in encoded.arrays.values())
+    done = 0
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        text = json.dumps(encoded.structure, separators=(",", ":"))
+        archive.writestr(zipfile.ZipInfo(STRUCTURE), text)
+        for name, array in encoded.arrays.items():
+            host = to_host(array)
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                facts = np.lib.format.header_data_from_array_1_0(host)
+                np.lib.format.write_array_header_1_0(member, facts)
+                data: Any = host.reshape(-1).view(np.uint8)
+                for start in range(0, len(data), _PIECE):
+                    piece = data[start : start + _PIECE]
+                    member.write(memoryview(piece))
+                    done += len(piece)
+                    if progress is not None:
+                        progress(done, total)
+
+
+def _size(x: Any) -> int:
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(x).nbytes
+    return x.size * np.dtype(x.dtype).itemsize
+
+
+class Reader:
+    """An open file: its structure, and its arrays one by one."""
+
+    def __init__(self, file: io.BufferedReader, progress: Progress | None):
+        self._archive = zipfile.ZipFile(file)
+        size = os.fstat(file.fileno()).st_size
+        self._members = {info.filename: info for info in self._archive.infolist()}
+        infos = self._archive.infolist()
+        if len(self._members) != len(infos):
+            raise LoadError("two of its parts have the same name")
+        if any(i.compress_type != zipfile.ZIP_STORED or i.flag_bits & 1 for i in infos):
+            raise LoadError("it is compressed or encrypted, which a file of nnx.save is not")
+        # Parts that overlap could make a small file endless.
+        if sum(i.file_size for i in infos) > size:
+            raise LoadError("its parts claim to be larger than the file")
+        self._total = sum(i.file_size for i in infos)
+        self._done = 0
+        self._progress = progress
+
+    @property
+    def array_names(self) -> list[str]:
+        """The names of the arrays."""
+        return [name[:-4] for name in self._members if name.endswith(".npy")]
+
+    def structure(self) -> Any:
+        """The parsed JSON, or None if this is an `.npz` of somebody else."""
+        if STRUCTURE not in self._members:
+            return None
+        return json.loads(self._archive.read(STRUCTURE).decode())
+
+    def read(self, name: str, dtype: str | None, shape: tuple[int, ...] | None) -> np.ndarray:
+        """An array. `dtype` and `shape`, where they are known, must be those of the array."""
+        info = self._members.get(f"{name}.npy")
+        if info is None:
+            raise LoadError(f"its array {name!r} is missing")
+        with self._archive.open(info) as member:
+            found_shape, fortran, found = self._header(member, name)
+            wanted = found if dtype is None else dtype_of(dtype)
+            stored = stored_dtype(wanted)
+            if found != stored or fortran or (shape is not None and found_shape != shape):
+                raise LoadError(
+                    f"its array {name!r} is {found}{list(found_shape)}, but should be "
+                    f"{stored}{list(shape or found_shape)}"
+                )
+            count = int(np.prod(found_shape, dtype=object))
+            if count < 0 or count * found.itemsize > info.file_size:
+                raise LoadError(f"its array {name!r} is shorter than its shape {found_shape}")
+            flat = np.empty(count * found.itemsize, np.uint8)
+            self._fill(member, name, flat)
+        return flat.view(wanted).reshape(found_shape)
+
+    def _header(self, member: Any, name: str) -> Any:
+        version = np.lib.format.read_magic(member)
+        if version != (1, 0):
+            raise LoadError(f"its array {name!r} has the .npy format {version}")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+        if dtype.hasobject:
+            raise LoadError(f"its array {name!r} is one of Python objects")
+        return shape, fortran, dtype
+
+    def _fill(self, member: Any, name: str, data: Any) -> None:
+        start = 0
+        while start < len(data):
+            count = member.readinto(memoryview(data[start : start + _PIECE]))
+            if not count:
+                raise LoadError(f"its array {name!r} ends too early")
+            start += count
+            self._done += count
+            if self._progress is not None:
+                self._progress(self._done, self._total)
+        # The end of a part is where its checksum is compared.
+        if member.read(1):
+            raise LoadError(f"its array {name!r} is longer than its shape")
+
+
+@contextmanager
+def opened(path: Any, progress: Progress | None) -> Iterator[Reader]:
+    """Open a file for reading."""
+    with open(path, "rb") as file:
+        yield Reader(file, progress)
