@@ -220,7 +220,8 @@ class _Decoder:
         host = self._read_array(name, _string(code["dtype"]), shape)
         if code.get("numpy"):
             return host
-        array = jnp.asarray(host)
+        # Nobody else has the buffer, so the array may be made of it.
+        array = jax.device_put(host, may_alias=True)
         if array.dtype != host.dtype:
             raise LoadError(
                 f"the array {name!r} is {host.dtype}, which JAX would make {array.dtype}. Allow it "
@@ -273,7 +274,7 @@ class _Decoder:
         values = self._all(items)
         fields = getattr(cls, "_fields", None)
         known = isinstance(cls, type) and issubclass(cls, tuple) and fields is not None
-        if not known or len(fields) != len(values):
+        if not known or len(fields or ()) != len(values):
             raise LoadError(
                 f"the named tuple {name!r} has changed since it was saved: it had {len(values)} "
                 f"fields and has {fields}"

@@ -28,7 +28,7 @@ __all__: list[str] = []
 STRUCTURE = "nnx.json"
 Progress = Callable[[int, int], None]
 
-_PIECE = 1 << 24
+PIECE = 1 << 24
 
 
 def to_host(x: Any) -> np.ndarray:
@@ -63,8 +63,8 @@ def write(file: Any, encoded: Encoded, progress: Progress | None) -> None:
                 facts = np.lib.format.header_data_from_array_1_0(host)
                 np.lib.format.write_array_header_1_0(member, facts)
                 data: Any = host.reshape(-1).view(np.uint8)
-                for start in range(0, len(data), _PIECE):
-                    piece = data[start : start + _PIECE]
+                for start in range(0, len(data), PIECE):
+                    piece = data[start : start + PIECE]
                     member.write(memoryview(piece))
                     done += len(piece)
                     if progress is not None:
@@ -75,6 +75,13 @@ def _size(x: Any) -> int:
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(x).nbytes
     return x.size * np.dtype(x.dtype).itemsize
+
+
+def aligned(size: int) -> np.ndarray:
+    """That many bytes, placed so that JAX can take them for an array without a copy."""
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size]
 
 
 class Reader:
@@ -124,7 +131,7 @@ class Reader:
             count = int(np.prod(found_shape, dtype=object))
             if count < 0 or count * found.itemsize > info.file_size:
                 raise LoadError(f"its array {name!r} is shorter than its shape {found_shape}")
-            flat = np.empty(count * found.itemsize, np.uint8)
+            flat = aligned(count * found.itemsize)
             self._fill(member, name, flat)
         return flat.view(wanted).reshape(found_shape)
 
@@ -140,7 +147,7 @@ class Reader:
     def _fill(self, member: Any, name: str, data: Any) -> None:
         start = 0
         while start < len(data):
-            count = member.readinto(memoryview(data[start : start + _PIECE]))
+            count = member.readinto(memoryview(data[start : start + PIECE]))
             if not count:
                 raise LoadError(f"its array {name!r} ends too early")
             start += count

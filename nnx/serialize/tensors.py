@@ -16,7 +16,7 @@ import numpy as np
 from nnx.serialize.decode import dtype_of
 from nnx.serialize.encode import Encoded
 from nnx.serialize.errors import LoadError
-from nnx.serialize.npz import STRUCTURE, Progress, to_host
+from nnx.serialize.npz import PIECE, STRUCTURE, Progress, aligned, to_host
 
 __all__: list[str] = []
 
@@ -81,7 +81,7 @@ class Reader:
         """An array. `dtype` and `shape`, where they are known, must be those of the array."""
         if name not in self._names:
             raise LoadError(f"its array {name!r} is missing")
-        found = self._file.get_tensor(name)
+        found = self._aligned(name)
         if dtype is not None and dtype not in _KNOWN:
             found = _from_bytes(found, dtype_of(dtype), name)
         if (dtype is not None and found.dtype != dtype_of(dtype)) or shape not in (
@@ -97,6 +97,21 @@ class Reader:
             # The sizes of those to come are not known without reading them.
             self._progress(self._done, self._done)
         return found
+
+
+    def _aligned(self, name: str) -> np.ndarray:
+        # By rows, so that a large array is not in memory twice.
+        part = self._file.get_slice(name)
+        shape = tuple(part.get_shape())
+        if not shape or 0 in shape:
+            return self._file.get_tensor(name)
+        first = part[0:1]
+        whole = aligned(first.nbytes * shape[0]).view(first.dtype).reshape(shape)
+        rows = max(1, PIECE // max(1, first.nbytes))
+        for start in range(0, shape[0], rows):
+            stop = min(start + rows, shape[0])
+            whole[start:stop] = part[start:stop]
+        return whole
 
 
 def _from_bytes(found: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
