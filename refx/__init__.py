@@ -27,7 +27,7 @@ from refx.errors import (
     ValueTypeError,
 )
 from refx.field import MISSING, RefField, StaticField, get_ref
-from refx.filters import All, Any, Filter, Not, OfType, PathContains, to_predicate
+from refx.filters import All, Any, Filter, Not, OfType, PathContains, PathMatches, to_predicate
 from refx.node import Node
 from refx.partition import Partition
 from refx.ref import Ref
@@ -51,6 +51,7 @@ __all__ = [
     "OfType",
     "Partition",
     "PathContains",
+    "PathMatches",
     "ReadOnlyError",
     "Ref",
     "RefError",

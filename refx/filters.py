@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable
 from refx.errors import FilterError
 from refx.ref import Ref
 
-__all__ = ["All", "Any", "Filter", "Not", "OfType", "PathContains", "to_predicate"]
+__all__ = ["All", "Any", "Filter", "Not", "OfType", "PathContains", "PathMatches", "to_predicate"]
 
 Path = tuple[str, ...]
 Predicate = Callable[[Path, object], bool]
@@ -51,7 +51,7 @@ def to_predicate(filter: Filter) -> Predicate:
         raise FilterError(
             f"{filter!r} is not a filter. A filter is a collection name, a tuple of filters (any "
             f"of), ..., None, a callable (path, ref) -> bool, or All, Any, Not, PathContains, "
-            f"OfType. For a list of filters, write a tuple."
+            f"PathMatches, OfType. For a list of filters, write a tuple."
         ) from None
     return _InCollection(filter)
 
@@ -161,6 +161,46 @@ class PathContains:
 
     def __hash__(self) -> int:
         return hash((PathContains, self.part))
+
+
+class PathMatches:
+    """Selects by path: all of it matches a glob such as `"blocks.*.attention.**"`.
+
+    `*`, `?` and `[a-z]` match within one component, and a component `**` matches any number of them.
+
+    >>> import refx
+    >>> kernels = refx.PathMatches("blocks.[01].**.kernel")
+    >>> kernels(("blocks", "0", "mlp", "up", "kernel"), None), kernels(("head", "kernel"), None)
+    (True, False)
+    """
+
+    def __init__(self, glob: str):
+        if not isinstance(glob, str):
+            raise FilterError(
+                f"PathMatches takes a string, a glob for a dotted path, but got {glob!r}."
+            )
+        self.glob = glob
+        self._parts = tuple(glob.split(".")) if glob else ()
+
+    def __call__(self, path: Path, ref: object) -> bool:
+        return _matches(self._parts, path)
+
+    def __repr__(self) -> str:
+        return f"PathMatches({self.glob!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PathMatches) and other.glob == self.glob
+
+    def __hash__(self) -> int:
+        return hash((PathMatches, self.glob))
+
+
+def _matches(parts: Path, path: Path) -> bool:
+    if not parts:
+        return not path
+    if parts[0] == "**":
+        return any(_matches(parts[1:], path[i:]) for i in range(len(path) + 1))
+    return bool(path) and fnmatch.fnmatchcase(path[0], parts[0]) and _matches(parts[1:], path[1:])
 
 
 class OfType:

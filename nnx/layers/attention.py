@@ -1,0 +1,398 @@
+"""Multi-head attention, with a cache for decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from nnx.layers._common import (
+    Dtype,
+    Initializer,
+    Metadata,
+    default_kernel_init,
+    promote_dtype,
+    shape_error,
+    zeros,
+)
+from nnx.layers._decoding import append, check_room, seen
+from nnx.layers.attention_functions import dot_product_attention
+from nnx.layers.layer_norm import LayerNorm
+from nnx.layers.linear_general import LinearGeneral
+from nnx.layers.positions import RotaryEmbedding
+from nnx.module import Module, ref
+
+__all__ = ["MultiHeadAttention"]
+
+
+class MultiHeadAttention(Module):
+    """Multi-head attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
+
+    With `num_kv_heads` less than `num_heads`, neighbouring query heads share a key and value head:
+    grouped-query attention (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245).
+
+    To decode, make a cache with `init_cache`, and call with `decode=True` (or set the attribute, or
+    the flag with `model.apply(decode=True)`): the keys and values of the new tokens, one or many, go
+    into the cache after those of the calls before, and each token sees itself and all before it.
+
+    Args:
+      num_heads: number of query heads.
+      in_features: size of the last axis of the queries' input.
+      qkv_features: size of all query heads together; without it, `in_features`.
+      out_features: size of the last axis of the output; without it, `in_features`.
+      num_kv_heads: number of key and value heads, which divides `num_heads`; without it, `num_heads`.
+      in_kv_features: size of the last axis of the keys' and values' input; without it, `in_features`.
+      dtype: dtype of the computation; without it, what input and parameters promote to.
+      param_dtype: dtype of the parameters.
+      broadcast_dropout: drop the same weights in every batch entry and head.
+      dropout_rate: the probability that an attention weight is dropped. Keys come from the ambient
+        stream `"dropout"`.
+      deterministic: drop nothing. An argument of the call, then a scope flag of this name, wins over
+        it; `model.train()` and `model.eval()` set it.
+      precision: precision of the products, as for `jax.lax.dot_general`.
+      kernel_init, bias_init: initializers of the four projections.
+      out_kernel_init, out_bias_init: those of `out`, if others.
+      use_bias: whether the projections have a bias.
+      attention_fn: a function with the arguments of `nnx.dot_product_attention`.
+      decode: use the cache. An argument of the call, then a scope flag of this name, wins over it.
+      normalize_qk: normalize each head of queries and keys (https://arxiv.org/abs/2302.05442).
+      rotary: rotates queries and keys by their positions, after that normalization.
+      qkv_promote_dtype, out_promote_dtype, ln_promote_dtype: functions for the casts of the
+        projections `query`, `key`, `value`; of `out`; of the normalizations.
+      qkv_dot_general, out_dot_general, qkv_dot_general_cls, out_dot_general_cls: as for
+        `LinearGeneral`.
+      kernel_metadata, bias_metadata, query_ln_scale_metadata, key_ln_scale_metadata: metadata of the
+        Refs.
+      out_kernel_metadata, out_bias_metadata: those of `out`, if others.
+
+    Attributes: the projections `query`, `key`, `value` (kernels of shape `(in, heads, head_dim)`) and
+    `out` (`(num_heads, head_dim, out_features)`), which are `LinearGeneral`; `query_ln` and `key_ln`,
+    `LayerNorm` or None; `cached_key`, `cached_value` and `cache_index`, in the collection `"cache"`,
+    None before `init_cache`.
+
+    Raises:
+      ValueError: the features or the key heads cannot be divided among the heads.
+      MissingStreamError: made outside of a scope with a `"params"` stream.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> layer = nnx.MultiHeadAttention.init(jax.random.key(0))(num_heads=4, in_features=16)
+    >>> x = jax.random.normal(jax.random.key(1), (2, 6, 16))
+    >>> y = layer(x, is_causal=True)
+    >>> layer.init_cache((2, 8, 16))
+    >>> prompt, last = layer(x[:, :5], decode=True), layer(x[:, 5:], decode=True)
+    >>> bool(jnp.allclose(jnp.concatenate([prompt, last], axis=1), y, atol=1e-5))
+    True
+    """
+
+    cached_key: jax.Array | None = ref("cache")
+    cached_value: jax.Array | None = ref("cache")
+    cache_index: jax.Array | None = ref("cache")
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        num_kv_heads: int | None = None,
+        in_kv_features: int | None = None,
+        *,
+        dtype: Dtype = None,
+        param_dtype: Dtype = jnp.float32,
+        broadcast_dropout: bool = True,
+        dropout_rate: float = 0.0,
+        deterministic: bool | None = None,
+        precision: Any = None,
+        kernel_init: Initializer = default_kernel_init,
+        out_kernel_init: Initializer | None = None,
+        bias_init: Initializer = zeros,
+        out_bias_init: Initializer | None = None,
+        use_bias: bool = True,
+        attention_fn: Callable[..., jax.Array] = dot_product_attention,
+        decode: bool | None = None,
+        normalize_qk: bool = False,
+        rotary: RotaryEmbedding | None = None,
+        qkv_promote_dtype: Callable[..., Any] = promote_dtype,
+        out_promote_dtype: Callable[..., Any] = promote_dtype,
+        ln_promote_dtype: Callable[..., Any] = promote_dtype,
+        qkv_dot_general: Callable[..., jax.Array] | None = None,
+        out_dot_general: Callable[..., jax.Array] | None = None,
+        qkv_dot_general_cls: Callable[[], Callable[..., jax.Array]] | None = None,
+        out_dot_general_cls: Callable[[], Callable[..., jax.Array]] | None = None,
+        kernel_metadata: Metadata = {},  # noqa: B006 — never changed
+        out_kernel_metadata: Metadata = {},  # noqa: B006
+        bias_metadata: Metadata = {},  # noqa: B006
+        out_bias_metadata: Metadata = {},  # noqa: B006
+        query_ln_scale_metadata: Metadata = {},  # noqa: B006
+        key_ln_scale_metadata: Metadata = {},  # noqa: B006
+    ):
+        self.num_heads = num_heads
+        self.in_features = in_features
+        self.qkv_features = in_features if qkv_features is None else qkv_features
+        self.out_features = in_features if out_features is None else out_features
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.in_kv_features = in_features if in_kv_features is None else in_kv_features
+        self.head_dim = self.qkv_features // num_heads
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.broadcast_dropout = broadcast_dropout
+        self.dropout_rate = dropout_rate
+        self.deterministic = deterministic
+        self.precision = precision
+        self.use_bias = use_bias
+        self.attention_fn = attention_fn
+        self.decode = decode
+        self.normalize_qk = normalize_qk
+        self.rotary = rotary
+        self._check_sizes()
+
+        shared: dict[str, Any] = {
+            "use_bias": use_bias,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "precision": precision,
+        }
+
+        def project(features: int, heads: int) -> LinearGeneral:
+            return LinearGeneral(
+                features,
+                (heads, self.head_dim),
+                kernel_init=kernel_init,
+                bias_init=bias_init,
+                promote_dtype=qkv_promote_dtype,
+                dot_general=qkv_dot_general,
+                dot_general_cls=qkv_dot_general_cls,
+                kernel_metadata=kernel_metadata,
+                bias_metadata=bias_metadata,
+                **shared,
+            )
+
+        self.query = project(in_features, num_heads)
+        self.key = project(self.in_kv_features, self.num_kv_heads)
+        self.value = project(self.in_kv_features, self.num_kv_heads)
+        self.out = LinearGeneral(
+            (num_heads, self.head_dim),
+            self.out_features,
+            axis=(-2, -1),
+            kernel_init=out_kernel_init or kernel_init,
+            bias_init=out_bias_init or bias_init,
+            promote_dtype=out_promote_dtype,
+            dot_general=out_dot_general,
+            dot_general_cls=out_dot_general_cls,
+            kernel_metadata=out_kernel_metadata or kernel_metadata,
+            bias_metadata=out_bias_metadata or bias_metadata,
+            **shared,
+        )
+
+        def norm(scale_metadata: Metadata) -> LayerNorm | None:
+            if not normalize_qk:
+                return None
+            return LayerNorm(
+                self.head_dim,
+                use_bias=False,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                promote_dtype=ln_promote_dtype,
+                scale_metadata=scale_metadata,
+            )
+
+        self.query_ln = norm(query_ln_scale_metadata)
+        self.key_ln = norm(key_ln_scale_metadata)
+        self.cached_key = self.cached_value = self.cache_index = None
+
+    def init_cache(self, input_shape: Sequence[int], dtype: Dtype = None) -> None:
+        """Make an empty cache, or empty the one there is.
+
+        Args:
+          input_shape: `(*batch, length, in_features)`, the shape of the longest input: there is room
+            for `length` tokens.
+          dtype: dtype of the cached keys and values; without it, `dtype` of the layer, or its
+            `param_dtype`.
+
+        Raises:
+          ValueError: the shape is not of this form.
+        """
+        shape = tuple(input_shape)
+        if len(shape) < 2 or shape[-1] != self.in_features:
+            expected = f"(*batch, length, {self.in_features})"
+            raise shape_error(self, "to make a cache for an input", expected, shape)
+        shape = (*shape[:-1], self.num_kv_heads, self.head_dim)
+        dtype = dtype or self.dtype or self.param_dtype
+        self.cached_key = jnp.zeros(shape, dtype)
+        self.cached_value = jnp.zeros(shape, dtype)
+        self.cache_index = jnp.zeros((), jnp.int32)
+
+    def __call__(
+        self,
+        inputs_q: jax.Array,
+        inputs_k: jax.Array | None = None,
+        inputs_v: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
+        deterministic: bool | None = None,
+        decode: bool | None = None,
+        is_causal: bool = False,
+        positions: jax.Array | None = None,
+        key_positions: jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attend from each query to the keys; the result is `(*batch, query length, out_features)`.
+
+        When decoding, the key length is the length of the cache. More tokens than there is room for
+        are an error; where the index is traced, as in `nnx.jit`, nothing can be raised, and the
+        result is NaN, from then on until `init_cache` is called again.
+
+        Args:
+          inputs_q: an input of shape `(*batch, query length, in_features)`.
+          inputs_k: one of shape `(*batch, key length, in_kv_features)`; without it, `inputs_q`.
+          inputs_v: one like `inputs_k`; without it, `inputs_k`.
+          mask: where it is 0 or False a query does not see a key; broadcasts to
+            `(*batch, heads, query length, key length)`.
+          deterministic: whether to drop no weights.
+          decode: whether to use the cache.
+          is_causal: let query i see the keys 0 to i only. With the cache this is so in any case.
+          positions: positions of the queries, for `rotary`, of shape `(query length,)` or
+            `(*batch, query length)`; without it, 0, 1, ..., counted from the first token in the
+            cache when decoding.
+          key_positions: those of the keys; without it, `positions` if the keys are from `inputs_q`,
+            else 0, 1, ....
+          rng: a key for dropout, instead of the ambient stream's next one.
+
+        Raises:
+          ValueError: shapes that do not fit; no cache, or a full one; values without keys.
+          MissingFlagError: weights may be dropped, and `deterministic` is None everywhere.
+          MissingStreamError: weights are to be dropped, and there is no stream for a key.
+        """
+        if inputs_k is None:
+            if inputs_v is not None:
+                raise ValueError(
+                    "MultiHeadAttention got inputs_v without inputs_k. Pass what both keys and "
+                    "values are made of as inputs_k."
+                )
+            inputs_k = inputs_q
+            key_positions = positions if key_positions is None else key_positions
+        inputs_v = inputs_k if inputs_v is None else inputs_v
+        self._check_inputs(inputs_q, inputs_k, inputs_v)
+        if decode is None:
+            decode = self.get_flag("decode", False)
+        cache = self._cache() if decode else None
+        first, length = 0, inputs_k.shape[-2]
+        if cache is not None:
+            check_room(cache[2], cache[0].shape, inputs_q.shape, inputs_k.shape)
+            first, length = cache[2], cache[0].shape[-3]
+        self._check_mask(mask, inputs_q.shape, length)
+
+        query, key, value = self.query(inputs_q), self.key(inputs_k), self.value(inputs_v)
+        if self.query_ln is not None and self.key_ln is not None:
+            query, key = self.query_ln(query), self.key_ln(key)
+        query, key = self._rotated(query, key, positions, key_positions, first)
+        options = self._options(deterministic, rng)
+        if cache is None:
+            x = self.attention_fn(query, key, value, mask=mask, is_causal=is_causal, **options)
+            return self.out(x)
+
+        start, end = cache[2], cache[2] + query.shape[-3]
+        keys, values = append(cache[0], key, start), append(cache[1], value, start)
+        mask = seen(mask, start, query, keys)
+        y = self.out(self.attention_fn(query, keys, values, mask=mask, is_causal=False, **options))
+        # Last, so that a call that raises leaves the cache as it was.
+        self.cached_key, self.cached_value, self.cache_index = keys, values, end
+        return jnp.where(end > length, jnp.nan, y) if isinstance(end, Tracer) else y
+
+    def _options(self, deterministic: bool | None, rng: jax.Array | None) -> dict[str, Any]:
+        """What `attention_fn` is called with in any case."""
+        if self.dropout_rate == 0:
+            deterministic = True
+        elif deterministic is None:
+            deterministic = self.get_flag("deterministic")
+        if deterministic:
+            rng = None
+        elif rng is None:
+            rng = self.make_rng("dropout")
+        return {
+            "dtype": self.dtype,
+            "precision": self.precision,
+            "broadcast_dropout": self.broadcast_dropout,
+            "dropout_rate": self.dropout_rate,
+            "dropout_rng": rng,
+            "deterministic": deterministic,
+        }
+
+    def _rotated(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        positions: jax.Array | None,
+        key_positions: jax.Array | None,
+        first: jax.Array | int,
+    ) -> tuple[jax.Array, jax.Array]:
+        if self.rotary is None:
+            if positions is None and key_positions is None:
+                return query, key
+            raise ValueError(
+                "MultiHeadAttention got positions, but has no rotary embedding to use them. Make it "
+                f"with rotary=RotaryEmbedding({self.head_dim}), or leave them out."
+            )
+        if positions is None:
+            positions = first + jnp.arange(query.shape[-3])
+        if key_positions is None:
+            key_positions = first + jnp.arange(key.shape[-3])
+        return self.rotary(query, positions), self.rotary(key, key_positions)
+
+    def _cache(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        cached = self.cached_key, self.cached_value, self.cache_index
+        if cached[0] is None or cached[1] is None or cached[2] is None:
+            raise ValueError(
+                "MultiHeadAttention has no cache to decode with. Call init_cache((*batch, length, "
+                f"{self.in_features})) first, or pass decode=False."
+            )
+        return cached[0], cached[1], cached[2]
+
+    def _check_inputs(self, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+        named = ("queries", q, self.in_features), ("keys", k, self.in_kv_features)
+        for name, x, size in (*named, ("values", v, self.in_kv_features)):
+            if jnp.ndim(x) < 2 or jnp.shape(x)[-1] != size:
+                raise shape_error(self, name, f"(*batch, length, {size})", jnp.shape(x))
+        if q.shape[:-2] != k.shape[:-2] or k.shape[:-1] != v.shape[:-1]:
+            raise ValueError(
+                f"MultiHeadAttention expects queries, keys and values of the same batch, and keys "
+                f"and values of the same length, but got shapes {q.shape}, {k.shape} and {v.shape}."
+            )
+
+    def _check_mask(self, mask: jax.Array | None, queries: tuple[int, ...], length: int) -> None:
+        wanted = (*queries[:-2], self.num_heads, queries[-2], length)
+        try:
+            fits = mask is None or jnp.broadcast_shapes(mask.shape, wanted) == wanted
+        except ValueError:
+            fits = False
+        if mask is not None and not fits:
+            raise ValueError(
+                f"MultiHeadAttention expects a mask that broadcasts to {wanted}, (*batch, heads, "
+                f"query length, key length), but got one of shape {mask.shape}. When decoding, the "
+                f"key length is that of the cache."
+            )
+
+    def _check_sizes(self) -> None:
+        if self.qkv_features % self.num_heads:
+            raise ValueError(
+                f"MultiHeadAttention cannot divide qkv_features={self.qkv_features} among "
+                f"num_heads={self.num_heads}. Make it a multiple."
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"MultiHeadAttention cannot divide num_heads={self.num_heads} query heads among "
+                f"num_kv_heads={self.num_kv_heads} key heads. Make it a multiple."
+            )
+        if not 0 <= self.dropout_rate <= 1:
+            raise ValueError(
+                f"The dropout_rate of MultiHeadAttention is a probability, from 0 to 1, but got "
+                f"{self.dropout_rate}."
+            )
+        if self.rotary is not None and self.rotary.features != self.head_dim:
+            raise ValueError(
+                f"The heads of MultiHeadAttention have size {self.head_dim} (qkv_features // "
+                f"num_heads), but rotary is a RotaryEmbedding({self.rotary.features})."
+            )

@@ -1,0 +1,119 @@
+"""Tables of vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.nn import initializers
+
+from nnx.layers._common import (
+    Dtype,
+    Initializer,
+    Metadata,
+    new_ref,
+    promote_dtype,
+    shape_error,
+)
+from nnx.module import Module, param
+
+__all__ = ["Embed"]
+
+_default_embedding_init: Initializer = initializers.variance_scaling(
+    1.0, "fan_in", "normal", out_axis=0
+)
+
+
+class Embed(Module):
+    """A table of vectors, one for each integer from 0 to `num_embeddings - 1`.
+
+    An index that is out of range gives NaN: under `jax.jit` nothing can be raised, and a clipped
+    index would train another row in silence. Negative indices count from the end, from
+    `-num_embeddings`. A table of one row gives that row for every index.
+
+    Args:
+      num_embeddings: number of rows.
+      features: size of a row.
+      dtype: dtype of the result; without it, that of the table.
+      param_dtype: dtype of the table.
+      embedding_init: initializer, called with a key, a shape and a dtype.
+      promote_dtype: a function for the casts, called with `(embedding,), dtype=` or, to attend,
+        with `(query, embedding), dtype=`.
+      embedding_metadata: metadata of the Ref.
+
+    Attributes: `embedding` of shape `(num_embeddings, features)` in the collection `"params"`.
+
+    Raises:
+      MissingStreamError: made outside of a scope with a `"params"` stream.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> embed = nnx.Embed.init(jax.random.key(0))(5, 3)
+    >>> embed(jnp.array([[0, 1], [4, -1]])).shape
+    (2, 2, 3)
+    >>> bool(jnp.isnan(embed(jnp.array(5))).all())
+    True
+    """
+
+    embedding: jax.Array = param()
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        features: int,
+        *,
+        dtype: Dtype = None,
+        param_dtype: Dtype = jnp.float32,
+        embedding_init: Initializer = _default_embedding_init,
+        promote_dtype: Callable[..., Any] = promote_dtype,
+        embedding_metadata: Metadata = {},  # noqa: B006 — never changed
+    ):
+        shape = (num_embeddings, features)
+        self.embedding = new_ref(  # pyright: ignore[reportAttributeAccessIssue]
+            embedding_init, shape, param_dtype, embedding_metadata
+        )
+        self.num_embeddings = num_embeddings
+        self.features = features
+        self.dtype = dtype or self.embedding.dtype
+        self.param_dtype = param_dtype
+        self.promote_dtype = promote_dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Look up integers of any shape; the result has a last axis of size `features` more.
+
+        Raises:
+          ValueError: the dtype is not an integer one.
+        """
+        x = jnp.asarray(x)
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(
+                f"Embed({self.num_embeddings}, {self.features}) looks up integers, but got an "
+                f"input of dtype {x.dtype} and shape {x.shape}. Cast it, as in "
+                f"x.astype(jnp.int32), or use a Linear for vectors."
+            )
+        (embedding,) = self.promote_dtype((self.embedding,), dtype=self.dtype)
+        if self.num_embeddings == 1:
+            return jnp.broadcast_to(embedding, (*x.shape, self.features))
+        return jnp.take(embedding, x, axis=0)
+
+    def attend(self, query: jax.Array) -> jax.Array:
+        """The product of each query with each row: logits, with the table of the input.
+
+        Args:
+          query: an array of shape `(..., features)`.
+
+        Returns:
+          An array of shape `(..., num_embeddings)`.
+
+        Raises:
+          ValueError: the last axis has another size; the message has both shapes.
+
+        >>> import jax, jax.numpy as jnp, nnx
+        >>> nnx.Embed.init(jax.random.key(0))(5, 3).attend(jnp.ones((2, 3))).shape
+        (2, 5)
+        """
+        if not jnp.ndim(query) or jnp.shape(query)[-1] != self.features:
+            raise shape_error(self, "a query", f"(..., {self.features})", jnp.shape(query))
+        query, embedding = self.promote_dtype((query, self.embedding), dtype=self.dtype)
+        return query @ embedding.T
