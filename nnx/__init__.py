@@ -6,12 +6,14 @@ pure values for JAX and write the updates back, so a training step returns nothi
 """
 
 import refx
-from nnx import layers, serialize, transforms
+from nnx import bridge, layers, serialize, training, transforms
 from nnx.layers import *  # noqa: F403
 from nnx.module import Module, dataclass, param, ref, static
+from nnx.purify import purify
 from nnx.rng import RngStream
 from nnx.scope import MissingFlagError, MissingStreamError, get_flag, make_rng, scope
 from nnx.serialize import *  # noqa: F403
+from nnx.training import *  # noqa: F403
 from nnx.transforms import *  # noqa: F403
 from refx import *  # noqa: F403
 
@@ -20,10 +22,12 @@ __all__ = [
     "MissingStreamError",
     "Module",
     "RngStream",
+    "bridge",
     "dataclass",
     "get_flag",
     "make_rng",
     "param",
+    "purify",
     "ref",
     "scope",
     "static",
@@ -31,4 +35,5 @@ __all__ = [
 __all__ += layers.__all__
 __all__ += transforms.__all__
 __all__ += serialize.__all__
+__all__ += training.__all__
 __all__ += refx.__all__

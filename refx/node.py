@@ -90,6 +90,12 @@ class Node(_HasDict):
         check_structure(self, f"Attribute {name!r}")
         if isinstance(value, Tracer):
             check_value(None, value)
+        if name == "__class__":
+            raise StructureError(
+                f"The class of a {type(self).__name__} cannot be assigned: compiled programs know "
+                f"the module by it. Make a module of the other class, give it the Refs of this one "
+                f"(nnx.get_ref), and put it in this one's place."
+            )
         if name in _SLOTS:
             raise StructureError(f"The attribute name {name!r} is taken by refx; choose another.")
         old = attributes(self).get(name)

@@ -183,6 +183,10 @@ class _Local(threading.local):
 
 local = _Local()
 
+# Outside of stateful transformations, what `Frame.baked` is in one: Refs that were made in a plain
+# jax transformation.
+_baked: weakref.WeakSet[Ref[Any]] = weakref.WeakSet()
+
 
 def seen_from(frame: Frame | None, ref: Ref[Any], owner: Any = None) -> Any:
     """The value of `ref` at the level of `frame`, an ancestor of the current one or itself."""
@@ -224,7 +228,7 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
         target = ref
     if target._trace() is not current_trace(()):
         raise _not_writable(target, ref, owner)
-    if frame is not None and target in frame.baked:
+    if target in (_baked if frame is None else frame.baked):
         raise ClosureError(
             f"{describe(ref, owner)} is written after it was read by closure inside a plain jax "
             f"transformation that keeps its program (jax.jit, lax.scan, jax.checkpoint, ...): "
@@ -321,10 +325,11 @@ def _check_not_baked(ref: Ref[Any], owner: Any, frame: Frame | None, trace: Any)
         home = EVAL if frame is None else frame.trace()
     if ref._trace is READ_ONLY or not _program_between(home, trace):
         return
-    if any(isinstance(x, Tracer) for x in jax.tree.leaves(ref._value)):
-        # JAX lifts the tracer, and keeps the program for the next call of the same function.
-        if frame is not None:
-            frame.baked.add(ref)
+    of_body = home is not EVAL and not _stands_in(ref, frame)
+    if of_body or any(isinstance(x, Tracer) for x in jax.tree.leaves(ref._value)):
+        # A Ref of a body that runs once is closed over by functions of that body, and JAX lifts a
+        # tracer; but the program is kept for the next call of the same function.
+        (_baked if frame is None else frame.baked).add(ref)
         return
     raise ClosureError(
         f"{describe(ref, owner)} was read by closure inside {kind_of(trace)}. Its value would "
@@ -333,6 +338,11 @@ def _check_not_baked(ref: Ref[Any], owner: Any, frame: Frame | None, trace: Any)
         f"the nnx transformation of the same name (nnx.jit, nnx.scan, nnx.remat, ...), which "
         f"lifts closed-over Refs to inputs."
     )
+
+
+def _stands_in(ref: Ref[Any], frame: Frame | None) -> bool:
+    """Whether `ref` stands in this body for one that it closes over."""
+    return frame is not None and any(frame.shadow[outer] is ref for outer in frame.found)
 
 
 def _runs(home: Any) -> bool:

@@ -103,10 +103,11 @@ class Conv(Module):
         self.out_features = out_features
         self.kernel_size = size
         self.kernel_shape = shape
-        self.strides = _each(strides, len(size))
-        self.padding = _padding(padding, len(size))
-        self.input_dilation = _each(input_dilation, len(size))
-        self.kernel_dilation = _each(kernel_dilation, len(size))
+        axes = len(size)
+        self.strides = each_axis("Conv", "strides", strides, axes)
+        self.padding = checked_padding("Conv", padding, axes, ("SAME", "VALID", *_PAD_MODES))
+        self.input_dilation = each_axis("Conv", "input_dilation", input_dilation, axes)
+        self.kernel_dilation = each_axis("Conv", "kernel_dilation", kernel_dilation, axes)
         self.feature_group_count = feature_group_count
         self.use_bias = use_bias
         self.mask = mask
@@ -167,34 +168,38 @@ class Conv(Module):
 _PAD_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect", "CAUSAL": "constant"}
 
 
-def _each(sizes: Sizes, axes: int) -> tuple[int, ...]:
+def each_axis(layer: str, name: str, sizes: Sizes, axes: int) -> tuple[int, ...]:
+    """A size for each spatial axis."""
     if sizes is None or isinstance(sizes, int):
         return (sizes or 1,) * axes
     if len(sizes) != axes:
         raise ValueError(
-            f"Conv has a kernel of {axes} spatial axes, but got {len(sizes)} sizes for strides or "
-            f"dilation: {tuple(sizes)}."
+            f"{layer} has a kernel of {axes} spatial axes, but got {len(sizes)} sizes for {name}: "
+            f"{tuple(sizes)}."
         )
     return tuple(sizes)
 
 
-def _padding(padding: Padding, axes: int) -> str | tuple[tuple[int, int], ...]:
+def checked_padding(
+    layer: str, padding: Padding, axes: int, modes: tuple[str, ...]
+) -> str | tuple[tuple[int, int], ...]:
+    """A padding mode, or a pair for each spatial axis."""
     if isinstance(padding, str):
         if padding == "CAUSAL" and axes != 1:
             raise ValueError(
-                f"CAUSAL padding is for one spatial axis, but the kernel of Conv has {axes}."
+                f"CAUSAL padding is for one spatial axis, but the kernel of {layer} has {axes}."
             )
-        if padding not in ("SAME", "VALID", *_PAD_MODES):
+        if padding not in modes:
             raise ValueError(
-                f"{padding!r} is no padding of Conv. Use 'SAME', 'VALID', 'CIRCULAR', 'REFLECT', "
-                f"'CAUSAL', an int, or for each axis an int or a pair."
+                f"{padding!r} is no padding of {layer}. Use {', '.join(map(repr, modes))}, an int, "
+                f"or for each axis an int or a pair."
             )
         return padding
     if isinstance(padding, int):
         return ((padding, padding),) * axes
     if len(padding) != axes:
         raise ValueError(
-            f"Conv has a kernel of {axes} spatial axes, but got {len(padding)} paddings: "
+            f"{layer} has a kernel of {axes} spatial axes, but got {len(padding)} paddings: "
             f"{tuple(padding)}."
         )
     return tuple((p, p) if isinstance(p, int) else (p[0], p[1]) for p in padding)

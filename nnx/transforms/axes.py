@@ -151,7 +151,7 @@ def _assign_root(
 
 def _chooser(spec: Any, name: str, where: str) -> Callable[[Path, Any], Any]:
     if isinstance(spec, ByFilter):
-        spec = {**spec.rules, ...: spec.default}
+        spec = spec.rules if ... in spec.rules else {**spec.rules, ...: spec.default}
     if not isinstance(spec, dict):
         return lambda path, ref: spec
     rules = [(to_predicate(f), s) for f, s in spec.items()]

@@ -11,6 +11,7 @@ a rule reads of it then is the value of that call, and not what the Ref happens 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,16 @@ __all__ = ["CustomRuleError", "custom_jvp", "custom_vjp"]
 
 class CustomRuleError(RefError, TypeError):
     """A custom derivative rule that is missing, or that returns what does not fit its function."""
+
+
+class _Learning(threading.local):
+    """The functions whose rules are being tried, in this thread."""
+
+    def __init__(self) -> None:
+        self.rules: list[_Custom] = []
+
+
+_learning = _Learning()
 
 
 class _Custom:
@@ -52,6 +63,9 @@ class _Custom:
         return [kept[i] if i in kept else next(todo) for i in range(count)]
 
     def __call__(self, *args: Any) -> Any:
+        if self in _learning.rules:
+            # A rule that calls its own function: what it leaves behind is all that is asked here.
+            return self._fn(*args)
         fixed, args = self._divide(args)
 
         def attempt(roots: Roots) -> Any:
@@ -69,18 +83,22 @@ class _Custom:
             lambda *args: fn(*self._whole(args, fixed)), self._name, bare, *flat
         )
 
+    def _learn(self, call: Call, *bodies: Callable[..., Packed]) -> Spec:
+        """What the bodies write, in all; they must leave the same structure."""
+        _learning.rules.append(self)
+        try:
+            flat = call.values, call.leaves, call.others
+            found = [jax.eval_shape(body, *flat) for body in bodies]
+        finally:
+            _learning.rules.pop()
+        check_lifted(call)
+        return Spec(tuple(sorted({i for p in found for i in p.spec.written})), found[0].spec.graph)
+
     def _missing(self, method: str) -> CustomRuleError:
         return CustomRuleError(
             f"{self._name} was called, but its rule is not defined. Define it with "
             f"{function_name(self._fn)}.{method}."
         )
-
-
-def _learn(call: Call, *bodies: Callable[..., Packed]) -> Spec:
-    """What the bodies write, in all; they must leave the same structure."""
-    found = [jax.eval_shape(body, call.values, call.leaves, call.others) for body in bodies]
-    check_lifted(call)
-    return Spec(tuple(sorted({i for p in found for i in p.spec.written})), found[0].spec.graph)
 
 
 def _united(packed: Packed, spec: Spec, values: list[Any]) -> tuple[Any, list[Any]]:
@@ -176,7 +194,7 @@ class custom_vjp(_Custom):
                 backward(residuals, zeros)
             return packed
 
-        spec = _learn(call, plain, gradient)
+        spec = self._learn(call, plain, gradient)
 
         def pure_fwd(*flat: Any) -> Any:
             residuals, packed = forward(*flat)
@@ -355,7 +373,7 @@ class custom_jvp(_Custom):
         def zeros(flat: Any) -> Any:
             return jax.tree.map(zero_tangent, flat)
 
-        spec = _learn(call, plain, lambda *flat: both(flat, zeros(flat))[1])
+        spec = self._learn(call, plain, lambda *flat: both(flat, zeros(flat))[1])
         pure = jax.custom_jvp(lambda *flat: _united(plain(*flat), spec, flat[0]))
 
         @pure.defjvp

@@ -291,3 +291,9 @@ def test_brackets_do_not_make_a_module_iterable(dense):
 def test_partitions_pickle(dense):
     part = pickle.loads(pickle.dumps(dense["params"]))
     assert (part["w"] == dense.w).all() and list(part) == list(dense["params"])
+
+
+def test_the_class_of_a_module_stays():
+    model = nnx.Linear.init(0)(2, 2)
+    with pytest.raises(nnx.StructureError, match="class of a .*Linear cannot be assigned"):
+        model.__class__ = nnx.Linear

@@ -316,3 +316,16 @@ def test_closed_over_refs_of_transformations_inside_a_plain_jit(inside):
         nnx.ClosureError, match="'scale'.* by closure inside a plain jax .*compiles"
     ):
         jax.jit(lambda v: f(nnx.Ref(v, "params")))(2.0)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, nnx.jit])
+def test_a_rule_may_call_its_own_function(wrap):
+    f = nnx.custom_vjp(lambda w, x: jnp.sin(w.value * x))
+    f.defvjp(lambda w, x: (f(w, x), None), lambda _, ct: ({"": 3 * ct}, 5 * ct))
+    w = nnx.Ref(jnp.array(2.0), "params")
+    assert wrap(f)(w, 1.0) == jnp.sin(2.0)
+    gw, gx = wrap(nnx.grad(f, argnums=(0, 1)))(w, 1.0)
+    assert (gw[""], gx) == (3, 5)
+    g = nnx.custom_jvp(lambda x: jnp.sin(x))
+    g.defjvp(lambda p, t: (g(p[0]), 7 * t[0]))
+    assert wrap(nnx.grad(lambda x: g(x)))(1.0) == 7

@@ -86,6 +86,14 @@ def test_a_carry_replaced_by_a_module_like_it():
     assert same is model and (model.b == 3).all()
 
 
+def test_everything_is_carried_by_an_ellipsis():
+    layer = Dense()
+    _, ys = nnx.scan(
+        lambda c, s: (c, s[0](s[1])), None, (layer, jnp.ones((5, 2))), axes={...: nnx.CARRY}
+    )
+    assert ys.shape == (5, 2) and layer.calls == 5
+
+
 def test_axes_carry_by_filter(data):
     x, _ = data
     layers, _ = stack()

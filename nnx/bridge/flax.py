@@ -1,0 +1,193 @@
+"""Weights from flax and to flax, by path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from nnx.bridge._move import BridgeError, Mover, convert, message, nested
+from nnx.bridge._names import NO_RULE, Names, renamer
+from refx.partition import Path, dotted
+
+__all__ = ["from_flax", "to_flax"]
+
+# Of flax's variables, those that have to be on both sides. Others move where both have them.
+_COLLECTIONS = ("params", "batch_stats")
+
+
+def from_flax(theirs: Any, ours: Any, names: Names | None = None) -> Any:
+    """Move every weight of a flax model into ours, by path.
+
+    Layers of nnx have the attribute names and shapes of their `flax.nnx` namesakes, so a model of
+    ours with the attributes of the flax model takes its weights as they are. Values are cast to the
+    dtypes that our model has.
+
+    Args:
+      theirs: a `flax.nnx` module or its `State`; or the variables of a Linen module, which are
+        nested dicts with `"params"` (and `"batch_stats"`) at the top; or `"params"` alone.
+      ours: the model to write. Its Refs in `"params"` and `"batch_stats"` must all get a value; a
+        shared Ref may have any of its paths on the other side.
+      names: what is called differently, such as `{"Dense_0": "head"}` for a Linen module: from
+        their path to ours, as for `from_state_dict`.
+
+    Returns:
+      `ours`.
+
+    Raises:
+      BridgeError: weights are missing, unexpected or of another shape; the message lists all.
+      ImportError: flax is not installed, and `theirs` is not a plain dict.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> ours = nnx.Linear.init(0)(2, 1)
+    >>> variables = {"params": {"kernel": jnp.ones((2, 1)), "bias": jnp.zeros(1)}}
+    >>> nnx.bridge.from_flax(variables, ours)(jnp.ones(2)).tolist()
+    [2.0]
+    """
+    mover = Mover(ours, "the flax model")
+    rename = renamer(names)
+    for path, value, needed in _flat(theirs, mover):
+        target = rename(dotted(path)) if names is not None else path
+        if target is NO_RULE:
+            mover.unexpected += [f"{dotted(path)} (no regex matches it)"] if needed else []
+        elif target is not None and (needed or mover.find(target) is not None):
+            mover.put(target, value, dotted(path))
+    mover.finish(_COLLECTIONS)
+    return ours
+
+
+def to_flax(ours: Any, theirs: Any, names: Names | None = None) -> Any:
+    """Move every weight of our model into a flax model, by path: the inverse of `from_flax`.
+
+    Args:
+      ours: the model to read.
+      theirs: a `flax.nnx` module, which is written; or a `State` or the nested dicts of a Linen
+        module, of which a copy with our weights is returned. Values are cast to its dtypes.
+      names: from their path to ours, as for `from_flax`.
+
+    Returns:
+      `theirs`, or the copy.
+
+    Raises:
+      BridgeError: weights are missing, unexpected or of another shape; the message lists all.
+      ImportError: flax is not installed, and `theirs` is not a plain dict.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> ours = nnx.Linear.init(0)(2, 1)
+    >>> variables = {"params": {"kernel": jnp.ones((2, 1)), "bias": jnp.ones(1)}}
+    >>> moved = nnx.bridge.to_flax(ours, variables)
+    >>> bool((moved["params"]["kernel"] == ours.kernel).all()), moved["params"]["bias"].tolist()
+    (True, [0.0])
+    """
+    mover = Mover(ours, "our model")
+    values: dict[Path, Any] = {}
+    used: set[Path] = set()
+    missing: list[str] = []
+    rename = renamer(names)
+    for path, old, needed in _flat(theirs, mover):
+        target = rename(dotted(path)) if names is not None else path
+        if target is None:
+            continue
+        found = None if target is NO_RULE else mover.find(target)
+        if found is None:
+            missing += [dotted(path)] if needed else []
+            continue
+        new = mover.cells[found].value
+        cast = convert(new, old) if np.shape(new) == np.shape(old) else None
+        if cast is None:
+            mover.wrong.append(
+                f"{dotted(path)} is {_short(old)} in the flax model, but {_short(new)} in ours"
+            )
+        values[path] = cast
+        used.add(found)
+    unexpected = [
+        dotted(path)
+        for path, cell in mover.cells.items()
+        if cell.collection in _COLLECTIONS and path not in used
+    ]
+    sections = [
+        ("has another shape or dtype", mover.wrong),
+        ("is missing in our model", missing),
+        ("is unexpected in our model", unexpected),
+    ]
+    if any(items for _, items in sections):
+        raise BridgeError(message("flax model", sections))
+    return _written(theirs, values, mover)
+
+
+def _short(x: Any) -> str:
+    return f"{jnp.asarray(x).dtype}{list(np.shape(x))}"
+
+
+def _flat(theirs: Any, mover: Mover) -> Iterator[tuple[Path, Any, bool]]:
+    """Path, value, and whether our side must have it, for every variable."""
+    if isinstance(theirs, Mapping) and not _is_state(theirs):
+        for _, path, value, needed in _linen(theirs, mover):
+            yield path, value, needed
+        return
+    flax = _flax()
+    state: Any = theirs if _is_state(theirs) else flax.state(theirs)
+    for path, variable in state.flat_state():
+        if isinstance(variable, flax.RngState):
+            continue
+        value = variable[...] if isinstance(variable, flax.Variable) else variable
+        needed = not isinstance(variable, flax.Variable) or isinstance(
+            variable, (flax.Param, flax.BatchStat)
+        )
+        yield tuple(map(str, path)), value, needed
+
+
+def _linen(theirs: Any, mover: Mover) -> Iterator[tuple[tuple[str, ...], Path, Any, bool]]:
+    """The place in the dicts, the path, the value, and whether our side must have it."""
+    # "params" at the top is a collection, unless our model has an attribute of that name.
+    own = {path[0] for path in mover.cells if path}
+    grouped = "params" in theirs and "params" not in own
+    for place, value in _leaves(theirs, ()):
+        path = place[1:] if grouped else place
+        yield place, path, value, not grouped or place[0] in _COLLECTIONS
+
+
+def _leaves(tree: Any, at: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    if isinstance(tree, Mapping):
+        for name, child in tree.items():
+            yield from _leaves(child, (*at, str(name)))
+    elif tree is not None:
+        # Linen boxes values that have metadata.
+        yield at, tree.unbox() if hasattr(tree, "unbox") else tree
+
+
+def _written(theirs: Any, values: dict[Path, Any], mover: Mover) -> Any:
+    if isinstance(theirs, Mapping) and not _is_state(theirs):
+        places = {place: (path, value) for place, path, value, _ in _linen(theirs, mover)}
+        return nested({place: values.get(path, value) for place, (path, value) in places.items()})
+    flax = _flax()
+    is_state = _is_state(theirs)
+    state: Any = theirs if is_state else flax.state(theirs)
+    pairs = []
+    for path, variable in state.flat_state():
+        new = values.get(tuple(map(str, path)))
+        if new is not None and isinstance(variable, flax.Variable):
+            new = variable.replace(new)
+        pairs.append((path, variable if new is None else new))
+    moved = flax.State.from_flat_path(dict(pairs))
+    if is_state:
+        return moved
+    flax.update(theirs, moved)
+    return theirs
+
+
+def _is_state(theirs: Any) -> bool:
+    return hasattr(theirs, "flat_state")
+
+
+def _flax() -> Any:
+    try:
+        from flax import nnx
+    except ImportError as error:
+        raise ImportError(
+            "nnx.bridge needs flax to read or write a flax module or State. Install it with "
+            "`pip install flax`, or pass the variables as nested dicts of arrays."
+        ) from error
+    return nnx

@@ -1,0 +1,190 @@
+"""Weights from PyTorch state dicts and safetensors files, by a name map. It does not need torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from nnx.bridge._move import BridgeError, Mover
+from nnx.bridge._names import NO_RULE, Names, renamer
+from nnx.bridge._torch_layers import layer_rule
+from refx import Node
+from refx.node import attributes
+
+__all__ = ["from_state_dict"]
+
+
+def from_state_dict(
+    state_dict: Any,
+    ours: Any,
+    names: Names | None = None,
+    transforms: Mapping[str, Callable[[np.ndarray], Any]] | None = None,
+    *,
+    strict: bool = True,
+) -> Any:
+    """Move the weights of a PyTorch model, or of a safetensors file, into ours.
+
+    Each name is first mapped to a path of our model by `names`, as far as the two models call
+    their layers differently. The last part of the name then follows from the class of *our* layer
+    there, and so does the layout: for a PyTorch `weight`, `nnx.Linear` has a transposed `kernel`,
+    `nnx.Conv` a `kernel` with the channels last, `nnx.Embed` an `embedding`, and the normalizations
+    have a `scale`; `running_mean` and `running_var` are `mean` and `var`. The joint input
+    projection of PyTorch's `MultiheadAttention` is divided, its `out_proj` is `out`, and the layers
+    of a PyTorch `Sequential` are those in `layers`. A name that ends as ours do (`kernel`, `scale`)
+    is taken as it is. Values are cast to the dtypes that our model has.
+
+    Recurrent layers have no rule here: PyTorch adds a second bias. Give `names` and `transforms`.
+
+    Args:
+      state_dict: a mapping from name to array: NumPy, JAX or torch (bfloat16 too); or the path of a
+        safetensors file, or several.
+      ours: the model to write. Its Refs in `"params"` and `"batch_stats"` must all get a value.
+      names: a dict from name to our path, where a name may be a prefix (`{"fc": "head"}` maps
+        `fc.weight` too, and the longest prefix wins); a function `name -> path`; or a list of
+        `(regex, template)`, of which the first that matches the whole name is expanded, as with
+        `re.Match.expand`. None in place of a path drops the array. A name that no entry of a dict
+        matches stays as it is; one that no regex matches is an error.
+      transforms: by name, or by our dotted path: a function of the NumPy array, in place of the
+        change of layout that the class says.
+      strict: whether missing and unexpected names are errors. A wrong shape always is.
+
+    Returns:
+      `ours`.
+
+    Raises:
+      BridgeError: what is missing, unexpected, or of another shape; the message lists all.
+      ImportError: a path was given and safetensors is not installed.
+
+    >>> import numpy as np, nnx
+    >>> ours = nnx.Sequential(nnx.Linear.init(0)(2, 1))
+    >>> state_dict = {"fc.weight": np.array([[1.0, 2.0]]), "fc.bias": np.array([3.0])}
+    >>> model = nnx.bridge.from_state_dict(state_dict, ours, names={"fc": "layers.0"})
+    >>> model(np.array([1.0, 1.0], "float32")).tolist()
+    [6.0]
+    """
+    mover = Mover(ours, "the state dict")
+    rename = renamer(names)
+    own = dict(transforms or {})
+    used: set[str] = set()
+    for name, value in _arrays(state_dict):
+        path = rename(name)
+        if path is None:
+            continue
+        if path is NO_RULE:
+            mover.unexpected.append(f"{name} (no regex matches it)")
+            continue
+        for target, convert in _targets(ours, str(path)):
+            if target is None:
+                continue
+            key = next((k for k in (name, target) if k in own), None)
+            if key is not None:
+                used.add(key)
+                convert = own[key]
+            array = to_numpy(value)
+            try:
+                array = convert(array)
+            except (ValueError, TypeError, IndexError) as error:
+                mover.wrong.append(f"{target}: {name} has shape {array.shape}: {error}")
+                continue
+            mover.put(target, array, name)
+    unused = [key for key in own if key not in used]
+    if unused:
+        raise BridgeError(
+            f"No weight has the name or the path {', '.join(map(repr, unused))} of transforms."
+        )
+    mover.finish(("params", "batch_stats"), strict=strict)
+    return ours
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """A NumPy array of an array of any library; a bfloat16 tensor of torch stays bfloat16."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":
+            # NumPy has no such dtype of its own; float32 holds it exactly.
+            return value.float().numpy().astype(jnp.bfloat16)
+        return value.numpy()
+    return np.asarray(value)
+
+
+def _arrays(source: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(source, Mapping):
+        yield from source.items()
+        return
+    paths = [source] if isinstance(source, str | os.PathLike) else list(source)
+    if not all(isinstance(path, str | os.PathLike) for path in paths):
+        raise TypeError(
+            f"from_state_dict takes a mapping from name to array or the path of a safetensors "
+            f"file, but got a {type(source).__name__}. Of a torch module, pass module.state_dict()."
+        )
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise ImportError(
+            "Reading a safetensors file needs the safetensors package. Install it with "
+            "`pip install safetensors`, or pass a mapping from name to array."
+        ) from error
+    for path in paths:
+        with safe_open(os.fspath(path), framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 — it is no mapping
+                yield name, file.get_tensor(name)
+
+
+def _targets(ours: Any, path: str) -> Iterator[tuple[str | None, Callable[[np.ndarray], Any]]]:
+    """Our dotted paths for a mapped name, each with the change of layout; None drops the array."""
+    *parents, leaf = path.split(".")
+    layer, at = _walk(ours, parents)
+    rules = layer_rule(layer, leaf) if isinstance(layer, Node) else None
+    if rules is None:
+        yield ".".join([*at, leaf]), _as_it_is
+        return
+    for name, convert in rules:
+        yield None if name is None else ".".join([*at, name]), convert
+
+
+def _as_it_is(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+# What PyTorch and its users call the parts of our layers.
+_ALIASES = {
+    "MultiHeadAttention": {
+        "out_proj": "out",
+        "o_proj": "out",
+        "q_proj": "query",
+        "k_proj": "key",
+        "v_proj": "value",
+    }
+}
+
+
+def _walk(ours: Any, names: Sequence[str]) -> tuple[Any, list[str]]:
+    """What is at a path of our model, None if there is nothing, and its path by our names."""
+    at, path = ours, []
+    for name in names:
+        if isinstance(at, Node):
+            kinds = {kind.__name__ for kind in type(at).__mro__ if _is_ours(kind)}
+            if "Sequential" in kinds and name.isdecimal():
+                at, path = at.layers, [*path, "layers"]  # pyright: ignore
+            else:
+                for kind in kinds & set(_ALIASES):
+                    if name not in attributes(at):
+                        name = _ALIASES[kind].get(name, name)
+        path = [*path, name]
+        if isinstance(at, Node):
+            at = attributes(at).get(name)
+        elif isinstance(at, Mapping):
+            at = {str(k): v for k, v in at.items()}.get(name)
+        elif isinstance(at, list | tuple) and name.isdecimal() and int(name) < len(at):
+            at = at[int(name)]
+        else:
+            at = None
+    return at, path
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "nnx"

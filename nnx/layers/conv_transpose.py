@@ -1,0 +1,168 @@
+"""Transposed convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nnx.layers._common import (
+    Dtype,
+    Initializer,
+    Metadata,
+    default_kernel_init,
+    new_ref,
+    promote_dtype,
+    shape_error,
+    zeros,
+)
+from nnx.layers.conv import Padding, Sizes, checked_padding, each_axis
+from nnx.module import Module, param
+
+__all__ = ["ConvTranspose"]
+
+
+class ConvTranspose(Module):
+    """A transposed convolution over any number of spatial axes, with the channels last.
+
+    Each element of the input adds a multiple of the kernel to the output, at `strides` times its
+    position: so strides make the output larger.
+
+    Args:
+      in_features: channels of the input.
+      out_features: channels of the output.
+      kernel_size: size of the kernel along each spatial axis; an int is one axis.
+      strides: one for all axes or one each.
+      padding: `"SAME"`: the output is `strides` times the size of the input; `"VALID"`: all of the
+        output; `"CIRCULAR"`: the size of `"SAME"`, wrapped around; `"CAUSAL"` (one axis only): the
+        size of `"SAME"`, and no output depends on later inputs. Or zeros around the dilated input:
+        an int for all sides, or for each axis an int or a pair (before, after).
+      kernel_dilation: one for all axes or one each.
+      use_bias: whether to add a bias; without it `bias` is None.
+      mask: an array of the kernel's shape that the kernel is multiplied with.
+      transpose_kernel: flip the kernel's spatial axes and swap its channel axes: with `"VALID"`
+        padding it is the transpose of `Conv` with the same kernel.
+      dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype, preferred_element_type,
+        kernel_metadata, bias_metadata: as for `Linear`.
+
+    Attributes: `kernel` of shape `(*kernel_size, in_features, out_features)`, with
+    `transpose_kernel` `(*kernel_size, out_features, in_features)`, and `bias` of shape
+    `(out_features,)`, in the collection `"params"`.
+
+    Raises:
+      ValueError: sizes or a padding that do not fit the kernel; the mask has another shape.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> up = nnx.ConvTranspose.init(jax.random.key(0))(3, 8, (4, 4), strides=2)
+    >>> up(jnp.ones((2, 14, 14, 3))).shape
+    (2, 28, 28, 8)
+    """
+
+    kernel: jax.Array = param()
+    bias: jax.Array | None = param()
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: Sizes = None,
+        *,
+        padding: Padding = "SAME",
+        kernel_dilation: Sizes = None,
+        use_bias: bool = True,
+        mask: jax.Array | None = None,
+        dtype: Dtype = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: Any = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = zeros,
+        transpose_kernel: bool = False,
+        promote_dtype: Callable[..., Any] = promote_dtype,
+        preferred_element_type: Dtype = None,
+        kernel_metadata: Metadata = {},  # noqa: B006 — never changed
+        bias_metadata: Metadata = {},  # noqa: B006
+    ):
+        size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+        channels = (out_features, in_features) if transpose_kernel else (in_features, out_features)
+        shape = (*size, *channels)
+        if mask is not None and tuple(mask.shape) != shape:
+            raise ValueError(
+                f"The mask of ConvTranspose must have the shape of the kernel, {shape}, but has "
+                f"{tuple(mask.shape)}."
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.kernel_size = size
+        self.kernel_shape = shape
+        layer, axes = "ConvTranspose", len(size)
+        self.strides = each_axis(layer, "strides", strides, axes)
+        self.kernel_dilation = each_axis(layer, "kernel_dilation", kernel_dilation, axes)
+        modes = ("SAME", "VALID", "CIRCULAR", "CAUSAL")
+        self.padding = checked_padding(layer, padding, axes, modes)
+        self.use_bias = use_bias
+        self.mask = mask
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.transpose_kernel = transpose_kernel
+        self.promote_dtype = promote_dtype
+        self.preferred_element_type = preferred_element_type
+        self.kernel = new_ref(kernel_init, shape, param_dtype, kernel_metadata)  # pyright: ignore
+        self.bias = (  # pyright: ignore[reportAttributeAccessIssue]
+            new_ref(bias_init, (out_features,), param_dtype, bias_metadata) if use_bias else None
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply the layer to an input of shape `(*batch, *spatial, in_features)`.
+
+        Any number of batch axes, none included.
+
+        Raises:
+          ValueError: too few axes, or another number of channels; the message has both shapes.
+        """
+        axes = len(self.kernel_size)
+        if x.ndim < axes + 1 or x.shape[-1] != self.in_features:
+            expected = f"(..., {', '.join('*' * axes)}, {self.in_features})"
+            raise shape_error(self, "an input", expected, x.shape)
+        batch = x.shape[: x.ndim - axes - 1]
+        x = x.reshape(-1, *x.shape[len(batch) :])
+        kernel = self.kernel if self.mask is None else self.kernel * self.mask
+        x, kernel, bias = self.promote_dtype((x, kernel, self.bias), dtype=self.dtype)
+        padding: Any = self.padding
+        if padding == "CIRCULAR":
+            padding = "VALID"
+        elif padding == "CAUSAL":
+            reach = (self.kernel_size[0] - 1) * self.kernel_dilation[0]
+            padding = ((reach, self.strides[0] - 1),)
+        y = jax.lax.conv_transpose(
+            x,
+            kernel,
+            self.strides,
+            padding,
+            rhs_dilation=self.kernel_dilation,
+            transpose_kernel=self.transpose_kernel,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+        if self.padding == "CIRCULAR":
+            y = self._wrapped(y, x.shape[1:-1])
+        if bias is not None:
+            y = y + bias
+        return y.reshape(*batch, *y.shape[1:])
+
+    def _wrapped(self, y: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+        """Add up what is a whole period apart, so that the middle of `y` stays where it is."""
+        for axis, (size, stride) in enumerate(zip(sizes, self.strides, strict=True), start=1):
+            period = size * stride
+            # So much is to be added for `y` to begin and to end with a whole period around one.
+            missing = -(y.shape[axis] - period) % (2 * period)
+            less, more = missing // 2, missing - missing // 2
+            pads = [(0, 0)] * y.ndim
+            # Where it cannot be halved, a transposed kernel has the longer half after.
+            pads[axis] = (less, more) if self.transpose_kernel else (more, less)
+            y = jnp.pad(y, pads)
+            y = y.reshape(*y.shape[:axis], -1, period, *y.shape[axis + 1 :]).sum(axis)
+        return y

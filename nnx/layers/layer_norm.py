@@ -1,0 +1,337 @@
+"""Normalization of each example by itself: over its features, groups of them, or its positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nnx.layers._common import Dtype, Initializer, Metadata, ones, promote_dtype, zeros
+from nnx.layers._norm import Axes, Norm
+
+__all__ = ["GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+
+
+class LayerNorm(Norm):
+    """Layer normalization (Ba et al. 2016, https://arxiv.org/abs/1607.06450).
+
+    Each example is normalized to mean 0 and variance 1 over its features, whatever the others are.
+
+    Args:
+      num_features: size of the feature axis, or product of the sizes if there are several.
+      epsilon: is added to the variance.
+      dtype: dtype of the result; without it, what input and parameters promote to. The statistics
+        are in float32 at least.
+      param_dtype: dtype of `scale` and `bias`.
+      use_bias, use_scale: whether there are such parameters; without, the attribute is None.
+      bias_init, scale_init: initializers.
+      reduction_axes: the axes that the statistics are over.
+      feature_axes: the axes along which `scale` and `bias` have an element for each position.
+      axis_name: name of a mapped axis (`nnx.vmap`, `nnx.shard_map`) to average over as well.
+      axis_index_groups: groups along that axis, as for `jax.lax.pmean`.
+      use_fast_variance: `E[x²] - E[x]²` instead of `E[(x - E[x])²]`: one pass, less exact.
+      promote_dtype: a function for the casts, called with `(x, scale, bias), dtype=`.
+      bias_metadata, scale_metadata: metadata of the Refs.
+
+    Attributes: `scale` and `bias` of shape `(num_features,)`, in the collection `"params"`.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> norm = nnx.LayerNorm(4)
+    >>> y = norm(jnp.array([[1.0, 2.0, 3.0, 4.0]]))
+    >>> bool(jnp.allclose(y.mean(), 0, atol=1e-6)), bool(jnp.allclose(y.std(), 1))
+    (True, True)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        epsilon: float = 1e-6,
+        dtype: Dtype = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        reduction_axes: Axes = -1,
+        feature_axes: Axes = -1,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Callable[..., Any] = promote_dtype,
+        bias_metadata: Metadata = {},  # noqa: B006 — never changed
+        scale_metadata: Metadata = {},  # noqa: B006
+    ):
+        options = {
+            "num_features": num_features,
+            "epsilon": epsilon,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "axis_name": axis_name,
+            "axis_index_groups": axis_index_groups,
+            "use_fast_variance": use_fast_variance,
+            "promote_dtype": promote_dtype,
+        }
+        scale = (scale_init, scale_metadata) if use_scale else None
+        self._set_up(options, scale, (bias_init, bias_metadata) if use_bias else None)
+        self.reduction_axes = reduction_axes
+        self.feature_axes = feature_axes
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalize; the result has the shape of `x`.
+
+        Args:
+          x: an input whose feature axes have `num_features` elements.
+          mask: a boolean array that broadcasts to `x`: which elements the statistics are of.
+
+        Raises:
+          ValueError: the feature axes have another size; the message has both shapes.
+        """
+        features = self._features(x, self.feature_axes)
+        axes = self._axes(x, self.reduction_axes, "reduction axes")
+        x, scale, bias = self.promote_dtype((x, self.scale, self.bias), dtype=self.dtype)
+        mean, var = self._statistics(x, axes, mask)
+        return self._normalized(x, mean, var, scale, bias, features)
+
+
+class RMSNorm(Norm):
+    """Normalization by the root mean square (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    As `LayerNorm`, but the mean is not subtracted, and there is no bias.
+
+    Args:
+      num_features: size of the feature axis, or product of the sizes if there are several.
+      epsilon: is added to the mean square.
+      use_fast_variance: has no effect, as there is no mean to subtract.
+      promote_dtype: a function for the casts, called with `(x, scale), dtype=`.
+      dtype, param_dtype, use_scale, scale_init, reduction_axes, feature_axes, axis_name,
+        axis_index_groups, scale_metadata: as for `LayerNorm`.
+
+    Attributes: `scale` of shape `(num_features,)`, in the collection `"params"`.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> norm = nnx.RMSNorm(4)
+    >>> print(norm(jnp.array([1.0, -1.0, 7.0, -7.0])).round(1))
+    [ 0.2 -0.2  1.4 -1.4]
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        epsilon: float = 1e-6,
+        dtype: Dtype = None,
+        param_dtype: Dtype = jnp.float32,
+        use_scale: bool = True,
+        scale_init: Initializer = ones,
+        reduction_axes: Axes = -1,
+        feature_axes: Axes = -1,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Callable[..., Any] = promote_dtype,
+        scale_metadata: Metadata = {},  # noqa: B006 — never changed
+    ):
+        options = {
+            "num_features": num_features,
+            "epsilon": epsilon,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "axis_name": axis_name,
+            "axis_index_groups": axis_index_groups,
+            "use_fast_variance": use_fast_variance,
+            "promote_dtype": promote_dtype,
+        }
+        self._set_up(options, (scale_init, scale_metadata) if use_scale else None, None)
+        self.reduction_axes = reduction_axes
+        self.feature_axes = feature_axes
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Normalize, with arguments and errors as of `LayerNorm`."""
+        features = self._features(x, self.feature_axes)
+        axes = self._axes(x, self.reduction_axes, "reduction axes")
+        x, scale = self.promote_dtype((x, self.scale), dtype=self.dtype)
+        _, var = self._statistics(x, axes, mask, center=False)
+        return self._normalized(x, None, var, scale, None, features)
+
+
+class GroupNorm(Norm):
+    """Group normalization (Wu and He 2018, https://arxiv.org/abs/1803.08494).
+
+    The channels, the last axis, are divided in groups, and each group of each example is normalized
+    over its channels and all positions.
+
+    Args:
+      num_features: number of channels.
+      num_groups: number of groups, or None and instead
+      group_size: number of channels in a group.
+      reduction_axes: the axes that the statistics are over, of which the last must be one;
+        without it, all but the first.
+      epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init, axis_name,
+        axis_index_groups, use_fast_variance, promote_dtype, bias_metadata, scale_metadata: as for
+        `LayerNorm`.
+
+    Attributes: `scale` and `bias` of shape `(num_features,)`, in the collection `"params"`.
+
+    Raises:
+      ValueError: the channels cannot be divided so, or not exactly one of `num_groups` and
+        `group_size` is given.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> norm = nnx.GroupNorm(6, num_groups=3)
+    >>> norm(jnp.arange(48.0).reshape(2, 4, 6)).shape, norm.group_size
+    ((2, 4, 6), 2)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int | None = 32,
+        group_size: int | None = None,
+        *,
+        epsilon: float = 1e-6,
+        dtype: Dtype = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        reduction_axes: Axes | None = None,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Callable[..., Any] = promote_dtype,
+        bias_metadata: Metadata = {},  # noqa: B006 — never changed
+        scale_metadata: Metadata = {},  # noqa: B006
+    ):
+        if (num_groups is None) == (group_size is None):
+            raise ValueError(
+                f"GroupNorm takes num_groups (32 by default) or group_size, but num_groups is "
+                f"{num_groups} and group_size is {group_size}. Set the other one to None: "
+                f"GroupNorm({num_features}, num_groups=None, group_size=...)."
+            )
+        parts = num_groups if group_size is None else group_size
+        if parts is None or parts <= 0 or num_features % parts:
+            what = "groups" if group_size is None else "channels a group"
+            raise ValueError(
+                f"GroupNorm cannot divide {num_features} channels in equal groups with {parts} "
+                f"{what}. It must be a divisor of the number of channels."
+            )
+        options = {
+            "num_features": num_features,
+            "epsilon": epsilon,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "axis_name": axis_name,
+            "axis_index_groups": axis_index_groups,
+            "use_fast_variance": use_fast_variance,
+            "promote_dtype": promote_dtype,
+        }
+        scale = (scale_init, scale_metadata) if use_scale else None
+        self._set_up(options, scale, (bias_init, bias_metadata) if use_bias else None)
+        self.group_size = num_features // parts if group_size is None else parts
+        self.num_groups = num_features // self.group_size
+        self.reduction_axes = reduction_axes
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalize an input of shape `(batch, ..., num_features)`; the result has its shape.
+
+        Args:
+          x: the input; with several batch axes, or none, give `reduction_axes`.
+          mask: a boolean array that broadcasts to `x`: which elements the statistics are of.
+
+        Raises:
+          ValueError: another number of channels; the message has both shapes.
+        """
+        features = self._features(x, -1)
+        given = range(min(1, x.ndim - 1), x.ndim)
+        if self.reduction_axes is not None:
+            given = self.reduction_axes
+        axes = self._axes(x, given, "reduction axes")
+        if x.ndim - 1 not in axes:
+            raise ValueError(
+                f"GroupNorm has the reduction_axes {self.reduction_axes}, but the last axis, the "
+                f"channels, must be one of them. The input has the shape {tuple(x.shape)}."
+            )
+        x, scale, bias = self.promote_dtype((x, self.scale, self.bias), dtype=self.dtype)
+        groups = (self.num_groups, self.group_size)
+        if mask is not None:
+            last = groups if mask.shape[-1] != 1 else (1, 1)
+            mask = mask.reshape(*mask.shape[:-1], *last)
+        mean, var = (
+            # One value a group becomes one a channel again.
+            jnp.repeat(a[..., 0], self.group_size, axis=-1)
+            for a in self._statistics(x.reshape(*x.shape[:-1], *groups), (*axes[:-1], x.ndim), mask)
+            if a is not None
+        )
+        return self._normalized(x, mean, var, scale, bias, features)
+
+
+class InstanceNorm(Norm):
+    """Instance normalization (Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022).
+
+    Each channel of each example is normalized over all positions.
+
+    Args:
+      num_features: number of channels.
+      feature_axes: the axes that are channels. The first axis is the batch; the statistics are over
+        all others.
+      epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init, axis_name,
+        axis_index_groups, use_fast_variance, promote_dtype, bias_metadata, scale_metadata: as for
+        `LayerNorm`.
+
+    Attributes: `scale` and `bias` of shape `(num_features,)`, in the collection `"params"`.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> y = nnx.InstanceNorm(3)(jnp.arange(24.0).reshape(2, 4, 3))
+    >>> bool(jnp.allclose(y.mean(1), 0, atol=1e-5))
+    True
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        epsilon: float = 1e-6,
+        dtype: Dtype = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        feature_axes: Axes = -1,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Callable[..., Any] = promote_dtype,
+        bias_metadata: Metadata = {},  # noqa: B006 — never changed
+        scale_metadata: Metadata = {},  # noqa: B006
+    ):
+        options = {
+            "num_features": num_features,
+            "epsilon": epsilon,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "axis_name": axis_name,
+            "axis_index_groups": axis_index_groups,
+            "use_fast_variance": use_fast_variance,
+            "promote_dtype": promote_dtype,
+        }
+        scale = (scale_init, scale_metadata) if use_scale else None
+        self._set_up(options, scale, (bias_init, bias_metadata) if use_bias else None)
+        self.feature_axes = feature_axes
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalize an input `(batch, ...)`, with arguments and errors as of `LayerNorm`."""
+        features = self._features(x, self.feature_axes)
+        if 0 in features:
+            raise ValueError(
+                f"InstanceNorm has the feature axes {self.feature_axes}, but the first axis of the "
+                f"input of shape {tuple(x.shape)} is the batch, and cannot be a feature axis."
+            )
+        axes = tuple(i for i in range(1, x.ndim) if i not in features)
+        x, scale, bias = self.promote_dtype((x, self.scale, self.bias), dtype=self.dtype)
+        mean, var = self._statistics(x, axes, mask)
+        return self._normalized(x, mean, var, scale, bias, features)

@@ -1,0 +1,74 @@
+"""Activations with parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nnx.layers._common import Dtype, Metadata, promote_dtype
+from nnx.module import Module, param
+from refx import Ref
+
+__all__ = ["PReLU"]
+
+
+class PReLU(Module):
+    """`x` where it is positive, and else a learned multiple of it (https://arxiv.org/abs/1502.01852).
+
+    Args:
+      negative_slope_init: the first value of the slope: a number, or an array that broadcasts to
+        the input, such as one slope for each channel.
+      dtype: dtype of the result; without it, that of the input.
+      param_dtype: dtype of the slope.
+      promote_dtype: a function for the casts, called with `(x, negative_slope), dtype=`.
+      negative_slope_metadata: metadata of the Ref.
+
+    Attributes: `negative_slope`, of shape `()`, in the collection `"params"`.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> nnx.PReLU(0.25)(jnp.array([-4.0, 2.0])).tolist()
+    [-1.0, 2.0]
+    """
+
+    negative_slope: jax.Array = param()
+
+    def __init__(
+        self,
+        negative_slope_init: Any = 0.01,
+        *,
+        dtype: Dtype = None,
+        param_dtype: Dtype = jnp.float32,
+        promote_dtype: Callable[..., Any] = promote_dtype,
+        negative_slope_metadata: Metadata = {},  # noqa: B006 — never changed
+    ):
+        slope = jnp.asarray(negative_slope_init, param_dtype)
+        self.negative_slope = Ref(slope, "params", **negative_slope_metadata)  # pyright: ignore
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.promote_dtype = promote_dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply it to an array of any shape; the result has that shape.
+
+        Raises:
+          ValueError: the slope is an array that does not broadcast to the input; the message has
+            both shapes.
+        """
+        shape = self.negative_slope.shape
+        try:
+            fits = jnp.broadcast_shapes(shape, x.shape) == x.shape
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"PReLU has a negative_slope of shape {shape}, which does not broadcast to an input "
+                f"of shape {tuple(x.shape)}."
+            )
+        # A slope of higher precision must not change the dtype of what flows through the network.
+        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else None
+        dtype = dtype if self.dtype is None else self.dtype
+        x, slope = self.promote_dtype((x, self.negative_slope), dtype=dtype)
+        return jnp.where(x >= 0, x, slope * x)

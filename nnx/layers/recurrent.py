@@ -1,0 +1,436 @@
+"""Recurrent cells: one step of a recurrent network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.nn import initializers
+
+from nnx.layers._common import (
+    Dtype,
+    Initializer,
+    Metadata,
+    default_kernel_init,
+    ones,
+    promote_dtype,
+    shape_error,
+    zeros,
+)
+from nnx.layers.linear import Linear
+from nnx.module import Module
+from nnx.scope import make_rng
+
+__all__ = ["GRUCell", "LSTMCell", "OptimizedLSTMCell", "RNNCellBase", "SimpleCell"]
+
+LSTMCarry = tuple[jax.Array, jax.Array]
+
+
+def orthogonal(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
+    """An orthogonal matrix. It is made in float32, as QR decomposition has no half precision."""
+    return _orthogonal(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
+
+
+_orthogonal = initializers.orthogonal()
+
+
+class RNNCellBase(Module):
+    """What `nnx.RNN` needs of a cell: `initialize_carry`, a call, and `num_feature_axes`.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> class Sum(nnx.RNNCellBase):
+    ...     num_feature_axes = 1
+    ...     def initialize_carry(self, input_shape, carry_init=None):
+    ...         return jnp.zeros(input_shape)
+    ...     def __call__(self, carry, inputs):
+    ...         return carry + inputs, carry + inputs
+    >>> nnx.RNN(Sum())(jnp.ones((1, 4, 1)))[0, :, 0].tolist()
+    [1.0, 2.0, 3.0, 4.0]
+    """
+
+    def initialize_carry(
+        self, input_shape: tuple[int, ...], carry_init: Initializer | None = None
+    ) -> Any:
+        """The carry before the first step.
+
+        Args:
+          input_shape: shape of the input of one step: `(*batch, *features)`.
+          carry_init: initializer of its arrays.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define initialize_carry(input_shape, carry_init=None)."
+        )
+
+    def __call__(self, carry: Any, inputs: jax.Array) -> tuple[Any, Any]:
+        """One step: the new carry and the output."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define __call__(carry, inputs) -> (carry, output)."
+        )
+
+    @property
+    def num_feature_axes(self) -> int:
+        """The number of axes of an input that are features; all before are batch axes."""
+        raise NotImplementedError(f"{type(self).__name__} must define num_feature_axes.")
+
+
+class _Cell(RNNCellBase):
+    """What the cells here share: their settings, and a carry of arrays `(*batch, hidden)`."""
+
+    in_features: int
+    hidden_features: int
+    dtype: Dtype
+    param_dtype: Dtype
+    carry_init: Initializer | None
+
+    def _linears(
+        self,
+        kernel_init: Initializer,
+        recurrent_kernel_init: Initializer,
+        bias_init: Initializer,
+        promote_dtype: Callable[..., Any],
+        metadata: tuple[Metadata, Metadata, Metadata],
+        *,
+        gates: int,
+        input_bias: bool,
+    ) -> tuple[Callable[[], Linear], Callable[[], Linear]]:
+        """Functions that make a layer for the input and one for the hidden state."""
+        # The two are added, so one bias is enough.
+        options: dict[str, Any] = {
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "promote_dtype": promote_dtype,
+            "bias_init": bias_init,
+            "bias_metadata": metadata[2],
+        }
+        out = gates * self.hidden_features
+
+        def dense_i() -> Linear:
+            return Linear(
+                self.in_features,
+                out,
+                use_bias=input_bias,
+                kernel_init=kernel_init,
+                kernel_metadata=metadata[0],
+                **options,
+            )
+
+        def dense_h() -> Linear:
+            return Linear(
+                self.hidden_features,
+                out,
+                use_bias=not input_bias,
+                kernel_init=recurrent_kernel_init,
+                kernel_metadata=metadata[1],
+                **options,
+            )
+
+        return dense_i, dense_h
+
+    def _check(self, inputs: Any, *carry: Any) -> None:
+        if not jnp.ndim(inputs) or jnp.shape(inputs)[-1] != self.in_features:
+            raise shape_error(self, "inputs", f"(..., {self.in_features})", jnp.shape(inputs))
+        for hidden in carry:
+            if not jnp.ndim(hidden) or jnp.shape(hidden)[-1] != self.hidden_features:
+                expected = f"(..., {self.hidden_features})"
+                raise shape_error(self, "a carry", expected, jnp.shape(hidden))
+
+    def _first(self, input_shape: tuple[int, ...], carry_init: Initializer | None) -> jax.Array:
+        init = carry_init or self.carry_init or zeros
+        key = None if init in (zeros, ones) else make_rng("carry")
+        return init(key, (*input_shape[:-1], self.hidden_features), self.param_dtype)
+
+    def initialize_carry(
+        self, input_shape: tuple[int, ...], carry_init: Initializer | None = None
+    ) -> Any:
+        """The carry before the first step, of shape `(*batch, hidden_features)`.
+
+        Args:
+          input_shape: shape of the input of one step: `(*batch, in_features)`.
+          carry_init: initializer; without it, the cell's own, and without that, zeros. Others draw
+            from the stream `"carry"`.
+        """
+        return self._first(input_shape, carry_init)
+
+    @property
+    def num_feature_axes(self) -> int:
+        """One: the inputs have the shape `(*batch, in_features)`."""
+        return 1
+
+
+class LSTMCell(_Cell):
+    """Long short-term memory (Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735).
+
+    With the carry `(c, h)` and the input `x`, and `*` elementwise::
+
+        i = gate_fn(ii(x) + hi(h))            f = gate_fn(if_(x) + hf(h))
+        g = activation_fn(ig(x) + hg(h))      o = gate_fn(io(x) + ho(h))
+        c' = f * c + i * g                    h' = o * activation_fn(c')
+
+    Args:
+      in_features: size of the last axis of the inputs.
+      hidden_features: size of the last axis of the carry and of the output.
+      gate_fn, activation_fn: elementwise functions.
+      kernel_init: initializer of the kernels of the input.
+      recurrent_kernel_init: initializer of the kernels of the hidden state.
+      bias_init: initializer of the biases.
+      dtype: dtype of the products; without it, what input and parameters promote to.
+      param_dtype: dtype of the parameters and of the first carry.
+      carry_init: initializer of the first carry; without it, zeros.
+      promote_dtype: a function for the casts, as for `Linear`.
+      kernel_metadata, recurrent_kernel_metadata, bias_metadata: metadata of the Refs.
+
+    Attributes: the `Linear`s `ii`, `if_`, `ig`, `io` of the input, without bias, and `hi`, `hf`,
+    `hg`, `ho` of the hidden state, with bias.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> cell = nnx.LSTMCell.init(jax.random.key(0))(3, 4)
+    >>> x = jnp.ones((2, 3))
+    >>> carry, y = cell(cell.initialize_carry(x.shape), x)
+    >>> y.shape, [a.shape for a in carry]
+    ((2, 4), [(2, 4), (2, 4)])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        gate_fn: Callable[..., Any] = jax.nn.sigmoid,
+        activation_fn: Callable[..., Any] = jnp.tanh,
+        kernel_init: Initializer = default_kernel_init,
+        recurrent_kernel_init: Initializer = orthogonal,
+        bias_init: Initializer = zeros,
+        dtype: Dtype = None,
+        param_dtype: Dtype = jnp.float32,
+        carry_init: Initializer | None = None,
+        promote_dtype: Callable[..., Any] = promote_dtype,
+        kernel_metadata: Metadata = {},  # noqa: B006 — never changed
+        recurrent_kernel_metadata: Metadata = {},  # noqa: B006
+        bias_metadata: Metadata = {},  # noqa: B006
+    ):
+        self.in_features = in_features
+        self.hidden_features = hidden_features
+        self.gate_fn = gate_fn
+        self.activation_fn = activation_fn
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.carry_init = carry_init
+        self.promote_dtype = promote_dtype
+        dense_i, dense_h = self._linears(
+            kernel_init,
+            recurrent_kernel_init,
+            bias_init,
+            promote_dtype,
+            (kernel_metadata, recurrent_kernel_metadata, bias_metadata),
+            gates=self._fused,
+            input_bias=False,
+        )
+        self._make(dense_i, dense_h)
+
+    _fused = 1
+
+    def _make(self, dense_i: Callable[[], Linear], dense_h: Callable[[], Linear]) -> None:
+        self.ii, self.if_, self.ig, self.io = dense_i(), dense_i(), dense_i(), dense_i()
+        self.hi, self.hf, self.hg, self.ho = dense_h(), dense_h(), dense_h(), dense_h()
+
+    def _gates(self, x: jax.Array, h: jax.Array) -> Any:
+        return (
+            self.ii(x) + self.hi(h),
+            self.if_(x) + self.hf(h),
+            self.ig(x) + self.hg(h),
+            self.io(x) + self.ho(h),
+        )
+
+    def __call__(self, carry: LSTMCarry, inputs: jax.Array) -> tuple[LSTMCarry, jax.Array]:
+        """One step: `((c, h), x) -> ((c', h'), h')`.
+
+        Args:
+          carry: two arrays of shape `(*batch, hidden_features)`.
+          inputs: of shape `(*batch, in_features)`.
+
+        Raises:
+          ValueError: the last axis of one of them has another size; the message has both shapes.
+        """
+        c, h = carry
+        self._check(inputs, c, h)
+        i, f, g, o = self._gates(inputs, h)
+        new_c = self.gate_fn(f) * c + self.gate_fn(i) * self.activation_fn(g)
+        new_h = self.gate_fn(o) * self.activation_fn(new_c)
+        return (new_c, new_h), new_h
+
+    def initialize_carry(
+        self, input_shape: tuple[int, ...], carry_init: Initializer | None = None
+    ) -> LSTMCarry:
+        """The first `(c, h)`, each of shape `(*batch, hidden_features)`; see `RNNCellBase`."""
+        return self._first(input_shape, carry_init), self._first(input_shape, carry_init)
+
+
+class OptimizedLSTMCell(LSTMCell):
+    """An `LSTMCell` whose four gates are one product: the same function, mostly faster.
+
+    Args: as for `LSTMCell`.
+
+    Attributes: the `Linear`s `dense_i` of the input, without bias, with a kernel of shape
+    `(in_features, 4 * hidden_features)`, and `dense_h` of the hidden state, with bias, of shape
+    `(hidden_features, 4 * hidden_features)`. The gates are in the order i, f, g, o.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> cell = nnx.OptimizedLSTMCell.init(jax.random.key(0))(3, 4)
+    >>> x = jnp.ones((2, 3))
+    >>> carry, y = cell(cell.initialize_carry(x.shape), x)
+    >>> y.shape, cell.dense_i.kernel.shape
+    ((2, 4), (3, 16))
+    """
+
+    _fused = 4
+
+    def _make(self, dense_i: Callable[[], Linear], dense_h: Callable[[], Linear]) -> None:
+        self.dense_i, self.dense_h = dense_i(), dense_h()
+
+    def _gates(self, x: jax.Array, h: jax.Array) -> Any:
+        return jnp.split(self.dense_i(x) + self.dense_h(h), 4, axis=-1)
+
+
+class GRUCell(_Cell):
+    """Gated recurrent unit (Cho et al. 2014, https://arxiv.org/abs/1406.1078).
+
+    With the carry `h` and the input `x`, and `*` elementwise, where `i` and `h` of each gate are
+    thirds of `dense_i(x)` and of `dense_h(h)`::
+
+        r = gate_fn(i_r + h_r)                z = gate_fn(i_z + h_z)
+        n = activation_fn(i_n + r * h_n)      h' = (1 - z) * n + z * h
+
+    Args: as for `LSTMCell`.
+
+    Attributes: the `Linear`s `dense_i` of the input, with bias, with a kernel of shape
+    `(in_features, 3 * hidden_features)`, and `dense_h` of the hidden state, without bias, of shape
+    `(hidden_features, 3 * hidden_features)`. The gates are in the order r, z, n.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> cell = nnx.GRUCell.init(jax.random.key(0))(3, 4)
+    >>> x = jnp.ones((2, 3))
+    >>> carry, y = cell(cell.initialize_carry(x.shape), x)
+    >>> y.shape
+    (2, 4)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        gate_fn: Callable[..., Any] = jax.nn.sigmoid,
+        activation_fn: Callable[..., Any] = jnp.tanh,
+        kernel_init: Initializer = default_kernel_init,
+        recurrent_kernel_init: Initializer = orthogonal,
+        bias_init: Initializer = zeros,
+        dtype: Dtype = None,
+        param_dtype: Dtype = jnp.float32,
+        carry_init: Initializer | None = None,
+        promote_dtype: Callable[..., Any] = promote_dtype,
+        kernel_metadata: Metadata = {},  # noqa: B006 — never changed
+        recurrent_kernel_metadata: Metadata = {},  # noqa: B006
+        bias_metadata: Metadata = {},  # noqa: B006
+    ):
+        self.in_features = in_features
+        self.hidden_features = hidden_features
+        self.gate_fn = gate_fn
+        self.activation_fn = activation_fn
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.carry_init = carry_init
+        self.promote_dtype = promote_dtype
+        dense_i, dense_h = self._linears(
+            kernel_init,
+            recurrent_kernel_init,
+            bias_init,
+            promote_dtype,
+            (kernel_metadata, recurrent_kernel_metadata, bias_metadata),
+            gates=3,
+            input_bias=True,
+        )
+        self.dense_i, self.dense_h = dense_i(), dense_h()
+
+    def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One step: `(h, x) -> (h', h')`, with shapes and errors as for `LSTMCell`."""
+        self._check(inputs, carry)
+        i_r, i_z, i_n = jnp.split(self.dense_i(inputs), 3, axis=-1)
+        h_r, h_z, h_n = jnp.split(self.dense_h(carry), 3, axis=-1)
+        r, z = self.gate_fn(i_r + h_r), self.gate_fn(i_z + h_z)
+        n = self.activation_fn(i_n + r * h_n)
+        new = (1 - z) * n + z * carry
+        return new, new
+
+
+class SimpleCell(_Cell):
+    """The cell of Elman (1990, doi:10.1016/0364-0213(90)90002-E).
+
+    With the carry `h` and the input `x`: `h' = activation_fn(dense_i(x) + dense_h(h))`, and with
+    `residual` plus `h` inside.
+
+    Args:
+      dtype: dtype of the products, float32 by default; with None, what input and parameters
+        promote to.
+      residual: whether `h` is added before the activation.
+      in_features, hidden_features, param_dtype, carry_init, activation_fn, kernel_init,
+        recurrent_kernel_init, bias_init, promote_dtype, kernel_metadata, recurrent_kernel_metadata,
+        bias_metadata: as for `LSTMCell`.
+
+    Attributes: the `Linear`s `dense_i` of the input, with bias, and `dense_h` of the hidden state,
+    without.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> cell = nnx.SimpleCell.init(jax.random.key(0))(3, 4)
+    >>> x = jnp.ones((2, 3))
+    >>> carry, y = cell(cell.initialize_carry(x.shape), x)
+    >>> y.shape
+    (2, 4)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        carry_init: Initializer | None = None,
+        residual: bool = False,
+        activation_fn: Callable[..., Any] = jnp.tanh,
+        kernel_init: Initializer = default_kernel_init,
+        recurrent_kernel_init: Initializer = orthogonal,
+        bias_init: Initializer = zeros,
+        promote_dtype: Callable[..., Any] = promote_dtype,
+        kernel_metadata: Metadata = {},  # noqa: B006 — never changed
+        recurrent_kernel_metadata: Metadata = {},  # noqa: B006
+        bias_metadata: Metadata = {},  # noqa: B006
+    ):
+        self.in_features = in_features
+        self.hidden_features = hidden_features
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.carry_init = carry_init
+        self.residual = residual
+        self.activation_fn = activation_fn
+        self.promote_dtype = promote_dtype
+        dense_i, dense_h = self._linears(
+            kernel_init,
+            recurrent_kernel_init,
+            bias_init,
+            promote_dtype,
+            (kernel_metadata, recurrent_kernel_metadata, bias_metadata),
+            gates=1,
+            input_bias=True,
+        )
+        self.dense_i, self.dense_h = dense_i(), dense_h()
+
+    def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One step: `(h, x) -> (h', h')`, with shapes and errors as for `LSTMCell`."""
+        self._check(inputs, carry)
+        new = self.dense_i(inputs) + self.dense_h(carry)
+        if self.residual:
+            new = new + carry
+        new = self.activation_fn(new)
+        return new, new

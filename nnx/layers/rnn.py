@@ -1,0 +1,276 @@
+"""Recurrent networks: a cell over a sequence, in one direction or in both."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nnx.layers._common import shape_error
+from nnx.layers.recurrent import RNNCellBase
+from nnx.module import Module
+from nnx.scope import MissingStreamError, make_rng, scope
+from nnx.transforms import CARRY, scan
+from refx import Filter
+
+__all__ = ["RNN", "Bidirectional", "flip_sequences"]
+
+
+def _concatenate(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.concatenate([a, b], axis=-1)
+
+
+class RNN(Module):
+    """A recurrent network: a cell that `nnx.scan` runs along a sequence.
+
+    What the cell writes into its Refs is carried from step to step, and random streams advance, so
+    cells with batch statistics or dropout inside work. The carry keeps the dtype that it starts
+    with.
+
+    Args:
+      cell: an `RNNCellBase`, or any module with its methods.
+      time_major: whether the time axis of inputs and outputs is the first; else it is the last
+        before the features.
+      return_carry: whether to return the final carry as well.
+      reverse: whether to go through the sequence from its end.
+      keep_order: with `reverse`, whether the outputs are in the order of the inputs; else they are
+        in that of the computation.
+      unroll: number of steps in one iteration of the loop, as for `jax.lax.scan`.
+      state_axes: a dict from filter to `nnx.CARRY` or 0, as `axes` of `nnx.scan`: Refs of the cell
+        that have a value for each step, along their leading axis. Others are carried.
+      broadcast_rngs: names of random streams that give the same keys at every step, such as
+        `"dropout"` for the same mask at every step.
+
+    Attributes: `cell`.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> with nnx.scope(jax.random.key(0)):
+    ...     rnn = nnx.RNN(nnx.LSTMCell(3, 4), return_carry=True)
+    >>> x = jnp.ones((2, 7, 3))
+    >>> carry, y = rnn(x, seq_lengths=jnp.array([7, 5]))
+    >>> y.shape, bool((carry[1][1] == y[1, 4]).all())
+    ((2, 7, 4), True)
+    """
+
+    def __init__(
+        self,
+        cell: RNNCellBase,
+        *,
+        time_major: bool = False,
+        return_carry: bool = False,
+        reverse: bool = False,
+        keep_order: bool = False,
+        unroll: int = 1,
+        state_axes: dict[Filter, Any] | None = None,
+        broadcast_rngs: str | Sequence[str] = (),
+    ):
+        self.cell = cell
+        self.time_major = time_major
+        self.return_carry = return_carry
+        self.reverse = reverse
+        self.keep_order = keep_order
+        self.unroll = unroll
+        # As pairs: keys of a dict attribute are names in paths, and filters are no names.
+        self.state_axes = tuple((state_axes or {}).items())
+        given = broadcast_rngs
+        self.broadcast_rngs = (given,) if isinstance(given, str) else tuple(given)
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        initial_carry: Any = None,
+        seq_lengths: jax.Array | None = None,
+        return_carry: bool | None = None,
+        time_major: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
+    ) -> Any:
+        """Run the cell along the time axis.
+
+        Args:
+          inputs: of shape `(*batch, time, *features)`, or `(time, *batch, *features)`.
+          initial_carry: the carry before the first step; without it, the cell's own.
+          seq_lengths: integers of shape `(*batch,)`: how many steps of each sequence are valid, the
+            others being padding at its end. The final carry is that after the last valid step, and
+            reversing leaves the padding at the end.
+          return_carry, time_major, reverse, keep_order: win over the attributes.
+
+        Returns:
+          The outputs, with the time axis where the inputs have it; with `return_carry`, the final
+          carry and the outputs.
+
+        Raises:
+          ValueError: too few axes, or `seq_lengths` of another shape; the message has both shapes.
+          CarryError: the cell changes shape or structure of its carry.
+        """
+        return_carry = self.return_carry if return_carry is None else return_carry
+        time_major = self.time_major if time_major is None else time_major
+        reverse = self.reverse if reverse is None else reverse
+        keep_order = self.keep_order if keep_order is None else keep_order
+        batch_axes = inputs.ndim - self.cell.num_feature_axes - 1
+        if batch_axes < 0:
+            expected = "(time, *batch, *features)" if time_major else "(*batch, time, *features)"
+            raise shape_error(self, "inputs", expected, inputs.shape)
+        time_axis = 0 if time_major else batch_axes
+        xs = jnp.moveaxis(inputs, time_axis, 0)
+        batch = xs.shape[1 : 1 + batch_axes]
+        if seq_lengths is not None and jnp.shape(seq_lengths) != batch:
+            raise shape_error(self, "seq_lengths", f"{batch}", jnp.shape(seq_lengths))
+        if reverse:
+            xs = flip_sequences(xs, seq_lengths, batch_axes, True)
+        first = initial_carry
+        if first is None:
+            first = self.cell.initialize_carry(xs.shape[1:])
+        carry, ys = self._run(first, xs, seq_lengths if return_carry else None)
+        outputs = jax.tree.map(lambda y: jnp.moveaxis(y, 0, time_axis), ys)
+        if reverse and keep_order:
+            outputs = jax.tree.map(
+                lambda y: flip_sequences(y, seq_lengths, batch_axes, time_major), outputs
+            )
+        return (carry, outputs) if return_carry else outputs
+
+    def _run(self, first: Any, xs: jax.Array, seq_lengths: Any) -> tuple[Any, Any]:
+        """The final carry, after the last valid step if there are lengths, and the outputs."""
+        keys: dict[str, jax.Array] = {}
+        for name in self.broadcast_rngs:
+            # Without a stream it is the cell's business whether it needs one.
+            with contextlib.suppress(MissingStreamError):
+                keys[name] = make_rng(name)
+
+        def step(state: Any, sliced: Any) -> Any:
+            (carry, last), (cell, t, x) = state, sliced
+            with scope(keys) if keys else contextlib.nullcontext():
+                new, y = cell(carry, x)
+            # What does not fit is left as it is, for nnx.scan to say so.
+            if _shapes(new) == _shapes(carry):
+                new = jax.tree.map(_as_before, new, carry)
+                if seq_lengths is not None:
+                    valid = t < jnp.asarray(seq_lengths)
+                    last = jax.tree.map(lambda a, b: jnp.where(_along(valid, a), a, b), new, last)
+            return (new, last), y
+
+        times = jnp.arange(xs.shape[0])
+        (carry, last), ys = scan(
+            step,
+            (first, None if seq_lengths is None else first),
+            (self.cell, times, xs),
+            unroll=self.unroll,
+            axes={**dict(self.state_axes), ...: CARRY},
+        )
+        return carry if seq_lengths is None else last, ys
+
+
+class Bidirectional(Module):
+    """Two recurrent networks over one sequence, forwards and backwards, and their outputs merged.
+
+    Args:
+      forward_rnn, backward_rnn: two `RNN`s, or modules with the arguments of their call. One for
+        both shares its parameters.
+      merge_fn: a function of the two outputs; it concatenates them along the last axis by default.
+      time_major, return_carry: as for `RNN`; they win over the attributes of the two.
+
+    Attributes: `forward_rnn` and `backward_rnn`.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> with nnx.scope(jax.random.key(0)):
+    ...     both = nnx.Bidirectional(nnx.RNN(nnx.GRUCell(3, 4)), nnx.RNN(nnx.GRUCell(3, 4)))
+    >>> both(jnp.ones((2, 7, 3))).shape
+    (2, 7, 8)
+    """
+
+    def __init__(
+        self,
+        forward_rnn: Callable[..., Any],
+        backward_rnn: Callable[..., Any],
+        *,
+        merge_fn: Callable[[Any, Any], Any] = _concatenate,
+        time_major: bool = False,
+        return_carry: bool = False,
+    ):
+        self.forward_rnn = forward_rnn
+        self.backward_rnn = backward_rnn
+        self.merge_fn = merge_fn
+        self.time_major = time_major
+        self.return_carry = return_carry
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        initial_carry: tuple[Any, Any] | None = None,
+        seq_lengths: jax.Array | None = None,
+        return_carry: bool | None = None,
+        time_major: bool | None = None,
+    ) -> Any:
+        """Run both; arguments and errors as for a call of `RNN`.
+
+        Args:
+          initial_carry: the two carries, forwards and backwards.
+
+        Returns:
+          The merged outputs in the order of the inputs; with `return_carry`, the two final carries
+          and these.
+        """
+        return_carry = self.return_carry if return_carry is None else return_carry
+        options: dict[str, Any] = {
+            "seq_lengths": seq_lengths,
+            "time_major": self.time_major if time_major is None else time_major,
+            "return_carry": True,
+        }
+        ahead, back = (None, None) if initial_carry is None else initial_carry
+        ahead, y = self.forward_rnn(inputs, initial_carry=ahead, reverse=False, **options)
+        back, z = self.backward_rnn(
+            inputs, initial_carry=back, reverse=True, keep_order=True, **options
+        )
+        outputs = jax.tree.map(self.merge_fn, y, z)
+        return ((ahead, back), outputs) if return_carry else outputs
+
+
+def flip_sequences(
+    inputs: jax.Array, seq_lengths: jax.Array | None, num_batch_dims: int, time_major: bool
+) -> jax.Array:
+    """Reverse sequences along their time axis, and leave padding at the end.
+
+    Args:
+      inputs: of shape `(*batch, time, ...)`, or `(time, *batch, ...)` with `time_major`.
+      seq_lengths: integers of shape `(*batch,)`: how much of each sequence is no padding; without
+        it, all is. The padding is reversed in its place.
+      num_batch_dims: number of batch axes.
+      time_major: whether the time axis is the first.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> x = jnp.array([[1, 0, 0], [2, 3, 0], [4, 5, 6]])
+    >>> nnx.flip_sequences(x, jnp.array([1, 2, 3]), 1, False).tolist()
+    [[1, 0, 0], [3, 2, 0], [6, 5, 4]]
+    """
+    time_axis = 0 if time_major else num_batch_dims
+    if seq_lengths is None:
+        return jnp.flip(inputs, time_axis)
+    steps = inputs.shape[time_axis]
+    lengths = jnp.expand_dims(jnp.asarray(seq_lengths), time_axis)
+    backwards = jnp.arange(steps - 1, -1, -1)
+    backwards = backwards.reshape([steps if i == time_axis else 1 for i in range(lengths.ndim)])
+    # Modulo the length of the axis, the first ones come from the valid part.
+    places = _along((backwards + lengths) % steps, inputs)
+    return jnp.take_along_axis(inputs, places, axis=time_axis)
+
+
+def _along(flags: jax.Array, array: jax.Array) -> jax.Array:
+    """With axes of size 1 at the end, so that it broadcasts along the first axes of `array`."""
+    return flags.reshape(*flags.shape, *(1,) * (jnp.ndim(array) - flags.ndim))
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(jnp.shape, tree), jax.tree.structure(tree)
+
+
+def _as_before(new: Any, old: Any) -> Any:
+    """In the dtype of the carry before, where both are real numbers: mixed precision changes it."""
+    kinds = jnp.result_type(new), jnp.result_type(old)
+    if all(jnp.issubdtype(kind, jnp.floating) for kind in kinds):
+        return jnp.asarray(new, kinds[1])
+    return new

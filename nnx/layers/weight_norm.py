@@ -1,0 +1,289 @@
+"""Layers that call another layer with normalized weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.nn import initializers
+
+from nnx.layers._common import Dtype, Initializer, ones, promote_dtype
+from nnx.module import Module
+from nnx.scope import make_rng
+from refx import All, Filter, NotMutableError, PathContains, Ref, merge, refs, split, to_predicate
+
+__all__ = ["SpectralNorm", "WeightNorm"]
+
+Path = tuple[str, ...]
+
+
+class WeightNorm(Module):
+    """Weight normalization (Salimans and Kingma 2016, https://arxiv.org/abs/1602.07868).
+
+    It calls a layer with weights whose norm, over all axes but the feature axes, is 1, times a
+    learned scale. The layer's own parameters stay as they are, and their gradients are those
+    through the normalization.
+
+    Args:
+      layer_instance: the layer, any module that can be called.
+      feature_axes: the axes along which there is a norm for each position; None is one norm for the
+        whole array.
+      use_scale: whether there is a learned scale.
+      scale_init: initializer of the scale.
+      epsilon: is added to the square of the norm.
+      dtype: dtype of the normalized weights; without it, what weight and scale promote to.
+      param_dtype: dtype of the scale.
+      variable_filter: which parameters of the layer are normalized.
+      promote_dtype: a function for the cast, called with `(weight,), dtype=`.
+
+    Attributes: `layer_instance`, and `scales`, nested dicts with the layer's names that hold the
+    Refs of the scales, in the collection `"params"`, or None.
+
+    Raises:
+      ValueError: the filter selects no parameter of the layer.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> with nnx.scope(jax.random.key(0)):
+    ...     layer = nnx.WeightNorm(nnx.Linear(8, 4))
+    >>> layer(jnp.ones((5, 8))).shape, layer["params"]["scales.kernel"].shape
+    ((5, 4), (4,))
+    """
+
+    def __init__(
+        self,
+        layer_instance: Module,
+        *,
+        feature_axes: int | tuple[int, ...] | None = -1,
+        use_scale: bool = True,
+        scale_init: Initializer = ones,
+        epsilon: float = 1e-12,
+        dtype: Dtype = None,
+        param_dtype: Dtype = jnp.float32,
+        variable_filter: Filter = PathContains("kernel"),  # noqa: B008 — never changed
+        promote_dtype: Callable[..., Any] = promote_dtype,
+    ):
+        self.layer_instance = layer_instance
+        if feature_axes is None or isinstance(feature_axes, int):
+            self.feature_axes = () if feature_axes is None else (feature_axes,)
+        else:
+            self.feature_axes = tuple(feature_axes)
+        self.use_scale = use_scale
+        self.scale_init = scale_init
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.variable_filter = to_predicate(variable_filter)
+        self.promote_dtype = promote_dtype
+        selected = self._selected()
+        if not selected:
+            raise ValueError(
+                f"The variable_filter of WeightNorm selects no parameter of "
+                f"{type(layer_instance).__name__}, which has "
+                f"{_listed(path for path, _ in _parameters(layer_instance))}."
+            )
+        self.scales: dict[str, Any] | None = None
+        if use_scale:
+            self.scales = {}
+            for path, weight in selected.items():
+                shape = tuple(weight.shape[axis] for axis in self._features(path, weight))
+                key = None if scale_init is ones else make_rng("params")
+                _put(self.scales, path, Ref(scale_init(key, shape, param_dtype), "params"))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the layer with these arguments and normalized weights.
+
+        What the layer writes into Refs, such as batch statistics, it keeps.
+
+        Raises:
+          ValueError: the layer has got another parameter since it was wrapped.
+        """
+        weights = {path: self._normalized(path, w) for path, w in self._selected().items()}
+        return _call(self.layer_instance, weights, args, kwargs)
+
+    def _selected(self) -> dict[Path, jax.Array]:
+        selects = All("params", self.variable_filter)
+        found = refs(self.layer_instance).items()
+        return {path: cell.value for path, cell in found if selects(path, cell)}
+
+    def _features(self, path: Path, weight: jax.Array) -> tuple[int, ...]:
+        if any(not -weight.ndim <= axis < weight.ndim for axis in self.feature_axes):
+            raise ValueError(
+                f"WeightNorm has the feature_axes {self.feature_axes}, but the parameter "
+                f"{'.'.join(path)!r} has the shape {tuple(weight.shape)}. Choose axes that it has, "
+                f"or parameters that have them with variable_filter."
+            )
+        return tuple(sorted({axis % weight.ndim for axis in self.feature_axes}))
+
+    def _normalized(self, path: Path, weight: jax.Array) -> jax.Array:
+        features = self._features(path, weight)
+        others = tuple(i for i in range(weight.ndim) if i not in features)
+        weight = _unit(weight, others, self.epsilon)
+        if self.scales is not None:
+            along = [size if i in features else 1 for i, size in enumerate(weight.shape)]
+            weight = weight * _get(self, self.scales, path).value.reshape(along)
+        return self.promote_dtype((weight,), dtype=self.dtype)[0]
+
+
+class SpectralNorm(Module):
+    """Spectral normalization (Miyato et al. 2018, https://arxiv.org/abs/1802.05957).
+
+    It calls a layer with each weight matrix divided by its largest singular value, which is found
+    by power iteration that goes on from call to call. Arrays of more axes are matrices of their
+    last axis and all others together; vectors and scalars stay as they are.
+
+    Args:
+      layer_instance: the layer, any module that can be called.
+      n_steps: number of steps of the power iteration in a call.
+      epsilon: is added to the square of norms.
+      dtype: dtype of the normalized weights; without it, what weight and statistics promote to.
+      param_dtype: dtype of the statistics.
+      error_on_non_matrix: whether a parameter of more than two axes is an error.
+      update_stats: whether a call keeps the result of the power iteration. An argument of the call
+        wins over it, and so does the scope flag `use_running_average`, which says the opposite;
+        `model.train()` and `model.eval()` set it.
+
+    Attributes: `layer_instance`, and `batch_stats`, nested dicts with the layer's names and then
+    `u`, of shape `(1, n)`, and `sigma`, of shape `()`, for each matrix with n columns: Refs in the
+    collection `"batch_stats"`.
+
+    Raises:
+      ValueError: no steps; or a parameter is no matrix, and `error_on_non_matrix`.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> with nnx.scope(jax.random.key(0)):
+    ...     layer = nnx.SpectralNorm(nnx.Linear(4, 5), n_steps=50)
+    >>> y = layer(jnp.ones((3, 4)), update_stats=True)
+    >>> largest = jnp.linalg.norm(layer.layer_instance.kernel, 2)
+    >>> bool(jnp.allclose(layer["batch_stats"]["batch_stats.kernel.sigma"], largest, rtol=1e-4))
+    True
+    """
+
+    def __init__(
+        self,
+        layer_instance: Module,
+        *,
+        n_steps: int = 1,
+        epsilon: float = 1e-12,
+        dtype: Dtype = None,
+        param_dtype: Dtype = jnp.float32,
+        error_on_non_matrix: bool = False,
+        update_stats: bool = True,
+    ):
+        if n_steps < 1:
+            raise ValueError(f"SpectralNorm needs at least one step, but n_steps is {n_steps}.")
+        self.layer_instance = layer_instance
+        self.n_steps = n_steps
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.error_on_non_matrix = error_on_non_matrix
+        # Under this name train() and eval() find it.
+        self.use_running_average = not update_stats
+        self.batch_stats: dict[str, Any] = {}
+        for path, weight in self._matrices().items():
+            shape = (1, weight.shape[-1])
+            u = initializers.normal()(make_rng("params"), shape, param_dtype)
+            _put(self.batch_stats, (*path, "u"), Ref(u, "batch_stats"))
+            sigma = jnp.ones((), param_dtype)
+            _put(self.batch_stats, (*path, "sigma"), Ref(sigma, "batch_stats"))
+
+    def __call__(self, x: Any, update_stats: bool | None = None, **kwargs: Any) -> Any:
+        """Call the layer as `layer(x, **kwargs)` with normalized weights.
+
+        What the layer writes into Refs, such as batch statistics, it keeps.
+
+        Args:
+          x: the layer's input.
+          update_stats: whether to keep the result of the power iteration.
+          **kwargs: passed on to the layer.
+
+        Raises:
+          ValueError: the layer has got another parameter since it was wrapped.
+        """
+        if update_stats is None:
+            update_stats = not self.get_flag("use_running_average")
+        weights = {p: self._normalized(p, w, update_stats) for p, w in self._matrices().items()}
+        return _call(self.layer_instance, weights, (x,), kwargs)
+
+    def _matrices(self) -> dict[Path, jax.Array]:
+        found: dict[Path, jax.Array] = {}
+        for path, weight in _parameters(self.layer_instance):
+            if weight.ndim > 2 and self.error_on_non_matrix:
+                raise ValueError(
+                    f"SpectralNorm has error_on_non_matrix=True, and the parameter "
+                    f"{'.'.join(path)!r} of {type(self.layer_instance).__name__} has the shape "
+                    f"{tuple(weight.shape)}, which is no matrix."
+                )
+            if weight.ndim > 1:
+                found[path] = weight
+        return found
+
+    def _normalized(self, path: Path, weight: jax.Array, update_stats: bool) -> jax.Array:
+        u_ref = _get(self, self.batch_stats, (*path, "u"))
+        sigma_ref = _get(self, self.batch_stats, (*path, "sigma"))
+        matrix = weight.reshape(-1, weight.shape[-1])
+        u = v = u_ref.value
+        for _ in range(self.n_steps):
+            v = _unit(u @ matrix.T, None, self.epsilon)
+            u = _unit(v @ matrix, None, self.epsilon)
+        # The singular vectors are constants: the gradient is that of u and v at the optimum.
+        u, v = jax.lax.stop_gradient(u), jax.lax.stop_gradient(v)
+        sigma = (v @ matrix @ u.T)[0, 0]
+        if update_stats:
+            u_ref.value = u.astype(u_ref.value.dtype)
+            sigma_ref.value = jax.lax.stop_gradient(sigma).astype(sigma_ref.value.dtype)
+        weight = (matrix / jnp.where(sigma != 0, sigma, 1)).reshape(weight.shape)
+        return weight if self.dtype is None else weight.astype(self.dtype)
+
+
+def _unit(x: jax.Array, axes: tuple[int, ...] | None, epsilon: float) -> jax.Array:
+    return x * jax.lax.rsqrt((x * x).sum(axes, keepdims=True) + epsilon)
+
+
+def _parameters(layer: Module) -> list[tuple[Path, jax.Array]]:
+    return [(p, cell.value) for p, cell in refs(layer).items() if cell.collection == "params"]
+
+
+def _call(layer: Module, weights: Mapping[Path, Any], args: Any, kwargs: Any) -> Any:
+    """Call a copy of the layer that has these weights, and keep what it writes into other Refs."""
+    dagdef, values = split(layer)
+    stand_in: Any = merge(dagdef, {**values, **weights})
+    cells = refs(stand_in)
+    before = {path: cell.value for path, cell in cells.items()}
+    result = stand_in(*args, **kwargs)
+    written = {path for path, cell in cells.items() if cell.value is not before[path]}
+    if lost := sorted(written.intersection(weights)):
+        raise NotMutableError(
+            f"{type(layer).__name__} wrote its parameter {'.'.join(lost[0])!r} while it was called "
+            f"with normalized weights. Leave the parameter out of what is normalized, or write it "
+            f"outside of the call."
+        )
+    if written:
+        own = refs(layer)
+        for path in written:
+            own[path].value = cells[path].value
+    return result
+
+
+def _put(tree: dict[str, Any], path: Path, cell: Ref[Any]) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = cell
+
+
+def _get(layer: Module, tree: dict[str, Any], path: Path) -> Ref[Any]:
+    at: Any = tree
+    for name in path:
+        at = at.get(name) if isinstance(at, dict) else None
+    if isinstance(at, Ref):
+        return at
+    raise ValueError(
+        f"{type(layer).__name__} has nothing for {'.'.join(path)!r}: the layer that it wraps has "
+        f"got another parameter since. Wrap it after it is complete."
+    )
+
+
+def _listed(paths: Any) -> str:
+    return ", ".join(".".join(path) for path in paths) or "none"

@@ -1,0 +1,197 @@
+"""How each equation that holds programs passes parameters in and intermediates out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Primitive, Var, jaxprs_in_params
+from jax.extend.core import primitives as jex
+
+from nnx.purify.custom import pass_custom
+from nnx.purify.errors import MarkerError
+from nnx.purify.markers import prefix_of
+from nnx.purify.rewrite import Call, Program, Rewriter
+
+__all__: list[str] = []
+
+
+def pass_on(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
+    """The equation with the programs in it rewritten, and what they need as inputs."""
+    handler = _HANDLERS.get(eqn.primitive) or _BY_NAME.get(eqn.primitive.name)
+    if handler is None:
+        names = sorted(
+            key.call
+            for jaxpr in jaxprs_in_params(eqn.params)
+            for program in [r.inside(jaxpr, shared=True)]
+            for key in [*program.sources, *program.sinks]
+        )
+        raise MarkerError(
+            f"{', '.join(names)} stands inside {eqn.primitive.name}, which cannot be given further "
+            f"inputs. Call the marker before it and pass the value in."
+        )
+    for jaxpr in jaxprs_in_params(eqn.params):
+        # An effect that counts inputs, as those of JAX have done, would count ours.
+        if any(hasattr(effect, "input_index") for effect in jaxpr.effects):
+            raise MarkerError(
+                f"A marker stands inside {eqn.primitive.name} together with a write to a jax.Ref. "
+                f"Call the marker before it and pass the value in."
+            )
+    return handler(r, eqn)
+
+
+# What jit says of an input and an output about which nothing was said.
+_blank = jax.make_jaxpr(jax.jit(lambda x: x))(0.0).eqns[0].params
+
+
+def _jit(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
+    closed, name = eqn.params["jaxpr"], eqn.params["name"]
+    program = r.inside(closed.jaxpr, prefix_of(name), collect=r.collect)
+    r.inherit(program)
+    declared = [
+        key for d in (program.sources, program.sinks) for key, site in d.items() if site.tokens
+    ]
+    if declared:
+        r.count({Call(id(closed.jaxpr), r.prefix, name, declared[0].call): 1})
+    (ins,) = r.inputs_for(program)
+    outs = r.outputs_for(program)
+    params = dict(eqn.params, jaxpr=program.closed(closed.consts))
+    for key in ("in_shardings", "in_layouts", "donated_invars"):
+        params[key] = _blank[key] * len(ins) + tuple(params[key])
+    for key in ("out_shardings", "out_layouts"):
+        params[key] = tuple(params[key]) + _blank[key] * len(outs)
+    return _extended(eqn, ins, outs, params)
+
+
+def _scan(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
+    closed = eqn.params["jaxpr"]
+    program = r.inside(closed.jaxpr, collect=r.collect)
+    r.inherit(program)
+    (ins,) = r.inputs_for(program)
+    outs = r.outputs_for(program, eqn.params["length"])
+    params = dict(
+        eqn.params,
+        jaxpr=program.closed(closed.consts),
+        num_consts=eqn.params["num_consts"] + len(ins),
+    )
+    return _extended(eqn, ins, outs, params)
+
+
+def _while(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
+    p = eqn.params
+    test, body = (r.inside(p[k].jaxpr) for k in ("cond_jaxpr", "body_jaxpr"))
+    # jax.linearize leaves two copies of a loop that it divides.
+    r.inherit(test, body, calls=False, where="while_loop")
+    for_test, for_body = r.inputs_for(test, body)
+    n, m = p["cond_nconsts"], p["body_nconsts"]
+    invars = [
+        *(*for_test, *eqn.invars[:n]),
+        *(*for_body, *eqn.invars[n : n + m]),
+        *eqn.invars[n + m :],
+    ]
+    params = dict(
+        p,
+        cond_jaxpr=test.closed(p["cond_jaxpr"].consts),
+        body_jaxpr=body.closed(p["body_jaxpr"].consts),
+        cond_nconsts=n + len(for_test),
+        body_nconsts=m + len(for_body),
+    )
+    return eqn.replace(invars=invars, params=params)
+
+
+def _cond(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
+    branches = eqn.params["branches"]
+    programs = [r.inside(b.jaxpr) for b in branches]
+    # `lax.cond` keeps its two functions the other way round, the one for False first.
+    order = programs[::-1] if len(programs) == 2 else programs
+    r.inherit(*order, where="cond")
+    shared = Program(programs[0].jaxpr, {k: s for p in order for k, s in p.sources.items()})
+    (ins,) = r.inputs_for(shared)
+    params = dict(
+        eqn.params,
+        branches=tuple(
+            ClosedJaxpr(_widened(p, shared), b.consts)
+            for p, b in zip(programs, branches, strict=True)
+        ),
+    )
+    return eqn.replace(invars=[eqn.invars[0], *ins, *eqn.invars[1:]], params=params)
+
+
+def _widened(program: Program, shared: Program) -> Any:
+    """The program with inputs for all of the sources of `shared`, in that order."""
+    own = iter(program.jaxpr.invars)
+    of_key = {key: [next(own) for _ in site.spec.shapes] for key, site in program.sources.items()}
+    front = []
+    for key, site in shared.sources.items():
+        front += of_key.get(key) or [Var(a) for a in site.spec.avals()]
+    return program.jaxpr.replace(invars=[*front, *own])
+
+
+def _remat(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
+    program = r.inside(eqn.params["jaxpr"], collect=r.collect)
+    # The backward pass has a copy of the forward one.
+    r.inherit(program, calls=not eqn.params["differentiated"])
+    (ins,) = r.inputs_for(program)
+    outs = r.outputs_for(program)
+    return _extended(eqn, ins, outs, dict(eqn.params, jaxpr=program.jaxpr))
+
+
+def _call(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
+    closed = eqn.params["call_jaxpr"]
+    program = r.inside(closed.jaxpr, collect=r.collect)
+    r.inherit(program)
+    (ins,) = r.inputs_for(program)
+    outs = r.outputs_for(program)
+    return _extended(eqn, ins, outs, dict(eqn.params, call_jaxpr=program.closed(closed.consts)))
+
+
+def _linear_solve(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
+    lengths, jaxprs = eqn.params["const_lengths"], eqn.params["jaxprs"]
+    rest = list(eqn.invars)
+    invars, new_lengths, new_jaxprs = [], [], []
+    for length, closed in zip(lengths, jaxprs, strict=True):
+        ins: list[Any] = []
+        if closed is not None:
+            # The matrix is applied by the solver, as often as it likes, and by its transpose.
+            program = r.inside(closed.jaxpr, shared=True)
+            r.inherit(program, calls=False, rules=True, where="custom_linear_solve")
+            (ins,) = r.inputs_for(program)
+            closed = program.closed(closed.consts)
+        invars += [*ins, *rest[:length]]
+        del rest[:length]
+        new_lengths.append(length + len(ins))
+        new_jaxprs.append(closed)
+    params = dict(
+        eqn.params, const_lengths=type(lengths)(*new_lengths), jaxprs=type(jaxprs)(*new_jaxprs)
+    )
+    return eqn.replace(invars=[*invars, *rest], params=params)
+
+
+def _shard_map(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
+    program = r.inside(eqn.params["jaxpr"])
+    r.inherit(program, where="shard_map")
+    (ins,) = r.inputs_for(program)
+    # Every device has the whole of a parameter.
+    specs = (jax.sharding.PartitionSpec(),) * len(ins) + tuple(eqn.params["in_specs"])
+    return _extended(eqn, ins, [], dict(eqn.params, jaxpr=program.jaxpr, in_specs=specs))
+
+
+def _extended(eqn: JaxprEqn, ins: list[Any], outs: list[Any], params: dict[str, Any]) -> JaxprEqn:
+    return eqn.replace(invars=[*ins, *eqn.invars], outvars=[*eqn.outvars, *outs], params=params)
+
+
+_HANDLERS: dict[Primitive, Callable[[Rewriter, JaxprEqn], JaxprEqn]] = {
+    jex.jit_p: _jit,
+    jex.scan_p: _scan,
+    jex.while_p: _while,
+    jex.cond_p: _cond,
+    jex.remat_p: _remat,
+    jex.closed_call_p: _call,
+    jex.custom_jvp_call_p: pass_custom,
+    jex.custom_vjp_call_p: pass_custom,
+    jex.linear_solve_p: _linear_solve,
+}
+
+# JAX has no public name for these.
+_BY_NAME: dict[str, Callable[[Rewriter, JaxprEqn], JaxprEqn]] = {"shard_map": _shard_map}

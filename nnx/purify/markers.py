@@ -1,0 +1,321 @@
+"""The markers: equations in the program that JAX traces, each with a name.
+
+A marker binds a primitive of ours, so it is in the program and not in the Python that made it: what
+JAX keeps in a cache, batches, differentiates or runs twice still says which value belongs there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from nnx.purify.errors import MarkerError
+from refx.trace import Frame, trace_ref
+
+__all__ = ["fixed", "intermediate", "param", "prefix"]
+
+T = TypeVar("T")
+
+
+class Spec(NamedTuple):
+    """What a name stands for: a pytree of shapes and dtypes. Hashable, so it can be in a program."""
+
+    treedef: Any
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[Any, ...]
+
+    def tree(self) -> Any:
+        """The pytree of `jax.ShapeDtypeStruct`."""
+        leaves = map(jax.ShapeDtypeStruct, self.shapes, self.dtypes)
+        return jax.tree.unflatten(self.treedef, list(leaves))
+
+    def avals(self) -> list[Any]:
+        """The types of its leaves, as JAX traces them."""
+        return list(map(ShapedArray, self.shapes, self.dtypes))
+
+    def __str__(self) -> str:
+        leaves = [
+            f"{dtype}[{','.join(map(str, shape))}]"
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        ]
+        return str(jax.tree.unflatten(self.treedef, leaves)).replace("'", "")
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return sum(map(math.prod, self.shapes))
+
+
+# Tells apart two calls of a marker and one call that a transformation has copied.
+_tokens = itertools.count()
+
+source_p = Primitive("purify_source")
+source_p.multiple_results = True
+
+
+def _zeros(*, spec: Spec, **_: Any) -> list[jax.Array]:
+    # Outside of `purify` a marker is an array of zeros.
+    return [jnp.zeros(s, d) for s, d in zip(spec.shapes, spec.dtypes, strict=True)]
+
+
+@source_p.def_abstract_eval
+def _source_types(*, spec: Spec, **_: Any) -> list[Any]:
+    return spec.avals()
+
+
+source_p.def_impl(_zeros)
+mlir.register_lowering(source_p, mlir.lower_fun(_zeros, multiple_results=True))
+
+sink_p = Primitive("purify_sink")
+sink_p.multiple_results = True
+
+
+def _same(*values: Any, **_: Any) -> list[Any]:
+    return list(values)
+
+
+def _batch_sink(values: Any, axes: Any, **params: Any) -> Any:
+    moved = [
+        v if axis is None else jnp.moveaxis(v, axis, 0)
+        for v, axis in zip(values, axes, strict=True)
+    ]
+    return sink_p.bind(*moved, **params), [None if axis is None else 0 for axis in axes]
+
+
+def _push_sink(primals: Any, tangents: Any, **params: Any) -> Any:
+    return sink_p.bind(*primals, **params), list(tangents)
+
+
+sink_p.def_impl(_same)
+sink_p.def_abstract_eval(_same)
+mlir.register_lowering(sink_p, mlir.lower_fun(_same, multiple_results=True))
+batching.primitive_batchers[sink_p] = _batch_sink
+ad.primitive_jvps[sink_p] = _push_sink
+
+
+def param(shape: Any = (), name: str | None = None, dtype: Any = None) -> Any:
+    """A parameter: an array that the purified function takes from its dictionary of parameters.
+
+    Args:
+      shape: an int, a tuple of ints, or a pytree of those, of `jax.ShapeDtypeStruct`, or of arrays
+        whose shapes and dtypes are meant, such as a module's `model["params"]`.
+      name: its key in the dictionary. Without one it is `param_0`, `param_1`, ... in the order of
+        the program.
+      dtype: a floating or complex dtype for the shapes that have none; JAX's default float.
+
+    Returns:
+      The value, of that shape also under `vmap` and in the body of a loop, where every lane and every
+      iteration sees the same parameter. In a function that is not purified, zeros.
+
+    Raises:
+      MarkerError: the shape is none of these, or the dtype has no gradient.
+
+    >>> import jax.numpy as jnp
+    >>> from nnx.purify import param, purify
+    >>> @purify
+    ... def line():
+    ...     return param((), "slope") * jnp.arange(3.0) + param((), "offset")
+    >>> line({"slope": 2.0, "offset": 1.0}).tolist()
+    [1.0, 3.0, 5.0]
+    """
+    _check_name("param", name)
+    spec = as_spec(shape, dtype, "param", name)
+    for path, d in zip(_paths(spec), spec.dtypes, strict=True):
+        if not jnp.issubdtype(d, jnp.inexact):
+            raise MarkerError(
+                f"param({_quoted(name)}){path} was declared with dtype {d}, which has no gradient. "
+                f"Use a floating or complex dtype, or `fixed` for data."
+            )
+    return _source("param", spec, name)
+
+
+def fixed(shape: Any = (), name: str | None = None, dtype: Any = None) -> Any:
+    """An input that is no parameter: data that changes between calls and is given by keyword.
+
+    Args:
+      shape: as for `param`; of any dtype.
+      name: the keyword.
+      dtype: the dtype of shapes that have none; JAX's default float.
+
+    Returns:
+      The value; in a function that is not purified, zeros.
+
+    Raises:
+      MarkerError: there is no name, or the shape cannot be read.
+
+    >>> from nnx.purify import fixed, param, purify
+    >>> @purify
+    ... def scaled():
+    ...     return param((), "scale") * fixed(2, "x")
+    >>> scaled({"scale": 2.0}, x=[1.0, 2.0]).tolist()
+    [2.0, 4.0]
+    """
+    if name is None:
+        raise MarkerError(
+            "A fixed value needs a name, since it is given by keyword: fixed(3, 'x')."
+        )
+    return _source("fixed", as_spec(shape, dtype, "fixed", name), name)
+
+
+def intermediate(value: T, name: str) -> T:
+    """Mark a value, which is returned as it is, as one that `.intermediates` reports.
+
+    Args:
+      value: a pytree of arrays.
+      name: its key. Names of intermediates and of parameters do not meet.
+
+    Inside `scan` the report is stacked along the iterations, inside `vmap` along the lanes, both
+    in front. Inside `while_loop` and `cond` there is no one value to report, which is an error of
+    `.intermediates` alone.
+
+    >>> from nnx.purify import intermediate, param, purify
+    >>> @purify
+    ... def f():
+    ...     return intermediate(param((), "x") ** 2, "square") + 1
+    >>> {k: float(v) for k, v in f.intermediates({"x": 3.0}).items()}
+    {'square': 9.0}
+    """
+    _check_name("intermediate", name)
+    if not isinstance(name, str):
+        raise MarkerError("An intermediate needs a name: intermediate(value, 'field').")
+    leaves, treedef = jax.tree.flatten(value)
+    for leaf in leaves:
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
+            raise MarkerError(
+                f"intermediate({_quoted(name)}) takes a pytree of arrays, but it holds "
+                f"{leaf!r}, a {type(leaf).__name__}."
+            )
+    out = sink_p.bind(*leaves, name=name, token=next(_tokens), treedef=treedef)
+    return jax.tree.unflatten(treedef, out)
+
+
+def isolated(name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """A body that sees the Refs of modules around it as constants: JAX traces it at every call.
+
+    Called where the trace is begun, so that a program that JAX keeps in between is noticed.
+    """
+    entry = trace_ref()
+
+    def decorate(body: Callable[..., T]) -> Callable[..., T]:
+        def run(*args: Any) -> T:
+            frame = Frame(name, constants=True, entry=entry)
+            with frame:
+                try:
+                    return body(*args)
+                finally:
+                    frame.close()
+
+        return run
+
+    return decorate
+
+
+_PREFIX = "purify_prefix:"
+
+
+def prefix(name: str, f: Callable[..., T]) -> Callable[..., T]:
+    """A function whose markers have `name` and a dot before their names, for parts used again.
+
+    Args:
+      name: what to put in front.
+      f: a function; what it returns may hold arrays and anything else.
+
+    The prefix is part of the program, so it also reaches the markers of a function that is compiled
+    and kept by `jax.jit`. Prefixes nest.
+
+    >>> import jax.numpy as jnp
+    >>> from nnx.purify import param, prefix, purify
+    >>> def dense(x, features):
+    ...     return x @ param((x.shape[-1], features), "w") + param(features, "b")
+    >>> @purify
+    ... def net():
+    ...     hidden = jnp.tanh(prefix("hidden", dense)(jnp.ones(4), 8))
+    ...     return prefix("out", dense)(hidden, 1)
+    >>> list(net.shapes())
+    ['hidden.w', 'hidden.b', 'out.w', 'out.b']
+    """
+    _check_name("prefix", name)
+
+    def prefixed(*args: Any, **kwargs: Any) -> T:
+        others: list[Any] = []
+
+        @isolated(f"nnx.purify.prefix({name!r})")
+        def body() -> list[Any]:
+            leaves, treedef = jax.tree.flatten(f(*args, **kwargs))
+            others[:] = [treedef, [None if isinstance(x, jax.Array) else x for x in leaves]]
+            return [x for x in leaves if isinstance(x, jax.Array)]
+
+        # A jitted call is the one thing that JAX names and keeps apart through every transformation.
+        body.__name__ = _PREFIX + name
+        arrays = iter(jax.jit(body)())
+        treedef, leaves = others
+        return jax.tree.unflatten(treedef, [next(arrays) if x is None else x for x in leaves])
+
+    return prefixed
+
+
+def prefix_of(name: str) -> str:
+    """The prefix that a jitted function of this name stands for, with its dot."""
+    _, found, rest = name.partition(_PREFIX)
+    return f"{rest.rstrip(')')}." if found else ""
+
+
+def _source(kind: str, spec: Spec, name: str | None) -> Any:
+    out = source_p.bind(kind=kind, name=name, token=next(_tokens), spec=spec)
+    return jax.tree.unflatten(spec.treedef, out)
+
+
+def _check_name(kind: str, name: Any) -> None:
+    if name is not None and (not isinstance(name, str) or not name):
+        raise MarkerError(f"The name of a {kind} is a string that is not empty, not {name!r}.")
+
+
+def _quoted(name: str | None) -> str:
+    return "" if name is None else repr(name)
+
+
+def _is_shape(x: Any) -> bool:
+    if isinstance(x, bool):
+        return False
+    if isinstance(x, int | np.integer):
+        return True
+    return type(x) in (tuple, list) and all(
+        isinstance(n, int | np.integer) and not isinstance(n, bool) for n in x
+    )
+
+
+def as_spec(shape: Any, dtype: Any, kind: str, name: str | None) -> Spec:
+    """Read what a marker was told about shapes."""
+    default = jax.dtypes.canonicalize_dtype(float if dtype is None else dtype)
+    leaves, treedef = jax.tree.flatten(shape, is_leaf=_is_shape)
+    shapes, dtypes = [], []
+    for leaf in leaves:
+        if _is_shape(leaf):
+            sizes = leaf if isinstance(leaf, tuple | list) else (leaf,)
+            shapes.append(tuple(int(n) for n in sizes))
+            dtypes.append(default)
+        elif hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+            shapes.append(tuple(leaf.shape))
+            dtypes.append(jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True))
+        else:
+            raise MarkerError(
+                f"{kind}({_quoted(name)}) takes a shape (an int or a tuple of ints), a "
+                f"jax.ShapeDtypeStruct, an array, or a pytree of those, not {leaf!r}."
+            )
+        if any(n < 0 for n in shapes[-1]):
+            raise MarkerError(f"{kind}({_quoted(name)}) has a negative size: {shapes[-1]}.")
+    return Spec(treedef, tuple(shapes), tuple(dtypes))
+
+
+def _paths(spec: Spec) -> list[str]:
+    tree = jax.tree.unflatten(spec.treedef, range(len(spec.shapes)))
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]

@@ -1,0 +1,292 @@
+"""`purify`: a function with markers as a pure function of a dictionary of parameters."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
+
+from nnx.purify.errors import (
+    DuplicateNameError,
+    MarkerError,
+    MissingNameError,
+    PurifyError,
+    UnexpectedNameError,
+)
+from nnx.purify.markers import Spec, isolated
+from nnx.purify.rewrite import Key, Program, rewrite
+from refx import DtypeError, ShapeError
+
+__all__ = ["Purified"]
+
+T = TypeVar("T")
+
+
+class _Traced:
+    """A function, traced for arguments of certain shapes, and what its markers declare."""
+
+    def __init__(self, name: str, f: Callable[..., Any], args: Any, collect: bool = False):
+        self.name = name
+        traced = jax.make_jaxpr(isolated(f"purify({name})")(f), return_shape=True)
+        closed, shape = traced(*args)
+        self.consts = closed.consts
+        self.treedef = jax.tree.structure(shape)
+        self.program: Program = rewrite(closed.jaxpr, collect=collect)
+        self.names = _names(self.program)
+        self.params = self._of_kind("param")
+        self.fixed = self._of_kind("fixed")
+
+    def _of_kind(self, kind: str) -> dict[str, Spec]:
+        sources = self.program.sources
+        return {self.names[k]: site.spec for k, site in sources.items() if k.kind == kind}
+
+    def run(self, params: Mapping[str, Any], fixed: Mapping[str, Any], args: Any) -> list[Any]:
+        """The outputs, and after them the intermediates where they are collected."""
+        self._check_names("parameter", self.params, params, self.fixed)
+        self._check_names("fixed value", self.fixed, fixed, self.params)
+        given = {"param": params, "fixed": fixed}
+        leaves = []
+        for key, site in self.program.sources.items():
+            name = self.names[key]
+            leaves += self._leaves(key.kind, name, site.spec, given[key.kind][name])
+        closed = self.program.closed(self.consts)
+        return jaxpr_as_fun(closed)(*leaves, *jax.tree.leaves(args))
+
+    def _check_names(self, what: str, known: Any, given: Any, others: Any) -> None:
+        for name in known:
+            if name not in given:
+                how = "in the dictionary" if what == "parameter" else "by keyword"
+                raise MissingNameError(
+                    f"purify({self.name}) has the {what} {name!r} ({known[name]}), but it was not "
+                    f"given {how}. Given: {_listed(given)}."
+                )
+        for name in given:
+            if name not in known:
+                if name in others:
+                    hint = f"It is a {'fixed value' if what == 'parameter' else 'parameter'}. "
+                else:
+                    close = difflib.get_close_matches(str(name), known, 1)
+                    hint = f"Did you mean {close[0]!r}? " if close else ""
+                raise UnexpectedNameError(
+                    f"purify({self.name}) was given the {what} {name!r}, which it does not have. "
+                    f"{hint}It has: {_listed(known)}."
+                )
+
+    def _leaves(self, kind: str, name: str, spec: Spec, value: Any) -> list[Any]:
+        what = (
+            f"{'Parameter' if kind == 'param' else 'Fixed value'} {name!r} of purify({self.name})"
+        )
+        if spec.treedef == _LEAF:
+            # A list of numbers is an array here.
+            paths, leaves = [""], [value]
+        else:
+            found, treedef = jax.tree_util.tree_flatten_with_path(value)
+            if treedef != spec.treedef:
+                raise ShapeError(
+                    f"{what} was given as a pytree of another structure. Declared: {spec.treedef}; "
+                    f"given: {treedef}."
+                )
+            paths = [jax.tree_util.keystr(path) for path, _ in found]
+            leaves = [leaf for _, leaf in found]
+        types = zip(paths, leaves, spec.shapes, spec.dtypes, strict=True)
+        return [_fitted(what + path, *rest) for path, *rest in types]
+
+
+_LEAF = jax.tree.structure(0)
+
+
+def _fitted(what: str, value: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The value as an array of this shape and dtype, or an error."""
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise ShapeError(
+            f"{what} was declared as {_type(shape, dtype)}, but got {value!r}."
+        ) from None
+    if array.shape != shape:
+        raise ShapeError(
+            f"{what} was declared with shape {shape}, but got an array of shape {array.shape}."
+        )
+    weak = getattr(array, "weak_type", False)
+    if array.dtype == dtype:
+        return jax.lax.convert_element_type(array, dtype) if weak else array
+    extended = any(jnp.issubdtype(d, jax.dtypes.extended) for d in (array.dtype, dtype))
+    # A number takes any dtype of its kind; an array none that would lose something.
+    if extended or not (
+        jnp.promote_types(array.dtype, dtype) == dtype
+        or (weak and jax.dtypes.result_type(array, dtype) == dtype)
+    ):
+        raise DtypeError(
+            f"{what} was declared with dtype {dtype}, but got {array.dtype}, which does not go into "
+            f"it. Cast it, or declare the marker with dtype={array.dtype}."
+        )
+    return jax.lax.convert_element_type(array, dtype)
+
+
+def _type(shape: tuple[int, ...], dtype: Any) -> str:
+    return f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(map(repr, names)) or "nothing"
+
+
+def _names(program: Program) -> dict[Key, str]:
+    """The key in the dictionary for everything, with numbers for what has no name."""
+    names: dict[Key, str] = {}
+    count: dict[str, int] = {}
+    for key in program.sources:
+        if key.name is not None:
+            names[key] = str(key)
+            continue
+        number = count[key.prefix] = count.get(key.prefix, -1) + 1
+        names[key] = f"{key.prefix}param_{number}"
+        if any(k.kind == "param" and k.name and str(k) == names[key] for k in program.sources):
+            raise DuplicateNameError(
+                f"The parameter without a name would be {names[key]!r}, which is the name of another "
+                f"one. Give it a name."
+            )
+    return names
+
+
+class Purified(Generic[T]):
+    """What `purify` makes of a function. See there.
+
+    >>> from nnx.purify import Purified, param, purify
+    >>> isinstance(purify(lambda: param(3, "x")), Purified)
+    True
+    """
+
+    def __init__(self, f: Callable[..., T], *, ravel: bool = False, jit: bool = False):
+        self._f = f
+        self._name = getattr(f, "__qualname__", None) or repr(f)
+        self._flat = ravel
+        self._run = jax.jit(self._evaluate, static_argnums=0) if jit else self._evaluate
+        functools.update_wrapper(self, f, updated=())
+
+    def _trace(self, args: Any, collect: bool = False) -> _Traced:
+        return _Traced(self._name, self._f, args, collect)
+
+    def _evaluate(self, collect: bool, params: Any, args: Any, fixed: Any) -> Any:
+        traced = self._trace(args, collect)
+        out = traced.run(self._as_dict(traced, params), fixed, args)
+        if not collect:
+            return jax.tree.unflatten(traced.treedef, out)
+        if traced.program.hidden:
+            key, where = next(iter(traced.program.hidden.items()))
+            raise MarkerError(
+                f"{key.call} of purify({self._name}) stands inside {where}, so there is no one value "
+                f"to report. Return the value from it and mark it outside."
+            )
+        rest = iter(out[traced.treedef.num_leaves :])
+        return {
+            str(key): jax.tree.unflatten(
+                site.spec.treedef, [next(rest) for _ in range(site.spec.treedef.num_leaves)]
+            )
+            for key, site in traced.program.sinks.items()
+        }
+
+    def __call__(self, params: Any, /, *args: Any, **fixed: Any) -> T:
+        """What the function returns for these parameters, arguments and fixed values."""
+        return self._run(False, params, args, fixed)
+
+    def intermediates(self, params: Any, /, *args: Any, **fixed: Any) -> dict[str, Any]:
+        """The intermediates by name, for the same arguments as a call."""
+        return self._run(True, params, args, fixed)
+
+    def shapes(self, *args: Any) -> Any:
+        """The parameters as `jax.ShapeDtypeStruct`, by name."""
+        params = self._trace(args).params
+        if self._flat:
+            dtypes = [d for spec in params.values() for d in spec.dtypes]
+            size = sum(spec.size for spec in params.values())
+            dtype = jnp.result_type(*dtypes) if dtypes else jax.dtypes.canonicalize_dtype(float)
+            return jax.ShapeDtypeStruct((size,), dtype)
+        return {name: spec.tree() for name, spec in params.items()}
+
+    def fixed_shapes(self, *args: Any) -> dict[str, Any]:
+        """The fixed values as `jax.ShapeDtypeStruct`, by name."""
+        return {name: spec.tree() for name, spec in self._trace(args).fixed.items()}
+
+    def zeros(self, *args: Any) -> Any:
+        """Parameters that are zero."""
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.shapes(*args))
+
+    def normal(self, key: jax.Array, *args: Any) -> Any:
+        """Parameters from a standard normal distribution.
+
+        Each depends on `key` and on its own name alone, not on which others there are.
+        """
+        drawn = {}
+        for name, spec in self._trace(args).params.items():
+            digest = hashlib.sha256(name.encode()).digest()
+            own = key
+            for start in (0, 4):
+                own = jax.random.fold_in(own, int.from_bytes(digest[start : start + 4], "little"))
+            leaves = [
+                jax.random.normal(jax.random.fold_in(own, i), shape, dtype)
+                for i, (shape, dtype) in enumerate(zip(spec.shapes, spec.dtypes, strict=True))
+            ]
+            drawn[name] = jax.tree.unflatten(spec.treedef, leaves)
+        return self.ravel(drawn, *args) if self._flat else drawn
+
+    def ravel(self, params: Mapping[str, Any], *args: Any) -> jax.Array:
+        """A dictionary of parameters as one flat array, sorted by name."""
+        traced = self._trace(args)
+        traced._check_names("parameter", traced.params, params, traced.fixed)
+        leaves = [
+            leaf
+            for name in sorted(traced.params)
+            for leaf in traced._leaves("param", name, traced.params[name], params[name])
+        ]
+        if not leaves:
+            return jnp.zeros((0,))
+        dtype = jnp.result_type(*leaves)
+        return jnp.concatenate([jnp.ravel(x).astype(dtype) for x in leaves])
+
+    def unravel(self, flat: jax.Array, *args: Any) -> dict[str, Any]:
+        """The dictionary of parameters that `ravel` made this flat array of."""
+        return self._unraveled(self._trace(args), flat)
+
+    def _as_dict(self, traced: _Traced, params: Any) -> Mapping[str, Any]:
+        if self._flat:
+            return self._unraveled(traced, params)
+        if not isinstance(params, Mapping):
+            raise PurifyError(
+                f"purify({self._name}) takes a dictionary of parameters by name, not a "
+                f"{type(params).__name__}. Make one with .zeros() or .normal(key), or use "
+                f"purify(..., ravel=True) for one flat array."
+            )
+        return params
+
+    def _unraveled(self, traced: _Traced, flat: Any) -> dict[str, Any]:
+        size = sum(spec.size for spec in traced.params.values())
+        if isinstance(flat, Mapping) or jnp.shape(flat) != (size,):
+            got = "a dictionary" if isinstance(flat, Mapping) else f"shape {jnp.shape(flat)}"
+            parts = ", ".join(f"{name}: {traced.params[name]}" for name in sorted(traced.params))
+            raise ShapeError(
+                f"The parameters of purify({self._name}) in one flat array have shape ({size},), but "
+                f"got {got}. They are {parts or 'none'}; .ravel(params) makes it of a dictionary."
+            )
+        flat, start, out = jnp.asarray(flat), 0, {}
+        for name in sorted(traced.params):
+            spec, leaves = traced.params[name], []
+            for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True):
+                stop = start + math.prod(shape)
+                part = flat[start:stop].reshape(shape)
+                if jnp.iscomplexobj(part) and not jnp.issubdtype(dtype, jnp.complexfloating):
+                    part = part.real
+                leaves.append(part.astype(dtype))
+                start = stop
+            out[name] = jax.tree.unflatten(spec.treedef, leaves)
+        return {name: out[name] for name in traced.params}
+
+    def __repr__(self) -> str:
+        return f"purify({self._name})"

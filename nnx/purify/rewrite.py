@@ -1,0 +1,293 @@
+"""A program with markers becomes one whose markers are inputs and outputs.
+
+`rewrite` takes a jaxpr and gives the same jaxpr with the equations of markers taken out: what they
+produced are inputs in front, what they were given are outputs at the end. A jaxpr inside an
+equation (of a loop, a branch, a jitted call) is rewritten first, and the equation passes the inputs
+on. No other equation is touched, so what is compiled is what a person would have written by hand.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxprs_in_params
+from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p
+
+from nnx.purify.errors import DuplicateNameError
+from nnx.purify.markers import Spec, sink_p, source_p
+
+__all__: list[str] = []
+
+
+class Key(NamedTuple):
+    """What a marker stands for. Without a name it is told apart by its call."""
+
+    kind: str
+    prefix: str
+    name: str | None
+    token: int | None
+
+    def __str__(self) -> str:
+        return self.prefix + (self.name or "(without a name)")
+
+    @property
+    def call(self) -> str:
+        """The marker as a person would write it."""
+        return f"{self.kind}({str(self)!r})" if self.name else f"{self.kind}() without a name"
+
+
+@dataclass
+class Site:
+    """All places of one key in a program."""
+
+    spec: Spec
+    # One token for each call of the marker, not counting those in functions with rules of their
+    # own: JAX calls these and their rules as often as it likes.
+    tokens: set[int]
+
+
+class Call(NamedTuple):
+    """A call of a jitted function with markers, which JAX traces once for all its calls."""
+
+    jaxpr: int
+    prefix: str
+    name: str
+    declares: str
+
+
+@dataclass
+class Program:
+    """A jaxpr whose markers are inputs in front and outputs at the end."""
+
+    jaxpr: Jaxpr
+    # Parameters and fixed values, in the order of the program.
+    sources: dict[Key, Site] = field(default_factory=dict)
+    # Intermediates, and those that stand where their value cannot be told.
+    sinks: dict[Key, Site] = field(default_factory=dict)
+    hidden: dict[Key, str] = field(default_factory=dict)
+    calls: Counter[Call] = field(default_factory=Counter)
+
+    def closed(self, consts: Sequence[Any] = ()) -> ClosedJaxpr:
+        return ClosedJaxpr(self.jaxpr, consts)
+
+
+_marked: weakref.WeakKeyDictionary[Jaxpr, bool] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[Jaxpr, dict[tuple[str, bool, bool], Program]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def has_rule(eqn: JaxprEqn) -> bool:
+    """Whether this calls a function with a derivative rule that a user has written."""
+    if eqn.primitive not in (custom_jvp_call_p, custom_vjp_call_p):
+        return False
+    # Rules of JAX itself, those of relu for one, hold no markers.
+    source = eqn.params["call_jaxpr"].jaxpr.debug_info.func_src_info or ""
+    return not source.partition(" at ")[2].startswith(_JAX)
+
+
+_JAX = str(Path(jax.__file__).parent)
+
+
+def is_marked(jaxpr: Jaxpr) -> bool:
+    """Whether there are markers in a jaxpr or in one inside it, or may be in a derivative rule."""
+    answer = _marked.get(jaxpr)
+    if answer is None:
+        answer = _marked[jaxpr] = any(
+            eqn.primitive is source_p
+            or eqn.primitive is sink_p
+            or has_rule(eqn)
+            or any(map(is_marked, jaxprs_in_params(eqn.params)))
+            for eqn in jaxpr.eqns
+        )
+    return answer
+
+
+def rewrite(
+    jaxpr: Jaxpr, prefix: str = "", *, collect: bool = False, shared: bool = False
+) -> Program:
+    """Take the markers out of a jaxpr.
+
+    Args:
+      jaxpr: the program.
+      prefix: what stands before the names in it.
+      collect: whether intermediates become outputs. Otherwise they are dropped.
+      shared: whether several calls may declare one name, since JAX chooses how often to call.
+
+    Raises:
+      DuplicateNameError: a name was declared twice.
+      MarkerError: a marker is inside something that cannot pass its value on.
+    """
+    if not is_marked(jaxpr):
+        return Program(jaxpr)
+    # The same jaxpr gives the same program, so that what JAX compiled for it is found again. The
+    # program must not hold the jaxpr, which would keep both for ever.
+    known = _kept.setdefault(jaxpr, {})
+    options = (prefix, collect, shared)
+    if options not in known:
+        known[options] = Rewriter(jaxpr, *options).run()
+    return known[options]
+
+
+class Rewriter:
+    """The state of one pass over one jaxpr."""
+
+    def __init__(self, jaxpr: Jaxpr, prefix: str, collect: bool, shared: bool):
+        self.jaxpr = jaxpr
+        self.prefix = prefix
+        self.collect = collect
+        self.shared = shared
+        self.program = Program(jaxpr)
+        self.eqns: list[JaxprEqn] = []
+        # What stands for a variable whose equation is gone.
+        self.renamed: dict[Any, Any] = {}
+        self.inputs: dict[Key, list[Var]] = {}
+        self.outputs: dict[Key, list[Any]] = {}
+
+    def run(self) -> Program:
+        for eqn in self.jaxpr.eqns:
+            if eqn.primitive is source_p:
+                self.take_source(eqn)
+            elif eqn.primitive is sink_p:
+                self.take_sink(eqn)
+            else:
+                self.take(eqn)
+        inputs = [v for key in self.program.sources for v in self.inputs[key]]
+        outputs = [v for vs in self.outputs.values() for v in vs]
+        self.program.jaxpr = self.jaxpr.replace(
+            invars=[*inputs, *self.jaxpr.invars],
+            outvars=[*map(self.now, self.jaxpr.outvars), *map(self.now, outputs)],
+            eqns=self.eqns,
+        )
+        return self.program
+
+    def now(self, atom: Any) -> Any:
+        return self.renamed.get(atom, atom) if isinstance(atom, Var) else atom
+
+    def take_source(self, eqn: JaxprEqn) -> None:
+        p = eqn.params
+        token = p["token"]
+        key = Key(p["kind"], self.prefix, p["name"], token if p["name"] is None else None)
+        self.declare(self.program.sources, key, Site(p["spec"], {token}))
+        self.renamed.update(zip(eqn.outvars, self.inputs_of(key), strict=True))
+
+    def take_sink(self, eqn: JaxprEqn) -> None:
+        p = eqn.params
+        values = [self.now(v) for v in eqn.invars]
+        self.renamed.update(zip(eqn.outvars, values, strict=True))
+        key = Key("intermediate", self.prefix, p["name"], None)
+        self.declare(self.program.sinks, key, Site(_spec(p["treedef"], values), {p["token"]}))
+        if self.collect:
+            self.outputs.setdefault(key, values)
+
+    def inside(self, jaxpr: Jaxpr, prefix: str = "", **options: bool) -> Program:
+        """A program in an equation of this one, rewritten as this one is."""
+        return rewrite(
+            jaxpr, self.prefix + prefix, shared=options.pop("shared", self.shared), **options
+        )
+
+    def declare(self, known: dict[Key, Site], key: Key, site: Site) -> None:
+        before = known.get(key)
+        if before is None:
+            known[key] = Site(site.spec, set() if self.shared else set(site.tokens))
+            return
+        if known is self.program.sources and before.spec != site.spec:
+            raise DuplicateNameError(
+                f"{key.call} was declared twice, with {before.spec} and with {site.spec}. {_ADVICE}"
+            )
+        if not self.shared:
+            before.tokens |= site.tokens
+        if len(before.tokens) > 1:
+            raise DuplicateNameError(f"{key.call} was declared by two calls. {_ADVICE}")
+
+    def inputs_of(self, key: Key) -> list[Var]:
+        """The variables that hold the value of `key` in this jaxpr."""
+        if key not in self.inputs:
+            self.inputs[key] = [Var(a) for a in self.program.sources[key].spec.avals()]
+        return self.inputs[key]
+
+    def take(self, eqn: JaxprEqn) -> None:
+        """An equation that is no marker, with the programs inside it."""
+        eqn = eqn.replace(invars=[self.now(v) for v in eqn.invars])
+        if has_rule(eqn) or any(map(is_marked, jaxprs_in_params(eqn.params))):
+            from nnx.purify.equations import pass_on  # it is built on this file
+
+            eqn = pass_on(self, eqn)
+        self.eqns.append(eqn)
+
+    def inherit(
+        self, *programs: Program, calls: bool = True, rules: bool = False, where: str | None = None
+    ) -> None:
+        """Make what programs inside an equation declare a matter of this one.
+
+        Args:
+          programs: what is inside.
+          calls: whether JAX leaves it at one copy of a call in here.
+          rules: whether JAX may call the function that this was traced from again.
+          where: what keeps intermediates in here from having one value.
+        """
+        for program in programs:
+            for key, site in program.sources.items():
+                self.declare(self.program.sources, key, Site(site.spec, set()) if rules else site)
+            for key, site in program.sinks.items():
+                if where is not None:
+                    self.program.hidden.setdefault(key, where)
+                else:
+                    self.declare(self.program.sinks, key, Site(site.spec, set()) if rules else site)
+            self.program.hidden |= program.hidden
+            if calls:
+                self.count(program.calls)
+
+    def count(self, calls: Mapping[Call, int]) -> None:
+        """Note calls of jitted functions; JAX answers the second from its cache."""
+        for call, times in () if self.shared else calls.items():
+            self.program.calls[call] += times
+            if self.program.calls[call] > 1:
+                raise DuplicateNameError(
+                    f"The jitted function {call.name!r}, which declares {call.declares}, is called "
+                    f"twice. {_ADVICE}"
+                )
+
+    def inputs_for(self, *programs: Program) -> list[list[Var]]:
+        """For each program the variables of this jaxpr that it takes in front."""
+        return [[v for key in p.sources for v in self.inputs_of(key)] for p in programs]
+
+    def outputs_for(self, program: Program, length: int | None = None) -> list[Var]:
+        """Variables for the intermediates that are the last outputs of `program`.
+
+        Args:
+          program: what is inside an equation.
+          length: of the loop that stacks them.
+        """
+        if not self.collect:
+            return []
+        sizes = [len(site.spec.shapes) for site in program.sinks.values()]
+        inner: Any = iter(program.jaxpr.outvars[len(program.jaxpr.outvars) - sum(sizes) :])
+        made: list[Var] = []
+        for key, size in zip(program.sinks, sizes, strict=True):
+            avals = [next(inner).aval for _ in range(size)]
+            if length is not None:
+                avals = [a.update(shape=(length, *a.shape)) for a in avals]
+            outs = [Var(a) for a in avals]
+            made += outs
+            if key not in self.outputs:
+                self.outputs[key] = outs
+                site = self.program.sinks[key]
+                site.spec = _spec(site.spec.treedef, outs)
+        return made
+
+
+_ADVICE = (
+    "Give each its own name (take a `name` argument, or use prefix('a', f) on a part that is used "
+    "again); to use one value in two places, call the marker once and pass what it returns."
+)
+
+
+def _spec(treedef: Any, atoms: Sequence[Any]) -> Spec:
+    return Spec(treedef, tuple(a.aval.shape for a in atoms), tuple(a.aval.dtype for a in atoms))

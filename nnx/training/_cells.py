@@ -1,0 +1,105 @@
+"""Refs by path: what the optimizer and the moving average keep beside a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import refx
+from nnx.module import Module
+from refx import Filter, Partition, Ref
+from refx.node import attributes
+from refx.partition import Path, dotted, listed
+
+__all__: list[str] = []
+
+
+class Cells(Module):
+    """Refs under names, nested. A module and not a dict, since trees compare those faster."""
+
+
+def nest(cells: Mapping[Path, Ref[Any]]) -> Any:
+    """A tree of `Cells` that has each Ref at its path; a Ref at the empty path is itself the tree."""
+    if () in cells:
+        return cells[()]
+    root = Cells()
+    for path, cell in cells.items():
+        at: Any = root
+        for name in path[:-1]:
+            if name not in attributes(at):
+                setattr(at, name, Cells())
+            at = getattr(at, name)
+        setattr(at, path[-1], cell)
+    return root
+
+
+def selected(model: Any, filter: Filter) -> dict[Path, Ref[Any]]:
+    """The Refs of a model that a filter selects, by their canonical paths."""
+    selects = refx.to_predicate(filter)
+    return {path: cell for path, cell in refx.refs(model).items() if selects(path, cell)}
+
+
+def values_of(model: Any, cells: Mapping[Path, Ref[Any]]) -> Partition:
+    """The values of some Refs of a model, read through the model, which closures need."""
+    chosen = {id(cell) for cell in cells.values()}
+    return refx.get_partition(model, lambda path, cell: id(cell) in chosen)
+
+
+def nothing_selected(what: str, model: Any, filter: Filter) -> str:
+    """The message for a filter that selects no Ref."""
+    there = sorted({repr(cell.collection) for cell in refx.refs(model).values()})
+    return (
+        f"{what}: the filter {filter!r} selects no Ref of the {type(model).__name__}; its Refs are "
+        f"in the collections {', '.join(there) or '(it has none)'}."
+    )
+
+
+def paths_differ(what: str, got: Any, expected: Any, unknown_to: str) -> str | None:
+    """How two sets of paths differ, for a message; None if they do not."""
+    missing = [path for path in expected if path not in got]
+    unknown = [path for path in got if path not in expected]
+    parts = []
+    if missing:
+        parts.append(f"{what} lack {listed(missing)}")
+    if unknown:
+        parts.append(f"{'they' if parts else what} have {listed(unknown)}, {unknown_to}")
+    return "; ".join(parts) or None
+
+
+def values_differ(what: str, got: Partition, expected: Partition) -> str | None:
+    """The first path where two partitions differ in structure, shape or dtype, for a message."""
+    for path, old in expected.items():
+        new = got[path]
+        old_leaves, old_tree = jax.tree.flatten(old)
+        new_leaves, new_tree = jax.tree.flatten(new)
+        if old_tree != new_tree:
+            return f"{what} at {dotted(path)!r} has the structure {new_tree}, not {old_tree}"
+        for a, b in zip(old_leaves, new_leaves, strict=True):
+            if np.shape(a) != np.shape(b):
+                return f"{what} at {dotted(path)!r} has shape {np.shape(b)}, not {np.shape(a)}"
+            if dtype_of(a) != dtype_of(b):
+                return f"{what} at {dotted(path)!r} has dtype {dtype_of(b)}, not {dtype_of(a)}"
+    return None
+
+
+def dtype_of(x: Any) -> Any:
+    """The dtype of an array or a number."""
+    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+
+
+def fresh(x: Any) -> jax.Array:
+    """A copy with a buffer of its own, which donating the original does not delete.
+
+    It is not weakly typed: a value whose type firms up at the first write compiles a step twice.
+    """
+    return strong(jnp.array(x, copy=True))
+
+
+def strong(x: Any) -> Any:
+    """The array without its weak type, if it has one."""
+    weak = getattr(x, "weak_type", False)
+    return jax.lax.convert_element_type(x, x.dtype) if weak else x

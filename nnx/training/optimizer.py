@@ -1,0 +1,400 @@
+"""`nnx.Optimizer`: an optax transformation, its state in Refs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import refx
+from nnx.module import Module, ref
+from nnx.training._cells import (
+    fresh,
+    nest,
+    nothing_selected,
+    paths_differ,
+    selected,
+    strong,
+    values_differ,
+    values_of,
+)
+from nnx.transforms.boundary import write_back
+from refx import Filter, FilterError, Node, Partition, Ref, RefError, UnmatchedPathError
+from refx.partition import Path, dotted, listed
+
+__all__ = ["HyperparameterError", "Optimizer", "OptimizerError", "mask"]
+
+
+class OptimizerError(RefError, ValueError):
+    """Gradients, model and optimizer do not fit together; nothing was changed."""
+
+
+class HyperparameterError(RefError, AttributeError):
+    """The optimizer has no learning rate that could be read or set."""
+
+
+class Layout:
+    """How the Refs of the state and the optax state belong together; static.
+
+    `targets` are the parameters that the optimizer was made for, with their shapes.
+    """
+
+    __slots__ = ("paths", "targets", "treedef")
+
+    def __init__(self, treedef: Any, paths: tuple[Path, ...], targets: tuple[Any, ...]):
+        self.treedef = treedef
+        self.paths = paths
+        self.targets = targets
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.treedef, self.paths, self.targets
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Layout) and self._key() == other._key())
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        return f"{len(self.paths)} arrays for {len(self.targets)} parameters"
+
+
+class Optimizer(Module):
+    """An optax transformation for the parameters of a model, with its state in Refs.
+
+    It does not hold the model: `optimizer.update(model, grads)` takes it, so that a training step
+    has both as arguments and each is saved, sharded or replicated by itself.
+
+    Each array of the state has a Ref of its own, whose path is that of the array in optax's state
+    with the path of the parameter at its end: `state.0.mu.block1.linear.kernel`. So the state is
+    filtered, sharded, saved and updated by path like a model, and files hold arrays and no classes
+    of optax. The Ref has the metadata of its parameter (a sharding, say) where it has its shape.
+
+    Args:
+      model: a module, or any tree that holds Refs.
+      tx: an optax transformation, or a dict from filter to transformation: each parameter goes to
+        the first filter that selects it, and `...` as the last takes the rest. Gradients are
+        accumulated by `optax.MultiSteps(tx, every_k_schedule=k)`, and `optax.set_to_zero()` leaves
+        parameters as they are.
+      wrt: a filter: the Refs of the model that are trained. Those that it leaves out cost nothing.
+
+    Attributes: `step`, the number of updates, int32; `state`, the Refs of the state; `opt_state`,
+    the same as optax has it, with values; `learning_rate`. All Refs are in the collection
+    `"opt_state"`.
+
+    Raises:
+      OptimizerError: `wrt` selects nothing.
+      UnmatchedPathError: no filter of `tx` selects a parameter.
+
+    >>> import jax, jax.numpy as jnp, nnx, optax
+    >>> model = nnx.Linear.init(jax.random.key(0))(2, 1)
+    >>> optimizer = nnx.Optimizer(model, optax.adam(0.1))
+    >>> @nnx.jit
+    ... def train_step(model, optimizer, x, y):
+    ...     loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - y) ** 2))(model)
+    ...     optimizer.update(model, grads)
+    ...     return loss
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    >>> losses = [train_step(model, optimizer, x, x[:, :1]) for _ in range(50)]
+    >>> bool(losses[-1] < losses[0]), int(optimizer.step)
+    (True, 50)
+    >>> list(nnx.refs(optimizer))[2]
+    ('state', '0', 'mu', 'kernel')
+    """
+
+    step: jax.Array = ref("opt_state")
+
+    def __init__(self, model: Any, tx: Any, wrt: Filter = "params"):
+        cells = selected(model, wrt)
+        if not cells:
+            raise OptimizerError(nothing_selected("Optimizer has nothing to train", model, wrt))
+        params = values_of(model, cells)
+        if isinstance(tx, Mapping):
+            tx = _by_filter(tx, cells)
+        if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
+            raise TypeError(
+                f"Optimizer takes an optax transformation, such as optax.adam(1e-3), or a dict "
+                f"from filter to one, but got a {type(tx).__name__}: {tx!r:.80}."
+            )
+        flat, treedef = jax.tree_util.tree_flatten_with_path(tx.init(params))
+        names = {dotted(path): path for path in params}
+        facts = {path: (_shapes(x), cells[path].metadata) for path, x in params.items()}
+        state: dict[Path, Ref[Any]] = {}
+        for keys, x in flat:
+            path, param = _state_path(keys, names)
+            shapes, metadata = facts[param] if param is not None else ((), {})
+            metadata = metadata if jnp.shape(x) in shapes else {}
+            state[path] = Ref(fresh(x), "opt_state", **metadata)
+        self.step = jnp.zeros((), jnp.int32)
+        self.state = nest(state)
+        self.tx = tx
+        self.wrt = wrt
+        self.layout = Layout(treedef, tuple(state), tuple((p, s) for p, (s, _) in facts.items()))
+
+    def update(self, model: Any, grads: Mapping[Path, Any], **extra: Any) -> None:
+        """Apply gradients: write the model's parameters, the optimizer's state, and `step`.
+
+        Everything is written or, after an error, nothing.
+
+        Args:
+          model: the model, as it was given to the constructor.
+          grads: the gradients: `nnx.grad(loss, wrt=wrt)(model)`.
+          **extra: what some transformations need, such as `value=loss` for
+            `optax.contrib.reduce_on_plateau`; `optax.lbfgs` needs `value`, `grad` and `value_fn`.
+
+        Raises:
+          OptimizerError: a path that the gradients lack or that `wrt` does not select, another
+            shape or dtype; another model than the optimizer was made for.
+        """
+        cells = selected(model, self.wrt)
+        params = values_of(model, cells)
+        grads = self._matching(grads, params)
+        self._check_model(params)
+        old = self._cells()
+        was = self._values()
+        state = jax.tree.unflatten(self.layout.treedef, list(was.values()))
+        try:
+            if isinstance(self.tx, optax.GradientTransformation):
+                tx: Any = optax.with_extra_args_support(self.tx)
+            else:
+                tx = self.tx
+            updates, state = tx.update(grads, state, params, **extra)
+            new_params: Any = optax.apply_updates(params, updates)
+        except (TypeError, ValueError) as error:
+            if (problem := self._reshaped(params)) is not None:
+                raise OptimizerError(problem) from error
+            raise
+        flat, treedef = jax.tree.flatten(state)
+        if treedef != self.layout.treedef:
+            raise OptimizerError(
+                f"{self._name()} returned a state of another structure than it had: {treedef}, not "
+                f"{self.layout.treedef}. A transformation must keep the structure of its state."
+            )
+        now = Partition(zip(old, map(strong, flat), strict=True))
+        problem = values_differ("The new state", now, was)
+        if problem is not None:
+            raise OptimizerError(self._reshaped(params) or f"{self._name()}: {problem}.")
+        targets = [*cells.values(), *old.values(), refx.get_ref(self, "step")]
+        step = optax.safe_increment(self.step)
+        write_back(targets, [*(new_params[path] for path in cells), *now.values(), step])
+
+    @property
+    def opt_state(self) -> Any:
+        """The state as optax has it: its tuples, with a Partition for what is per parameter.
+
+        Assigning writes the values into the Refs; structure, shapes and dtypes must be the same.
+        """
+        return jax.tree.unflatten(self.layout.treedef, list(self._values().values()))
+
+    @property
+    def learning_rate(self) -> jax.Array:
+        """The learning rate, where `optax.inject_hyperparams` keeps it in the state.
+
+        Assigning a number writes it, and the next update uses it, without compiling anew.
+
+        Raises:
+          HyperparameterError: the state has none, or several; or, at a write, it follows a schedule.
+
+        >>> import jax, nnx, optax
+        >>> model = nnx.Linear.init(jax.random.key(0))(2, 1)
+        >>> optimizer = nnx.Optimizer(model, optax.inject_hyperparams(optax.adam)(learning_rate=0.1))
+        >>> optimizer.learning_rate = optimizer.learning_rate / 2
+        >>> round(float(optimizer.learning_rate), 4)
+        0.05
+        """
+        return self._values()[self._rate()[0]]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # These write Refs and not attributes, so they are allowed wherever a Ref may be written.
+        if name == "learning_rate":
+            self._set_rate(value)
+        elif name == "opt_state":
+            self._set_state(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _set_rate(self, value: Any) -> None:
+        path, cell = self._rate()
+        scheduled = (*path[:-2], "hyperparams_states", path[-1])
+        if any(p[: len(scheduled)] == scheduled for p in self.layout.paths):
+            raise HyperparameterError(
+                "The learning rate of this optimizer follows a schedule, so the next update would "
+                "overwrite what is assigned. Give optax.inject_hyperparams a number to be able to "
+                "set it."
+            )
+        if jnp.shape(value) != jnp.shape(cell.value):
+            raise HyperparameterError(
+                f"A learning rate has shape {jnp.shape(cell.value)}, but got {jnp.shape(value)}."
+            )
+        cell.value = jnp.asarray(value, cell.value.dtype)
+
+    def _set_state(self, state: Any) -> None:
+        old = self._cells()
+        flat, treedef = jax.tree.flatten(state)
+        if treedef != self.layout.treedef:
+            raise OptimizerError(
+                f"The state of {self._name()} has the structure {self.layout.treedef}, but the one "
+                f"that was assigned has {treedef}."
+            )
+        now = Partition(zip(old, map(fresh, flat), strict=True))
+        problem = values_differ("The state that was assigned", now, self._values())
+        if problem is not None:
+            raise OptimizerError(f"{problem}. Cast or reshape it first.")
+        write_back(list(old.values()), list(now.values()))
+
+    def _cells(self) -> dict[Path, Ref[Any]]:
+        found = refx.refs(self.state) if self.layout.paths else {}
+        return {path: found[path] for path in self.layout.paths}
+
+    def _values(self) -> Partition:
+        # Read through the optimizer, so that a closure over it finds the whole of it at once.
+        found = refx.get_partition(self, "opt_state")
+        return Partition({path: found["state", *path] for path in self.layout.paths})
+
+    def _rate(self) -> tuple[Path, Ref[Any]]:
+        cells = self._cells()
+        found = [path for path in cells if path[-2:] == ("hyperparams", "learning_rate")]
+        if not found:
+            raise HyperparameterError(
+                "The learning rate is not in the state of this optimizer: optax keeps it in a "
+                "closure. Make the transformation with optax.inject_hyperparams, as in "
+                "optax.inject_hyperparams(optax.adam)(learning_rate=1e-3), to read and to set it."
+            )
+        if len(found) > 1:
+            raise HyperparameterError(
+                f"This optimizer has several learning rates: {listed(found)}. Read and write them "
+                f"by path: optimizer.state, or nnx.update(optimizer.state, {{path: value}})."
+            )
+        return found[0], cells[found[0]]
+
+    def _name(self) -> str:
+        return f"The optimizer (wrt={self.wrt!r})"
+
+    def _matching(self, grads: Any, params: Partition) -> Partition:
+        """The gradients in the order of the parameters."""
+        if isinstance(grads, Node | Ref):
+            # What jax.grad gives for a module: the module, with gradients for values.
+            grads = values_of(grads, selected(grads, self.wrt))
+        if not isinstance(grads, Mapping):
+            hint = " Take one of them: nnx.grad gives a tuple for a sequence of argnums."
+            raise OptimizerError(
+                f"The gradients must be a Partition, as nnx.grad gives it, but got a "
+                f"{type(grads).__name__}.{hint if isinstance(grads, tuple) else ''}"
+            )
+        grads = Partition(grads)
+        problem = paths_differ("The gradients", grads, params, "which are no Refs that wrt selects")
+        if problem is not None:
+            raise OptimizerError(
+                f"{problem}. The optimizer was made for wrt={self.wrt!r}, so the gradients must be "
+                f"taken with that filter and of the same model: nnx.grad(loss, wrt={self.wrt!r})"
+                f"(model)."
+            )
+        grads = Partition({path: grads[path] for path in params})
+        problem = values_differ("The gradient", grads, params)
+        if problem is not None:
+            raise OptimizerError(
+                f"{problem} as the parameter has. Cast or reshape the gradients, or take them anew: "
+                f"nnx.grad(loss, wrt={self.wrt!r})(model)."
+            )
+        return grads
+
+    def _check_model(self, params: Partition) -> None:
+        problem = paths_differ(
+            "The parameters of the model", params, dict(self.layout.targets), "which are new"
+        )
+        if problem is not None:
+            raise OptimizerError(
+                f"{problem}. {self._name()} was made for other parameters: was the model changed "
+                f"since, or is it another one? Make a new Optimizer for it."
+            )
+
+    def _reshaped(self, params: Partition) -> str | None:
+        for path, shapes in self.layout.targets:
+            now = _shapes(params[path])
+            if now != shapes:
+                new, old = ("".join(map(str, x)) for x in (now, shapes))
+                return (
+                    f"The parameter {dotted(path)!r} has shape {new}, but it had {old} when the "
+                    f"optimizer was made, and so has its state. Make a new "
+                    f"Optimizer for the changed model."
+                )
+        return None
+
+
+def _shapes(value: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(jnp.shape, jax.tree.leaves(value)))
+
+
+def _state_path(keys: Any, params: Mapping[str, Path]) -> tuple[Path, Path | None]:
+    """The path of an array of the state, and the parameter that it is for, if there is one."""
+    path: Path = ()
+    param: Path | None = None
+    for key in keys:
+        name = next(
+            (str(getattr(key, a)) for a in ("name", "key", "idx") if hasattr(key, a)), str(key)
+        )
+        # A Partition's key is the whole path of the parameter, dotted.
+        if isinstance(key, jax.tree_util.DictKey) and name in params:
+            param = params[name]
+            path += param or ("value",)
+        else:
+            path += (name,)
+    return path or ("value",), param
+
+
+def _by_filter(rules: Mapping[Any, Any], cells: Mapping[Path, Ref[Any]]) -> Any:
+    """One transformation of several, each for the parameters that its filter selects."""
+    predicates = [refx.to_predicate(f) for f in rules]
+    labels = {
+        path: next((i for i, p in enumerate(predicates) if p(path, cell)), None)
+        for path, cell in cells.items()
+    }
+    unmatched = [path for path, label in labels.items() if label is None]
+    if unmatched:
+        raise UnmatchedPathError(
+            f"No filter of the transformations selects {listed(unmatched)}. Add ... as the last "
+            f"filter to take the rest; optax.set_to_zero() leaves parameters as they are."
+        )
+    # The labels are part of paths, so they are the numbers of the filters and not their texts.
+    named = Partition({path: str(label) for path, label in labels.items()})
+    transformations: dict[Any, Any] = {str(i): tx for i, tx in enumerate(rules.values())}
+    return optax.multi_transform(transformations, named)
+
+
+def mask(tree: Any, filter: Filter, wrt: Filter = "params") -> Partition:
+    """Bools by path, true where a filter selects: a mask for `optax.masked` and its like.
+
+    Args:
+      tree: a model; or a Partition, of which a filter sees the path and the array only.
+      filter: where the mask is true.
+      wrt: the filter of the Optimizer: which Refs of a model the mask is for.
+
+    Raises:
+      FilterError: a collection name for a Partition, whose values have no collection.
+
+    >>> import jax, nnx, optax
+    >>> model = nnx.Linear.init(jax.random.key(0))(2, 1)
+    >>> decayed = nnx.training.mask(model, nnx.Not(nnx.PathContains("bias")))
+    >>> decayed
+    Partition({
+      'kernel': True,
+      'bias': False,
+    })
+    >>> optimizer = nnx.Optimizer(model, optax.adamw(1e-3, mask=decayed))
+    """
+    if isinstance(tree, Partition):
+        if isinstance(filter, str):
+            raise FilterError(
+                f"The values of a Partition have no collection, so the filter {filter!r} would "
+                f"select none. Pass the model instead, or a filter by path such as PathContains."
+            )
+        selects = refx.to_predicate(filter)
+        return Partition({path: bool(selects(path, x)) for path, x in tree.items()})
+    selects = refx.to_predicate(filter)
+    cells = selected(tree, wrt)
+    if not cells:
+        raise OptimizerError(nothing_selected("A mask would be empty", tree, wrt))
+    return Partition({path: bool(selects(path, cell)) for path, cell in cells.items()})

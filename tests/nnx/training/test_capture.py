@@ -1,0 +1,379 @@
+"""Capturing: the right values, in every transformation, with nothing left behind."""
+
+import gc
+import threading
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nnx
+from nnx.training.capture import CaptureError, capture, sow
+from tests.models import Dense, Net
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)), jnp.float32)
+
+
+def classes(model):
+    return {kind: dict(vars(kind)) for kind in {type(model), Dense, nnx.Linear, nnx.Module}}
+
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6)
+
+
+def by_hand(model, x):
+    """What each call in Net returns, in order."""
+    seen = []
+    for block in model.blocks:
+        seen.append(block(x))
+        x = jnp.tanh(seen[-1]) * model.scale
+    return x, seen
+
+
+def check(captured, y, model):
+    out, seen = by_hand(nnx.clone(model), X)
+    assert list(captured) == [(), ("blocks", "0"), ("blocks", "1")]
+    close(y, out)
+    close(captured[()], out)
+    assert type(captured["blocks.0"]) is tuple and len(captured["blocks.0"]) == 2
+    close(captured["blocks.0"][0], seen[0])
+    close(captured["blocks.0"][1], seen[2])
+    close(captured["blocks.1"], seen[1])
+
+
+def test_outputs_by_path_with_no_change_to_the_model_or_its_classes():
+    model = Net()
+    before, text, held = classes(model), repr(model), dict(vars(model))
+    cells = nnx.refs(model)
+    y, captured = capture(model)(X)
+    assert isinstance(captured, nnx.Partition)
+    assert classes(model) == before and dict(vars(model)) == held
+    assert nnx.refs(model) == cells
+    assert repr(model) == text
+    # It is a call like any other: what it writes is written.
+    assert int(model.blocks[0].calls) == 2 and int(model.blocks[1].calls) == 1
+    check(captured, y, model)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m: nnx.jit(lambda m, x: capture(m)(x))(m, X),
+        lambda m: nnx.jit(lambda x: capture(m)(x))(X),
+        lambda m: nnx.grad(lambda m: ((r := capture(m)(X))[0].sum(), r), has_aux=True)(m)[1],
+        lambda m: nnx.remat(lambda m, x: capture(m)(x))(m, X),
+        lambda m: nnx.cond(True, lambda m: capture(m)(X), lambda m: capture(m)(X), m),
+        lambda m: nnx.jit(nnx.jit(lambda m, x: capture(m)(x)))(m, X),
+    ],
+    ids=["jit", "closure", "grad", "remat", "cond", "jit in jit"],
+)
+def test_inside_of_a_transformation(run):
+    model = Net()
+    y, captured = run(model)
+    assert int(model.blocks[0].calls) == 2
+    check(captured, y, model)
+
+
+def test_inside_of_scan_and_vmap():
+    model = Net()
+    xs = jnp.stack([X, 2 * X])
+    _, (y, captured) = nnx.scan(lambda _, x: (None, capture(model)(x)), None, xs)
+    assert captured["blocks.0"][1].shape == (2, 3, 2) and int(model.blocks[0].calls) == 4
+    check(jax.tree.map(lambda x: x[0], captured), y[0], model)
+    linears = nnx.Sequential(nnx.Linear.init(0)(2, 2), nnx.relu)
+    plain = jax.jit(jax.vmap(lambda m, x: capture(m)(x), in_axes=(None, 0)))
+    y, captured = plain(linears, xs)
+    close(captured["layers.0"], linears.layers[0](xs))
+
+
+def test_gradients_flow_through_what_is_captured():
+    model = Net()
+
+    def loss(model):
+        _, captured = capture(model)(X)
+        return (captured["blocks.1"] ** 2).sum()
+
+    def hand(model):
+        return (by_hand(model, X)[1][1] ** 2).sum()
+
+    a, b = nnx.grad(loss)(model), nnx.grad(hand)(model)
+    for path, value in b.items():
+        close(a[path], value)
+
+
+@pytest.mark.parametrize(
+    "filter, paths",
+    [
+        (..., ["", "layers.0", "layers.2"]),
+        (nnx.OfType(nnx.Linear), ["layers.0", "layers.2"]),
+        (nnx.PathContains("2"), ["layers.2"]),
+        (lambda path, module: not path, [""]),
+        (nnx.All(nnx.OfType(nnx.Linear), nnx.Not(nnx.PathContains("0"))), ["layers.2"]),
+        (None, []),
+    ],
+)
+def test_filters_are_over_modules(filter, paths):
+    with nnx.scope(0):
+        model = nnx.Sequential(nnx.Linear(2, 4), nnx.relu, nnx.Linear(4, 1))
+    _, captured = capture(model, filter=filter)(X)
+    assert [".".join(path) for path in captured] == paths
+
+
+def test_methods():
+    class Coder(nnx.Module):
+        def __init__(self):
+            self.enc, self.dec = nnx.Linear(2, 3), nnx.Linear(3, 2)
+
+        def encode(self, x, *, scale):
+            return self.enc(x) * scale
+
+    model = Coder.init(0)()
+    y, captured = capture(model.encode)(X, scale=2.0)
+    close(y, 2 * captured["enc"])
+    assert list(captured) == [("enc",)]
+
+
+def test_a_compiled_call_method_and_a_module_that_has_none():
+    class Compiled(nnx.Module):
+        def __init__(self):
+            self.inner = nnx.Linear(2, 2)
+
+        @nnx.jit
+        def __call__(self, x):
+            return jnp.tanh(self.inner(x))
+
+    model = Compiled.init(0)()
+    model(X)
+    y, captured = capture(model)(X)
+    close(captured["inner"], model.inner(X))
+    close(y, model(X))
+    with pytest.raises(TypeError, match="'Bare' object is not callable"):
+        capture(type("Bare", (nnx.Module,), {})())(X)
+
+
+class Block(nnx.Module):
+    def __init__(self):
+        self.linear, self.norm, self.drop = nnx.Linear(2, 2), nnx.BatchNorm(2), nnx.Dropout(0.5)
+
+    def __call__(self, x):
+        sow(self, "mean", x.mean())
+        return self.drop(self.norm(self.linear(x)))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_stack_of_layers_gives_stacked_outputs(remat):
+    stack = nnx.Stack.init(0)(Block, 3, remat=remat)
+    plain = nnx.clone(stack)
+    with nnx.scope(1):
+        y, captured = nnx.jit(lambda s, x: capture(s)(x))(stack, X)
+    with nnx.scope(1):
+        expected = nnx.jit(lambda s, x: s(x))(plain, X)
+    close(y, expected)
+    for path, value in plain["batch_stats"].items():
+        close(stack["batch_stats"][path], value)
+    assert [".".join(path) for path in captured] == [
+        "",
+        "layers",
+        "layers.mean",
+        "layers.linear",
+        "layers.norm",
+        "layers.drop",
+    ]
+    assert captured["layers"].shape == (3, 3, 2)
+    captured = {".".join(path): np.asarray(value) for path, value in captured.items()}
+    close(captured["layers"][-1], y)
+    inputs = np.stack([X, *captured["layers"][:-1]])
+    kernel, bias = (np.asarray(x) for x in (stack.layers.linear.kernel, stack.layers.linear.bias))
+    close(captured["layers.linear"], inputs @ kernel + bias[:, None])
+    close(captured["layers.mean"], inputs.mean((1, 2)))
+
+
+def test_transformations_inside_of_the_model():
+    @nnx.jit
+    def compiled(layer, x):
+        return layer(x)
+
+    class Inner(nnx.Module):
+        def __init__(self):
+            self.a, self.b, self.c = (nnx.Linear(2, 2) for _ in range(3))
+            self.lanes = nnx.vmap(lambda key: nnx.Linear.init(key)(2, 2))(
+                jax.random.split(jax.random.key(0), 3)
+            )
+
+        def __call__(self, x):
+            x = compiled(self.a, x)
+            x = nnx.cond(x.sum() > 1e9, lambda c, x: c(x), lambda c, x: x, self.c, x)
+            x = nnx.vmap(lambda m, x: m(x), in_axes=(0, None))(self.lanes, x).sum(0)
+            return nnx.scan(lambda h, _: (self.b(h), None), x, None, length=2)[0]
+
+    model = Inner.init(0)()
+    compiled(model.a, X)
+    for _ in range(2):  # what is compiled already does not hide anything
+        y, captured = capture(model)(X)
+        a = model.a(X)
+        close(captured["a"], a)
+        lanes = jnp.stack([a @ k + b for k, b in zip(model.lanes.kernel, model.lanes.bias)])
+        close(captured["lanes"], lanes)
+        # The last step of a loop, and a branch that was not taken.
+        close(captured["b"], y)
+        close(y, model.b(model.b(lanes.sum(0))))
+        assert jnp.isnan(captured["c"]).all()
+    assert set(model["params"]) == set(Inner.init(0)()["params"])
+
+
+def test_a_plain_transformation_inside_of_the_model_is_an_error_that_says_what_to_do():
+    class Plain(nnx.Module):
+        def __init__(self):
+            self.inner = nnx.Linear(2, 2)
+
+        def __call__(self, x):
+            return jax.vmap(self.inner)(x)
+
+    model = Plain.init(0)()
+    with pytest.raises(
+        CaptureError, match=r"'inner', a Linear, cannot be captured in .*jax.vmap.*PathContains"
+    ):
+        capture(model)(X)
+    y, captured = capture(model, filter=nnx.Not(nnx.PathContains("inner")))(X)
+    close(captured[()], model.inner(X))
+    with pytest.raises(CaptureError, match="bound method of one, but got a function"):
+        capture(lambda x: x)
+
+
+def test_sow():
+    class Deep(nnx.Module):
+        def __init__(self):
+            self.net = Net()
+
+        def __call__(self, x):
+            sow(self, "twice", x)
+            sow(self, "twice", {"x": x + 1})
+            sow(self, "other", x, "debug")
+            return self.net(x)
+
+    model = Deep()
+    _, captured = capture(model, filter=None)(X)
+    assert list(captured) == [("twice",)]
+    close(captured["twice"][1]["x"], X + 1)
+    assert list(capture(model, "debug", filter=None)(X)[1]) == [("other",)]
+    assert set(nnx.refs(model)) == set(nnx.refs(Deep()))
+    model(X)
+
+
+def test_an_error_leaves_no_trace():
+    class Fails(nnx.Module):
+        def __init__(self):
+            self.net = Net()
+
+        def __call__(self, x):
+            self.net(x)
+            raise ZeroDivisionError
+
+    model = Fails()
+    before = classes(model)
+    with pytest.raises(ZeroDivisionError):
+        capture(model)(X)
+    assert classes(model) == before and type(model.net.blocks[0]) is Dense
+    check(*reversed(capture(model.net)(X)), model.net)
+
+
+def test_changes_of_structure_are_made_in_the_model():
+    class Grows(nnx.Module):
+        def __init__(self):
+            self.layers, self.calls, self.last = [Dense()], 0, jnp.zeros(())
+
+        def __call__(self, x):
+            self.calls += 1
+            self.last = x
+            self.layers.append(Dense(seed=self.calls))
+            self.extra = nnx.Ref(jnp.ones(()), "cache")
+            return self
+
+    model = Grows()
+    first = model.layers[0]
+    y, _ = capture(model)(X)
+    assert y is model and model.calls == 1 and model.last is X and len(model.layers) == 2
+    assert model.layers[0] is first and type(model.layers[1]) is Dense
+    assert float(model.extra.value) == 1
+    nnx.jit(lambda m, x: capture(m)(x) and None)(model, X)
+    assert model.calls == 2 and len(model.layers) == 3
+    assert [type(layer) for layer in model.layers] == [Dense] * 3
+    assert not any("capture" in name for name in vars(model))
+
+
+def test_modules_that_the_call_makes():
+    @nnx.dataclass
+    class Powers(nnx.Module):
+        n: int = 1
+        w: jax.Array = nnx.param(default_factory=lambda: jnp.ones(2))
+
+        def __call__(self, x):
+            if self.n == 2:
+                return x**2
+            self.last = type(self)(2)
+            return self.last(x) * nnx.clone(self).w
+
+    model = Powers()
+    y, captured = capture(model)(X)
+    close(y, X**2)
+    assert list(captured) == [()] and type(model.last) is Powers
+    close(model.last(X), X**2)
+    assert "capture" not in repr(model)
+
+
+def test_nested_captures():
+    class Outer(nnx.Module):
+        def __init__(self):
+            self.net, self.seen = Net(), nnx.Ref(jnp.zeros((3, 2)), "seen")
+
+        def __call__(self, x):
+            y, captured = capture(self.net)(x)
+            self.seen.value = captured["blocks.1"]
+            return y
+
+    model = Outer()
+    y, captured = capture(model)(X)
+    close(captured[()], y)
+    close(model.seen.value, by_hand(nnx.clone(model.net), X)[1][1])
+    assert type(model.net) is Net
+
+
+def test_threads_do_not_see_each_other():
+    model, results, errors = Net(), [], []
+    start = threading.Barrier(4)
+
+    def work(i):
+        try:
+            start.wait()
+            mine = Net()
+            for _ in range(3):
+                if i % 2:
+                    results.append(capture(mine)(X * i))
+                else:
+                    mine(X)
+                    assert type(mine.blocks[0]) is Dense
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not errors and len(results) == 6
+    assert all(len(captured["blocks.0"]) == 2 for _, captured in results)
+    assert int(model.blocks[0].calls) == 0
+
+
+def test_nothing_is_kept_alive_and_no_tracer_leaks():
+    model = Net()
+    with jax.checking_leaks():
+        nnx.jit(lambda m, x: capture(m)(x))(model, X)
+    alive = weakref.ref(model.blocks[1])
+    capture(model)(X)
+    del model
+    gc.collect()
+    assert alive() is None

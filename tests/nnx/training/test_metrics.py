@@ -1,0 +1,193 @@
+"""Metrics against scikit-learn, NumPy in float64, and flax."""
+
+import flax.nnx as fnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, confusion_matrix
+
+import nnx
+from nnx.training import metrics
+
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(size=(3, 7, 4)).astype(np.float32)
+LABELS = RNG.integers(0, 4, (3, 7))
+VALUES = (RNG.normal(size=(3, 7)) * 2 + 5).astype(np.float32)
+MASK = RNG.random((3, 7)) < 0.6
+
+
+def feed(metric, how="eager", mask=True):
+    """Three batches, by each way to run a step."""
+    kept = MASK if mask else np.ones_like(MASK)
+    batches = {"logits": LOGITS, "labels": LABELS, "values": VALUES, "mask": kept}
+
+    def step(metric, batch):
+        metric.update(**batch)
+
+    if how == "scan":
+        nnx.scan(lambda _, batch: (None, step(metric, batch)), None, batches)
+    else:
+        step = nnx.jit(step) if how == "jit" else step
+        for i in range(3):
+            step(metric, {name: x[i] for name, x in batches.items()})
+    return metric.compute()
+
+
+@pytest.mark.parametrize(
+    "how, mask", [("eager", True), ("jit", True), ("jit", False), ("scan", True)]
+)
+def test_values_are_those_of_everything_at_once(how, mask):
+    kept = MASK if mask else np.ones_like(MASK)
+    values = VALUES[kept].astype(np.float64)
+    found = feed(
+        metrics.MultiMetric(
+            average=metrics.Average(),
+            spread=metrics.Welford(),
+            accuracy=metrics.Accuracy(),
+            confusion=metrics.ConfusionMatrix(4),
+            perplexity=metrics.Perplexity(),
+        ),
+        how,
+        mask,
+    )
+    np.testing.assert_allclose(found["average"], values.mean(), rtol=1e-6)
+    np.testing.assert_allclose(found["perplexity"], np.exp(values.mean()), rtol=1e-5)
+    spread = found["spread"]
+    np.testing.assert_allclose(spread.mean, values.mean(), rtol=1e-6)
+    np.testing.assert_allclose(spread.standard_deviation, values.std(), rtol=1e-5)
+    np.testing.assert_allclose(
+        spread.standard_error_of_mean, values.std() / np.sqrt(values.size), rtol=1e-5
+    )
+    predicted = LOGITS.argmax(-1)
+    np.testing.assert_allclose(
+        found["accuracy"], accuracy_score(LABELS[kept], predicted[kept]), rtol=1e-6
+    )
+    np.testing.assert_array_equal(
+        found["confusion"], confusion_matrix(LABELS[kept], predicted[kept], labels=range(4))
+    )
+
+
+@pytest.mark.parametrize("threshold", [None, 0.3])
+def test_names_and_values_are_those_of_flax(threshold):
+    logits = LOGITS if threshold is None else LOGITS[..., 0]
+    labels = LABELS if threshold is None else LABELS % 2
+    ours = metrics.MultiMetric(
+        accuracy=metrics.Accuracy(threshold),
+        loss=metrics.Average("loss"),
+        w=metrics.Welford("loss"),
+    )
+    theirs = fnx.MultiMetric(
+        accuracy=fnx.metrics.Accuracy(threshold),
+        loss=fnx.metrics.Average("loss"),
+        w=fnx.metrics.Welford("loss"),
+    )
+    for i in range(3):
+        for metric in (ours, theirs):
+            metric.update(logits=jnp.asarray(logits[i]), labels=labels[i], loss=VALUES[i])
+    a, b = ours.compute(), theirs.compute()
+    np.testing.assert_allclose([a["accuracy"], a["loss"]], [b["accuracy"], b["loss"]], rtol=1e-6)
+    for name in metrics.Statistics._fields:
+        np.testing.assert_allclose(getattr(a["w"], name), getattr(b["w"], name), rtol=1e-5)
+
+
+def test_state_and_reset():
+    every = metrics.MultiMetric(
+        a=metrics.Average(), c=metrics.Accuracy(), w=metrics.Welford(), m=metrics.ConfusionMatrix(4)
+    )
+    assert {ref.collection for ref in nnx.refs(every).values()} == {"metrics"}
+    first = every["metrics"]
+    feed(every)
+    nnx.jit(lambda m: m.reset())(every)
+    for path, value in every["metrics"].items():
+        np.testing.assert_array_equal(value, first[path])
+        assert value.dtype == first[path].dtype
+
+
+def test_without_values_a_metric_is_nan():
+    nothing = {"values": jnp.zeros((0,)), "logits": jnp.zeros((0, 2)), "labels": jnp.zeros(0, int)}
+    masked = {"values": jnp.ones(3), "logits": jnp.ones((3, 2)), "labels": jnp.zeros(3, int),
+              "mask": jnp.zeros(3, bool)}  # fmt: skip
+    for updates in ([], [nothing], [masked]):
+        for metric in (metrics.Average(), metrics.Accuracy(), metrics.Welford()):
+            for batch in updates:
+                metric.update(**batch)
+            assert all(np.isnan(x) for x in jax.tree.leaves(metric.compute()))
+    # An empty batch among others changes nothing.
+    w = metrics.Welford()
+    for batch in ({"values": VALUES}, nothing, masked):
+        w.update(**batch)
+    np.testing.assert_allclose(w.compute().standard_deviation, VALUES.std(), rtol=1e-5)
+
+
+def test_precision():
+    # The naive formula, mean of squares less square of the mean, gives nothing here.
+    values = (1e4 + RNG.normal(size=(100, 50))).astype(np.float32)
+    w, average = metrics.Welford(), metrics.Average()
+    nnx.scan(lambda _, x: (None, (w.update(values=x), average.update(values=x))), None, values)
+    exact = values.astype(np.float64)
+    np.testing.assert_allclose(w.compute().standard_deviation, exact.std(), rtol=1e-3)
+    np.testing.assert_allclose(average.compute(), exact.mean(), rtol=1e-6)
+    half = metrics.Average()
+    half.update(values=jnp.ones(5000, jnp.bfloat16))
+    assert float(half.total) == 5000 and half.total.dtype == jnp.float32
+    # Masked values may be anything.
+    average.reset()
+    average.update(values=jnp.array([1.0, jnp.nan]), mask=jnp.array([True, False]))
+    assert float(average.compute()) == 1
+
+
+def test_a_confusion_matrix_leaves_out_what_is_no_class():
+    matrix = metrics.ConfusionMatrix(2)
+    logits = jnp.array([[1.0, 0.0]] * 3)
+    matrix.update(logits=logits, labels=jnp.array([-1, 2, 1]))
+    assert matrix.compute().tolist() == [[0, 0], [1, 0]]
+
+
+def test_masks_broadcast():
+    average = metrics.Average()
+    average.update(values=jnp.arange(6.0).reshape(2, 3), mask=jnp.array([[True], [False]]))
+    assert float(average.compute()) == 1 and float(average.count) == 3
+
+
+@pytest.mark.parametrize(
+    "call, error, match",
+    [
+        (lambda: metrics.Average("loss").update(values=1.0), TypeError, "'loss', but got 'values'"),
+        (lambda: metrics.Welford().update(), TypeError, "Welford.*'values', but got nothing"),
+        (
+            lambda: metrics.Average().update(values=jnp.ones(3), mask=jnp.ones(2)),
+            ValueError,
+            r"of shape \(3,\), but has the shape \(2,\)",
+        ),
+        (
+            lambda: metrics.Accuracy().update(logits=jnp.ones((3, 2)), labels=jnp.ones(2, int)),
+            ValueError,
+            r"Accuracy expects logits .* but got \(3, 2\) and \(2,\)",
+        ),
+        (
+            lambda: metrics.Accuracy().update(logits=jnp.ones((3, 2)), labels=jnp.ones(3)),
+            TypeError,
+            "integer labels, but got float32",
+        ),
+        (
+            lambda: metrics.Accuracy(0.5).update(logits=jnp.ones((3, 2)), labels=jnp.ones(3, int)),
+            ValueError,
+            r"shape of the labels, \(3,\), but got \(3, 2\)",
+        ),
+        (lambda: metrics.Accuracy("0.5"), TypeError, "a number or None, but got a str"),
+        (
+            lambda: metrics.ConfusionMatrix(3).update(logits=jnp.ones((3, 2)), labels=jnp.ones(3, int)),
+            ValueError,
+            r"\(..., 3\), but got \(3, 2\)",
+        ),
+        (lambda: metrics.MultiMetric(loss=1.0), TypeError, "'loss' is a float"),
+        (lambda: metrics.MultiMetric(update=metrics.Average()), ValueError, "method 'update'"),
+        (lambda: metrics.Metric().compute(), NotImplementedError, r"Metric has no compute\(\)"),
+        (lambda: metrics.Metric().update(), NotImplementedError, r"Metric has no update\(\)"),
+        (lambda: metrics.Metric().reset(), NotImplementedError, r"Metric has no reset\(\)"),
+    ],
+)  # fmt: skip
+def test_mistakes(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
