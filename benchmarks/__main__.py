@@ -12,6 +12,7 @@ import flax
 import jax
 
 from benchmarks import (
+    checkpoint,
     compiling,
     eager,
     epoch,
@@ -32,6 +33,7 @@ KINDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     names = ["steps", "eager", "compile", "epoch", "transformer", "pytrees", "memory", "growth"]
+    names += ["checkpoint"]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="few rounds, small sizes")
     parser.add_argument("--sizes", nargs="+", type=int, default=None)
@@ -98,6 +100,9 @@ def main() -> None:
             for n, g in grown.items()
         }
         page("growth", report.table("Growth of a call, per unit", rows), grown)
+    if "checkpoint" in only:
+        files = checkpoint.measure(64 if arguments.quick else 1024)
+        page("checkpoint", report.table("Saving and loading", files), files)
     report.write(arguments.out, "\n".join(pages), raw)
 
 

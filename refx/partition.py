@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
@@ -85,8 +86,14 @@ class Partition(Mapping[Path, Any]):
     __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
 
     def __repr__(self) -> str:
-        lines = "".join(f"\n  {'.'.join(p)!r}: {_short(v)}," for p, v in self._items.items())
-        return f"Partition({{{lines}\n}})" if lines else "Partition({})"
+        lines = [
+            f"  {'.'.join(p)!r}: {_short(v)},"
+            for p, v in itertools.islice(self._items.items(), _MOST)
+        ]
+        rest = len(self._items) - len(lines)
+        if rest:
+            lines.append(f"  … {rest:,} more")
+        return "\n".join(["Partition({", *lines, "})"]) if lines else "Partition({})"
 
 
 def as_path(path: Any) -> Path:
@@ -114,10 +121,25 @@ def listed(paths: Any, most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+_MOST = 200
+
+
+class _Text:
+    """Stands for an array where a pytree of arrays prints, so that none is copied from a device."""
+
+    def __init__(self, array: Any):
+        self.array = array
+
+    def __repr__(self) -> str:
+        return f"{self.array.dtype}[{','.join(map(str, self.array.shape))}]"
+
+
 def _short(value: Any) -> str:
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    return repr(value)
+    return repr(jax.tree.map(lambda x: _Text(x) if _is_array(x) else x, value))
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def _flatten(p: Partition) -> tuple[tuple[Any, ...], Hashable]:

@@ -181,11 +181,22 @@ class DagDef:
         self._ref_paths = refs
 
     def __repr__(self) -> str:
+        # Not by the paths, which may be ambiguous: a message that has this repr must come through.
         kinds = [n.kind.__name__ for n in self.nodes if type(n) is NodeDef]
-        return (
-            f"DagDef({kinds[0] if kinds else 'Ref'}: {len(self.ref_paths)} Refs, "
-            f"{len(self.leaf_paths)} arrays, {len(kinds)} nodes)"
-        )
+        refs = sum(type(n) is RefDef for n in self.nodes)
+        leaves = set()
+        todo = [self.root, *(c for n in self.nodes if type(n) is NodeDef for c in n.children)]
+        while todo:
+            child = todo.pop()
+            if type(child) is Leaf:
+                leaves.add(child.number)
+            elif type(child) is Tree:
+                todo += child.children
+        if type(self.root) is int and type(self.nodes[self.root]) is NodeDef:
+            what = kinds[0]
+        else:
+            what = "Ref" if type(self.root) is int else "tree"
+        return f"DagDef({what}: {refs} Refs, {len(leaves)} arrays, {len(kinds)} nodes)"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return intern, (self.root, self.nodes)

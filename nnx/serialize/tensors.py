@@ -98,7 +98,6 @@ class Reader:
             self._progress(self._done, self._done)
         return found
 
-
     def _aligned(self, name: str) -> np.ndarray:
         # By rows, so that a large array is not in memory twice.
         part = self._file.get_slice(name)

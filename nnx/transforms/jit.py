@@ -207,7 +207,8 @@ class Jit:
         return self if instance is None else types.MethodType(self, instance)
 
     def __repr__(self) -> str:
-        return f"<{self._name}>"
+        count = len({id(p.layout) for p in list(self._plans.values()) if p.layout.traced})
+        return f"<{self._name}, traced for {count} structure{'' if count == 1 else 's'}>"
 
 
 def _starts_again(call: Call) -> bool:

@@ -43,6 +43,11 @@ def test_union_and_repr():
     assert both["c"] == 1.0 and both["b.x"] == 2.0 and P["b.x"].shape == (1,)
     assert repr(P) == "Partition({\n  'a.w': float32[2,3],\n  'b.x': float32[1],\n})"
     assert repr(Partition()) == "Partition({})"
+    state = Partition({"a": {"mu": jnp.ones((2, 3)), "n": 1}, "b": (jnp.ones(2), None)})
+    text = "Partition({\n  'a': {'mu': float32[2,3], 'n': 1},\n  'b': (float32[2], None),\n})"
+    assert repr(state) == text
+    many = repr(Partition({str(i): i for i in range(1234)})).splitlines()
+    assert len(many) == 203 and many[-3:] == ["  '199': 199,", "  … 1,034 more", "})"]
 
 
 def test_equality_is_identity_and_raises_nothing():

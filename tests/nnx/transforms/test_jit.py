@@ -238,9 +238,16 @@ def test_nested_jits_and_a_function_that_is_none():
     assert r.value == 8.0
     with pytest.raises(TypeError, match="takes a function, a module or a method, but got 3"):
         nnx.jit(3)
-    assert (
-        repr(inner) == "<nnx.jit(test_nested_jits_and_a_function_that_is_none.<locals>.<lambda>)>"
-    )
+    name = "nnx.jit(test_nested_jits_and_a_function_that_is_none.<locals>.<lambda>)"
+    assert repr(inner) == f"<{name}, traced for 1 structure>"
+
+
+def test_repr_counts_structures():
+    double = nnx.jit(lambda r: setattr(r, "value", r.value * 2))
+    assert repr(double).endswith(".<lambda>), traced for 0 structures>")
+    for tree in (nnx.Ref(jnp.ones(())), nnx.Ref(jnp.ones(())), nnx.Ref(jnp.ones(()), "params")):
+        double(tree)
+    assert repr(double).endswith(", traced for 2 structures>")
 
 
 def test_mutable_holds_for_programs_in_cache(dense, data):
