@@ -26,6 +26,7 @@ import jax
 
 from nnx.scope import entered
 from nnx.transforms.call import Call, Layout, Roots
+from nnx.transforms.tracebacks import shortened
 from refx import Node, Ref
 from refx.errors import StructureError
 from refx.node import is_identity
@@ -329,10 +330,10 @@ def until_lifted(attempt: Callable[[Roots], Any]) -> Any:
     while True:
         try:
             return attempt(roots)
-        except Exception:
+        except Exception as error:
             # An error may come of a root that was missing; if it does not, it comes again.
             if not roots.grew():
-                raise
+                raise shortened(error)  # noqa: B904 — it is the same one
 
 
 def check_lifted(call: Call) -> None:

@@ -16,6 +16,7 @@ from nnx.transforms.donation import explain_deleted, explain_donation, selected
 from nnx.transforms.shardings import Shardings
 from nnx.transforms.stages import Traced
 from nnx.transforms.statics import Statics
+from nnx.transforms.tracebacks import shortened
 from refx import Filter, Node
 from refx.trace import local
 
@@ -153,34 +154,37 @@ class Jit:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         outer = local.call
-        while True:
-            if self._direct:
-                call = open_call(args, kwargs, self._closure, self._plans)
-            else:
-                call = self._open(args, kwargs)
-            if not call.layout.traced:
-                call = self._prepared(args, kwargs)
-            layout = call.layout
-            # The function may be traced for new shapes, and then needs to know its call.
-            local.call = call
-            try:
-                if layout.compiled is None:
-                    packed = self._compiled(layout, call.values, call.leaves, call.others)
+        try:
+            while True:
+                if self._direct:
+                    call = open_call(args, kwargs, self._closure, self._plans)
                 else:
-                    packed = layout.compiled(layout, *self._inputs(call))
-            except (RuntimeError, ValueError) as error:
-                explain_donation(error, self._name, call)
-                explain_deleted(error, self._name, call)
-                raise
-            finally:
-                local.call = outer
-            if call.found:
-                # Shapes that were not traced before may take another way through the function.
-                self._closure.add(root for _, root in call.found)
-                if not _starts_again(call):
-                    continue
-                call.found.clear()
-            return close_call(call, packed)
+                    call = self._open(args, kwargs)
+                if not call.layout.traced:
+                    call = self._prepared(args, kwargs)
+                layout = call.layout
+                # The function may be traced for new shapes, and then needs to know its call.
+                local.call = call
+                try:
+                    if layout.compiled is None:
+                        packed = self._compiled(layout, call.values, call.leaves, call.others)
+                    else:
+                        packed = layout.compiled(layout, *self._inputs(call))
+                except (RuntimeError, ValueError) as error:
+                    explain_donation(error, self._name, call)
+                    explain_deleted(error, self._name, call)
+                    raise
+                finally:
+                    local.call = outer
+                if call.found:
+                    # Shapes that were not traced before may take another way through the function.
+                    self._closure.add(root for _, root in call.found)
+                    if not _starts_again(call):
+                        continue
+                    call.found.clear()
+                return close_call(call, packed)
+        except Exception as error:
+            raise shortened(error)  # noqa: B904 — it is the same one
 
     def trace(self, *args: Any, **kwargs: Any) -> Traced:
         """Trace for these arguments, as `jax.jit(f).trace`: has `.jaxpr` and `.lower()`."""
