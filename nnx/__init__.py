@@ -13,6 +13,9 @@ from nnx.purify import purify
 from nnx.rng import RngStream
 from nnx.scope import MissingFlagError, MissingStreamError, get_flag, make_rng, scope
 from nnx.serialize import *  # noqa: F403
+from nnx.show.graph import graph
+from nnx.show.html import display
+from nnx.show.tabulate import tabulate
 from nnx.training import *  # noqa: F403
 from nnx.transforms import *  # noqa: F403
 from refx import *  # noqa: F403
@@ -24,13 +27,16 @@ __all__ = [
     "RngStream",
     "bridge",
     "dataclass",
+    "display",
     "get_flag",
+    "graph",
     "make_rng",
     "param",
     "purify",
     "ref",
     "scope",
     "static",
+    "tabulate",
 ]
 __all__ += layers.__all__
 __all__ += transforms.__all__

@@ -10,8 +10,8 @@ from typing import Any, TypeVar, cast, dataclass_transform
 import jax
 
 import refx
-from nnx.display import tree_repr
 from nnx.scope import Scope, entered, get_flag, make_rng, make_scope
+from nnx.show.text import tree_repr
 from refx import MISSING, Filter, Node, Partition, RefField, StaticField, UnknownPathError
 from refx.dag import find_ref
 from refx.field import Field

@@ -79,20 +79,20 @@ class _InCollection:
 class _Combinator:
     def __init__(self, *filters: Filter):
         self.predicates = tuple(map(to_predicate, filters))
-        self._filters = filters
+        self.filters = filters
 
     def __call__(self, path: Path, ref: object) -> bool:
         raise NotImplementedError  # pragma: no cover
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(map(repr, self._filters))})"
+        return f"{type(self).__name__}({', '.join(map(repr, self.filters))})"
 
     # Equal filters give equal partitions, so they may share a compiled program.
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other._filters == self._filters
+        return type(other) is type(self) and other.filters == self.filters
 
     def __hash__(self) -> int:
-        return hash((type(self), self._filters))
+        return hash((type(self), self.filters))
 
 
 class Any(_Combinator):

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from refx import Node
+from refx import All, Node, Not, OfType, PathContains, PathMatches
+from refx import Any as Any_
 
 __all__ = ["saveable"]
 
@@ -147,6 +148,7 @@ def _load_public() -> None:
         **_public(jnp, "jax.numpy"),
         **_public(lax, "jax.lax"),
         **{f"builtins.{t.__name__}": t for t in (bool, int, float, complex, str, bytes)},
+        **{"jax.Array": jax.Array, "numpy.ndarray": np.ndarray},
         **{f"numpy.{t.__name__}": t for t in np.generic.__subclasses__()},
         **{f"numpy.{name}": t for name, t in np.sctypeDict.items() if isinstance(name, str)},
     }
@@ -228,3 +230,16 @@ def find_module_class(name: str) -> type[Node] | None:
                 if _public_or_own(cls) == name:
                     latest = cls
     return latest
+
+
+# Filters are attributes of modules too.
+saveable(PathContains, name="refx.PathContains", save=lambda f: f.part, load=PathContains)
+saveable(PathMatches, name="refx.PathMatches", save=lambda f: f.glob, load=PathMatches)
+saveable(OfType, name="refx.OfType", save=lambda f: f.kind, load=OfType)
+for _kind in (All, Any_, Not):
+    saveable(
+        _kind,
+        name=f"refx.{_kind.__name__}",
+        save=lambda f: f.filters,
+        load=lambda filters, kind=_kind: kind(*filters),
+    )

@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import sys
+import types
 import zipfile
 
 import jax
@@ -152,6 +153,8 @@ STATICS = [
     Unit(4), (Unit(1), Config(2, ("b",))), jax.nn.relu, jax.nn.initializers.zeros, jnp.tanh,
     jax.lax.dot_general, doubled, functools.partial(jax.nn.softmax, axis=-1), Dense, int,
     PartitionSpec("a", None, ("b", "c")), nnx.layers.linear.promote_dtype,
+    nnx.PathContains("bn*"), nnx.PathMatches("a.**"), nnx.OfType((jax.Array, np.ndarray)),
+    nnx.All("params", nnx.Not(nnx.Any("a", nnx.PathContains("b"))), ...),
 ]  # fmt: skip
 
 
@@ -169,7 +172,7 @@ def test_hyperparameters(tmp_path, number):
         assert (back.func, back.args, back.keywords) == (value.func, value.args, value.keywords)
     else:
         assert back == value and repr(back) == repr(value)
-    if callable(value) and not isinstance(value, functools.partial):
+    if isinstance(value, type | types.FunctionType):
         assert back is value
 
 

@@ -25,7 +25,9 @@ def wrong_write(model, x):
 
 
 def files(error):
-    return [frame.filename.rsplit("/", 1)[-1] for frame in traceback.extract_tb(error.__traceback__)]
+    return [
+        frame.filename.rsplit("/", 1)[-1] for frame in traceback.extract_tb(error.__traceback__)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,331 @@
+"""`nnx.tabulate`: a model as a table, from abstract evaluation alone."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from nnx.show._calls import Arguments, Call, abstract, record
+from nnx.show._cost import Costs
+from nnx.show._format import array_text, bytes_text, clip, count_text, is_arraylike
+from nnx.show._walk import NODE, Walk
+from nnx.show.text import collection_sizes
+from refx import Node, Ref
+from refx.partition import dotted
+
+__all__ = ["Row", "Table", "tabulate"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A module in a table. All figures are of everything inside of it, submodules included.
+
+    Attributes: `path`, a tuple; `cls`, the name of the class; `inputs` and `outputs`, pytrees with
+    `jax.ShapeDtypeStruct`s for arrays, of the first call (None if it was not called); `calls`, how
+    often it was called; `sizes`, from collection to `(values, bytes)`; `flops` and
+    `flops_with_backward`, of all calls together, None where they are not known.
+    """
+
+    path: tuple[str, ...]
+    cls: str
+    inputs: Any
+    outputs: Any
+    calls: int
+    sizes: dict[str, tuple[int, int]]
+    flops: float | None
+    flops_with_backward: float | None
+
+    @property
+    def facts(self) -> Any:
+        """What a person sees of the row beside its path."""
+        shapes = _shapes(self.inputs), _shapes(self.outputs)
+        return self.cls, shapes, self.calls, self.sizes, self.flops, self.flops_with_backward
+
+
+@dataclass(frozen=True)
+class Table:
+    """What `nnx.tabulate` returns; `print` shows it.
+
+    Attributes: `rows`, a `Row` for each module, the model first; `depth` and `console_width`, as
+    they were given. `sizes`, `flops` and `flops_with_backward` are those of the model.
+    """
+
+    rows: tuple[Row, ...]
+    depth: int | None = None
+    console_width: int | None = None
+    called: bool = True
+    # For each line that is shown: the number of its row, its path as text, and how many it is for.
+    _lines: tuple[tuple[int, str, int], ...] = field(default=(), repr=False)
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """The numbers of values and bytes by collection, shared ones once."""
+        return self.rows[0].sizes
+
+    @property
+    def flops(self) -> float | None:
+        """Operations of a call of the model."""
+        return self.rows[0].flops
+
+    @property
+    def flops_with_backward(self) -> float | None:
+        """Operations of a call and of the gradient with respect to the parameters."""
+        return self.rows[0].flops_with_backward
+
+    def __str__(self) -> str:
+        width = self.console_width or max(shutil.get_terminal_size((120, 24)).columns, 60)
+        header, cells = self._cells()
+        try:
+            import rich  # noqa: F401
+        except ImportError:
+            return _plain(header, cells, self._notes())
+        return _rich(header, cells, self._notes(), width)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        collections = list(self.sizes)
+        header = ["path", "class"]
+        if self.called:
+            header += ["inputs", "outputs"]
+        header += collections
+        if self.called:
+            header += ["FLOPs", "with backward"]
+        cells = []
+        for number, path, times in self._lines:
+            row = self.rows[number]
+            line = [path, row.cls + (f" ×{times}" if times > 1 else "")]
+            if self.called:
+                calls = f"{row.calls} calls: " if row.calls > 1 else ""
+                inputs = _shapes(row.inputs) if row.calls else "not called"
+                line += [calls + inputs, _shapes(row.outputs)]
+            for name in collections:
+                n, size = row.sizes.get(name, (0, 0))
+                line.append(f"{count_text(n)} ({bytes_text(size)})" if n else "")
+            if self.called:
+                line += [_flops(row.flops), _flops(row.flops_with_backward)]
+            cells.append(line)
+        total = ["total", "", *([""] * 2 if self.called else [])]
+        total += [f"{count_text(n)} ({bytes_text(size)})" for n, size in self.sizes.values()]
+        if self.called:
+            total += [_flops(self.flops), _flops(self.flops_with_backward)]
+        return header, [*cells, total]
+
+    def _notes(self) -> str:
+        notes = ["Figures include submodules; shared values count once."]
+        if any(times > 1 for _, _, times in self._lines):
+            notes.append("A row with ×n is for n equal modules, with the figures of one.")
+        return " ".join(notes)
+
+
+def tabulate(
+    model: Any,
+    *args: Any,
+    depth: int | None = None,
+    console_width: int | None = None,
+    **kwargs: Any,
+) -> Table:
+    """The modules of a model with their shapes, sizes and operations, computing nothing.
+
+    The model is called abstractly, so a model of any size can be looked at: make it by
+    `nnx.eval_shape(lambda: Model.init(key)(...))`, and its Refs hold shapes only. Nothing is
+    written, and keys that the call asks for come from the ambient scope or, without one, from
+    anywhere, since their values do not matter.
+
+    Operations are those that XLA counts in the lowered program, forward, and forward with the
+    backward pass to the parameters and (for submodules) the inputs. A `while_loop` of unknown
+    length counts as one step. Without arguments for the call there are sizes only.
+
+    Args:
+      model: a module, or a bound method of one.
+      *args, **kwargs: the arguments of the call: arrays or `jax.ShapeDtypeStruct`s, modules, and
+        anything else as a constant.
+      depth: how many levels of submodules to show; None for all.
+      console_width: the width of the table in characters; without it, that of the terminal.
+
+    Returns:
+      A `Table`. It prints as a table, by rich where that is installed (`pip install
+      nnx[display]`), and has the figures in `rows`. Neighbours that are equal share a line.
+
+    Raises:
+      TypeError: `model` is neither a module nor a method of one.
+
+    >>> import jax, nnx
+    >>> with nnx.scope(jax.random.key(0)):
+    ...     model = nnx.Sequential(nnx.Linear(3, 4), nnx.relu, nnx.Linear(4, 1))
+    >>> table = nnx.tabulate(model, jax.ShapeDtypeStruct((8, 3), "float32"))
+    >>> [(row.cls, row.flops) for row in table.rows]
+    [('Sequential', 328.0), ('Linear', 224.0), ('Linear', 72.0)]
+    >>> table.sizes
+    {'params': (21, 84)}
+    """
+    function: Callable[..., Any] | None = None
+    if isinstance(model, types.MethodType):
+        function, model = model.__func__, model.__self__
+    if not isinstance(model, Node):
+        raise TypeError(
+            f"nnx.tabulate takes a module or a bound method of one, but got a "
+            f"{type(model).__name__}: {clip(repr(model), 80)}. Flags and keys are set around it: "
+            f"`with nnx.scope(key, training=True):`."
+        )
+    called = bool(args or kwargs)
+    arguments = Arguments.of(args, kwargs)
+    calls = record(model, function, arguments) if called else {}
+    walk, costs = Walk(model), Costs()
+    rows: list[Row] = []
+    numbers: dict[int, int] = {}
+    for i, item in enumerate(walk.items):
+        if item.kind == NODE:
+            numbers[i] = len(rows)
+            path = walk.path(i)
+            rows.append(_row(walk, i, calls.get(path, []), costs, function))
+    lines = tuple(_lines(walk, rows, numbers, depth))
+    return Table(tuple(rows), depth, console_width, called, lines)
+
+
+def _row(walk: Walk, i: int, calls: list[Call], costs: Costs, function: Any) -> Row:
+    module, path = walk.items[i].obj, walk.path(i)
+    flops: float | None = 0.0
+    backward: float | None = 0.0
+    for call in calls:
+        cost = costs.of(module, call, function if i == 0 else None, i > 0)
+        if cost is None or flops is None or backward is None:
+            flops = backward = None
+            break
+        flops += cost[0] * call.times
+        backward += cost[1] * call.times
+    first = calls[0] if calls else None
+    inputs = first.args.restore(map(abstract, first.args.arrays)) if first is not None else None
+    return Row(
+        path,
+        type(module).__name__,
+        inputs,
+        first.out if first is not None else None,
+        sum(call.times for call in calls),
+        collection_sizes(walk, i),
+        flops if calls else None,
+        backward if calls else None,
+    )
+
+
+def _lines(walk: Walk, rows: list[Row], numbers: dict[int, int], depth: int | None) -> Any:
+    """The lines of the table: those within `depth`, with equal neighbours in one."""
+    # An item, its path in the module around it, how many modules that are, how many it is for.
+    todo: list[tuple[int, str, int, int]] = [(0, "", 0, 1)]
+    while todo:
+        i, path, level, times = todo.pop()
+        if i in numbers:
+            if depth is not None and level > depth:
+                continue
+            yield numbers[i], "  " * level + (path or "(model)"), times
+            level, path, times = level + 1, "", 1
+        inner = []
+        for run in walk.runs(i):
+            parts = (
+                [run] if len(run) > 1 and _alike(walk, rows, numbers, run) else [[j] for j in run]
+            )
+            for part in parts:
+                name = _name([walk.items[j].name for j in part])
+                inner.append(
+                    (part[0], f"{path}.{name}" if path else name, level, times * len(part))
+                )
+        todo += reversed(inner)
+
+
+def _name(names: list[Any]) -> str:
+    if len(names) == 1:
+        return str(names[0])
+    if isinstance(names[0], int):
+        return f"{names[0]}..{names[-1]}"
+    return ", ".join(map(str, names)) if len(names) <= 4 else f"{names[0]} … {names[-1]}"
+
+
+def _alike(walk: Walk, rows: list[Row], numbers: dict[int, int], run: list[int]) -> bool:
+    def facts(i: int) -> list[Any]:
+        return [rows[numbers[j]].facts for j in range(i, walk.items[i].end) if j in numbers]
+
+    first = facts(run[0])
+    return bool(first) and all(facts(i) == first for i in run[1:])
+
+
+def _flops(n: float | None) -> str:
+    return "" if n is None else count_text(n)
+
+
+_MOST = 3
+_SHORT = re.compile(r"^(bfloat|float|complex|uint|int)(?=\d)")
+
+
+def _shorter(match: re.Match[str]) -> str:
+    return {"bfloat": "bf", "float": "f", "complex": "c", "uint": "u", "int": "i"}[match[1]]
+
+
+def _shapes(tree: Any) -> str:
+    """The arrays of inputs or outputs; of many, the first."""
+    if tree is None:
+        return ""
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: isinstance(x, Ref | Node)
+    )
+    parts = []
+    for path, x in flat:
+        if isinstance(x, Ref | Node):
+            text = f"{type(x).__name__}(…)"
+        elif is_arraylike(x):
+            text = _SHORT.sub(_shorter, array_text(x))
+        else:
+            continue
+        names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+        parts.append(f"{dotted(names)}={text}" if names else text)
+    more = [f"{len(parts) - _MOST} more"] if len(parts) > _MOST else []
+    return ", ".join(parts[:_MOST] + more)
+
+
+def _plain(header: list[str], cells: list[list[str]], notes: str) -> str:
+    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
+    left = _left(header)
+
+    def text(line: list[str]) -> str:
+        parts = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        return "  ".join(parts).rstrip()
+
+    rule = "  ".join("─" * width for width in widths)
+    body = [text(line) for line in cells]
+    return "\n".join([text(header), rule, *body[:-1], rule, body[-1], notes])
+
+
+def _left(header: list[str]) -> int:
+    """How many columns hold text; those after are numbers."""
+    return 4 if "inputs" in header else 2
+
+
+def _rich(header: list[str], cells: list[list[str]], notes: str, width: int) -> str:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    table = RichTable(box=box.SIMPLE_HEAD, show_footer=True, caption=notes, caption_justify="left")
+    left = _left(header)
+    for i, name in enumerate(header):
+        justify: Any = "left" if i < left else "right"
+        shapes = name in ("inputs", "outputs")
+        table.add_column(
+            name, Text(cells[-1][i]), justify=justify, overflow="fold", no_wrap=not shapes
+        )
+    for line in cells[:-1]:
+        table.add_row(*map(Text, line))
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())

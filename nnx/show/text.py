@@ -1,0 +1,208 @@
+"""How a model prints: a tree with names, classes, settings and shapes, each shared part once."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from typing import Any
+
+import jax
+
+from nnx.show._format import bytes_text, count_text, is_arraylike, short
+from nnx.show._walk import ARRAY, BACK, LIST, MAP, NODE, REF, STATIC, Item, Walk
+from refx import Node
+
+__all__ = ["collection_sizes", "tree_repr"]
+
+_WIDTH = 100
+_DEPTH = 32
+# Two equal neighbours are both shown: only more than that is worth a look at the count.
+_FOLD = 3
+
+
+def tree_repr(node: Node) -> str:
+    """A module as text: names, classes, settings that are not the default, shapes, collections.
+
+    A module or Ref that is at several places is shown at the first and named at the others. Of
+    three or more equal neighbours one is shown, with their number. What is nested deeper than 32
+    levels is counted only. Where there are submodules, the last line has the number of values and
+    the bytes of each collection, shared ones once. Nothing is copied from a device.
+
+    >>> import jax, nnx
+    >>> with nnx.scope(jax.random.key(0)):
+    ...     model = nnx.Sequential(*(nnx.Linear(4, 4) for _ in range(12)), nnx.Linear(4, 1))
+    >>> model
+    Sequential(
+      layers = [
+        0..11: Linear ×12 (
+          kernel = float32[4,4]  # params
+          bias = float32[4]  # params
+          in_features=4, out_features=4
+        )
+        12: Linear(
+          kernel = float32[4,1]  # params
+          bias = float32[1]  # params
+          in_features=4, out_features=1
+        )
+      ]
+    )  # params: 245 (980 B)
+    """
+    walk = Walk(node)
+    out: list[str] = []
+    # What is left to print, the next last: texts, or runs of equal items with their indentation.
+    todo: list[Any] = [([0], 0)]
+    while todo:
+        task = todo.pop()
+        if isinstance(task, str):
+            out.append(task)
+            continue
+        run, depth = task
+        _print(walk, run, depth, out, todo)
+    text = "\n".join(out)
+    if sum(item.kind == NODE for item in walk.items) > 1:
+        text += _totals(walk)
+    return text
+
+
+def _print(walk: Walk, run: list[int], depth: int, out: list[str], todo: list[Any]) -> None:
+    item = walk.items[run[0]]
+    indent = "  " * depth
+    line = indent + _label(walk, run)
+    if item.kind == BACK:
+        out.append(f"{line}<same as {_targets(walk, run)}>")
+    elif item.kind == REF:
+        out.append(f"{line}{item.text}{_times(run)}  # {_facts(item)}")
+    elif item.kind in (STATIC, ARRAY):
+        out.append(f"{line}{item.text}{_times(run)}")
+    else:
+        head, tail = _ends(item, run)
+        inner = list(_inner(walk, run[0]))
+        if not inner:
+            out.append(line + head + tail)
+        elif item.kind == NODE and len(inner) == 1 and isinstance(inner[0], str):
+            out.append(f"{line}{head}{inner[0]}{tail}")
+        elif depth >= _DEPTH:
+            out.append(f"{line}{head}… {item.end - run[0] - 1:,} more inside{tail}")
+        else:
+            out.append(line + head)
+            todo.append(indent + tail)
+            for part in reversed(inner):
+                todo.append(f"{indent}  {part}" if isinstance(part, str) else (part, depth + 1))
+
+
+def _inner(walk: Walk, i: int) -> Any:
+    """What is inside of an item: runs of equal items, and lines of settings."""
+    settings: list[str] = []
+    for run in walk.runs(i):
+        parts = [run] if _folds(walk, run) else [[j] for j in run]
+        for part in parts:
+            item = walk.items[part[0]]
+            if item.kind == STATIC and walk.items[i].kind not in (LIST, MAP):
+                settings.append(f"{item.name}={item.text}")
+                continue
+            if settings:
+                yield from _wrapped(settings)
+                settings = []
+            yield part
+    if settings:
+        yield from _wrapped(settings)
+
+
+def _wrapped(settings: list[str]) -> list[str]:
+    line = ", ".join(settings)
+    if len(line) <= _WIDTH:
+        return [line]
+    return textwrap.wrap(line, _WIDTH, break_long_words=False)
+
+
+def _folds(walk: Walk, run: list[int]) -> bool:
+    first = walk.items[run[0]]
+    if len(run) < _FOLD:
+        return False
+    return walk.items[first.parent].kind in (LIST, MAP) or first.kind not in (REF, ARRAY, STATIC)
+
+
+def _label(walk: Walk, run: list[int]) -> str:
+    item = walk.items[run[0]]
+    if item.parent < 0:
+        return ""
+    holder = walk.items[item.parent].kind
+    sep = ": " if holder in (LIST, MAP) else " = "
+    if holder == LIST:
+        return f"{_span([str(walk.items[j].name) for j in run])}{sep}"
+    names = [short(walk.items[j].name) if holder == MAP else walk.items[j].name for j in run]
+    if len(names) <= 4:
+        return f"{', '.join(names)}{sep}"
+    return f"{names[0]} … {names[-1]}{sep}"
+
+
+def _span(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
+
+
+def _times(run: list[int]) -> str:
+    return f" ×{len(run)}" if len(run) > 1 else ""
+
+
+def _ends(item: Item, run: list[int]) -> tuple[str, str]:
+    if item.kind in (LIST, MAP):
+        ends = item.text
+        return (f"{len(run)} × {ends[0]}" if len(run) > 1 else ends[0]), ends[1]
+    return (f"{item.text} ×{len(run)} (" if len(run) > 1 else f"{item.text}("), ")"
+
+
+def _targets(walk: Walk, run: list[int]) -> str:
+    first, last = walk.items[run[0]].target, walk.items[run[-1]].target
+    path = ".".join(walk.path(first)) or "the root"
+    return path if first == last else f"{path}..{walk.items[last].name}"
+
+
+def _facts(item: Item) -> str:
+    cell = item.obj
+    facts = [f"{k}={short(v, 40)}" for k, v in cell._metadata.items()]
+    name = cell._collection
+    return ", ".join([name if isinstance(name, str) else short(name), *facts])
+
+
+def collection_sizes(walk: Walk, i: int = 0) -> dict[str, tuple[int, int]]:
+    """The numbers of values and bytes by collection of all that an item holds, shared ones once.
+
+    Arrays that are plain attributes are counted as `"arrays"`.
+    """
+    items = walk.items
+    sizes: dict[str, tuple[int, int]] = {}
+    seen: set[int] = set()
+    todo = [range(i, items[i].end)]
+    while todo:
+        for j in todo.pop():
+            if j in seen:
+                continue
+            seen.add(j)
+            item = items[j]
+            if item.kind == BACK:
+                # What is shared with a part outside of this one is a part of it all the same.
+                if item.target not in seen:
+                    todo.append(range(item.target, items[item.target].end))
+            elif item.kind in (REF, ARRAY):
+                label = item.obj._collection if item.kind == REF else "arrays"
+                name = label if isinstance(label, str) else short(label)
+                n, size = sizes.get(name, (0, 0))
+                dn, dsize = _size(item.obj._value if item.kind == REF else item.obj)
+                sizes[name] = (n + dn, size + dsize)
+    return sizes
+
+
+def _size(value: Any) -> tuple[int, int]:
+    leaves = [value] if is_arraylike(value) else jax.tree.leaves(value)
+    arrays = [x for x in leaves if is_arraylike(x)]
+    numbers = sum(isinstance(x, bool | int | float | complex) for x in leaves)
+    return (
+        sum(math.prod(x.shape) for x in arrays) + numbers,
+        sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays),
+    )
+
+
+def _totals(walk: Walk) -> str:
+    sizes = collection_sizes(walk)
+    parts = [f"{k}: {count_text(n)} ({bytes_text(size)})" for k, (n, size) in sizes.items()]
+    return f"  # {', '.join(parts)}" if parts else ""
