@@ -15,6 +15,12 @@ from nnx.show.tabulate import tabulate
 S = jax.ShapeDtypeStruct
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    # The tables are as wide as the terminal that the tests happen to run in.
+    monkeypatch.setenv("COLUMNS", "160")
+
+
 def linear_flops(batch, n, m):
     """Forward, and with both products and the sum of the backward pass."""
     ahead = 2 * batch * n * m + batch * m
