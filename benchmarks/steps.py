@@ -119,7 +119,7 @@ def adam_contenders(layers: int) -> dict[str, tuple[Contender, Any]]:
         "equinox": (eqx_model, tx.init(eqx.filter(eqx_model, eqx.is_array))),
     }
     model = w.ours(layers)
-    optimizer = w.Optimizer(model, tx)
+    optimizer = nnx.Optimizer(model, tx)
     flax_model, cached_model = w.flax(layers), w.flax(layers)
     flax_optimizer = fnx.Optimizer(flax_model, tx, wrt=fnx.Param)
     cached_optimizer = fnx.Optimizer(cached_model, tx, wrt=fnx.Param)

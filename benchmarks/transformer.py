@@ -10,7 +10,6 @@ import numpy as np
 import optax
 
 import nnx
-from benchmarks import workloads as w
 from benchmarks.timing import Ratio, interleave
 
 LAYERS, WIDTH, HEADS, BATCH, LENGTH, VOCABULARY = 6, 256, 8, 8, 128, 256
@@ -78,7 +77,7 @@ def measure(rounds: int) -> dict[str, Ratio]:
     params = _params()
     state: dict[str, Any] = {"hand": (params, tx.init(params))}
     model = Transformer(params)
-    optimizer = w.Optimizer(model, tx)
+    optimizer = nnx.Optimizer(model, tx)
 
     def pure(params: Any, tokens: Any) -> Any:
         x = params["embed"][tokens]

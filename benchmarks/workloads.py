@@ -9,7 +9,6 @@ import flax.nnx as fnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import nnx
 
@@ -114,16 +113,6 @@ class EqxStack(eqx.Module):
 
 def equinox(layers: int) -> EqxStack:
     return EqxStack([EqxLinear(p["w"], p["b"]) for p in arrays(layers)])
-
-
-class Optimizer(nnx.Module):
-    def __init__(self, model: nnx.Module, tx: optax.GradientTransformation):
-        self.tx = tx
-        self.state = nnx.Ref(tx.init(model["params"]), "opt_state")
-
-    def update(self, model: nnx.Module, grads: Any) -> None:
-        updates, self.state.value = self.tx.update(grads, self.state.value, model["params"])
-        model["params"] = optax.apply_updates(model["params"], updates)
 
 
 def loss(model: Any, x: jax.Array, y: jax.Array) -> jax.Array:

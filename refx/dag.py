@@ -203,7 +203,7 @@ def update(tree: Any, *partitions: Mapping[Path, Any], strict: bool = True) -> N
                 )
             _check_like(path, cell, value, strict)
             writes[cell] = (given, value)
-    targets = [(writable(cell), value) for cell, (_, value) in writes.items()]
+    targets = [(writable(cell, dotted(path)), value) for cell, (path, value) in writes.items()]
     for target, value in targets:
         target._value = value
 
@@ -243,7 +243,11 @@ def find_ref(tree: Any, given: Any, cells: Mapping[Path, Ref[Any]]) -> tuple[Pat
             f"make it a Ref: a param() or ref() field, or nnx.Ref(...)."
         )
     close = [p for p in cells if path and p and p[-1] == path[-1]] or list(cells)
-    raise UnknownPathError(f"The tree has no Ref at path {dotted(path)!r}; it has {listed(close)}.")
+    raise UnknownPathError(
+        f"The tree has no Ref at path {dotted(path)!r}; it has {listed(close)}. Was the partition "
+        f"taken of another model, or before a layer was replaced? A part of it can be chosen: "
+        f"{{path: value for path, value in partition.items() if path in nnx.refs(model)}}."
+    )
 
 
 def _check_like(path: Path, cell: Ref[Any], new: Any, strict: bool) -> None:

@@ -160,7 +160,8 @@ class Frame:
             trace = CONSTANT if self.constants else self.trace
             inner = _make_ref(value, ref._collection, ref._metadata, self, trace)
             self.shadow[ref] = inner
-            self.found[ref] = owner
+            # A path instead of an owner is for messages only.
+            self.found[ref] = None if type(owner) is str else owner
         return inner
 
 
@@ -238,8 +239,8 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
     if local.allowed is not None and not local.allowed(ref):
         raise NotMutableError(
             f"{describe(ref, owner)} was written, but the surrounding `mutable` does not allow it. "
-            f"Widen its filter (for example `mutable=({ref._collection!r}, ...)`), or move the "
-            f"write out of it."
+            f"Add {ref._collection!r} to its filter, a tuple of all that may be written, or move "
+            f"the write out of it."
         )
     return target
 
@@ -426,13 +427,18 @@ def kind_of(trace: Any) -> str:
 
 
 def describe(ref: Ref[Any], owner: Any = None) -> str:
-    """Name a Ref for a message: by path where a frame knows it, else by the module's field."""
+    """Name a Ref for a message: by path where a frame knows it, else by its owner.
+
+    The owner is the module that it was reached through, or a path where only that is known.
+    """
     frame = local.frame
     while frame is not None:
         known = frame.describe(ref) if frame.describe is not None else None
         if known is not None:
             return f"Ref {known} ({summary(ref)})"
         frame = frame.parent
+    if type(owner) is str:
+        return f"Ref {owner!r} ({summary(ref)})"
     if owner is not None:
         for name, value in owner._dict.items():
             if value is ref:

@@ -14,7 +14,8 @@ def blocks(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_every_python_block_of_a_page_runs(page, capsys):
+def test_every_python_block_of_a_page_runs(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     scope = {"__name__": "page"}
     for i, block in enumerate(blocks(page)):
         exec(compile(block, f"{page.name}, block {i}", "exec"), scope)

@@ -227,7 +227,8 @@ def find_module_class(name: str) -> type[Node] | None:
             if cls not in seen:
                 seen.add(cls)
                 todo.append(cls)
-                if _public_or_own(cls) == name:
+                # A class that stands for another one while `nnx.capture` runs has its name.
+                if _public_or_own(cls) == name and "_stands_for" not in vars(cls):
                     latest = cls
     return latest
 

@@ -38,13 +38,13 @@ class Watched:
 
     __slots__ = ()
 
-    _base: type
+    _stands_for: type
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # Not those of the classes in between, which may keep lists of their subclasses.
         Node.__init_subclass__.__func__(cls)  # pyright: ignore[reportFunctionMemberAccess]
         # A dataclass has none: its `__init__` sets the defaults.
-        cls._defaults = cls._base._defaults  # pyright: ignore[reportAttributeAccessIssue]
+        cls._defaults = cls._stands_for._defaults  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def watched(kind: type, around: Callable[..., Any]) -> type:
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
-        "_base": kind,
+        "_stands_for": kind,
     }
     # Every class has a `__call__`, that of its metaclass.
     if any("__call__" in vars(base) for base in kind.__mro__):
@@ -146,7 +146,7 @@ class Shadow:
             children[TAG] = Static(attributes(original)[TAG])
             kind = type(original)
         else:
-            kind = node.kind._base
+            kind = node.kind._stands_for
         return NodeDef(kind, tuple(children), tuple(children.values()), node.types)
 
 

@@ -179,7 +179,8 @@ class Optimizer(Module):
             raise OptimizerError(self._reshaped(params) or f"{self._name()}: {problem}.")
         targets = [*cells.values(), *old.values(), refx.get_ref(self, "step")]
         step = optax.safe_increment(self.step)
-        write_back(targets, [*(new_params[path] for path in cells), *now.values(), step])
+        names = [*map(dotted, cells), *(f"state.{dotted(path)}" for path in old), "step"]
+        write_back(targets, [*(new_params[path] for path in cells), *now.values(), step], names)
 
     @property
     def opt_state(self) -> Any:

@@ -365,9 +365,12 @@ def close_call(call: Call, packed: Packed) -> Any:
     return _apply(call, spec.graph, *packed.out)
 
 
-def write_back(refs: list[Ref[Any]], values: Iterable[Any]) -> None:
+def write_back(
+    refs: list[Ref[Any]], values: Iterable[Any], names: Iterable[str | None] | None = None
+) -> None:
     """Write all values or, if one of the Refs may not be written here, none."""
-    targets = [writable(ref) for ref in refs]
+    names = [None] * len(refs) if names is None else names
+    targets = [writable(ref, name) for ref, name in zip(refs, names, strict=True)]
     for target, value in zip(targets, values, strict=True):
         target._value = value
 

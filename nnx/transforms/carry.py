@@ -143,12 +143,12 @@ class Loop:
         written = dict(zip(packed.spec.written, packed.written, strict=True))
         paths = self.call.layout.dagdef.ref_paths
         for i in self._carried:
-            what = dotted(paths[i][1:]) or "a Ref"
-            self._check(f"Ref {what!r}", self.call.values[i], written[i])
+            what = f"Ref {dotted(paths[i][1:])!r}" if paths[i][1:] else "A Ref"
+            self._check(what, self.call.values[i], written[i])
         flat = jax.tree_util.tree_flatten_with_path(self._init, is_leaf=is_identity)[0]
         names = [jax.tree_util.keystr(path) for path, x in flat if not is_identity(x)]
         for where, i, new in zip(names, self._kept, others, strict=True):
-            self._check(f"the carry{where}", self.call.others[i], new)
+            self._check(f"The carry{where}", self.call.others[i], new)
 
     def _check(self, what: str, old: Any, new: Any) -> None:
         before, after = jax.eval_shape(lambda: (old, new)) if _concrete(new) else (old, new)

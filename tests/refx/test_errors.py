@@ -86,7 +86,7 @@ PROVOKED = [
     (errors.ForeignTracerError, _kept_tracer, ["Dense.w", "float32[]", "Return the value"]),
     (errors.EndedTraceError, _kept_ref, ["nnx.jit", "_kept_ref", "ended", "Return"]),
     (errors.ClosureError, _closure, ["Dense.w", "constant", "argument", "nnx.jit"]),
-    (errors.NotMutableError, _not_mutable, ["Dense.calls", "'counters'", "mutable", "Widen"]),
+    (errors.NotMutableError, _not_mutable, ["Dense.calls", "'counters'", "mutable", "Add"]),
     (errors.StructureError, _hidden_in_frozenset, ["parts", "frozenset", "Use a list"]),
     (errors.UnhashableStaticError, _unhashable, ["blocks.1.options", "set", "Use a tuple"]),
     (

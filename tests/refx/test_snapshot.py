@@ -155,7 +155,7 @@ def test_a_model_made_at_the_address_of_a_dead_one():
         m.factor = i % 3
         assert jnp.allclose(f(m), m.w.sum() * m.factor)
         del m
-        gc.collect()
+        gc.collect(1)
 
 
 def test_refs_come_and_go_as_arguments():

@@ -237,6 +237,19 @@ def test_local_classes_and_later_definitions(path):
     assert nnx.load(path)() == 2 and kept
 
 
+def test_a_class_that_was_captured_is_found_by_its_own_name(path):
+    class Net(nnx.Module):
+        def __init__(self):
+            self.layer = Dense()
+
+        def __call__(self, x):
+            return self.layer(x)
+
+    model = Net()
+    nnx.capture(model)(jnp.ones((1, 2)))
+    assert type(trip(path, model)) is Net
+
+
 # ---- the file
 
 

@@ -171,7 +171,7 @@ X = jnp.ones((3, 2))
     [
         (lambda m: nnx.scan(lambda c, x: (c, grow(m, "w")), None, X), nnx.CarryError, r"Ref 'w' .* from float32\[2,2\] to float32\[2\] in one step"),
         (lambda m: nnx.scan(lambda c, x: (c, setattr(m, "b", m.b.astype(int))), None, X), nnx.CarryError, r"'b' .* float32\[2\] to int32\[2\]"),
-        (lambda m: nnx.scan(lambda c, x: (x, None), 1.0, X), nnx.CarryError, r"the carry of .* to float32\[2\]"),
+        (lambda m: nnx.scan(lambda c, x: (x, None), 1.0, X), nnx.CarryError, r"The carry of .* to float32\[2\]"),
         (lambda m: nnx.scan(lambda c, x: ({"b": c["a"]}, None), {"a": 1.0}, X), nnx.CarryError, r"changes its structure"),
         (lambda m: nnx.scan(lambda c, x: c, None, X), nnx.CarryError, r"must return \(carry, y\), but it returned NoneType"),
         (lambda m: nnx.scan(lambda c, x: (1.0, None), m, X), nnx.CarryError, r"from Dense to float"),

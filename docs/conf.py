@@ -1,0 +1,87 @@
+"""Sphinx settings: `sphinx-build -W -b html docs docs/_build/html`."""
+
+import ast
+import inspect
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+project = "nnx"
+author = "The nnx authors"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+nitpicky = False
+
+html_theme = "furo"
+html_title = "nnx"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+html_show_copyright = False
+html_copy_source = False
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
+autodoc_typehints = "none"
+autodoc_preserve_defaults = True
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "special-members": "__call__"}
+python_use_unqualified_type_names = True
+napoleon_numpy_docstring = False
+
+
+def setup(app):
+    """Docstrings are written to be read in an editor; this makes them reStructuredText."""
+    # Before napoleon, which turns the sections into fields.
+    app.connect("autodoc-process-docstring", as_rst, priority=400)
+    app.connect("autodoc-process-signature", with_arguments)
+
+
+def with_arguments(app, what, name, obj, options, signature, return_annotation):
+    """The arguments of a constructor as its source has them; autodoc asks the metaclass instead."""
+    if what != "class" or not isinstance(obj, type):
+        return None
+    if obj.__init__ is object.__init__:
+        return "()", None
+    try:
+        source = textwrap.dedent(inspect.getsource(obj.__init__))
+    except (OSError, TypeError):
+        return None
+    arguments = ast.parse(source).body[0].args
+    for argument in ast.walk(arguments):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    (arguments.posonlyargs or arguments.args).pop(0)
+    return f"({ast.unparse(arguments)})", None
+
+
+def as_rst(app, what, name, obj, options, lines):
+    """Rewrite the text between the examples of a docstring in place."""
+    # An example begins with >>> and ends at the next empty line.
+    parts = re.split(r"(?m)^( *>>>(?:.*\S.*(?:\n|\Z))+)", "\n".join(lines))
+    parts[::2] = map(text_as_rst, parts[::2])
+    lines[:] = "".join(parts).split("\n")
+
+
+def text_as_rst(text):
+    """Code in double backticks, stars as they are, and the names of arguments in one line."""
+    text = re.sub(
+        r"(?m)^ +(?:[\w*]+,\s+)+[\w*]+: ",
+        lambda names: re.sub(r",\s+", ", ", names[0]),
+        text,
+    )
+    text = text.replace("Raises (when called):", "Raises:")
+    # Every other part is code.
+    parts = re.split(r"`([^`]+)`", text)
+    for i, part in enumerate(parts):
+        if i % 2:
+            parts[i] = f"``{' '.join(part.split())}``"
+            if parts[i + 1][:1].isalnum():
+                parts[i] += "\\ "
+        else:
+            parts[i] = re.sub(r"(?<!\\)\*", r"\\*", part)
+    return "".join(parts)

@@ -1,0 +1,114 @@
+"""The tables of the docs: every line of ours in them runs, and pages that are made are up to date.
+
+`UPDATE_DOCS=1 pytest tests/test_docs_tables.py` makes `docs/errors.md` and the picture of the tutorial anew.
+"""
+
+import importlib.util
+import os
+import re
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import nnx
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+TABLES = ["migration.md", "promises.md"]
+
+
+def rows(page):
+    """The last cells of the rows of a page's tables, with their line numbers."""
+    for number, line in enumerate((DOCS / page).read_text().splitlines(), 1):
+        # A code span in a table has its pipes escaped.
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if cells and not re.fullmatch(r"-+", cells[0]) and cells[-1].startswith("`"):
+            yield number, cells[-1].replace("\\|", "|")
+
+
+CASES = [(page, number, cell) for page in TABLES for number, cell in rows(page)]
+
+
+@pytest.fixture(scope="module")
+def setups():
+    pages = {page: (DOCS / page).read_text() for page in TABLES}
+    return {p: re.findall(r"^```python\n(.*?)^```", t, re.M | re.S)[0] for p, t in pages.items()}
+
+
+@pytest.mark.parametrize("page, number, cell", CASES, ids=lambda x: str(x)[:40])
+def test_every_line_of_a_table_runs(page, number, cell, setups, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = re.fullmatch(r"`([^`]+)`", cell)
+    assert line, f"{page}:{number}: the last cell of a row is one line of code, not {cell}"
+    scope = {"__name__": "page"}
+    exec(compile(setups[page], page, "exec"), scope)
+    exec(compile(line[1], f"{page}:{number}", "exec"), scope)
+
+
+def test_every_table_has_rows():
+    assert Counter(page for page, *_ in CASES).keys() == set(TABLES)
+    assert len(CASES) > 100
+
+
+@pytest.fixture(scope="module")
+def maker():
+    spec = importlib.util.spec_from_file_location("make_errors", DOCS / "make_errors.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def errors(maker):
+    return [maker.run(mistake) for mistake in maker.MISTAKES]
+
+
+def test_the_errors_are_those_that_are_raised(maker, errors):
+    made = maker.page(errors)
+    if os.environ.get("UPDATE_DOCS"):
+        maker.PAGE.write_text(made)
+    assert maker.PAGE.read_text() == made
+    assert made.count("\n## ") == 10
+
+
+def test_the_tracebacks_of_the_errors_are_short(errors):
+    for error in errors:
+        # The first frame is that of the script, which a user does not have.
+        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)][1:]
+        assert files[0] == "example.py" and len(files) <= 8, files
+
+
+def test_the_picture_in_the_tutorial_is_of_its_model():
+    page = (DOCS / "tutorial.md").read_text()
+    scope = {"nnx": nnx}
+    exec(re.search(r"^class Net.*?(?=^```)", page, re.M | re.S)[0], scope)
+    drawn = nnx.graph(scope["Net"].init(0)(hidden=128, classes=10)).svg
+    picture = DOCS / "images" / "tutorial.svg"
+    if os.environ.get("UPDATE_DOCS"):
+        picture.write_text(drawn)
+    assert picture.read_text() == drawn
+
+
+DIRECTIVE = r"^\.\. (?:auto\w+|py:\w+):: (nnx\.[\w.]+)"
+
+
+def test_every_public_name_is_in_the_reference_once():
+    pages = [page.read_text() for page in sorted((DOCS / "api").glob("*.md"))]
+    there = Counter(name for page in pages for name in re.findall(DIRECTIVE, page, re.M))
+    public = Counter(f"nnx.{name}" for name in nnx.__all__)
+    public += Counter(
+        f"nnx.metrics.{name}" for name in nnx.metrics.__all__ if name not in nnx.__all__
+    )
+    public += Counter(f"nnx.bridge.{name}" for name in nnx.bridge.__all__)
+    markers = set(sys.modules["nnx.purify"].__all__) - {"purify"}
+    public += Counter(f"nnx.purify.{name}" for name in markers)
+    assert there == public
+
+
+def test_figures_are_those_of_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    table = [x for x in (DOCS / "performance.md").read_text().splitlines() if x.startswith("|")]
+    assert len(table) > 4 and all(row in readme for row in table)
