@@ -206,6 +206,9 @@ class MultiHeadAttention(Module):
     def init_cache(self, input_shape: Sequence[int], dtype: Dtype = None) -> None:
         """Make an empty cache, or empty the one there is.
 
+        For the layers of a `Stack`, each makes its own:
+        `nnx.vmap(lambda block: block.attention.init_cache(shape))(stack.layers)`.
+
         Args:
           input_shape: `(*batch, length, in_features)`, the shape of the longest input: there is room
             for `length` tokens.

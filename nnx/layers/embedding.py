@@ -100,6 +100,9 @@ class Embed(Module):
     def attend(self, query: jax.Array) -> jax.Array:
         """The product of each query with each row: logits, with the table of the input.
 
+        The rows are drawn with length about 1, which suits logits; models that use one table for
+        both often multiply what they look up by the square root of `features`.
+
         Args:
           query: an array of shape `(..., features)`.
 
