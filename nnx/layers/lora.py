@@ -13,7 +13,7 @@ from jax.nn import initializers
 from nnx.layers._common import Dtype, Initializer, Metadata, promote_dtype, shape_error, zeros
 from nnx.layers.linear import Linear
 from nnx.module import Module, ref
-from nnx.scope import make_rng
+from nnx.scope import make_rng, scope
 from refx import Filter, Node, Ref, get_ref, to_predicate
 
 __all__ = ["LoRA", "LoRALinear", "apply_lora", "merge_lora"]
@@ -182,6 +182,7 @@ def apply_lora(
     a_initializer: Initializer = default_a_initializer,
     b_initializer: Initializer = zeros,
     lora_param_type: Hashable = "lora",
+    rngs: Any = None,
 ) -> M:
     """Put a low-rank adapter beside every `Linear` of a model, in place.
 
@@ -191,28 +192,44 @@ def apply_lora(
     the same at first, as `lora_b` is zero.
 
     Args:
-      model: the model. Initial values are drawn from the ambient stream `"params"`.
+      model: the model.
       rank: the rank of the adapters.
       filter: which layers: a filter of paths, such as `nnx.PathContains("attention")`, or a
         predicate `(path, module) -> bool`. Subclasses of `Linear` are never taken.
       alpha: the adapters' products are multiplied with `alpha / rank`, with None not at all.
       dtype, param_dtype: of the adapters; without them, those of the layer.
       a_initializer, b_initializer, lora_param_type: as for `LoRA`.
+      rngs: a key or a seed for the initial values, as for `nnx.scope`; without it they are drawn
+        from the ambient stream `"params"`.
 
     Returns:
       The model.
 
     Raises:
+      MissingStreamError: there is no `rngs` and no such stream.
       ValueError: no layer is selected (the message lists those that there are), or the model is
         itself a Linear.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> with nnx.scope(jax.random.key(0)):
     ...     model = nnx.Sequential(nnx.Linear(3, 8), nnx.relu, nnx.Linear(8, 2))
-    ...     model = nnx.apply_lora(model, 4, nnx.PathContains("0"))
+    >>> model = nnx.apply_lora(model, 4, nnx.PathContains("0"), rngs=jax.random.key(1))
     >>> list(model["lora"])
     [('layers', '0', 'lora', 'lora_a'), ('layers', '0', 'lora', 'lora_b')]
     """
+    if rngs is not None:
+        with scope(rngs):
+            return apply_lora(
+                model,
+                rank,
+                filter,
+                alpha,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                a_initializer=a_initializer,
+                b_initializer=b_initializer,
+                lora_param_type=lora_param_type,
+            )
     containers = list(_containers(model))
     linears = {path: node for path, node in containers if type(node) is Linear}
     selects = to_predicate(filter)

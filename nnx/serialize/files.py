@@ -40,6 +40,11 @@ def save(path: Any, tree: Any, *, progress: Progress | None = None) -> None:
     metadata, sharing and cycles. It is written under another name, flushed to the disk, and then
     takes its place: a program that fails or stops half-way leaves what was there before.
 
+    A class of a script is called `__main__.Net` in the file; for another program to load it, give it a
+    name that stays: `@nnx.saveable(name="project.Net")`. What holds functions that have no name, as an
+    `nnx.Optimizer` holds those of optax, is saved by its values,
+    `nnx.save(path, nnx.get_partition((model, optimizer), ...))`, and read with `nnx.load_state`.
+
     Args:
       path: the file.
       tree: a module, or a tuple, list or dict of modules, Refs and arrays, or a Partition.

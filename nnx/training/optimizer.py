@@ -82,8 +82,8 @@ class Optimizer(Module):
       wrt: a filter: the Refs of the model that are trained. Those that it leaves out cost nothing.
 
     Attributes: `step`, the number of updates, int32; `state`, the Refs of the state; `opt_state`,
-    the same as optax has it, with values; `learning_rate`. All Refs are in the collection
-    `"opt_state"`.
+    the same as optax has it, with values; `learning_rate`; `wrt`, as it was given, for
+    `nnx.grad(loss, wrt=optimizer.wrt)`. All Refs are in the collection `"opt_state"`.
 
     Raises:
       OptimizerError: `wrt` selects nothing.

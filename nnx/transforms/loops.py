@@ -40,7 +40,9 @@ def scan(
     Refs in `init`, Refs that `f` closes over, and the streams of the ambient scope are carried.
     Refs in `xs` are sliced along their leading axis and their writes are stacked again. So a stack
     of layers is `nnx.scan(lambda x, layer: (layer(x), None), x, layers)`, and a whole epoch is
-    `nnx.scan(lambda _, batch: (None, train_step(model, batch)), None, batches)`.
+    `nnx.scan(lambda _, batch: (None, train_step(model, batch)), None, batches)`. On CPU, XLA is slow
+    at convolutions inside a loop (`jax.lax.scan` is too); there `unroll=True`, or a loop in Python,
+    is quicker for a step that has some.
 
     Args:
       f: the body. It is called with the carry and one slice of `xs`.

@@ -181,3 +181,17 @@ def test_a_failure_changes_nothing():
     with pytest.raises(nnx.MissingStreamError):
         apply_lora(model, 2)
     assert nnx.split(model)[0] is before
+
+
+def test_apply_draws_from_a_key_or_the_scope():
+    def model():
+        return nnx.Sequential(nnx.Linear.init(0)(3, 4))
+
+    with nnx.scope(5):
+        a = nnx.apply_lora(model(), 2)
+    b = nnx.apply_lora(model(), 2, rngs=5)
+    assert all(map(jnp.array_equal, a["lora"].values(), b["lora"].values()))
+    plain = model()
+    with pytest.raises(nnx.MissingStreamError, match="'params'"):
+        nnx.apply_lora(plain, 2)
+    assert type(plain.layers[0]) is nnx.Linear
