@@ -13,6 +13,7 @@ Building is therefore two loops without recursion: make every object, then fill 
 
 from __future__ import annotations
 
+import functools
 import threading
 import types
 import weakref
@@ -366,13 +367,17 @@ def _static(obj: Any, link: Any, skip: int) -> Static:
             f"cannot be seen, and is used up when it is read. Use a list or a tuple."
         )
     held: Any = obj if isinstance(obj, frozenset) else jax.tree.leaves(obj, is_leaf=is_identity)
+    if isinstance(obj, functools.partial):
+        parts = (obj.func, obj.args, obj.keywords)
+        held = [*held, *jax.tree.leaves(parts, is_leaf=is_identity)]
     if not isinstance(obj, type | types.FunctionType | types.ModuleType):
         held = [*held, *getattr(obj, "__dict__", {}).values()]
     if any(map(is_identity, held)):
         raise StructureError(
             f"{where} is a {type(obj).__name__} that holds Refs or modules, but it is static, so "
             f"their updates would not be seen. Use a list, a tuple or a dict in an ordinary attribute; "
-            f"make a class of your own an nnx.Module or a registered pytree."
+            f"nnx.Partial for a functools.partial; make a class of your own an nnx.Module or a "
+            f"registered pytree."
         )
     return static
 

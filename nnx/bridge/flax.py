@@ -136,7 +136,13 @@ def _flat(theirs: Any, mover: Mover) -> Iterator[tuple[Path, Any, bool]]:
         needed = not isinstance(variable, flax.Variable) or isinstance(
             variable, (flax.Param, flax.BatchStat)
         )
-        yield tuple(map(str, path)), value, needed
+        yield _flattened(path), value, needed
+
+
+def _flattened(path: tuple[Any, ...]) -> Path:
+    # WeightNorm and SpectralNorm of flax have paths for keys.
+    parts = (part if isinstance(part, tuple) else (part,) for part in path)
+    return tuple(str(name) for part in parts for name in part)
 
 
 def _linen(theirs: Any, mover: Mover) -> Iterator[tuple[tuple[str, ...], Path, Any, bool]]:
@@ -167,7 +173,7 @@ def _written(theirs: Any, values: dict[Path, Any], mover: Mover) -> Any:
     state: Any = theirs if is_state else flax.state(theirs)
     pairs = []
     for path, variable in state.flat_state():
-        new = values.get(tuple(map(str, path)))
+        new = values.get(_flattened(path))
         if new is not None and isinstance(variable, flax.Variable):
             new = variable.replace(new)
         pairs.append((path, variable if new is None else new))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -359,6 +360,8 @@ def _children(x: Any) -> list[tuple[Any, Any]]:
         return list(x.__getstate__().items())
     if isinstance(x, dict):
         return list(x.items())
+    if isinstance(x, types.MethodType):
+        return [("__self__", x.__self__)]
     return list(enumerate(x)) if isinstance(x, list | tuple) else []
 
 
@@ -370,6 +373,8 @@ def _replace(containers: list[tuple[Path, Any]], new: Mapping[int, Module]) -> N
             parts = [replaced(part) for part in x]
             if any(part is not old for part, old in zip(parts, x, strict=True)):
                 return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+        if isinstance(x, types.MethodType) and (owner := replaced(x.__self__)) is not x.__self__:
+            return getattr(owner, x.__func__.__name__)
         return new.get(id(x), x)
 
     for _, container in containers:

@@ -13,12 +13,13 @@ from typing import Any
 from nnx import transforms
 from nnx.module import Module, static
 from nnx.transforms.jit import unbound
-from refx import Filter
+from refx import Filter, to_predicate
 
 __all__ = ["Grad", "Jit", "Partial", "Remat", "VMap"]
 
 
-# Each compiled function is kept here and not in a module, which has to be comparable and saveable.
+# The compiled methods of classes are kept here and not in modules, so that those of one class share
+# them. A function may hold a whole model, so that of one is kept with its `Jit`.
 @functools.lru_cache(maxsize=512)
 def _jitted(fn: Callable[..., Any], options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
     return transforms.jit(fn, **dict(options))
@@ -40,7 +41,8 @@ def _check(kind: str, fn: Any) -> None:
 class Jit(Module):
     """`nnx.jit` as a module: `Jit(model)(x)` is `nnx.jit(model)(x)`, and updates propagate.
 
-    Modules of one class share compiled programs.
+    Modules of one class share compiled programs. What was compiled is no part of the module: a clone
+    of one that holds a function compiles anew.
 
     Args:
       fn: a module, a bound method of one, or a function.
@@ -59,6 +61,8 @@ class Jit(Module):
     ((4, 2), True)
     """
 
+    __slots__ = ("_compiled",)
+
     donate: Filter = static()
     static_argnums: tuple[int, ...] = static()
     static_argnames: tuple[str, ...] = static()
@@ -72,6 +76,8 @@ class Jit(Module):
         static_argnames: str | Sequence[str] = (),
     ):
         _check("Jit", fn)
+        if donate is not None and not isinstance(donate, bool):
+            to_predicate(donate)
         self.fn = fn
         self.donate = donate
         numbers, names = static_argnums, static_argnames
@@ -87,7 +93,17 @@ class Jit(Module):
             ("static_argnums", numbers),
             ("static_argnames", self.static_argnames),
         )
-        return _jitted(fn, options)(*bound, *args, **kwargs)
+        if bound:
+            return _jitted(fn, options)(*bound, *args, **kwargs)
+        kept = getattr(self, "_compiled", None)
+        if kept is None or kept[0] is not fn or kept[1] != options:
+            kept = (fn, options, transforms.jit(fn, **dict(options)))
+            _keep(self, kept)
+        return kept[2](*args, **kwargs)
+
+
+# Past the attributes, which are the structure.
+_keep = Jit._compiled.__set__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class VMap(Module):

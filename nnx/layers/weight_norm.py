@@ -12,7 +12,18 @@ from jax.nn import initializers
 from nnx.layers._common import Dtype, Initializer, ones, promote_dtype
 from nnx.module import Module
 from nnx.scope import make_rng
-from refx import All, Filter, NotMutableError, PathContains, Ref, merge, refs, split, to_predicate
+from refx import (
+    All,
+    Filter,
+    NotMutableError,
+    PathContains,
+    Ref,
+    StructureError,
+    merge,
+    refs,
+    split,
+    to_predicate,
+)
 
 __all__ = ["SpectralNorm", "WeightNorm"]
 
@@ -253,6 +264,14 @@ def _call(layer: Module, weights: Mapping[Path, Any], args: Any, kwargs: Any) ->
     cells = refs(stand_in)
     before = {path: cell.value for path, cell in cells.items()}
     result = stand_in(*args, **kwargs)
+    now, after = split(stand_in)
+    arrays = [path for path in values if path not in cells]
+    if now is not dagdef or any(after[path] is not values[path] for path in arrays):
+        raise StructureError(
+            f"A {type(layer).__name__} changed an attribute that is no Ref while it was called with "
+            f"normalized weights, on a copy, so the change would be lost. Keep what changes in a "
+            f"Ref: a ref() field, or nnx.Ref(...)."
+        )
     written = {path for path, cell in cells.items() if cell.value is not before[path]}
     if lost := sorted(written.intersection(weights)):
         raise NotMutableError(

@@ -12,7 +12,7 @@ from jax.extend.core import primitives as jex
 from nnx.purify.custom import pass_custom
 from nnx.purify.errors import MarkerError
 from nnx.purify.markers import prefix_of
-from nnx.purify.rewrite import Call, Program, Rewriter
+from nnx.purify.rewrite import Call, Program, Rewriter, renewed
 
 __all__: list[str] = []
 
@@ -125,7 +125,7 @@ def _widened(program: Program, shared: Program) -> Any:
     front = []
     for key, site in shared.sources.items():
         front += of_key.get(key) or [Var(a) for a in site.spec.avals()]
-    return program.jaxpr.replace(invars=[*front, *own])
+    return renewed(program.jaxpr, [*front, *own])
 
 
 def _remat(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:

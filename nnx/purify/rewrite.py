@@ -77,6 +77,13 @@ class Program:
         return ClosedJaxpr(self.jaxpr, consts)
 
 
+def renewed(jaxpr: Jaxpr, invars: Sequence[Any], **parts: Any) -> Jaxpr:
+    """The jaxpr with other inputs. Before 0.10.2, JAX wants them all to have names."""
+    count = len(parts.get("outvars", jaxpr.outvars))
+    names = jaxpr.debug_info._replace(arg_names=("",) * len(invars), result_paths=("",) * count)
+    return jaxpr.replace(invars=list(invars), debug_info=names, **parts)
+
+
 _marked: weakref.WeakKeyDictionary[Jaxpr, bool] = weakref.WeakKeyDictionary()
 _kept: weakref.WeakKeyDictionary[Jaxpr, dict[tuple[str, bool, bool], Program]] = (
     weakref.WeakKeyDictionary()
@@ -160,7 +167,8 @@ class Rewriter:
                 self.take(eqn)
         inputs = [v for key in self.program.sources for v in self.inputs[key]]
         outputs = [v for vs in self.outputs.values() for v in vs]
-        self.program.jaxpr = self.jaxpr.replace(
+        self.program.jaxpr = renewed(
+            self.jaxpr,
             invars=[*inputs, *self.jaxpr.invars],
             outvars=[*map(self.now, self.jaxpr.outvars), *map(self.now, outputs)],
             eqns=self.eqns,

@@ -158,12 +158,14 @@ class _Decoder:
         expose(node)
 
     def by_path(self) -> dict[tuple[str, ...], Any]:
-        """The values of the Refs by the paths that they were saved with."""
+        """The values of Refs and plain arrays by the paths that they were saved with."""
         found = {}
         for spec in self._specs:
             kind, content = _only(spec, "an object")
             if kind == "ref":
                 found[tuple(map(_string, content["path"]))] = self.value(content["value"])
+        for path, code in self._structure["leaves"]:
+            found[tuple(map(_string, path))] = self.value(code)
         return found
 
     def _class(self, name: Any) -> type[Node]:

@@ -77,6 +77,7 @@ class _Encoder:
             raise SaveError(f"The tree cannot be saved: {error}") from error
         # Where a Ref is shared, its canonical path is what names it.
         self._canonical = dict(zip(map(id, kept.refs), kept.dagdef.ref_paths, strict=True))
+        self._leaves = list(zip(kept.dagdef.leaf_paths, kept.leaves(), strict=True))
 
     def run(self) -> Encoded:
         root = self._code(self._tree, ())
@@ -84,11 +85,14 @@ class _Encoder:
         # The list of objects grows while it is walked.
         for obj, path in zip(self._objects, self._paths, strict=False):
             specs.append(self._spec(obj, path))
+        # For those who want the values by path and not the tree.
+        leaves = [[list(path), self._code(x, path)] for path, x in self._leaves]
         structure = {
             "format": FORMAT,
             "version": VERSION,
             "root": root,
             "objects": specs,
+            "leaves": leaves,
             "classes": self._classes,
         }
         return Encoded(structure, self._arrays)
@@ -212,6 +216,10 @@ class _Encoder:
                 )
             if type(x) is not np.ndarray:
                 raise SaveError(f"{_at(path)} is a {type(x).__name__}; np.asarray(x) can be saved.")
+            if x.dtype.names is not None:
+                raise SaveError(
+                    f"{_at(path)} is a NumPy array with named fields. Save a dict of its fields."
+                )
             return code | {"dtype": dtype_name(x.dtype), "numpy": True}
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return code | {"key": str(jax.random.key_impl(x))}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nnx.serialize import npz, tensors
@@ -201,8 +202,8 @@ def load_state(
     """Read the values of a file into a model that is there already, by path.
 
     The file may be one of a whole model, of a Partition (`nnx.save(path, model["params"])`), or an
-    `.npz` or `.safetensors` of another tool whose names are paths joined by dots. Values go to where
-    the model's own values are, shardings included.
+    uncompressed `.npz` or a `.safetensors` of another tool whose names are paths joined by dots.
+    Values go to where the model's own values are, shardings included.
 
     Args:
       path: the file.
@@ -251,7 +252,6 @@ class _Fitting:
         self._cells = refs(tree)
         kept = snapshot(tree)
         self._arrays = dict(zip(kept.dagdef.leaf_paths, kept.leaves(), strict=True))
-        self._given_arrays = False
         self._new: dict[Path, Any] = {}
         self._new_arrays: dict[Path, Any] = {}
         self._unexpected: list[Path] = []
@@ -259,7 +259,6 @@ class _Fitting:
 
     def add(self, given: Path, value: Any) -> None:
         if given in self._arrays:
-            self._given_arrays = True
             self._compare(given, value, self._arrays[given], self._new_arrays)
             return
         try:
@@ -287,8 +286,7 @@ class _Fitting:
     def report(self) -> LoadReport:
         known = {*self._new, *self._mismatched}
         missing = [p for p in self._cells if p not in known]
-        if self._given_arrays:
-            missing += [p for p in self._arrays if p not in (*self._new_arrays, *known)]
+        missing += [p for p in self._arrays if p not in (*self._new_arrays, *known)]
         return LoadReport(
             (*self._new, *self._new_arrays),
             tuple(missing),
@@ -332,8 +330,13 @@ def _child(at: Any, name: str) -> Any:
 def _text(leaves: list[Any]) -> str:
     shapes = []
     for x in leaves:
-        dtype = x.dtype if hasattr(x, "dtype") else type(x).__name__
-        shapes.append(f"{dtype}[{','.join(map(str, np.shape(x)))}]")
+        if isinstance(x, int | float | complex):
+            # It is what JAX would make of it: a counter may begin as a Python number.
+            shapes.append(f"{jnp.result_type(x)}[]")
+        elif hasattr(x, "dtype"):
+            shapes.append(f"{x.dtype}[{','.join(map(str, np.shape(x)))}]")
+        else:
+            shapes.append(type(x).__name__)
     return ", ".join(shapes) or "nothing"
 
 

@@ -95,7 +95,10 @@ class Reader:
         if len(self._members) != len(infos):
             raise LoadError("two of its parts have the same name")
         if any(i.compress_type != zipfile.ZIP_STORED or i.flag_bits & 1 for i in infos):
-            raise LoadError("it is compressed or encrypted, which a file of nnx.save is not")
+            raise LoadError(
+                "it is compressed or encrypted, which a file of nnx.save is not; write one of "
+                "np.savez_compressed anew with np.savez"
+            )
         # Parts that overlap could make a small file endless.
         if sum(i.file_size for i in infos) > size:
             raise LoadError("its parts claim to be larger than the file")
@@ -121,9 +124,12 @@ class Reader:
             raise LoadError(f"its array {name!r} is missing")
         with self._archive.open(info) as member:
             found_shape, fortran, found = self._header(member, name)
-            wanted = found if dtype is None else dtype_of(dtype)
+            # Without a dtype the file is of somebody else, who may have written it in any order.
+            ours = dtype is not None
+            wanted = dtype_of(dtype) if ours else found
             stored = stored_dtype(wanted)
-            if found != stored or fortran or (shape is not None and found_shape != shape):
+            bad_order = fortran and ours
+            if found != stored or bad_order or (shape is not None and found_shape != shape):
                 raise LoadError(
                     f"its array {name!r} is {found}{list(found_shape)}, but should be "
                     f"{stored}{list(shape or found_shape)}"
@@ -133,7 +139,10 @@ class Reader:
                 raise LoadError(f"its array {name!r} is shorter than its shape {found_shape}")
             flat = aligned(count * found.itemsize)
             self._fill(member, name, flat)
-        return flat.view(wanted).reshape(found_shape)
+        if ours:
+            return flat.view(wanted).reshape(found_shape)
+        array = flat.view(wanted).reshape(found_shape, order="F" if fortran else "C")
+        return np.ascontiguousarray(array, wanted.newbyteorder("=")).reshape(found_shape)
 
     def _header(self, member: Any, name: str) -> Any:
         version = np.lib.format.read_magic(member)

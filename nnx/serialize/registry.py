@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from nnx.transforms.carry import CARRY
 from refx import All, Node, Not, OfType, PathContains, PathMatches
 from refx import Any as Any_
 
@@ -128,7 +129,7 @@ _NOT_NAMED = frozenset(
 )
 
 
-def _public(module: types.ModuleType, prefix: str) -> dict[str, Any]:
+def _public(module: Any, prefix: str) -> dict[str, Any]:
     return {
         f"{prefix}.{name}": obj
         for name, obj in vars(module).items()
@@ -147,6 +148,7 @@ def _load_public() -> None:
         **_public(jax.nn, "jax.nn"),
         **_public(jnp, "jax.numpy"),
         **_public(lax, "jax.lax"),
+        **_public(jax.checkpoint_policies, "jax.checkpoint_policies"),
         **{f"builtins.{t.__name__}": t for t in (bool, int, float, complex, str, bytes)},
         **{"jax.Array": jax.Array, "numpy.ndarray": np.ndarray},
         **{f"numpy.{t.__name__}": t for t in np.generic.__subclasses__()},
@@ -233,6 +235,7 @@ def find_module_class(name: str) -> type[Node] | None:
     return latest
 
 
+saveable(type(CARRY), name="nnx.CARRY", save=lambda _: None, load=lambda _: CARRY)
 # Filters are attributes of modules too.
 saveable(PathContains, name="refx.PathContains", save=lambda f: f.part, load=PathContains)
 saveable(PathMatches, name="refx.PathMatches", save=lambda f: f.glob, load=PathMatches)

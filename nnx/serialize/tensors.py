@@ -7,6 +7,7 @@ The structure is in the metadata, so that a file is complete. What the format's 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +44,7 @@ def write(path: str, encoded: Encoded, progress: Progress | None) -> None:
     """Write a tree into the file of this name."""
     library = _library()
     parts: dict[str, Any] = {}
+    sums: dict[str, int] = {}
     for name, array in encoded.arrays.items():
         host = to_host(array)
         exact = np.asarray(array).dtype if host.dtype.name not in _KNOWN else host.dtype
@@ -52,7 +54,10 @@ def write(path: str, encoded: Encoded, progress: Progress | None) -> None:
         elif bits not in _KNOWN and not bits.startswith("key<"):
             host = np.frombuffer(host.tobytes(), np.uint8).reshape(*host.shape, host.itemsize)
         parts[name] = host
-    library.numpy.save_file(parts, path, {STRUCTURE: json.dumps(encoded.structure)})
+        sums[name] = _sum(host)
+    library.numpy.save_file(
+        parts, path, {STRUCTURE: json.dumps({**encoded.structure, "sums": sums})}
+    )
     if progress is not None:
         total = sum(x.nbytes for x in parts.values())
         progress(total, total)
@@ -66,6 +71,8 @@ class Reader:
         self._progress = progress
         self._names = frozenset(file.keys())
         self._done = 0
+        # The format has no checksums, so ours are in the structure.
+        self._sums: dict[str, Any] = {}
 
     @property
     def array_names(self) -> list[str]:
@@ -75,13 +82,19 @@ class Reader:
     def structure(self) -> Any:
         """The parsed JSON, or None if this is a file of somebody else."""
         text = (self._file.metadata() or {}).get(STRUCTURE)
-        return None if text is None else json.loads(text)
+        if text is None:
+            return None
+        structure = json.loads(text)
+        self._sums = structure["sums"]
+        return structure
 
     def read(self, name: str, dtype: str | None, shape: tuple[int, ...] | None) -> np.ndarray:
         """An array. `dtype` and `shape`, where they are known, must be those of the array."""
         if name not in self._names:
             raise LoadError(f"its array {name!r} is missing")
         found = self._aligned(name)
+        if self._sums and self._sums.get(name) != _sum(found):
+            raise LoadError(f"the checksum of its array {name!r} is wrong")
         if dtype is not None and dtype not in _KNOWN:
             found = _from_bytes(found, dtype_of(dtype), name)
         if (dtype is not None and found.dtype != dtype_of(dtype)) or shape not in (
@@ -111,6 +124,10 @@ class Reader:
             stop = min(start + rows, shape[0])
             whole[start:stop] = part[start:stop]
         return whole
+
+
+def _sum(array: np.ndarray) -> int:
+    return zlib.crc32(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))  # pyright: ignore
 
 
 def _from_bytes(found: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

@@ -116,7 +116,7 @@ class EMA(Module):
                 return fresh(value)
             keep_here = keep.astype(average.real.dtype)
             share = (1 - decay).astype(average.real.dtype)
-            return keep_here * average + share * value.astype(average.dtype)
+            return keep_here * average + share * jnp.asarray(value, average.dtype)
 
         old = self._averages()
         new = {path: jax.tree.map(move, old[path], values[path]) for path in cells}
@@ -145,10 +145,7 @@ class EMA(Module):
         average = self.values
         write_back(
             list(cells.values()),
-            [
-                jax.tree.map(lambda x, a: fresh(a.astype(x.dtype)), values[path], average[path])
-                for path in cells
-            ],
+            [jax.tree.map(_cast, values[path], average[path]) for path in cells],
         )
 
     @contextlib.contextmanager
@@ -200,6 +197,10 @@ def _dtype(x: Any) -> Any:
 
 def _like(x: Any) -> Any:
     return jax.ShapeDtypeStruct(jnp.shape(x), _dtype(x))
+
+
+def _cast(like: Any, x: Any) -> jax.Array:
+    return fresh(x).astype(dtype_of(like)) if _averages(like) else fresh(x)
 
 
 def _start(x: Any) -> jax.Array:

@@ -372,7 +372,8 @@ def _predicted(metric: Metric, logits: jax.Array, labels: jax.Array) -> jax.Arra
             f"{type(metric).__name__} expects logits of shape (..., classes) and labels of shape "
             f"(...), but got {logits.shape} and {labels.shape}."
         )
-    return logits.argmax(-1).astype(labels.dtype if labels.dtype != jnp.bool_ else jnp.int32)
+    # Not in the dtype of the labels, which may be too small for the number of classes.
+    return logits.argmax(-1)
 
 
 def _weighted(metric: Metric, values: Any, mask: Any) -> tuple[jax.Array, jax.Array]:

@@ -11,7 +11,9 @@ a rule reads of it then is the value of that call, and not what the Ref happens 
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.jit import function_name
 from nnx.transforms.targets import by_path, locate, moves, shapes, text, zero_tangent
 from refx import Partition, RefError
+from refx.node import is_identity
 from refx.partition import Path, dotted, listed
 
 __all__ = ["CustomRuleError", "custom_jvp", "custom_vjp"]
@@ -54,15 +57,38 @@ class _Custom:
         functools.update_wrapper(self, fn, updated=())
 
     def _divide(self, args: tuple[Any, ...]) -> tuple[list[Any], tuple[Any, ...]]:
-        fixed = [args[i] for i in self._fixed]
-        return fixed, tuple(a for i, a in enumerate(args) if i not in self._fixed)
+        numbers = self._numbers(len(args))
+        fixed = [args[i] for i in numbers]
+        return fixed, tuple(a for i, a in enumerate(args) if i not in numbers)
 
     def _whole(self, args: tuple[Any, ...], fixed: list[Any]) -> list[Any]:
-        todo, kept = iter(args), dict(zip(self._fixed, fixed, strict=True))
         count = len(args) + len(fixed)
+        todo, kept = iter(args), dict(zip(self._numbers(count), fixed, strict=True))
         return [kept[i] if i in kept else next(todo) for i in range(count)]
 
-    def __call__(self, *args: Any) -> Any:
+    def _numbers(self, count: int) -> list[int]:
+        wrong = [i for i in self._fixed if not -count <= i < count]
+        if wrong:
+            raise CustomRuleError(
+                f"{self._name} has nondiff_argnums={self._fixed}, but was called with {count} "
+                f"arguments."
+            )
+        return [i % count for i in self._fixed]
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            # The rules know the arguments by their numbers.
+            given = inspect.signature(self._fn).bind(*args, **kwargs)
+            given.apply_defaults()
+            if given.kwargs:
+                raise CustomRuleError(
+                    f"{self._name} got the keyword-only arguments {sorted(given.kwargs)}, which no "
+                    f"rule would see. Make them positional."
+                )
+            args = given.args
         if self in _learning.rules:
             # A rule that calls its own function: what it leaves behind is all that is asked here.
             return self._fn(*args)
@@ -115,7 +141,7 @@ class custom_vjp(_Custom):
       nondiff_argnums: numbers of arguments that are no arrays; the backward rule gets them first.
 
     The rules are given with `defvjp(fwd, bwd)`: `fwd(*args)` returns `(out, residuals)`, where the
-    residuals are any pytree, and `bwd(*nondiff, residuals, cotangent)` returns a tuple with one
+    residuals are any pytree of values, and `bwd(*nondiff, residuals, cotangent)` returns a tuple with one
     cotangent for each differentiable argument: for one that holds Refs a Partition or another
     mapping by path, where what is missing is zero, and None for all zero.
 
@@ -213,6 +239,12 @@ class custom_vjp(_Custom):
             raise CustomRuleError(
                 f"The forward rule of {self._name} must return (out, residuals), but it returned "
                 f"{type(out).__name__}."
+            )
+        held = jax.tree.leaves(out[1], is_leaf=is_identity)
+        if any(map(is_identity, held)):
+            raise CustomRuleError(
+                f"The residuals of {self._name} hold a module or a Ref, which would be gone when "
+                f"the backward rule runs. Return values, such as model['params']."
             )
         return out[1], out[0]
 

@@ -115,6 +115,7 @@ class Jit:
             options |= self._shardings.options(layout, traced.out_info)
         if self._donate is not None and self._donate is not False:
             layout.donated = selected(self._donate, call, spec.written)
+        if layout.donated:
             if self._shardings.active:
                 inputs = options["in_shardings"]
                 options["in_shardings"] = ([inputs[0][i] for i in layout.donated], *inputs)

@@ -24,8 +24,19 @@ _HIDDEN = (
 )
 
 
+_KEPT = (
+    "nnx: this comes about when a function of plain jax that is kept between calls (jax.jit, lax.scan, "
+    "jax.checkpoint, ...) closes over a module or a Ref: JAX keeps its program, with the tracer of the "
+    "first call in it. Pass the module to it as an argument, or use the nnx transformation of the same "
+    "name. Or a value was kept in a global while tracing."
+)
+
+
 def shortened(error: E) -> E:
     """The error, to be raised again, without the frames of this package and of JAX in its traceback."""
+    if isinstance(error, jax.errors.UnexpectedTracerError):
+        if _KEPT not in getattr(error, "__notes__", ()):
+            error.add_note(_KEPT)
     if jax.config.jax_traceback_filtering == "off":  # pyright: ignore[reportAttributeAccessIssue]
         return error
     frames = []

@@ -205,3 +205,14 @@ def test_without_flax_or_safetensors_the_error_says_what_to_install(monkeypatch,
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match="pip install safetensors"):
         from_state_dict(tmp_path / "model.safetensors", Ours.init(0)())
+
+
+def test_weight_and_spectral_norm_move_by_path():
+    import flax.nnx as fnx
+
+    rngs = fnx.Rngs(0)
+    theirs = fnx.WeightNorm(fnx.Linear(3, 4, rngs=rngs), rngs=rngs)
+    ours = nnx.WeightNorm(nnx.Linear.init(1)(3, 4))
+    x = jnp.ones((2, 3))
+    nnx.bridge.from_flax(theirs, ours)
+    assert jnp.allclose(ours(x), theirs(x), atol=1e-5)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from nnx.purify import purify
+from nnx.purify import MarkerError, purify
 
 param = purify.param
 X = jnp.array([0.5, -1.0, 2.0])
@@ -282,5 +282,10 @@ def test_mutable_arrays_of_jax_beside_markers():
         jax.jit(lambda: lax.scan(body, 0.0, None, length=2))()
         return total[...]
 
+    if jax.__version_info__ < (0, 10, 2):
+        # An effect of such a write counted the inputs of its program then.
+        with pytest.raises(MarkerError, match="inside jit together with a write to a jax.Ref"):
+            model({"w": W})
+        return
     close(model({"w": W}), 2 * W)
     close(jax.jit(model)({"w": W}), 2 * W)

@@ -195,3 +195,15 @@ def test_apply_draws_from_a_key_or_the_scope():
     with pytest.raises(nnx.MissingStreamError, match="'params'"):
         nnx.apply_lora(plain, 2)
     assert type(plain.layers[0]) is nnx.Linear
+
+
+def test_bound_methods_follow_their_layers():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.a = nnx.Linear(3, 3)
+            self.call = self.a.__call__
+
+    model = nnx.apply_lora(Model.init(0)(), 2, rngs=1)
+    assert type(model.a) is nnx.LoRALinear and model.call.__self__ is model.a
+    nnx.merge_lora(model)
+    assert type(model.a) is nnx.Linear and model.call.__self__ is model.a

@@ -1,5 +1,8 @@
 """Transformations as modules: what they compute, share, save and say."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,3 +119,18 @@ def test_what_cannot_be_called(kind):
         TypeError, match=rf"an instance, but got the class Dense. .*nnx.{kind}\(Dense"
     ):
         getattr(nnx, kind)(Dense)
+
+
+def test_jit_of_a_function_does_not_outlive_it():
+    model = Dense()
+    alive = weakref.ref(model)
+    double = nnx.Jit(lambda x, model=model: model(x) * 2)
+    double(X)
+    traced = double._compiled[2]
+    double(X)
+    assert double._compiled[2] is traced
+    del model, double, traced
+    gc.collect()
+    assert alive() is None
+    with pytest.raises(nnx.FilterError, match="write a tuple"):
+        nnx.Jit(Dense(), donate=["params"])

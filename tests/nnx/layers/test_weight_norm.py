@@ -191,3 +191,25 @@ def test_a_write_of_a_normalized_parameter_is_not_lost_silently():
 
     with pytest.raises(nnx.NotMutableError, match="Decay wrote its parameter 'kernel'"):
         WeightNorm(Decay())(X)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "history", "calls"])
+def test_a_change_that_would_be_lost_is_an_error(kind):
+    class Layer(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(2, 2)
+            self.buffer, self.history, self.calls = jnp.zeros(2), [], 0
+
+        def __call__(self, x):
+            if kind == "buffer":
+                self.buffer += 1
+            elif kind == "history":
+                self.history.append(1)
+            else:
+                self.calls += 1
+            return self.linear(x)
+
+    with nnx.scope(0):
+        wrapped = nnx.WeightNorm(Layer())
+    with pytest.raises(nnx.StructureError, match="Layer changed an attribute that is no Ref"):
+        wrapped(jnp.ones(2))

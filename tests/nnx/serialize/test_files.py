@@ -365,6 +365,11 @@ def test_safetensors_missing(tmp_path, monkeypatch):
         (np.ma.array([1.0]), r"'x' is a MaskedArray; np.asarray"),
         (jax.nn.initializers.normal(), r"'x' is .*init, a function"),
         (print, r"'x' is print, a function"),
+        (np.zeros(2, [("a", "f4")]), r"'x' is a NumPy array with named fields"),
+        (
+            functools.partial(doubled, Dense()),
+            r"functools?.partial.*nnx.Partial|a partial that holds",
+        ),
     ],
 )
 def test_what_cannot_be_saved(tmp_path, value, message):
@@ -484,3 +489,64 @@ def test_load_state_keeps_shardings(path):
     assert model.w.sharding == sharding and jnp.array_equal(model.w, Dense().w)
     nnx.save(path, model)
     assert jnp.array_equal(nnx.load(path).w, model.w)
+
+
+def test_plain_arrays_of_a_whole_model_are_read_too(path):
+    class Table(nnx.Module):
+        def __init__(self):
+            self.table = jnp.ones(3)
+            self.r = nnx.Ref(jnp.ones(2), "params")
+
+    a, b = Table(), Table()
+    a.table = a.table * 2
+    nnx.save(path, a)
+    assert len(nnx.load_state(path, into=b).loaded) == 2 and (b.table == 2).all()
+    nnx.save(path, a["params"])
+    with pytest.raises(nnx.LoadError, match="missing in the file: 'table'"):
+        nnx.load_state(path, into=b)
+
+
+def test_a_counter_that_began_as_a_number(path):
+    count = nnx.Ref(0, "counters")
+    nnx.jit(lambda r: setattr(r, "value", r.value + 3))(count)
+    nnx.save(path, {"count": count})
+    fresh = nnx.Ref(0, "counters")
+    nnx.load_state(path, into={"count": fresh})
+    assert fresh.value == 3
+    with pytest.raises(nnx.LoadError, match=r"'count' is int32\[\] in the file and float32\[\]"):
+        nnx.load_state(path, into={"count": nnx.Ref(0.0)})
+
+
+def test_files_of_others_in_any_order_of_bytes(tmp_path):
+    w = np.arange(4, dtype=">f4").reshape(2, 2)
+    np.savez(tmp_path / "a.npz", w=w.T, b=np.ones(2, np.float32), calls=np.int32(0))
+    model = Dense()
+    nnx.load_state(tmp_path / "a.npz", into=model)
+    assert np.array_equal(model.w, w.T)
+    np.savez_compressed(tmp_path / "c.npz", w=w)
+    with pytest.raises(nnx.LoadError, match="is compressed .*anew with np.savez"):
+        nnx.load_state(tmp_path / "c.npz", into=model)
+
+
+def test_every_bit_of_an_array_is_checked(path):
+    nnx.save(path, {"w": nnx.Ref(jnp.arange(50.0), "params")})
+    data = bytearray(path.read_bytes())
+    at = data.index(np.arange(50, dtype=np.float32).tobytes())
+    for n in (at, at + 77, at + 199):
+        changed = bytearray(data)
+        changed[n] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(nnx.LoadError, match="checksum|CRC"):
+            nnx.load(path)
+
+
+def test_what_our_layers_hold_can_be_saved(tmp_path):
+    with nnx.scope(0):
+        layers = [
+            nnx.RNN(nnx.LSTMCell(2, 3), state_axes={"params": nnx.CARRY}),
+            nnx.Remat(nnx.Linear(2, 2), policy=jax.checkpoint_policies.dots_saveable),
+            nnx.WeightNorm(nnx.Linear(2, 2)),
+            nnx.MultiHeadAttention(2, 4, rotary=nnx.RotaryEmbedding(2)),
+        ]
+    back = trip(tmp_path / "m.npz", layers)
+    assert nnx.split(back)[0] is nnx.split(layers)[0]

@@ -163,3 +163,19 @@ def test_mistakes():
     half.bias = nnx.Ref(jnp.zeros(2, int), "params")
     with pytest.raises(EMAError, match="at 'bias' has dtype int32, not float32"):
         ema.update(half)
+
+
+def test_keys_and_python_numbers():
+    class Model(nnx.Module):
+        scale: float = nnx.param(default=2.0)
+
+        def __init__(self):
+            self.key = nnx.Ref(jax.random.key(0), "rngs")
+            self.count = nnx.Ref(3, "counters")
+
+    model = Model()
+    ema = nnx.EMA(model, 0.5, filter=...)
+    ema.update(model)
+    ema.apply_to(model)
+    assert model.scale == 2 and model.count.value == 3
+    assert (jax.random.key_data(model.key.value) == jax.random.key_data(jax.random.key(0))).all()

@@ -191,3 +191,9 @@ def test_masks_broadcast():
 def test_mistakes(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_labels_of_a_small_dtype_do_not_wrap():
+    accuracy = nnx.metrics.Accuracy()
+    accuracy.update(logits=jax.nn.one_hot(jnp.array([300]), 400), labels=jnp.array([44], jnp.uint8))
+    assert accuracy.compute() == 0

@@ -329,3 +329,45 @@ def test_a_rule_may_call_its_own_function(wrap):
     g = nnx.custom_jvp(lambda x: jnp.sin(x))
     g.defjvp(lambda p, t: (g(p[0]), 7 * t[0]))
     assert wrap(nnx.grad(lambda x: g(x)))(1.0) == 7
+
+
+def test_custom_rules_take_names_methods_and_negative_numbers():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Ref(jnp.array(2.0), "params")
+
+        @nnx.custom_jvp
+        def power(self, x):
+            return self.w.value * x
+
+    Model.power.defjvp(lambda p, t: (p[0].w.value * p[1], 10 * t[1]))
+    model = Model()
+    assert model.power(3.0) == 6 and model.power(x=3.0) == 6
+    assert nnx.grad(lambda x: model.power(x))(3.0) == 10
+    rule = nnx.custom_vjp(lambda x, n: x**n, nondiff_argnums=(-1,))
+    rule.defvjp(lambda x, n: (x**n, None), lambda n, _, g: (n * g,))
+    assert nnx.grad(lambda x: rule(x, 3))(2.0) == 3
+    with pytest.raises(nnx.CustomRuleError, match=r"nondiff_argnums=\(3,\), but was called with 1"):
+        nnx.custom_vjp(lambda x: x, nondiff_argnums=(3,))(1.0)
+    with pytest.raises(nnx.CustomRuleError, match=r"keyword-only arguments \['k'\].*positional"):
+        nnx.custom_vjp(lambda x, *, k=1: x)(1.0, k=2)
+
+
+def test_residuals_are_values():
+    rule = nnx.custom_vjp(lambda m: m.w.sum())
+    rule.defvjp(lambda m: (m.w.sum(), m), lambda m, g: (None,))
+    with pytest.raises(nnx.CustomRuleError, match=r"residuals .* hold a module.*model\['params'\]"):
+        nnx.grad(rule)(Holder2())
+
+
+class Holder2(nnx.Module):
+    w: jax.Array = nnx.param(default_factory=lambda: jnp.ones(2))
+
+
+def test_jax_own_leak_error_says_what_to_do():
+    r = nnx.Ref(jnp.array(1.0), "params")
+    kept = jax.jit(lambda x: x * r.value)
+    nnx.grad(lambda r: kept(2.0))(r)
+    with pytest.raises(jax.errors.UnexpectedTracerError) as error:
+        nnx.grad(lambda r: kept(2.0))(r)
+    assert "closes over a module or a Ref" in "".join(error.value.__notes__)

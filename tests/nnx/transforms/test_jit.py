@@ -418,3 +418,13 @@ def test_a_container_argument_that_is_changed_inside_is_an_error(dense):
     assert models == [dense]
     batch = {"x": jnp.ones(2)}
     assert nnx.jit(lambda b: b.update(x=b["x"] * 2) or b["x"])(batch).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("donate", [True, "opt_state"])
+def test_donation_where_nothing_selected_is_written(dense, data, donate):
+    evaluate = nnx.jit(lambda m, x: x @ m.w, donate=donate)
+    assert jnp.array_equal(evaluate(dense, data[0]), evaluate(dense, data[0]))
+    evaluate.lower(dense, data[0]).compile()
+    bias = nnx.jit(lambda m: setattr(m, "b", m.b + 1), donate="opt_state")
+    bias(dense)
+    assert (dense.b == 1).all()
