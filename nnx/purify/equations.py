@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Primitive, Var, jaxprs_in_params
 from jax.extend.core import primitives as jex
 
@@ -66,16 +68,47 @@ def _jit(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
 
 def _scan(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     closed = eqn.params["jaxpr"]
-    program = r.inside(closed.jaxpr, collect=r.collect)
+    body = closed.jaxpr
+    # An input with an axis more than that of the body is divided, an output is stacked.
+    divided = _deeper(eqn.invars, body.invars)
+    carried = len(eqn.outvars) - _deeper(eqn.outvars, body.outvars)
+    program = r.inside(body, collect=r.collect)
     r.inherit(program)
     (ins,) = r.inputs_for(program)
     outs = r.outputs_for(program, eqn.params["length"])
+    constant = len(ins) + len(eqn.invars) - divided - carried
+    stacked = len(eqn.outvars) + len(outs) - carried
     params = dict(
         eqn.params,
+        **_scan_numbers(constant, carried, divided, stacked),
         jaxpr=program.closed(closed.consts),
-        num_consts=eqn.params["num_consts"] + len(ins),
     )
     return _extended(eqn, ins, outs, params)
+
+
+def _deeper(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    pairs = zip(outer, inner, strict=True)
+    return sum(len(a.aval.shape) > len(b.aval.shape) for a, b in pairs)
+
+
+@functools.cache
+def _scan_numbers(constant: int, carried: int, divided: int, stacked: int) -> dict[str, Any]:
+    """What JAX notes of a scan with so many inputs and outputs, under the names of this version."""
+
+    def scan(consts: list[Any], init: list[Any], xs: list[Any]) -> Any:
+        def body(carry: Any, x: Any) -> Any:
+            total = sum(consts, 0.0)
+            return [c + total for c in carry], [jnp.zeros(()) for _ in range(stacked)]
+
+        return jax.lax.scan(body, init, xs, length=1)
+
+    given = [0.0] * constant, [0.0] * carried, [jnp.zeros(1)] * divided
+    (eqn,) = (e for e in jax.make_jaxpr(scan)(*given).eqns if e.primitive is jex.scan_p)
+    return {name: eqn.params[name] for name in _NUMBERS if name in eqn.params}
+
+
+# Of JAX before 0.12, and of JAX from then on.
+_NUMBERS = ("num_consts", "num_carry", "ft_in", "ft_out")
 
 
 def _while(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:

@@ -34,6 +34,12 @@ def program_of(compiled):
     return re.sub(r"%[\w.-]+", lambda m: names.setdefault(m[0], f"%{len(names)}"), text)
 
 
+def operations_of(lowered):
+    """Every operation with its types, in any order and without the names of values."""
+    lines = re.sub(r"%\w+(#\d+)?", "%", lowered.as_text()).splitlines()
+    return sorted(re.sub(r"@\w+", "@", line) for line in lines)
+
+
 def close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a, b)
 
@@ -170,10 +176,13 @@ def test_values_derivatives_and_compiled_program_are_those_by_hand(place):
         k: ((3,), jnp.float32) for k in params
     }
     with jax.check_tracer_leaks():
-        ours = everything(model, place).lower(params, X).compile()
-    theirs = everything(hand, place).lower(params, X).compile()
+        ours = everything(model, place).lower(params, X)
+    theirs = everything(hand, place).lower(params, X)
+    assert operations_of(ours) == operations_of(theirs)
+    ours, theirs = ours.compile(), theirs.compile()
     close(ours(params, X), theirs(params, X))
-    assert program_of(ours) == program_of(theirs)
+    # From 0.12 on, JAX adds up the three terms of a gradient in another order.
+    assert place is in_hessian or program_of(ours) == program_of(theirs)
 
 
 @pytest.mark.parametrize("place", [in_jit, in_scan, in_grad_of_remat], ids=lambda f: f.__name__)

@@ -118,7 +118,8 @@ def test_loops_count_every_step():
         assert table.rows[1].flops_with_backward == 8 * both
         # The loop itself counts its steps, and adds up gradients.
         assert 8 * ahead <= table.flops <= 8 * ahead + 20
-        assert abs(table.flops_with_backward - 8 * both) < 0.1 * both
+        # JAX leaves out a gradient of the input in a step outside of the loop, from 0.12 on.
+        assert -2 * 4 * 16 * 16 <= table.flops_with_backward - 8 * both <= 20
 
 
 def test_equal_modules_are_lowered_once_and_share_a_line(monkeypatch):
@@ -159,7 +160,12 @@ def test_depth_width_and_sizes_alone(mlp):
 
 def test_plain_text_without_rich(mlp, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
-    assert str(tabulate(mlp, jnp.ones((8, 3)))) == PLAIN
+    table = tabulate(mlp, jnp.ones((8, 3)))
+    norm = table.rows[2].flops_with_backward
+    # XLA's count of the backward pass of a normalization differs a little between its versions.
+    assert 600 < norm < 700 and table.flops_with_backward == norm + 747
+    expected = PLAIN.replace("1,395", f"{norm + 747:,.0f}").replace("648", f"{norm:.0f}")
+    assert str(table) == expected
 
 
 PLAIN = """\
