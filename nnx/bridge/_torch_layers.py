@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +12,25 @@ import numpy as np
 __all__: list[str] = []
 
 Convert = Callable[[np.ndarray], Any]
-Rule = Callable[[Any, str], list[tuple[str | None, Convert]] | None]
 
 
-def layer_rule(layer: Any, leaf: str) -> list[tuple[str | None, Convert]] | None:
+class Place(NamedTuple):
+    """Where a weight goes: our attribute, or None for what we have not, and the change of layout."""
+
+    name: str | None
+    convert: Convert
+    # Whether a second weight comes to the same place, and ours is the sum.
+    added: bool = False
+
+
+Rule = Callable[[Any, str], list[Place] | None]
+
+
+class NoPlaceError(Exception):
+    """Our layer has nothing like this weight; the message says why, and what has."""
+
+
+def layer_rule(layer: Any, leaf: str) -> list[Place] | None:
     """What a PyTorch name is in one of our layers.
 
     Args:
@@ -22,30 +38,40 @@ def layer_rule(layer: Any, leaf: str) -> list[tuple[str | None, Convert]] | None
       leaf: the last part of the name, such as `weight`.
 
     Returns:
-      Pairs of our attribute, or None for what we have not, and the change of layout; None where
-      the name needs none.
+      The places of the weight, or of its parts; None where the name needs no rule.
+
+    Raises:
+      NoPlaceError: the name is one of PyTorch's, but this layer has no place for it.
     """
-    for kind in type(layer).__mro__:
-        rule = _RULES.get(kind.__name__)
-        # A class of the user's with such a name may have another layout.
-        if rule is not None and kind.__module__.partition(".")[0] == "nnx":
-            return rule(layer, leaf)
-    return None
+    if isinstance(layer, list | tuple):
+        return _layers(layer, "", leaf)
+    rule = next((_RULES[name] for name in _kinds(layer) if name in _RULES), None)
+    return None if rule is None else rule(layer, leaf)
+
+
+def _kinds(layer: Any) -> list[str]:
+    """The names of its classes. One of the user's with such a name may have another layout."""
+    kinds = type(layer).__mro__
+    return [kind.__name__ for kind in kinds if kind.__module__.partition(".")[0] == "nnx"]
+
+
+def _is(layer: Any, *names: str) -> bool:
+    return not set(names).isdisjoint(_kinds(layer))
 
 
 def _same(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _linear(layer: Any, leaf: str) -> list[tuple[str | None, Convert]] | None:
-    return [("kernel", np.transpose)] if leaf == "weight" else None
+def _linear(layer: Any, leaf: str) -> list[Place] | None:
+    return [Place("kernel", np.transpose)] if leaf == "weight" else None
 
 
-def _linear_general(layer: Any, leaf: str) -> list[tuple[str | None, Convert]] | None:
+def _linear_general(layer: Any, leaf: str) -> list[Place] | None:
     if leaf == "weight":
-        return [("kernel", lambda a: a.T.reshape(jnp.shape(layer.kernel)))]
+        return [Place("kernel", lambda a: a.T.reshape(jnp.shape(layer.kernel)))]
     if leaf == "bias" and layer.bias is not None:
-        return [("bias", lambda a: a.reshape(jnp.shape(layer.bias)))]
+        return [Place("bias", lambda a: a.reshape(jnp.shape(layer.bias)))]
     return None
 
 
@@ -53,11 +79,11 @@ def _channels_last(array: np.ndarray) -> np.ndarray:
     return np.transpose(array, (*range(2, array.ndim), 1, 0))
 
 
-def _conv(layer: Any, leaf: str) -> list[tuple[str | None, Convert]] | None:
-    return [("kernel", _channels_last)] if leaf == "weight" else None
+def _conv(layer: Any, leaf: str) -> list[Place] | None:
+    return [Place("kernel", _channels_last)] if leaf == "weight" else None
 
 
-def _conv_transpose(layer: Any, leaf: str) -> list[tuple[str | None, Convert]] | None:
+def _conv_transpose(layer: Any, leaf: str) -> list[Place] | None:
     def convert(array: np.ndarray) -> np.ndarray:
         # PyTorch has (in, out, *window) and convolves with the mirrored window.
         array = np.moveaxis(array, (0, 1), (-2, -1))
@@ -65,28 +91,28 @@ def _conv_transpose(layer: Any, leaf: str) -> list[tuple[str | None, Convert]] |
             return np.swapaxes(array, -1, -2)
         return np.flip(array, tuple(range(array.ndim - 2)))
 
-    return [("kernel", convert)] if leaf == "weight" else None
+    return [Place("kernel", convert)] if leaf == "weight" else None
 
 
 def _renaming(names: dict[str, str | None]) -> Rule:
-    def rule(layer: Any, leaf: str) -> list[tuple[str | None, Convert]] | None:
-        return [(names[leaf], _same)] if leaf in names else None
+    def rule(layer: Any, leaf: str) -> list[Place] | None:
+        return [Place(names[leaf], _same)] if leaf in names else None
 
     return rule
 
 
-def _prelu(layer: Any, leaf: str) -> list[tuple[str | None, Convert]] | None:
+def _prelu(layer: Any, leaf: str) -> list[Place] | None:
     if leaf != "weight":
         return None
-    return [("negative_slope", lambda a: a.reshape(jnp.shape(layer.negative_slope)))]
+    return [Place("negative_slope", lambda a: a.reshape(jnp.shape(layer.negative_slope)))]
 
 
-def _attention(layer: Any, leaf: str) -> list[tuple[str | None, Convert]] | None:
+def _attention(layer: Any, leaf: str) -> list[Place] | None:
     parts = ("query", "key", "value")
     if leaf in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
         part = parts["qkv".index(leaf[0])]
         shape = jnp.shape(getattr(layer, part).kernel)
-        return [(f"{part}.kernel", lambda a: a.T.reshape(shape))]
+        return [Place(f"{part}.kernel", lambda a: a.T.reshape(shape))]
     if leaf not in ("in_proj_weight", "in_proj_bias"):
         return None
     name = "kernel" if leaf == "in_proj_weight" else "bias"
@@ -96,10 +122,111 @@ def _attention(layer: Any, leaf: str) -> list[tuple[str | None, Convert]] | None
         return lambda a: np.split(a, 3)[i].T.reshape(shape)
 
     return [
-        (f"{part}.{name}", divide(i, np.shape(getattr(getattr(layer, part), name))))
+        Place(f"{part}.{name}", divide(i, np.shape(getattr(getattr(layer, part), name))))
         for i, part in enumerate(parts)
     ]
 
+
+# PyTorch's recurrent layers number their layers, and its cells do not.
+_RECURRENT = re.compile(r"(weight|bias)_(ih|hh|hr)(?:_l(\d+))?(_reverse)?")
+
+
+def _rnn(layer: Any, leaf: str) -> list[Place] | None:
+    return _of_cell("cell", layer.cell, leaf) if _RECURRENT.fullmatch(leaf) else None
+
+
+def _bidirectional(layer: Any, leaf: str) -> list[Place] | None:
+    match = _RECURRENT.fullmatch(leaf)
+    if match is None:
+        return None
+    rnn = "backward_rnn" if match[4] else "forward_rnn"
+    cell = getattr(getattr(layer, rnn), "cell", None)
+    return _of_cell(f"{rnn}.cell", cell, leaf.removesuffix("_reverse"))
+
+
+def _of_cell(path: str, cell: Any, leaf: str) -> list[Place]:
+    places = layer_rule(cell, leaf)
+    if places is None:
+        raise NoPlaceError(
+            f"there is no rule for {path}, of class {type(cell).__name__}; give names and transforms"
+        )
+    return [place._replace(name=f"{path}.{place.name}") for place in places]
+
+
+def _sequential(layer: Any, leaf: str) -> list[Place] | None:
+    return _layers(layer.layers, "layers.", leaf)
+
+
+def _layers(layers: Any, path: str, leaf: str) -> list[Place] | None:
+    """Several layers of PyTorch are one after the other here, with dropout or not between them."""
+    match = _RECURRENT.fullmatch(leaf)
+    if match is None or match[3] is None:
+        return None
+    wanted = int(match[3])
+    found = [i for i, x in enumerate(layers) if _is(x, "RNN", "Bidirectional")]
+    if wanted >= len(found):
+        raise NoPlaceError(f"there are {len(found)} RNN or Bidirectional here")
+    i = found[wanted]
+    places = layer_rule(layers[i], leaf.replace(f"_l{match[3]}", "_l0"))
+    return places and [place._replace(name=f"{path}{i}.{place.name}") for place in places]
+
+
+def _cell(pairs: Callable[[Any], list[tuple[str, str]]]) -> Rule:
+    """The rule of a cell, where `pairs` says the names of the `Linear`s of input and hidden state.
+
+    There is a pair for each part of PyTorch's rows.
+    """
+
+    def rule(layer: Any, leaf: str) -> list[Place] | None:
+        match = _RECURRENT.fullmatch(leaf)
+        if match is None:
+            return None
+        kind, side, number, reverse = match.groups()
+        if side == "hr":
+            raise NoPlaceError("no cell here has the projection that proj_size makes")
+        if number not in (None, "0"):
+            raise NoPlaceError("for several layers put a list or Sequential of RNN here")
+        if reverse:
+            raise NoPlaceError("for both directions put a Bidirectional here")
+        parts = pairs(layer)
+        places = []
+        for n, pair in enumerate(parts):
+            own = pair[side == "hh"]
+            if kind == "weight":
+                places.append(Place(f"{own}.kernel", _part(n, len(parts))))
+                continue
+            biases = [name for name in pair if getattr(layer, name).bias is not None]
+            if not biases:
+                raise NoPlaceError(f"the {' and '.join(pair)} of this cell have no bias")
+            # PyTorch has two biases, which are added to each other everywhere but in the GRU.
+            convert, added = _part(n, len(parts)), len(biases) == 1
+            if own not in biases and _is(layer, "GRUCell"):
+                convert = _without_the_last(own)
+            places.append(Place(f"{biases[0] if added else own}.bias", convert, added))
+        return places
+
+    return rule
+
+
+def _part(n: int, parts: int) -> Convert:
+    return lambda array: np.split(array, parts)[n].T
+
+
+def _without_the_last(own: str) -> Convert:
+    def convert(bias: np.ndarray) -> np.ndarray:
+        if np.split(bias, 3)[2].any():
+            raise ValueError(
+                f"its last third cannot be added to the other bias, as one is inside of the reset "
+                f"gate and one is outside. Give the GRUCell both, as PyTorch's has them, before "
+                f"this: cell.{own}.bias = jnp.zeros({len(bias)})"
+            )
+        return bias
+
+    return convert
+
+
+_FUSED = _cell(lambda cell: [("dense_i", "dense_h")])
+_GATES = _cell(lambda cell: [("ii", "hi"), ("if_", "hf"), ("ig", "hg"), ("io", "ho")])
 
 _NORM = _renaming({"weight": "scale"})
 
@@ -123,4 +250,11 @@ _RULES: dict[str, Rule] = {
     "InstanceNorm": _NORM,
     "PReLU": _prelu,
     "MultiHeadAttention": _attention,
+    "LSTMCell": _GATES,
+    "OptimizedLSTMCell": _FUSED,
+    "GRUCell": _FUSED,
+    "SimpleCell": _FUSED,
+    "RNN": _rnn,
+    "Bidirectional": _bidirectional,
+    "Sequential": _sequential,
 }

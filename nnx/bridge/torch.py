@@ -11,7 +11,7 @@ import numpy as np
 
 from nnx.bridge._move import BridgeError, Mover
 from nnx.bridge._names import NO_RULE, Names, renamer
-from nnx.bridge._torch_layers import layer_rule
+from nnx.bridge._torch_layers import NoPlaceError, Place, layer_rule
 from refx import Node
 from refx.node import attributes
 
@@ -37,7 +37,13 @@ def from_state_dict(
     of a PyTorch `Sequential` are those in `layers`. A name that ends as ours do (`kernel`, `scale`)
     is taken as it is. Values are cast to the dtypes that our model has.
 
-    Recurrent layers have no rule here: PyTorch adds a second bias. Give `names` and `transforms`.
+    An `nnx.RNN` takes the weights of PyTorch's `LSTM`, `GRU` or `RNN` (of `SimpleCell`, with
+    `activation_fn=nnx.relu` for its `nonlinearity="relu"`), an `nnx.Bidirectional` also those in
+    `_reverse`, and for several layers an `nnx.Sequential` or a list of these, with or without
+    others between them, takes `l0`, `l1`, ...; a cell takes those of PyTorch's cell. Two biases
+    that PyTorch adds are one here, their sum. In a GRU they cannot be added: give the cell its
+    second one before, `cell.dense_h.bias = jnp.zeros(3 * hidden_features)`, and it computes what
+    PyTorch's does. There is no place for `proj_size`.
 
     Args:
       state_dict: a mapping from name to array: NumPy, JAX or torch (bfloat16 too); or the path of a
@@ -70,6 +76,7 @@ def from_state_dict(
     rename = renamer(names)
     own = dict(transforms or {})
     used: set[str] = set()
+    sums: dict[str, dict[str, Any]] = {}
     for name, value in _arrays(state_dict):
         path = rename(name)
         if path is None:
@@ -77,7 +84,12 @@ def from_state_dict(
         if path is NO_RULE:
             mover.unexpected.append(f"{name} (no regex matches it)")
             continue
-        for target, convert in _targets(ours, str(path)):
+        try:
+            places = _places(ours, str(path))
+        except NoPlaceError as error:
+            mover.unexpected.append(f"{name} ({error})")
+            continue
+        for target, convert, added in places:
             if target is None:
                 continue
             key = next((k for k in (name, target) if k in own), None)
@@ -89,8 +101,15 @@ def from_state_dict(
                 array = convert(array)
             except (ValueError, TypeError, IndexError) as error:
                 mover.wrong.append(f"{target}: {name} has shape {array.shape}: {error}")
+                if added:
+                    sums.setdefault(target, {})[name] = None
                 continue
-            mover.put(target, array, name)
+            if added:
+                sums.setdefault(target, {})[name] = array
+            else:
+                mover.put(target, array, name)
+    for target, parts in sums.items():
+        _put_sum(mover, target, parts, strict)
     unused = [key for key in own if key not in used]
     if unused:
         raise BridgeError(
@@ -134,16 +153,32 @@ def _arrays(source: Any) -> Iterator[tuple[str, Any]]:
                 yield name, file.get_tensor(name)
 
 
-def _targets(ours: Any, path: str) -> Iterator[tuple[str | None, Callable[[np.ndarray], Any]]]:
-    """Our dotted paths for a mapped name, each with the change of layout; None drops the array."""
+def _places(ours: Any, path: str) -> list[Place]:
+    """Where the weight with a mapped name goes, by our dotted paths."""
     *parents, leaf = path.split(".")
     layer, at = _walk(ours, parents)
-    rules = layer_rule(layer, leaf) if isinstance(layer, Node) else None
-    if rules is None:
-        yield ".".join([*at, leaf]), _as_it_is
+    places = layer_rule(layer, leaf) if isinstance(layer, Node | list | tuple) else None
+    if places is None:
+        places = [Place(leaf, _as_it_is)]
+    return [p if p.name is None else p._replace(name=".".join([*at, p.name])) for p in places]
+
+
+def _put_sum(mover: Mover, target: str, parts: dict[str, Any], strict: bool) -> None:
+    """Put the sum of what is added to each other; None is what could not be converted."""
+    if any(array is None for array in parts.values()):
         return
-    for name, convert in rules:
-        yield None if name is None else ".".join([*at, name]), convert
+    names = " + ".join(parts)
+    if len(parts) != 2 and strict:
+        mover.wrong.append(f"{target} is the sum of two biases, but there is {names}")
+        return
+    arrays = [np.asarray(array) for array in parts.values()]
+    if len({array.shape for array in arrays}) > 1:
+        shapes = " and ".join(str(array.shape) for array in arrays)
+        mover.wrong.append(f"{target} is the sum of {names}, but these have shapes {shapes}")
+        return
+    # Half precision would round the sum twice.
+    dtype = np.result_type(np.float32, *arrays)
+    mover.put(target, sum(array.astype(dtype) for array in arrays), names)
 
 
 def _as_it_is(array: np.ndarray) -> np.ndarray:

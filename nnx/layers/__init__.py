@@ -13,7 +13,8 @@ from nnx.layers.embedding import Embed
 from nnx.layers.layer_norm import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from nnx.layers.linear import Linear
 from nnx.layers.linear_general import Einsum, LinearGeneral
-from nnx.layers.lora import LoRA, LoRALinear, apply_lora, merge_lora
+from nnx.layers.lora import LoRA, LoRALinear, LoRALinearGeneral
+from nnx.layers.lora_surgery import apply_lora, merge_lora
 from nnx.layers.masks import *  # noqa: F403
 from nnx.layers.normalization import BatchNorm
 from nnx.layers.pooling import *  # noqa: F403
@@ -42,6 +43,7 @@ __all__ = [
     "LinearGeneral",
     "LoRA",
     "LoRALinear",
+    "LoRALinearGeneral",
     "MultiHeadAttention",
     "PReLU",
     "Partial",

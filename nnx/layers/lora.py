@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import types
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +12,12 @@ from jax.nn import initializers
 
 from nnx.layers._common import Dtype, Initializer, Metadata, promote_dtype, shape_error, zeros
 from nnx.layers.linear import Linear
+from nnx.layers.linear_general import LinearGeneral
 from nnx.module import Module, ref
-from nnx.scope import make_rng, scope
-from refx import Filter, Node, Ref, get_ref, to_predicate
+from nnx.scope import make_rng
+from refx import Ref
 
-__all__ = ["LoRA", "LoRALinear", "apply_lora", "merge_lora"]
-
-M = TypeVar("M", bound=Module)
-L = TypeVar("L", bound=Module)
-Path = tuple[str, ...]
+__all__ = ["LoRA", "LoRALinear", "LoRALinearGeneral"]
 
 default_a_initializer: Initializer = initializers.he_uniform()
 
@@ -152,10 +148,9 @@ class LoRALinear(Linear):
         **kwargs: Any,
     ):
         super().__init__(in_features, out_features, **kwargs)
-        self.lora = LoRA(
-            in_features,
+        self.lora = beside(
+            self,
             lora_rank,
-            out_features,
             dtype=lora_dtype,
             param_dtype=lora_param_dtype,
             a_initializer=a_initializer,
@@ -172,154 +167,101 @@ class LoRALinear(Linear):
         return super().__call__(x) + self.lora(x)
 
 
-def apply_lora(
-    model: M,
-    rank: int,
-    filter: Filter = ...,
-    alpha: float | None = None,
-    *,
-    dtype: Dtype = None,
-    param_dtype: Dtype = None,
-    a_initializer: Initializer = default_a_initializer,
-    b_initializer: Initializer = zeros,
-    lora_param_type: Hashable = "lora",
-    rngs: Any = None,
-) -> M:
-    """Put a low-rank adapter beside every `Linear` of a model, in place.
+class LoRALinearGeneral(LinearGeneral):
+    """A `LinearGeneral` with a low-rank adapter beside it; see `LoRA` and `apply_lora`.
 
-    In the place of each comes a `LoRALinear` with the same Refs of kernel and bias: one with one
-    adapter for a layer that the model holds at several paths, in modules, lists, tuples and dicts.
-    Layers that are stacked, as in `nnx.Stack`, get stacked adapters. What the model computes stays
-    the same at first, as `lora_b` is zero.
+    The adapter takes the axes that are summed over as one, and gives the new axes as one. With
+    batch axes, each index along them has an adapter of its own.
 
     Args:
-      model: the model.
-      rank: the rank of the adapters.
-      filter: which layers: a filter of paths, such as `nnx.PathContains("attention")`, or a
-        predicate `(path, module) -> bool`. Subclasses of `Linear` are never taken.
-      alpha: the adapters' products are multiplied with `alpha / rank`, with None not at all.
-      dtype, param_dtype: of the adapters; without them, those of the layer.
-      a_initializer, b_initializer, lora_param_type: as for `LoRA`.
-      rngs: a key or a seed for the initial values, as for `nnx.scope`; without it they are drawn
-        from the ambient stream `"params"`.
+      in_features, out_features: as for `LinearGeneral`.
+      lora_rank: the rank of the adapter.
+      lora_dtype, lora_param_dtype, a_initializer, b_initializer, lora_param_type,
+        lora_promote_dtype, a_metadata, b_metadata, alpha: as for `LoRA`.
+      **kwargs: all other arguments of `LinearGeneral`.
 
-    Returns:
-      The model.
-
-    Raises:
-      MissingStreamError: there is no `rngs` and no such stream.
-      ValueError: no layer is selected (the message lists those that there are), or the model is
-        itself a Linear.
+    Attributes: `kernel` and `bias` as of `LinearGeneral`, and the adapter `lora`, with `lora_a` of
+    shape `(*batch sizes, inputs, lora_rank)` and `lora_b` of shape `(*batch sizes, lora_rank,
+    outputs)`, where inputs and outputs are the products of `in_features` and of `out_features`.
 
     >>> import jax, jax.numpy as jnp, nnx
-    >>> with nnx.scope(jax.random.key(0)):
-    ...     model = nnx.Sequential(nnx.Linear(3, 8), nnx.relu, nnx.Linear(8, 2))
-    >>> model = nnx.apply_lora(model, 4, nnx.PathContains("0"), rngs=jax.random.key(1))
-    >>> list(model["lora"])
-    [('layers', '0', 'lora', 'lora_a'), ('layers', '0', 'lora', 'lora_b')]
+    >>> layer = nnx.LoRALinearGeneral.init(jax.random.key(0))(8, (2, 4), lora_rank=3)
+    >>> layer(jnp.ones((5, 8))).shape, layer.lora.lora_b.shape
+    ((5, 2, 4), (3, 8))
     """
-    if rngs is not None:
-        with scope(rngs):
-            return apply_lora(
-                model,
-                rank,
-                filter,
-                alpha,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                a_initializer=a_initializer,
-                b_initializer=b_initializer,
-                lora_param_type=lora_param_type,
-            )
-    containers = list(_containers(model))
-    linears = {path: node for path, node in containers if type(node) is Linear}
-    selects = to_predicate(filter)
-    selected = {path: node for path, node in linears.items() if selects(path, node)}
-    if not selected:
-        there = ", ".join(".".join(path) or "the model itself" for path in linears) or "none"
-        raise ValueError(
-            f"apply_lora selects no layer of {type(model).__name__} with the filter {filter!r}. "
-            f"Its Linear layers are: {there}. A filter selects by these paths, as PathContains "
-            f"does, or is a predicate (path, module) -> bool; a collection is none."
-        )
-    if () in selected:
-        raise ValueError(
-            "apply_lora puts other layers into a model, so a Linear alone cannot be the model. Put "
-            "it into one, or make an nnx.LoRALinear and tie its kernel and bias."
-        )
 
-    def beside(linear: Linear) -> LoRALinear:
-        stacked = linear.kernel.shape[:-2]
-        lora = LoRA(
-            linear.in_features,
-            rank,
-            linear.out_features,
-            dtype=linear.dtype if dtype is None else dtype,
-            param_dtype=linear.param_dtype if param_dtype is None else param_dtype,
-            a_initializer=_stacked(a_initializer, stacked),
-            b_initializer=_stacked(b_initializer, stacked),
+    def __init__(
+        self,
+        in_features: int | Sequence[int],
+        out_features: int | Sequence[int],
+        *,
+        lora_rank: int,
+        lora_dtype: Dtype = None,
+        lora_param_dtype: Dtype = jnp.float32,
+        a_initializer: Initializer = default_a_initializer,
+        b_initializer: Initializer = zeros,
+        lora_param_type: Hashable = "lora",
+        lora_promote_dtype: Callable[..., Any] = promote_dtype,
+        a_metadata: Metadata = {},  # noqa: B006 — never changed
+        b_metadata: Metadata = {},  # noqa: B006
+        alpha: float | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(in_features, out_features, **kwargs)
+        self.lora = beside(
+            self,
+            lora_rank,
+            dtype=lora_dtype,
+            param_dtype=lora_param_dtype,
+            a_initializer=a_initializer,
+            b_initializer=b_initializer,
             lora_param_type=lora_param_type,
+            promote_dtype=lora_promote_dtype,
+            a_metadata=a_metadata,
+            b_metadata=b_metadata,
             alpha=alpha,
         )
-        return _made_of(LoRALinear, {**linear.__getstate__(), "lora": lora})
 
-    # All are made before the first is put in, so that a failure changes nothing.
-    _replace(containers, {id(linear): beside(linear) for linear in selected.values()})
-    return model
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply the layer; shapes and errors as for `LinearGeneral`."""
+        y = super().__call__(x)
+        axes = self._summed_axes(jnp.shape(x))
+        others = [axis for axis in range(jnp.ndim(x)) if axis not in axes]
+        x = jnp.transpose(x, (*others, *axes))
+        n = len(self.batch_axis)
+        batch, rows = x.shape[:n], x.shape[n : len(others)]
+        if batch:
+            # A product of stacks of matrices wants exactly one axis of rows.
+            rows = (math.prod(rows),)
+        return y + self.lora(x.reshape(*batch, *rows, self.lora.in_features)).reshape(y.shape)
 
 
-def merge_lora(model: M) -> M:
-    """Add the adapter of every `LoRALinear` of a model to its kernel, in place.
-
-    The Ref of the kernel gets `kernel + scale * lora_a @ lora_b`, in its dtype, and a `Linear` with
-    the same Refs comes in the place of the layer. What the model computes stays the same, but for
-    rounding.
-
-    Returns:
-      The model.
+def beside(layer: Linear | LinearGeneral, rank: int, **options: Any) -> LoRA:
+    """An adapter that fits a layer, with the layer's leading axes, and options of `LoRA`.
 
     Raises:
-      ValueError: the model has no `LoRALinear`; or a kernel is tied to another place, which would
-        change, too.
-
-    >>> import jax, jax.numpy as jnp, nnx
-    >>> with nnx.scope(jax.random.key(0)):
-    ...     model = nnx.Sequential(nnx.LoRALinear(3, 4, lora_rank=2))
-    >>> nnx.merge_lora(model)["params"]
-    Partition({
-      'layers.0.kernel': float32[3,4],
-      'layers.0.bias': float32[4],
-    })
+      ValueError: the kernel has not the shape that the layer's settings say.
     """
-    containers = list(_containers(model))
-    layers = [(path, layer) for path, layer in containers if type(layer) is LoRALinear and path]
-    if not layers:
+    if isinstance(layer, LinearGeneral):
+        inputs, outputs = layer.in_features, layer.out_features
+        batch = tuple(layer.batch_axis[i] for i in range(len(layer.batch_axis)))
+    else:
+        inputs, outputs, batch = (layer.in_features,), (layer.out_features,), ()
+    shape, own = tuple(layer.kernel.shape), (*batch, *inputs, *outputs)
+    stacked = len(shape) - len(own)
+    if stacked < 0 or shape[stacked:] != own:
         raise ValueError(
-            f"merge_lora found no LoRALinear in {type(model).__name__}. One that is itself the "
-            f"model has no place to put a Linear in; put it into a module."
+            f"A low-rank adapter of a {type(layer).__name__} from {inputs} to {outputs} features "
+            f"needs a kernel of shape {own}, or with axes of a stack before these, but it has shape "
+            f"{shape}. Stack along the first axis, as nnx.Stack does."
         )
-    kernels: list[tuple[Ref[Any], jax.Array]] = []
-    plain: dict[int, Module] = {}
-    for path, layer in layers:
-        kernel = get_ref(layer, "kernel")
-        for other, holder in containers:
-            if holder is not layer and any(x is kernel for _, x in _children(holder)):
-                raise ValueError(
-                    f"The kernel of {'.'.join(path)!r} is tied to {'.'.join(other)!r}, which would "
-                    f"change, too. Untie it first: layer.kernel = nnx.Ref(layer.kernel, 'params')."
-                )
-        lora = layer.lora
-        product = lora.lora_a @ lora.lora_b * lora.scale
-        kernels.append((kernel, (kernel.value + product).astype(kernel.value.dtype)))
-        attributes = layer.__getstate__()
-        plain[id(layer)] = _made_of(Linear, {k: v for k, v in attributes.items() if k != "lora"})
-    for kernel, value in kernels:
-        kernel.value = value
-    _replace(containers, plain)
-    return model
+    lead = (*shape[:stacked], *batch)
+    for name in ("a_initializer", "b_initializer"):
+        options[name] = _independent(options[name], lead)
+    return LoRA(math.prod(inputs), rank, math.prod(outputs), **options)
 
 
-def _stacked(init: Initializer, lead: tuple[int, ...]) -> Initializer:
+def _independent(init: Initializer, lead: tuple[int, ...]) -> Initializer:
     """The initializer with leading axes, along which the values are independent."""
     if not lead:
         return init
@@ -330,57 +272,3 @@ def _stacked(init: Initializer, lead: tuple[int, ...]) -> Initializer:
         return drawn.reshape(*lead, *shape)
 
     return stacked
-
-
-def _made_of(cls: type[L], attributes: Mapping[str, Any]) -> L:
-    """A layer with these attributes, Refs included, and nothing drawn or allocated."""
-    layer = cls.__new__(cls)
-    for name, value in attributes.items():
-        setattr(layer, name, value)
-    return layer
-
-
-def _containers(root: Any) -> Iterator[tuple[Path, Any]]:
-    """The modules, lists and dicts of a tree, each once, with their paths."""
-    seen: set[int] = set()
-    todo: list[tuple[Path, Any]] = [((), root)]
-    while todo:
-        path, x = todo.pop()
-        if isinstance(x, Node | list | dict):
-            if id(x) in seen:
-                continue
-            seen.add(id(x))
-            yield path, x
-        todo += [((*path, str(name)), child) for name, child in reversed(_children(x))]
-
-
-def _children(x: Any) -> list[tuple[Any, Any]]:
-    if isinstance(x, Node):
-        # Not vars(), since whoever has that dict could change it.
-        return list(x.__getstate__().items())
-    if isinstance(x, dict):
-        return list(x.items())
-    if isinstance(x, types.MethodType):
-        return [("__self__", x.__self__)]
-    return list(enumerate(x)) if isinstance(x, list | tuple) else []
-
-
-def _replace(containers: list[tuple[Path, Any]], new: Mapping[int, Module]) -> None:
-    """Put other modules in the place of some, by their ids, wherever the containers hold them."""
-
-    def replaced(x: Any) -> Any:
-        if isinstance(x, tuple):
-            parts = [replaced(part) for part in x]
-            if any(part is not old for part, old in zip(parts, x, strict=True)):
-                return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
-        if isinstance(x, types.MethodType) and (owner := replaced(x.__self__)) is not x.__self__:
-            return getattr(owner, x.__func__.__name__)
-        return new.get(id(x), x)
-
-    for _, container in containers:
-        for name, child in _children(container):
-            if (other := replaced(child)) is not child:
-                if isinstance(container, Node):
-                    setattr(container, name, other)
-                else:
-                    container[name] = other

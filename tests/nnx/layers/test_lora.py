@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import nnx
-from nnx.layers.lora import LoRA, LoRALinear, apply_lora, merge_lora
+from nnx.layers.lora import LoRA, LoRALinear
+from nnx.layers.lora_surgery import apply_lora, merge_lora
 from tests.nnx.layers.test_layer_norm import cheap, compare
 from tests.nnx.layers.test_layers import draw
 
@@ -162,11 +163,15 @@ def test_merging_names_a_tied_kernel_and_changes_nothing():
         (
             lambda: apply_lora(nnx.Sequential(nnx.Linear(3, 3)), 2, "params"),
             ValueError,
-            "no layer of Sequential with the filter 'params'. Its Linear layers are: layers.0.",
+            "no layer of Sequential with the filter 'params'. Its Linear and LinearGeneral layers are: layers.0.",
         ),
-        (lambda: apply_lora(nnx.BatchNorm(3), 2), ValueError, "Linear layers are: none"),
+        (lambda: apply_lora(nnx.BatchNorm(3), 2), ValueError, "LinearGeneral layers are: none"),
         (lambda: apply_lora(nnx.Linear(3, 3), 2), ValueError, "a Linear alone cannot be the model"),
-        (lambda: merge_lora(nnx.Linear(3, 3)), ValueError, "found no LoRALinear in Linear"),
+        (
+            lambda: merge_lora(nnx.Linear(3, 3)),
+            ValueError,
+            "found no LoRALinear or LoRALinearGeneral in Linear",
+        ),
     ],
 )
 def test_mistakes_raise_errors_that_say_what_is_wrong(make, kind, message):

@@ -1,0 +1,273 @@
+"""Putting low-rank adapters into a model, and adding them to its kernels."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+
+from nnx.layers._common import Dtype, Initializer, zeros
+from nnx.layers.linear import Linear
+from nnx.layers.linear_general import LinearGeneral
+from nnx.layers.lora import LoRALinear, LoRALinearGeneral, beside, default_a_initializer
+from nnx.layers.weight_norm import SpectralNorm, WeightNorm
+from nnx.module import Module
+from nnx.scope import scope
+from refx import Filter, Node, Ref, get_ref, refs, to_predicate
+
+__all__ = ["apply_lora", "merge_lora"]
+
+M = TypeVar("M", bound=Module)
+L = TypeVar("L", bound=Module)
+Path = tuple[str, ...]
+
+_ADAPTED: dict[type[Module], type[Module]] = {
+    Linear: LoRALinear,
+    LinearGeneral: LoRALinearGeneral,
+}
+_PLAIN = {adapted: plain for plain, adapted in _ADAPTED.items()}
+
+
+def apply_lora(
+    model: M,
+    rank: int,
+    filter: Filter = ...,
+    alpha: float | None = None,
+    *,
+    dtype: Dtype = None,
+    param_dtype: Dtype = None,
+    a_initializer: Initializer = default_a_initializer,
+    b_initializer: Initializer = zeros,
+    lora_param_type: Hashable = "lora",
+    rngs: Any = None,
+) -> M:
+    """Put a low-rank adapter beside every `Linear` and `LinearGeneral` of a model, in place.
+
+    In the place of each comes a `LoRALinear` or a `LoRALinearGeneral` with the same Refs of kernel
+    and bias: one with one adapter for a layer that the model holds at several paths, in modules,
+    lists, tuples and dicts. Layers that are stacked, as in `nnx.Stack`, get stacked adapters. What
+    the model computes stays the same at first, as `lora_b` is zero.
+
+    Args:
+      model: the model.
+      rank: the rank of the adapters.
+      filter: which layers: a filter of paths, such as `nnx.PathContains("query")`, several of
+        them in a tuple, or a predicate `(path, module) -> bool`. Other layers, subclasses of these
+        two and layers that have an adapter are never taken.
+      alpha: the adapters' products are multiplied with `alpha / rank`, with None not at all.
+      dtype, param_dtype: of the adapters; without them, those of the layer.
+      a_initializer, b_initializer, lora_param_type: as for `LoRA`.
+      rngs: a key or a seed for the initial values, as for `nnx.scope`; without it they are drawn
+        from the ambient stream `"params"`.
+
+    Returns:
+      The model.
+
+    Raises:
+      MissingStreamError: there is no `rngs` and no such stream.
+      ValueError: no layer is selected (the message lists those that there are); a kernel has not
+        the shape that its layer says, as with a stack along another axis than the first; or the
+        model is itself such a layer.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> with nnx.scope(jax.random.key(0)):
+    ...     model = nnx.Sequential(nnx.Linear(3, 8), nnx.relu, nnx.Linear(8, 2))
+    >>> model = nnx.apply_lora(model, 4, nnx.PathContains("0"), rngs=jax.random.key(1))
+    >>> list(model["lora"])
+    [('layers', '0', 'lora', 'lora_a'), ('layers', '0', 'lora', 'lora_b')]
+
+    Of an attention, the projections of queries and values:
+
+    >>> attention = nnx.MultiHeadAttention.init(jax.random.key(0))(num_heads=4, in_features=16)
+    >>> which = nnx.PathContains("query"), nnx.PathContains("value")
+    >>> nnx.apply_lora(attention, 2, which, rngs=jax.random.key(1))["lora"]
+    Partition({
+      'query.lora.lora_a': float32[16,2],
+      'query.lora.lora_b': float32[2,16],
+      'value.lora.lora_a': float32[16,2],
+      'value.lora.lora_b': float32[2,16],
+    })
+    """
+    if rngs is not None:
+        with scope(rngs):
+            return apply_lora(
+                model,
+                rank,
+                filter,
+                alpha,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                a_initializer=a_initializer,
+                b_initializer=b_initializer,
+                lora_param_type=lora_param_type,
+            )
+    containers = list(_containers(model))
+    layers = {path: node for path, node in containers if type(node) in _ADAPTED}
+    selects = to_predicate(filter)
+    selected = {path: node for path, node in layers.items() if selects(path, node)}
+    if not selected:
+        adapted = [path for path, node in containers if type(node) in _PLAIN]
+        already = f", and {_listed(adapted)} with an adapter already" if adapted else ""
+        raise ValueError(
+            f"apply_lora selects no layer of {type(model).__name__} with the filter {filter!r}. "
+            f"Its Linear and LinearGeneral layers are: {_listed(layers)}{already}. A filter selects "
+            f"by these paths, as PathContains does, or is a predicate (path, module) -> bool; a "
+            f"collection is none."
+        )
+    if () in selected:
+        name = type(model).__name__
+        raise ValueError(
+            f"apply_lora puts other layers into a model, so a {name} alone cannot be the model. Put "
+            f"it into one, or make an nnx.LoRA{name} and tie its kernel and bias."
+        )
+
+    def adapted_one(path: Path, layer: Any) -> Module:
+        try:
+            lora = beside(
+                layer,
+                rank,
+                dtype=layer.dtype if dtype is None else dtype,
+                param_dtype=layer.param_dtype if param_dtype is None else param_dtype,
+                a_initializer=a_initializer,
+                b_initializer=b_initializer,
+                lora_param_type=lora_param_type,
+                alpha=alpha,
+            )
+        except ValueError as error:
+            error.add_note(f"This was in apply_lora, for {'.'.join(path)!r}.")
+            raise
+        return _made_of(_ADAPTED[type(layer)], {**layer.__getstate__(), "lora": lora})
+
+    # All are made before the first is put in, so that a failure changes nothing.
+    _replace(containers, {id(layer): adapted_one(path, layer) for path, layer in selected.items()})
+    return model
+
+
+def merge_lora(model: M) -> M:
+    """Add the adapter of every `LoRALinear` and `LoRALinearGeneral` of a model to its kernel.
+
+    This is in place: the Ref of the kernel gets `kernel + scale * lora_a @ lora_b`, in its dtype,
+    and a `Linear` or `LinearGeneral` with the same Refs comes in the place of the layer. What the
+    model computes stays the same, but for rounding.
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: the model has no such layer; a kernel is tied to another place, which would
+        change, too; or a kernel is normalized by `nnx.WeightNorm` or `nnx.SpectralNorm`, which
+        would normalize the sum.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> with nnx.scope(jax.random.key(0)):
+    ...     model = nnx.Sequential(nnx.LoRALinear(3, 4, lora_rank=2))
+    >>> nnx.merge_lora(model)["params"]
+    Partition({
+      'layers.0.kernel': float32[3,4],
+      'layers.0.bias': float32[4],
+    })
+    """
+    containers = list(_containers(model))
+    layers = [(path, layer) for path, layer in containers if type(layer) in _PLAIN and path]
+    if not layers:
+        raise ValueError(
+            f"merge_lora found no LoRALinear or LoRALinearGeneral in {type(model).__name__}. One "
+            f"that is itself the model has no place to put another layer in; put it into a module."
+        )
+    kernels: list[tuple[Ref[Any], jax.Array]] = []
+    plain: dict[int, Module] = {}
+    for path, layer in layers:
+        kernel = get_ref(layer, "kernel")
+        _check_merge(containers, path, layer, kernel)
+        lora = layer.lora
+        product = (lora.lora_a @ lora.lora_b * lora.scale).reshape(kernel.value.shape)
+        kernels.append((kernel, (kernel.value + product).astype(kernel.value.dtype)))
+        attributes = layer.__getstate__()
+        kept = {name: value for name, value in attributes.items() if name != "lora"}
+        plain[id(layer)] = _made_of(_PLAIN[type(layer)], kept)
+    for kernel, value in kernels:
+        kernel.value = value
+    _replace(containers, plain)
+    return model
+
+
+def _check_merge(
+    containers: list[tuple[Path, Any]], path: Path, layer: Any, kernel: Ref[Any]
+) -> None:
+    """Raise where adding to this kernel would not be all that happens."""
+    for other, holder in containers:
+        if holder is not layer and any(x is kernel for _, x in _children(holder)):
+            raise ValueError(
+                f"The kernel of {'.'.join(path)!r} is tied to {'.'.join(other)!r}, which would "
+                f"change, too. Untie it first: layer.kernel = nnx.Ref(layer.kernel, 'params')."
+            )
+        if isinstance(holder, WeightNorm | SpectralNorm) and any(
+            cell is kernel
+            and (isinstance(holder, SpectralNorm) or holder.variable_filter(at, cell))
+            for at, cell in refs(holder.layer_instance).items()
+        ):
+            raise ValueError(
+                f"The kernel of {'.'.join(path)!r} is normalized by {type(holder).__name__}, but "
+                f"the product of its adapter is not, so the two cannot be added. Leave the adapter "
+                f"where it is."
+            )
+
+
+def _listed(paths: Iterable[Path]) -> str:
+    return ", ".join(".".join(path) or "the model itself" for path in paths) or "none"
+
+
+def _made_of(cls: type[L], attributes: Mapping[str, Any]) -> L:
+    """A layer with these attributes, Refs included, and nothing drawn or allocated."""
+    layer = cls.__new__(cls)
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return layer
+
+
+def _containers(root: Any) -> Iterator[tuple[Path, Any]]:
+    """The modules, lists and dicts of a tree, each once, with their paths."""
+    seen: set[int] = set()
+    todo: list[tuple[Path, Any]] = [((), root)]
+    while todo:
+        path, x = todo.pop()
+        if isinstance(x, Node | list | dict):
+            if id(x) in seen:
+                continue
+            seen.add(id(x))
+            yield path, x
+        todo += [((*path, str(name)), child) for name, child in reversed(_children(x))]
+
+
+def _children(x: Any) -> list[tuple[Any, Any]]:
+    if isinstance(x, Node):
+        # Not vars(), since whoever has that dict could change it.
+        return list(x.__getstate__().items())
+    if isinstance(x, dict):
+        return list(x.items())
+    if isinstance(x, types.MethodType):
+        return [("__self__", x.__self__)]
+    return list(enumerate(x)) if isinstance(x, list | tuple) else []
+
+
+def _replace(containers: list[tuple[Path, Any]], new: Mapping[int, Module]) -> None:
+    """Put other modules in the place of some, by their ids, wherever the containers hold them."""
+
+    def replaced(x: Any) -> Any:
+        if isinstance(x, tuple):
+            parts = [replaced(part) for part in x]
+            if any(part is not old for part, old in zip(parts, x, strict=True)):
+                return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+        if isinstance(x, types.MethodType) and (owner := replaced(x.__self__)) is not x.__self__:
+            return getattr(owner, x.__func__.__name__)
+        return new.get(id(x), x)
+
+    for _, container in containers:
+        for name, child in _children(container):
+            if (other := replaced(child)) is not child:
+                if isinstance(container, Node):
+                    setattr(container, name, other)
+                else:
+                    container[name] = other
