@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from nnx.transforms.axes import Specs
 from nnx.transforms.boundary import Packed, Spec, check_lifted, run
 from nnx.transforms.call import Call
-from refx import RefError, StructureError
+from refx import Ref, RefError, StructureError
 from refx.node import is_identity
 from refx.partition import dotted
 from refx.snapshot import snapshot
@@ -105,26 +105,50 @@ class Loop:
                 f"The carry of {self._name} changes its structure: it comes in as {old_def} and "
                 f"is returned as {new_def}. Return what has the structure of the first carry."
             )
-        arrays = []
+        arrays: list[Any] = []
+        moved: dict[Ref[Any], Any] = {}
         for old, x in zip(olds, news, strict=True):
             if is_identity(old) != is_identity(x):
                 raise CarryError(
                     f"The carry of {self._name} changes from {type(old).__name__} to "
                     f"{type(x).__name__}. Return the module that came in, or one like it."
                 )
-            if not is_identity(old):
+            if is_identity(old):
+                self._move(old, x, moved)
+            else:
                 arrays.append(x)
-            elif old is not x:
-                before, after = snapshot(old), snapshot(x)
-                if before.dagdef is not after.dagdef:
-                    raise CarryError(
-                        f"The carry of {self._name} holds a {type(old).__name__}, and the body "
-                        f"returned one of another structure in its place: {after.dagdef!r} for "
-                        f"{before.dagdef!r}."
-                    )
-                for ref, value in zip(before.refs, after.values(), strict=True):
-                    write(ref, value)
+        # Only now, since a Ref may be the source of one value and the target of another.
+        for ref, value in moved.items():
+            if ref.value is not value:
+                write(ref, value)
         return arrays
+
+    def _move(self, old: Any, new: Any, moved: dict[Ref[Any], Any]) -> None:
+        """Note the values of `new`, which was returned in the place of `old`, for the Refs of it."""
+        before, after = snapshot(old), snapshot(new)
+        if before.dagdef is not after.dagdef:
+            raise CarryError(
+                f"The carry of {self._name} holds a {type(old).__name__}, and the body returned "
+                f"one of another structure in its place: {after.dagdef!r} for {before.dagdef!r}."
+            )
+        for path, a, b in zip(
+            after.dagdef.leaf_paths, before.leaves(), after.leaves(), strict=True
+        ):
+            if a is not b:
+                raise CarryError(
+                    f"The array {dotted(path)!r} of a {type(old).__name__} in the carry of "
+                    f"{self._name} is no Ref, and the body returned another one in its place, "
+                    f"which the loop would lose. Make it a Ref (a field, or nnx.Ref), or carry it "
+                    f"beside the module."
+                )
+        paths = after.dagdef.ref_paths
+        for path, ref, value in zip(paths, before.refs, after.values(new), strict=True):
+            if moved.setdefault(ref, value) is not value:
+                what = f"Ref {dotted(path)!r}" if path else "A Ref"
+                raise CarryError(
+                    f"{what} is at two places of the carry of {self._name}, and the body returned "
+                    f"a different value at each. Return the same at both, or begin with two Refs."
+                )
 
     def learn(self, found: tuple[list[Any], Packed]) -> None:
         """Take from one abstract step which Refs are written, and check that they may be carried."""

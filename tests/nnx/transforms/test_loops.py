@@ -334,3 +334,59 @@ def test_every_level_nested(data):
     expected, expected_grads = jax.value_and_grad(pure)(layers.w)
     assert jnp.allclose(value, expected, atol=1e-5)
     assert jnp.allclose(grads["w"], expected_grads, atol=1e-4)
+
+
+def test_a_carry_whose_refs_change_places():
+    def pair():
+        return nnx.Ref(jnp.array(1.0)), nnx.Ref(jnp.array(2.0))
+
+    a, b = pair()
+    nnx.scan(lambda c, _: ((c[1], c[0]), None), (a, b), None, length=3)
+    assert (float(a.value), float(b.value)) == (2.0, 1.0)
+    a, b = pair()
+    nnx.fori_loop(0, 3, lambda i, c: {"a": c["b"], "b": c["a"]}, {"a": a, "b": b})
+    assert (float(a.value), float(b.value)) == (2.0, 1.0)
+    m, n = Dense(seed=0), Dense(seed=1)
+    before, after = m["params"], n["params"]
+    nnx.while_loop(lambda c: c[2] < 3, lambda c: (c[1], c[0], c[2] + 1), (m, n, 0))
+    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, m["params"], after)))
+    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, n["params"], before)))
+
+
+def test_one_ref_at_two_places_of_a_carry_has_one_value():
+    ref = nnx.Ref(jnp.array(1.0))
+
+    def body(c, _):
+        return (c[0], nnx.Ref(c[1].value * 10)), None
+
+    with pytest.raises(nnx.CarryError, match=r"at two places of the carry of nnx\.scan\(.*body\)"):
+        nnx.scan(body, (ref, ref), None, length=1)
+    assert float(ref.value) == 1.0
+    (x, y), _ = nnx.scan(lambda c, _: ((c[1], c[0]), None), (ref, ref), None, length=1)
+    assert x is y is ref
+
+
+def test_plain_arrays_of_a_module_in_a_carry():
+    class Buffered(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Ref(jnp.zeros(()), "params")
+            self.table = jnp.zeros(2)
+
+    def same_table(m, _):
+        new = nnx.clone(m)
+        new.w.value += 1
+        return new, None
+
+    m, _ = nnx.scan(same_table, Buffered(), None, length=3)
+    assert float(m.w.value) == 3
+    message = r"The array 'table' of a Buffered in the carry of .* is no Ref.*Make it a Ref"
+    for loop in (
+        lambda m: nnx.scan(
+            lambda m, _: (jax.tree.map(lambda a: a + 1, m), None), m, None, length=3
+        ),
+        lambda m: nnx.fori_loop(0, 3, lambda i, m: jax.tree.map(lambda a: a + 1, m), m),
+        lambda m: nnx.while_loop(lambda m: True, lambda m: jax.tree.map(lambda a: a + 1, m), m),
+    ):
+        with pytest.raises(nnx.CarryError, match=message):
+            loop(m)
+    assert float(m.w.value) == 3 and m.table.tolist() == [0, 0]
