@@ -219,7 +219,8 @@ def isolated(name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
     return decorate
 
 
-_PREFIX = "purify_prefix:"
+# Transformations put their own names around that of the body: what is between these is ours.
+_PREFIX, _END = "purify_prefix:", ";"
 
 
 def prefix(name: str, f: Callable[..., T]) -> Callable[..., T]:
@@ -255,7 +256,7 @@ def prefix(name: str, f: Callable[..., T]) -> Callable[..., T]:
             return [x for x in leaves if isinstance(x, jax.Array)]
 
         # A jitted call is the one thing that JAX names and keeps apart through every transformation.
-        body.__name__ = _PREFIX + name
+        body.__name__ = _PREFIX + name + _END
         arrays = iter(jax.jit(body)())
         treedef, leaves = others
         return jax.tree.unflatten(treedef, [next(arrays) if x is None else x for x in leaves])
@@ -266,7 +267,7 @@ def prefix(name: str, f: Callable[..., T]) -> Callable[..., T]:
 def prefix_of(name: str) -> str:
     """The prefix that a jitted function of this name stands for, with its dot."""
     _, found, rest = name.partition(_PREFIX)
-    return f"{rest.rstrip(')')}." if found else ""
+    return f"{rest.rpartition(_END)[0]}." if found else ""
 
 
 def _source(kind: str, spec: Spec, name: str | None) -> Any:

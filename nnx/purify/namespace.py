@@ -43,12 +43,15 @@ class Purify:
     since JAX calls it and its rules as often as it needs: all its calls share its parameters.
 
     Modules may be made or used inside; those of outside are constants, as all that a function closes
-    over. To learn a module's parameters, make them one parameter: `m["params"] =
-    param(m["params"], "m")` for a module `m` made inside.
+    over. That holds for an eager call, which traces the function anew: where JAX would keep the
+    program, in `jax.jit(model)`, with `jit=True`, and in a `jax.jit` or `lax.scan` inside the
+    function, reading a module of outside is a `refx.ClosureError`. To learn a module's parameters,
+    make them one parameter: `m["params"] = param(m["params"], "m")` for a module `m` made inside.
 
     Raises (when called):
       MissingNameError, UnexpectedNameError, DuplicateNameError: a name without a value, a value
         without a name, two declarations of a name.
+      refx.ClosureError: a module of outside is read where JAX would keep its values in a program.
       refx.ShapeError, refx.DtypeError: a value of another shape, or of a dtype that would lose something.
       MarkerError: a marker inside something that cannot pass its value on, and for `.intermediates`
         one inside `cond` or `while_loop`.

@@ -57,7 +57,8 @@ class _Traced:
             name = self.names[key]
             leaves += self._leaves(key.kind, name, site.spec, given[key.kind][name])
         closed = self.program.closed(self.consts)
-        return jaxpr_as_fun(closed)(*leaves, *jax.tree.leaves(args))
+        # A constant of the program comes out as a number.
+        return list(map(jnp.asarray, jaxpr_as_fun(closed)(*leaves, *jax.tree.leaves(args))))
 
     def _check_names(self, what: str, known: Any, given: Any, others: Any) -> None:
         for name in known:

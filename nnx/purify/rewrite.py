@@ -26,20 +26,20 @@ __all__: list[str] = []
 
 
 class Key(NamedTuple):
-    """What a marker stands for. Without a name it is told apart by its call."""
+    """What a marker stands for: its name with every prefix. Without one it is told apart by its call."""
 
     kind: str
-    prefix: str
     name: str | None
-    token: int | None
+    prefix: str = ""
+    token: int | None = None
 
     def __str__(self) -> str:
-        return self.prefix + (self.name or "(without a name)")
+        return self.name or f"{self.prefix}(without a name)"
 
     @property
     def call(self) -> str:
         """The marker as a person would write it."""
-        return f"{self.kind}({str(self)!r})" if self.name else f"{self.kind}() without a name"
+        return f"{self.kind}({self.name!r})" if self.name else f"{self.kind}() without a name"
 
 
 @dataclass
@@ -180,8 +180,11 @@ class Rewriter:
 
     def take_source(self, eqn: JaxprEqn) -> None:
         p = eqn.params
-        token = p["token"]
-        key = Key(p["kind"], self.prefix, p["name"], token if p["name"] is None else None)
+        kind, name, token = p["kind"], p["name"], p["token"]
+        if name is None:
+            key = Key(kind, None, self.prefix, token)
+        else:
+            key = Key(kind, self.prefix + name)
         self.declare(self.program.sources, key, Site(p["spec"], {token}))
         self.renamed.update(zip(eqn.outvars, self.inputs_of(key), strict=True))
 
@@ -189,7 +192,7 @@ class Rewriter:
         p = eqn.params
         values = [self.now(v) for v in eqn.invars]
         self.renamed.update(zip(eqn.outvars, values, strict=True))
-        key = Key("intermediate", self.prefix, p["name"], None)
+        key = Key("intermediate", self.prefix + p["name"])
         self.declare(self.program.sinks, key, Site(_spec(p["treedef"], values), {p["token"]}))
         if self.collect:
             self.outputs.setdefault(key, values)

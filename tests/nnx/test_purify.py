@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from jax import lax
 
+import nnx
+import refx
 from nnx.purify import MarkerError, purify
 
 param = purify.param
@@ -298,3 +300,27 @@ def test_mutable_arrays_of_jax_beside_markers():
         return
     close(model({"w": W}), 2 * W)
     close(jax.jit(model)({"w": W}), 2 * W)
+
+
+def test_constants_come_out_as_arrays():
+    constant = lambda: (2.0, 3, True, 1j, purify.intermediate(0.5, "half"))
+    model = purify(constant)
+    for found, expected in zip(model({}), jax.jit(constant)(), strict=True):
+        assert isinstance(found, jax.Array) and found == expected
+        assert found.dtype == expected.dtype and found.weak_type == expected.weak_type
+    assert isinstance(model.intermediates({})["half"], jax.Array)
+
+
+def test_modules_of_outside_are_constants_of_eager_calls_alone():
+    layer = nnx.Linear.init(0)(2, 2)
+    apply = lambda: layer(purify.param(2, "x"))
+    params = {"x": jnp.ones(2)}
+    close(purify(apply)(params), layer(jnp.ones(2)))
+    for call in (
+        jax.jit(purify(apply)),
+        purify(apply, jit=True),
+        purify(lambda: jax.jit(apply)()),
+        purify(lambda: lax.scan(lambda c, _: (c, apply()), 0.0, None, length=2)),
+    ):
+        with pytest.raises(refx.ClosureError, match="was read by closure"):
+            call(params)

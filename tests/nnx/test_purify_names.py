@@ -384,3 +384,43 @@ def test_shard_map_has_the_whole_parameter():
     assert {k: s.shape for k, s in model.shapes(x).items()} == {"w": (), "b": (2,)}
     close(model(params, x), 2 * x + 2)
     close(jax.grad(lambda p: model(p, x).sum())(params), {"w": x.sum(), "b": jnp.full(2, 8.0)})
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: (param((), "a.b"), purify.prefix("a", lambda: param((), "b"))()),
+            r"param\('a\.b'\) was declared by two calls\. Give each",
+        ),
+        (
+            lambda: (param((), "a.b"), purify.prefix("a", lambda: param(3, "b"))()),
+            r"param\('a\.b'\) was declared twice, with float32\[\] and with float32\[3\]",
+        ),
+        (
+            lambda: (
+                purify.prefix("a.b", lambda: purify.fixed((), "c"))(),
+                purify.prefix("a", lambda: purify.fixed((), "b.c"))(),
+            ),
+            r"fixed\('a\.b\.c'\) was declared by two calls",
+        ),
+        (
+            lambda: (
+                purify.intermediate(1.0, "a.b"),
+                purify.prefix("a", lambda: purify.intermediate(2.0, "b"))(),
+            ),
+            r"intermediate\('a\.b'\) was declared by two calls",
+        ),
+    ],
+)
+def test_a_name_with_a_prefix_is_the_same_name(make, message):
+    with pytest.raises(purify.DuplicateNameError, match=message):
+        purify(make).shapes()
+
+
+@pytest.mark.parametrize("name", ["a)", "a(1)", "a;", ")", ";);", "vmap(a)"])
+def test_prefixes_are_kept_as_they_are(name):
+    part = purify.prefix(name, lambda x: x * param((), "w"))
+    model = purify(lambda: jax.grad(jax.jit(lambda x: jax.vmap(part)(x).sum()))(jnp.ones(2)))
+    assert list(model.shapes()) == [f"{name}.w"]
+    close(model({f"{name}.w": 3.0}), jnp.full(2, 3.0))
