@@ -102,7 +102,7 @@ class Walk:
                 return None
             seen[id(obj)] = len(self.items)
         if isinstance(obj, Ref):
-            text = value_text(obj._value)
+            text = ref_text(obj)
             facts = tuple((k, _static(v)) for k, v in obj._metadata.items())
             self._add(REF, name, obj, parent, text, (REF, text, _static(obj._collection), facts))
             return None
@@ -261,6 +261,16 @@ def _static(value: Any) -> Any:
         return Static(value)
     except Exception:
         return id(value)
+
+
+def has_ended(ref: Ref[Any]) -> bool:
+    """Whether a Ref has no value any more, since the transformation that it was made in has ended."""
+    return ref._value is None and ref._frame is not None and not ref._frame.open
+
+
+def ref_text(ref: Ref[Any]) -> str:
+    """What a Ref holds, as text."""
+    return "<ended trace>" if has_ended(ref) else value_text(ref._value)
 
 
 def value_text(value: Any) -> str:

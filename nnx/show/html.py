@@ -39,7 +39,12 @@ def display(model: Any, path: str | os.PathLike[str] | None = None) -> None:
     """
     treescope = _treescope()
     register()
-    pictures = treescope.ArrayAutovisualizer(maximum_size=_picture_size(model))
+    drawn = treescope.ArrayAutovisualizer(maximum_size=_picture_size(model))
+
+    def pictures(value: Any, path: str | None) -> Any:
+        # Of an array without values treescope tries to draw one, and fails.
+        return None if getattr(value, "size", 1) == 0 else drawn(value, path)
+
     if path is not None:
         with (
             treescope.active_autovisualizer.set_scoped(pictures),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import re
 import shutil
+import textwrap
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -80,16 +80,25 @@ class Table:
         return self.rows[0].flops_with_backward
 
     def __str__(self) -> str:
-        width = self.console_width or max(shutil.get_terminal_size((120, 24)).columns, 60)
-        header, cells = self._cells()
-        try:
-            import rich  # noqa: F401
-        except ImportError:
-            return _plain(header, cells, self._notes())
-        return _rich(header, cells, self._notes(), width)
+        return self._text(
+            self.console_width or max(shutil.get_terminal_size((120, 24)).columns, 60)
+        )
 
     def __repr__(self) -> str:
         return str(self)
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        """What rich prints, in the width of its console: the same table with colours."""
+        from rich.text import Text
+
+        text = Text(self._text(options.max_width), no_wrap=True, overflow="ignore")
+        for pattern, style in _STYLES.items():
+            text.highlight_regex(pattern, style)
+        yield text
+
+    def _text(self, width: int) -> str:
+        header, cells = self._cells()
+        return _text(header, cells, self._notes(), width)
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         collections = list(self.sizes)
@@ -126,6 +135,15 @@ class Table:
         return " ".join(notes)
 
 
+_STYLES = {
+    r"(?m)\A.*(?=\n)": "bold",
+    r"─+": "dim",
+    r"\b\w+\[[\d,]*\]": "cyan",
+    r"\([\d.]+ [kMGT]?B\)": "dim",
+    r"(?m)^total.*": "bold",
+}
+
+
 def tabulate(
     model: Any,
     *args: Any,
@@ -149,11 +167,13 @@ def tabulate(
       *args, **kwargs: the arguments of the call: arrays or `jax.ShapeDtypeStruct`s, modules, and
         anything else as a constant.
       depth: how many levels of submodules to show; None for all.
-      console_width: the width of the table in characters; without it, that of the terminal.
+      console_width: the width to fit the table in, in characters; without it, that of the terminal.
 
     Returns:
-      A `Table`. It prints as a table, by rich where that is installed (`pip install
-      nnx[display]`), and has the figures in `rows`. Neighbours that are equal share a line.
+      A `Table`. It prints as a table, with colours by `rich.print` where rich is installed (extra
+      `display`), and has the figures in `rows`. Neighbours that are equal
+      share a line. Where the width is not enough, the columns of inputs and outputs are left out,
+      and a note says so; figures and paths are never cut.
 
     Raises:
       TypeError: `model` is neither a module nor a method of one.
@@ -289,43 +309,48 @@ def _shapes(tree: Any) -> str:
     return ", ".join(parts[:_MOST] + more)
 
 
-def _plain(header: list[str], cells: list[list[str]], notes: str) -> str:
-    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
-    left = _left(header)
+# What a narrow console is spared, in this order: mostly, inputs are the outputs of the row before.
+_SPARED = ("inputs", "outputs")
+_BACKWARD = "with backward"
+
+
+def _text(header: list[str], cells: list[list[str]], notes: str, width: int) -> str:
+    """The table, with as many of its columns as fit in the width."""
+    whole = sum(_widths([header, *cells])) + 2 * len(header) - 2
+    spared: list[str] = []
+    tops = [header]
+    called = header[-1] == _BACKWARD
+    if whole > width and called:
+        # In two lines, as the numbers below are short.
+        first, second = _BACKWARD.split()
+        tops = [[first if name == _BACKWARD else "" for name in header], [*header[:-1], second]]
+    for name in _SPARED if called else ():
+        if sum(_widths([*tops, *cells])) + 2 * len(tops[-1]) - 2 > width:
+            spared.append(name)
+            at = tops[-1].index(name)
+            tops = [[*line[:at], *line[at + 1 :]] for line in tops]
+            cells = [[*line[:at], *line[at + 1 :]] for line in cells]
+    if spared:
+        notes += (
+            f" There is no room for {' and '.join(spared)} in {width} columns, but in {whole}: "
+            f"nnx.tabulate(..., console_width={whole})."
+        )
+    widths = _widths([*tops, *cells])
+    # Columns of text come first.
+    left = 4 - len(spared) if called else 2
 
     def text(line: list[str]) -> str:
         parts = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(size) if i < left else cell.rjust(size)
+            for i, (cell, size) in enumerate(zip(line, widths, strict=True))
         ]
         return "  ".join(parts).rstrip()
 
-    rule = "  ".join("─" * width for width in widths)
+    rule = "  ".join("─" * size for size in widths)
     body = [text(line) for line in cells]
-    return "\n".join([text(header), rule, *body[:-1], rule, body[-1], notes])
+    lines = [*map(text, tops), rule, *body[:-1], rule, body[-1]]
+    return "\n".join([*lines, *textwrap.wrap(notes, max(width, 60), break_long_words=False)])
 
 
-def _left(header: list[str]) -> int:
-    """How many columns hold text; those after are numbers."""
-    return 4 if "inputs" in header else 2
-
-
-def _rich(header: list[str], cells: list[list[str]], notes: str, width: int) -> str:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    table = RichTable(box=box.SIMPLE_HEAD, show_footer=True, caption=notes, caption_justify="left")
-    left = _left(header)
-    for i, name in enumerate(header):
-        justify: Any = "left" if i < left else "right"
-        shapes = name in ("inputs", "outputs")
-        table.add_column(
-            name, Text(cells[-1][i]), justify=justify, overflow="fold", no_wrap=not shapes
-        )
-    for line in cells[:-1]:
-        table.add_row(*map(Text, line))
-    out = io.StringIO()
-    Console(file=out, width=width, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+def _widths(lines: list[list[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*lines, strict=True)]

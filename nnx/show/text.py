@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from nnx.show._format import bytes_text, count_text, is_arraylike, short
-from nnx.show._walk import ARRAY, BACK, LIST, MAP, NODE, REF, STATIC, Item, Walk
+from nnx.show._walk import ARRAY, BACK, LIST, MAP, NODE, REF, STATIC, Item, Walk, has_ended
 from refx import Node
 
 __all__ = ["collection_sizes", "tree_repr"]
@@ -18,13 +19,16 @@ _WIDTH = 100
 _DEPTH = 32
 # Two equal neighbours are both shown: only more than that is worth a look at the count.
 _FOLD = 3
+# So many items may take turns, as layers and activations do.
+_PERIOD = 4
 
 
 def tree_repr(node: Node) -> str:
     """A module as text: names, classes, settings that are not the default, shapes, collections.
 
     A module or Ref that is at several places is shown at the first and named at the others. Of
-    three or more equal neighbours one is shown, with their number. What is nested deeper than 32
+    three or more equal neighbours one is shown, with their number; in a list also of two to four
+    that repeat in turn. What is nested deeper than 32
     levels is counted only. Where there are submodules, the last line has the number of values and
     the bytes of each collection, shared ones once. Nothing is copied from a device.
 
@@ -87,25 +91,62 @@ def _print(walk: Walk, run: list[int], depth: int, out: list[str], todo: list[An
             out.append(line + head)
             todo.append(indent + tail)
             for part in reversed(inner):
+                if isinstance(part, tuple):
+                    first, times, last = part
+                    names = [str(walk.items[j].name) for j in (first[0][0], last[-1])]
+                    todo.append(f"{indent}  )")
+                    todo += [(run, depth + 2) for run in reversed(first)]
+                    part = f"{_span(names)}: {times:,} × ("
                 todo.append(f"{indent}  {part}" if isinstance(part, str) else (part, depth + 1))
 
 
 def _inner(walk: Walk, i: int) -> Any:
-    """What is inside of an item: runs of equal items, and lines of settings."""
+    """What is inside of an item: runs of equal items, what repeats in turn, and lines of settings."""
+    if walk.items[i].kind == LIST:
+        yield from _in_turn(walk, list(_parts(walk, i)))
+        return
     settings: list[str] = []
-    for run in walk.runs(i):
-        parts = [run] if _folds(walk, run) else [[j] for j in run]
-        for part in parts:
-            item = walk.items[part[0]]
-            if item.kind == STATIC and walk.items[i].kind not in (LIST, MAP):
-                settings.append(f"{item.name}={item.text}")
-                continue
-            if settings:
-                yield from _wrapped(settings)
-                settings = []
-            yield part
+    for part in _parts(walk, i):
+        item = walk.items[part[0]]
+        if item.kind == STATIC and walk.items[i].kind != MAP:
+            settings.append(f"{item.name}={item.text}")
+            continue
+        if settings:
+            yield from _wrapped(settings)
+            settings = []
+        yield part
     if settings:
         yield from _wrapped(settings)
+
+
+def _parts(walk: Walk, i: int) -> Iterator[list[int]]:
+    for run in walk.runs(i):
+        yield from [run] if _folds(walk, run) else [[j] for j in run]
+
+
+def _in_turn(walk: Walk, parts: list[list[int]]) -> Iterator[Any]:
+    """The parts of a list, where two to four repeat in turn as (once, number of times, the last)."""
+
+    def same(a: list[int], b: list[int]) -> bool:
+        x, y = walk.items[a[0]], walk.items[b[0]]
+        if x.kind == BACK and y.kind == BACK:
+            return x.target == y.target and len(a) == len(b) == 1
+        return len(a) == len(b) and walk.equal(a[0], b[0])
+
+    k = 0
+    while k < len(parts):
+        for period in range(2, _PERIOD + 1):
+            end = k + period
+            while end < len(parts) and same(parts[k + (end - k) % period], parts[end]):
+                end += 1
+            times = (end - k) // period
+            if times >= _FOLD:
+                yield parts[k : k + period], times, parts[k + times * period - 1]
+                k += times * period
+                break
+        else:
+            yield parts[k]
+            k += 1
 
 
 def _wrapped(settings: list[str]) -> list[str]:
@@ -183,7 +224,7 @@ def collection_sizes(walk: Walk, i: int = 0) -> dict[str, tuple[int, int]]:
                 # What is shared with a part outside of this one is a part of it all the same.
                 if item.target not in seen:
                     todo.append(range(item.target, items[item.target].end))
-            elif item.kind in (REF, ARRAY):
+            elif item.kind in (REF, ARRAY) and not (item.kind == REF and has_ended(item.obj)):
                 label = item.obj._collection if item.kind == REF else "arrays"
                 name = label if isinstance(label, str) else short(label)
                 n, size = sizes.get(name, (0, 0))

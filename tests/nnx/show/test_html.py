@@ -121,7 +121,8 @@ def test_in_a_notebook_treescope_shows_it(monkeypatch):
     net = Net()
     display(net)
     assert shown[0][0] is net
-    assert isinstance(shown[0][1]["autovisualize"], treescope.ArrayAutovisualizer)
+    pictures = shown[0][1]["autovisualize"]
+    assert pictures(jnp.ones(3), None) is not None and pictures(jnp.ones((0, 3)), None) is None
 
 
 def test_without_treescope_the_error_says_what_to_do(monkeypatch):
@@ -144,3 +145,12 @@ if CHROMIUM is not None:
             # Pictures are drawn when they are first seen.
             assert browser.wait(f"{inside}.querySelectorAll('canvas').length") > 0
             assert browser.run("document.title") == "Box"
+
+
+def test_arrays_without_values(tmp_path, capsys):
+    model = Net()
+    model.rows, model.none = nnx.Ref(jnp.zeros((0, 3)), "cache"), jnp.zeros((2, 0))
+    display(model, tmp_path / "model.html")
+    assert "</html>" in (tmp_path / "model.html").read_text()
+    display(model["cache"])
+    assert "(0, 3)" in capsys.readouterr().out

@@ -1,11 +1,14 @@
 """Tables of models, from abstract evaluation."""
 
-import sys
+import dataclasses
+import io
 import threading
 
 import jax
 import jax.numpy as jnp
 import pytest
+import rich.console
+import rich.text
 
 import nnx
 from nnx.show import _calls
@@ -17,7 +20,7 @@ S = jax.ShapeDtypeStruct
 
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch):
-    # The tables are as wide as the terminal that the tests happen to run in.
+    # The tables fit in the terminal that the tests happen to run in.
     monkeypatch.setenv("COLUMNS", "160")
 
 
@@ -158,8 +161,7 @@ def test_depth_width_and_sizes_alone(mlp):
     assert "(model)" in repr(tabulate(deep, jnp.ones((8, 3)), depth=0))
 
 
-def test_plain_text_without_rich(mlp, monkeypatch):
-    monkeypatch.setitem(sys.modules, "rich", None)
+def test_the_whole_text(mlp):
     table = tabulate(mlp, jnp.ones((8, 3)))
     norm = table.rows[2].flops_with_backward
     # XLA's count of the backward pass of a normalization differs a little between its versions.
@@ -178,6 +180,48 @@ path        class       inputs    outputs       params  batch_stats  FLOPs  with
 ──────────  ──────────  ────────  ────────  ──────────  ───────────  ─────  ─────────────
 total                                       29 (116 B)     8 (32 B)    564          1,395
 Figures include submodules; shared values count once."""
+
+
+class Wide(nnx.Module):
+    """Long paths, long shapes, and figures of all sizes."""
+
+    def __init__(self):
+        self.embed = nnx.Embed(50257, 512)
+        self.attention = nnx.MultiHeadAttention(8, 512)
+        self.convolution = nnx.Conv(512, 512, 3)
+        self.norm = nnx.BatchNorm(512)
+
+    def __call__(self, tokens):
+        return self.norm(self.convolution(self.attention(self.embed(tokens))))
+
+
+def test_a_narrow_console_cuts_no_figure_and_no_path():
+    with nnx.scope(0):
+        model = nnx.eval_shape(lambda: Wide())
+    table = tabulate(model, S((4, 128), jnp.int32))
+    header, cells = table._cells()
+    whole = str(dataclasses.replace(table, console_width=200))
+    assert "no room" not in whole and "  with backward\n" in whole
+    widest = max(map(len, whole.splitlines()[:-1]))
+    for width in (30, 60, 80, 100, 120, widest - 1, widest):
+        lines = str(dataclasses.replace(table, console_width=width)).splitlines()
+        titles = " ".join(lines[:2]).split()
+        shown = [name for name in header if name.split()[0] in titles]
+        assert set(header) - set(shown) <= {"inputs", "outputs"}
+        rules = [i for i, line in enumerate(lines) if line.startswith("─")]
+        rows = [*lines[rules[0] + 1 : rules[1]], lines[rules[1] + 1]]
+        for line, row in zip(cells, rows, strict=True):
+            for name, cell in zip(header, line, strict=True):
+                assert name not in shown or not cell or f" {cell.strip()} " in f" {row} ", width
+        notes = " ".join(lines[rules[1] + 2 :])
+        left_out = [name for name in header if name not in shown]
+        assert ("no room" in notes) == bool(left_out)
+        if left_out:
+            assert f"no room for {' and '.join(left_out)} in {width} columns" in notes
+            assert f"console_width={widest})" in notes
+        if width >= 100:
+            assert max(map(len, lines)) <= width
+    assert "outputs" in shown and "inputs" in shown
 
 
 def test_an_error_in_the_model_leaves_no_trace(mlp):
@@ -275,3 +319,15 @@ def test_seventy_billion_parameters():
     text = str(table)
     assert "layers.0..79" in text and "Block ×80" in text and "70.6 B (141 GB)" in text
     assert len(text.splitlines()) < 25
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_rich_prints_the_same_table_in_its_own_width(mlp, width):
+    table = tabulate(mlp, jnp.ones((8, 3)))
+    out = io.StringIO()
+    console = rich.console.Console(width=width, file=out, force_terminal=True, color_system="256")
+    console.print(table)
+    plain = rich.text.Text.from_ansi(out.getvalue()).plain
+    expected = str(dataclasses.replace(table, console_width=width))
+    assert [x.rstrip() for x in plain.splitlines()] == expected.splitlines()
+    assert "\x1b[1m" in out.getvalue()

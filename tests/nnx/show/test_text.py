@@ -224,3 +224,57 @@ def test_it_prints_in_every_trace():
     assert tree_repr(kept[0]) == "Box(\n  n = float32[2]  # params\n)"
     shapes = nnx.eval_shape(lambda: nnx.Linear.init(0)(10**6, 10**6))
     assert "kernel = float32[1000000,1000000]  # params" in tree_repr(shapes)
+
+
+def test_a_module_whose_transformation_has_ended_says_so():
+    kept = []
+
+    @nnx.jit
+    def leak(model):
+        kept.append(model)
+        assert "float32[2,2]  # params" in repr(model)
+
+    leak(nnx.Sequential(nnx.Linear.init(0)(2, 2)))
+    text = repr(kept[0])
+    assert "kernel = <ended trace>  # params" in text and "params: 0" not in text
+
+
+def test_layers_that_take_turns_fold():
+    with nnx.scope(0):
+        pairs = [x for _ in range(50) for x in (nnx.Linear(2, 2), nnx.relu)]
+        model = nnx.Sequential(*pairs, nnx.Linear(2, 1))
+    assert (
+        repr(model)
+        == """Sequential(
+  layers = [
+    0..99: 50 × (
+      0: Linear(
+        kernel = float32[2,2]  # params
+        bias = float32[2]  # params
+        in_features=2, out_features=2
+      )
+      1: relu
+    )
+    100: Linear(
+      kernel = float32[2,1]  # params
+      bias = float32[1]  # params
+      in_features=2, out_features=1
+    )
+  ]
+)  # params: 303 (1.21 kB)"""
+    )
+
+
+def test_what_folds_in_turn_and_what_does_not():
+    drop = nnx.Dropout(0.5)
+    with nnx.scope(0):
+        four = lambda: (nnx.Linear(2, 2), nnx.Linear(2, 2), nnx.relu, nnx.Dropout(0.1))
+        long = nnx.Sequential(nnx.tanh, *[x for _ in range(3) for x in four()])
+        twice = nnx.Sequential(*[x for _ in range(2) for x in (nnx.Linear(2, 2), nnx.relu)])
+        shared = nnx.Sequential(*[x for _ in range(4) for x in (nnx.Linear(2, 2), drop)])
+        differ = nnx.Sequential(*[x for i in range(1, 5) for x in (nnx.Linear(2, i), nnx.relu)])
+    assert "0: tanh\n    1..12: 3 × (\n      1: Linear(" in repr(long)
+    assert "      3: relu\n      4: Dropout(rate=0.1)\n    )\n  ]" in repr(long)
+    assert "×" not in repr(twice) and "×" not in repr(differ)
+    assert "1: Dropout(rate=0.5)\n    2..7: 3 × (" in repr(shared)
+    assert "      3: <same as layers.1>\n    )\n  ]" in repr(shared)
