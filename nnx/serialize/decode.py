@@ -27,6 +27,7 @@ from nnx.serialize.registry import find, find_module_class, registered_name
 from refx import Node, Partition, Ref
 from refx.node import attributes, expose
 from refx.node import make as make_node
+from refx.partition import listed
 from refx.ref import check_type
 from refx.ref import make as make_ref
 from refx.trace import local, trace_ref
@@ -171,11 +172,7 @@ class _Decoder:
     def _class(self, name: Any) -> type[Node]:
         cls = find_module_class(_string(name))
         if cls is None:
-            raise LoadError(
-                f"it holds a {name!r}, a module class that this program has not imported. Import "
-                f"the Python module that defines it before nnx.load; if the class has moved, "
-                f"register it under its old name with @nnx.saveable(name={name!r})"
-            )
+            raise LoadError(self._not_imported(name))
         then, now = self._classes.get(name), fields_of(cls)
         if then != now:
             then = then if isinstance(then, dict) else {}
@@ -192,6 +189,27 @@ class _Decoder:
                 f"nnx.load_state(path, into=model, strict=False)"
             )
         return cls
+
+    def _not_imported(self, name: str) -> str:
+        """The message for all classes that are not there, `name` among them."""
+        others = (x for x in map(str, self._classes) if find_module_class(x) is None)
+        missing = list(dict.fromkeys([name, *others]))
+        text = f"it holds a {name!r}, a module class that this program has not imported"
+        if len(missing) > 1:
+            text = f"it holds {listed(missing)}, module classes that this program has not imported"
+        script = next((x for x in missing if x.startswith("__main__.")), None)
+        if script is None:
+            return (
+                f"{text}. Import the Python modules that define such classes before nnx.load; if a "
+                f"class has moved, register it under its old name with @nnx.saveable(name={name!r})"
+            )
+        cls = script.rpartition(".")[2]
+        return (
+            f"{text}. A class of a script is called __main__ in the file: define models in a module "
+            f"that both programs import. For this file, import the class at the top of the script "
+            f"that loads it (from the_script import {cls}), or register it: nnx.saveable(name="
+            f"{script!r})({cls}); or construct the model and use nnx.load_state(path, into=model)"
+        )
 
     def value(self, code: Any) -> Any:
         """The value that a code stands for."""

@@ -198,6 +198,11 @@ class _Encoder:
                 f"{_at(path)} is a tracer: nnx.save was called inside a transformation. Call it "
                 f"outside, after the step."
             )
+        if isinstance(x, jax.Array) and x.is_deleted():
+            raise SaveError(
+                f"{_at(path)} is an array that was deleted, as arrays are that were donated to a "
+                f"compiled function. Save the model that came out of it."
+            )
         name = self._array_names.get(id(x))
         if name is None:
             name = self._array_names[id(x)] = self._member(path)

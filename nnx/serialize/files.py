@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from nnx.serialize import npz, tensors
 from nnx.serialize.decode import decode, decode_state
 from nnx.serialize.encode import encode
 from nnx.serialize.errors import LoadError
 from refx import RefError, StructureError, UnknownPathError
-from refx.dag import find_ref, refs, update
+from refx.dag import dtype_of, find_ref, get_partition, refs, update
 from refx.node import Node, attributes
 from refx.partition import Path, dotted, listed
 from refx.snapshot import snapshot
@@ -41,10 +43,11 @@ def save(path: Any, tree: Any, *, progress: Progress | None = None) -> None:
     metadata, sharing and cycles. It is written under another name, flushed to the disk, and then
     takes its place: a program that fails or stops half-way leaves what was there before.
 
-    A class of a script is called `__main__.Net` in the file; for another program to load it, give it a
-    name that stays: `@nnx.saveable(name="project.Net")`. What holds functions that have no name, as an
-    `nnx.Optimizer` holds those of optax, is saved by its values,
-    `nnx.save(path, nnx.get_partition((model, optimizer), ...))`, and read with `nnx.load_state`.
+    A class of a script is called `__main__.Net` in the file, which another program does not have: define
+    models in a module that is imported, or name them, `@nnx.saveable(name="project.Net")`. What holds
+    functions that have no name, as an `nnx.Optimizer` holds those of optax, is saved by its values,
+    `nnx.save(path, nnx.get_partition((model, optimizer, stream)))`, and read by
+    `nnx.load_state(path, into=(model, optimizer, stream))`.
 
     Args:
       path: the file.
@@ -54,6 +57,7 @@ def save(path: Any, tree: Any, *, progress: Progress | None = None) -> None:
     Raises:
       SaveError: the tree holds something that a file cannot, such as a function that is not
         registered (see `nnx.saveable`); the message has its path, and nothing is written.
+      FileNotFoundError: the folder of the file does not exist.
 
     >>> import jax, nnx, tempfile, os
     >>> model = nnx.Linear.init(jax.random.key(0))(3, 2)
@@ -75,8 +79,11 @@ def save(path: Any, tree: Any, *, progress: Progress | None = None) -> None:
 @contextlib.contextmanager
 def _replacing(path: str) -> Iterator[str]:
     """A temporary name beside `path`, which takes its place if nothing is raised."""
-    folder, name = os.path.split(path)
-    number, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        what = "there is no such folder to save in; make it with os.makedirs"
+        raise FileNotFoundError(errno.ENOENT, what, folder)
+    number, temporary = tempfile.mkstemp(prefix=".nnx.", suffix=".tmp", dir=folder)
     try:
         os.close(number)
         yield temporary
@@ -138,15 +145,16 @@ def load(path: Any, *, progress: Progress | None = None) -> Any:
     """Read what `save` wrote: the same tree, from the file alone.
 
     Classes and functions are found by name among those that the program has imported; a file never
-    causes an import, and no code of it is run. Arrays are put on the default device.
+    causes an import, and no code of it is run. Arrays are put on the default device. `__init__` does
+    not run: an attribute that it sets by now, and that is no field of the class, is not there.
 
     Args:
       path: the file.
       progress: called as `progress(bytes_done, bytes_in_all)` now and then.
 
     Raises:
-      LoadError: the file is damaged, cut short, foreign or newer, or a class is not imported or has
-        changed; the message names the file and the part.
+      LoadError: the file is damaged, cut short, foreign or newer, or a class is not imported or its
+        fields have changed; the message names the file and the part.
       FileNotFoundError: there is no such file.
 
     >>> import jax, jax.numpy as jnp, nnx, tempfile, os
@@ -216,7 +224,8 @@ def load_state(
       A LoadReport.
 
     Raises:
-      LoadError: the file cannot be read or, with `strict`, does not fit; nothing is changed then.
+      LoadError: the file cannot be read or, with `strict`, does not fit; the call is inside a
+        transformation. Nothing is changed then.
 
     >>> import jax, nnx, tempfile, os
     >>> path = os.path.join(tempfile.mkdtemp(), "weights.npz")
@@ -224,6 +233,7 @@ def load_state(
     >>> nnx.load_state(path, into=nnx.Linear.init(1)(3, 2))
     LoadReport(2 loaded)
     """
+    _check_outside(into)
     with _reading(path, progress) as reader:
         structure = reader.structure()
         if structure is None:
@@ -232,8 +242,9 @@ def load_state(
         else:
             values = decode_state(structure, reader.read)
     fitting = _Fitting(into)
-    for given, value in values.items():
-        fitting.add(given, value)
+    # A path of tuples that is there comes before one that only reads the same with dots.
+    for given in sorted(values, key=lambda path: path not in fitting.paths):
+        fitting.add(given, values[given])
     report = fitting.report()
     if strict and (report.missing or report.unexpected or report.mismatched):
         raise LoadError(
@@ -244,12 +255,23 @@ def load_state(
     return report
 
 
+def _check_outside(tree: Any) -> None:
+    for path, value in get_partition(tree).items():
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(value)):
+            raise LoadError(
+                f"The value at {dotted(path)!r} is a tracer: nnx.load_state was called inside a "
+                f"transformation, which would keep what the file has now. Call it outside, before "
+                f"the step."
+            )
+
+
 class _Fitting:
     """What of a file's values fits into a tree."""
 
     def __init__(self, tree: Any):
         self._tree = tree
         self._cells = refs(tree)
+        self.paths = self._cells.keys()
         kept = snapshot(tree)
         self._arrays = dict(zip(kept.dagdef.leaf_paths, kept.leaves(), strict=True))
         self._new: dict[Path, Any] = {}
@@ -262,7 +284,8 @@ class _Fitting:
             self._compare(given, value, self._arrays[given], self._new_arrays)
             return
         try:
-            path, cell = find_ref(self._tree, dotted(given), self._cells)
+            exact = given in self._cells
+            path, cell = find_ref(self._tree, given if exact else dotted(given), self._cells)
         except UnknownPathError:
             self._unexpected.append(given)
             return
@@ -275,9 +298,10 @@ class _Fitting:
         new_leaves, new_tree = jax.tree.flatten(value)
         old_leaves, old_tree = jax.tree.flatten(old)
         there, here = _text(new_leaves), _text(old_leaves)
-        if new_tree != old_tree and there == here:
+        fits = there in (here, _text(map(_canonical, old_leaves)))
+        if new_tree != old_tree and fits:
             there, here = str(new_tree), str(old_tree)
-        if (new_tree, there) != (old_tree, here):
+        if new_tree != old_tree or not fits:
             self._mismatched[path] = (there, here)
             return
         placed = [_like(a, b) for a, b in zip(new_leaves, old_leaves, strict=True)]
@@ -327,7 +351,12 @@ def _child(at: Any, name: str) -> Any:
     return {str(key): value for key, value in at.items()}[name]
 
 
-def _text(leaves: list[Any]) -> str:
+def _canonical(x: Any) -> Any:
+    # A step would make it that: NumPy's float64 becomes float32.
+    return jax.ShapeDtypeStruct(x.shape, dtype_of(x)) if isinstance(x, np.ndarray) else x
+
+
+def _text(leaves: Iterable[Any]) -> str:
     shapes = []
     for x in leaves:
         if isinstance(x, int | float | complex):
@@ -344,4 +373,6 @@ def _like(new: Any, old: Any) -> Any:
     """The new value where the old one is: on its devices, or in NumPy."""
     if isinstance(old, jax.Array):
         return jax.device_put(new, old.sharding if old.committed else None)
+    if isinstance(old, jax.ShapeDtypeStruct) and old.sharding is not None:
+        return jax.device_put(new, old.sharding)
     return np.asarray(new) if isinstance(old, np.ndarray) else new

@@ -21,6 +21,8 @@ from nnx.serialize.npz import PIECE, STRUCTURE, Progress, aligned, to_host
 
 __all__: list[str] = []
 
+CHECKSUM = "nnx.crc32"
+
 _KNOWN = frozenset(
     {
         *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
@@ -55,9 +57,8 @@ def write(path: str, encoded: Encoded, progress: Progress | None) -> None:
             host = np.frombuffer(host.tobytes(), np.uint8).reshape(*host.shape, host.itemsize)
         parts[name] = host
         sums[name] = _sum(host)
-    library.numpy.save_file(
-        parts, path, {STRUCTURE: json.dumps({**encoded.structure, "sums": sums})}
-    )
+    text = json.dumps({**encoded.structure, "sums": sums})
+    library.numpy.save_file(parts, path, {STRUCTURE: text, CHECKSUM: _text_sum(text)})
     if progress is not None:
         total = sum(x.nbytes for x in parts.values())
         progress(total, total)
@@ -71,7 +72,7 @@ class Reader:
         self._progress = progress
         self._names = frozenset(file.keys())
         self._done = 0
-        # The format has no checksums, so ours are in the structure.
+        # The format has no checksums, so ours are in the structure, which has one beside it.
         self._sums: dict[str, Any] = {}
 
     @property
@@ -81,9 +82,12 @@ class Reader:
 
     def structure(self) -> Any:
         """The parsed JSON, or None if this is a file of somebody else."""
-        text = (self._file.metadata() or {}).get(STRUCTURE)
-        if text is None:
+        metadata = self._file.metadata() or {}
+        text, known = metadata.get(STRUCTURE), metadata.get(CHECKSUM)
+        if text is None and known is None:
             return None
+        if text is None or known != _text_sum(text):
+            raise LoadError("the checksum of its structure is wrong")
         structure = json.loads(text)
         self._sums = structure["sums"]
         return structure
@@ -124,6 +128,10 @@ class Reader:
             stop = min(start + rows, shape[0])
             whole[start:stop] = part[start:stop]
         return whole
+
+
+def _text_sum(text: str) -> str:
+    return str(zlib.crc32(text.encode()))
 
 
 def _sum(array: np.ndarray) -> int:

@@ -12,8 +12,10 @@ import numpy as np
 import refx
 from nnx.module import Module
 from refx import Filter, Partition, Ref
+from refx.dag import dtype_of
 from refx.node import attributes
 from refx.partition import Path, dotted, listed
+from refx.selection import mistake
 
 __all__: list[str] = []
 
@@ -52,10 +54,11 @@ def values_of(model: Any, cells: Mapping[Path, Ref[Any]]) -> Partition:
 def nothing_selected(what: str, model: Any, filter: Filter) -> str:
     """The message for a filter that selects no Ref."""
     there = sorted({repr(cell.collection) for cell in refx.refs(model).values()})
-    return (
+    text = (
         f"{what}: the filter {filter!r} selects no Ref of the {type(model).__name__}; its Refs are "
-        f"in the collections {', '.join(there) or '(it has none)'}."
+        f"in the collections {', '.join(there) or '(it has none)'}. {mistake(filter, model) or ''}"
     )
+    return text.rstrip()
 
 
 def paths_differ(what: str, got: Any, expected: Any, unknown_to: str) -> str | None:
@@ -84,11 +87,6 @@ def values_differ(what: str, got: Partition, expected: Partition) -> str | None:
             if dtype_of(a) != dtype_of(b):
                 return f"{what} at {dotted(path)!r} has dtype {dtype_of(b)}, not {dtype_of(a)}"
     return None
-
-
-def dtype_of(x: Any) -> Any:
-    """The dtype of an array or a number."""
-    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
 
 
 def fresh(x: Any) -> jax.Array:

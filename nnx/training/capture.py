@@ -15,9 +15,10 @@ import refx
 from nnx.module import Module
 from nnx.training._cells import strong
 from nnx.training._shadow import CELLS, TAG, Shadow, Tag
+from nnx.transforms.axes import AxisError
 from refx import Filter, Partition, Ref, RefError
 from refx.node import attributes
-from refx.partition import Path, dotted
+from refx.partition import Path, dotted, listed
 from refx.trace import current_trace, local, trace_ref, transformation
 
 __all__ = ["CaptureError", "capture", "sow"]
@@ -49,10 +50,12 @@ def capture(
     `nnx.grad(..., has_aux=True)` or `nnx.scan`, return what was captured.
 
     Where the model itself runs submodules in an nnx transformation, their outputs come out as their
-    updates do: those of layers in `nnx.scan` or `nnx.vmap` (`nnx.Stack`) are stacked along a leading
-    axis, a cell that a loop carries has the output of the last step, and several calls in one
-    transformation leave the last output; of a branch that was not taken it is NaN or zero. A model
-    that has such calls is called twice, the first time to find shapes, so capture it under `nnx.jit`.
+    updates do: those of layers that `nnx.scan` or `nnx.vmap` slice (`nnx.Stack`) are stacked along a
+    leading axis, a cell that a loop carries has the output of the last step, and several calls in one
+    transformation leave the last output; of a branch that was not taken it is NaN or zero. A layer
+    that `nnx.vmap` or `nnx.shard_map` uses whole, for each example, has no place for outputs that
+    differ: leave it out by `filter`. A model that has calls in transformations is called twice, the
+    first time to find shapes, so capture it under `nnx.jit`.
 
     Args:
       model: a module, or a bound method of one.
@@ -68,7 +71,8 @@ def capture(
 
     Raises:
       CaptureError: a selected submodule is called where nothing can come out by a Ref, such as in a
-        plain `jax` transformation that is part of the model.
+        plain `jax` transformation that is part of the model, or in `nnx.vmap` with the same weights
+        in every lane.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> with nnx.scope(jax.random.key(0)):
@@ -105,6 +109,11 @@ def capture(
             try:
                 call = shadow.root if method is None else types.MethodType(method, shadow.root)
                 out = call(*args, **kwargs)
+            except AxisError as error:
+                # Without Refs for outputs it went well, the time before.
+                if not inner:
+                    raise
+                raise CaptureError(_differ(inner)) from error
             finally:
                 _recorders.stack.remove(recorder)
             if recorder.found.keys() <= inner.keys():
@@ -116,6 +125,19 @@ def capture(
                 _restore(local.scope, streams)
 
     return capturing
+
+
+def _differ(inner: dict[Path, Any]) -> str:
+    path = next(iter(inner))
+    leave = (
+        f"nnx.Not(nnx.PathContains({path[-1]!r}))" if path else "lambda path, module: path != ()"
+    )
+    return (
+        f"The outputs of {listed(inner)} cannot all be captured: nnx.vmap or nnx.shard_map has some of "
+        f"them whole, so that an output would differ between the lanes or shards of a Ref that has one "
+        f"value. Leave them out, nnx.capture(model, filter={leave}), values of nnx.sow by another "
+        f"collection; or map the call of the model, nnx.vmap(nnx.capture(model))(xs)."
+    )
 
 
 def sow(module: Module, name: str, value: Any, collection: Hashable = "intermediates") -> None:

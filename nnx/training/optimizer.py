@@ -86,7 +86,8 @@ class Optimizer(Module):
     `nnx.grad(loss, wrt=optimizer.wrt)`. All Refs are in the collection `"opt_state"`.
 
     Raises:
-      OptimizerError: `wrt` selects nothing.
+      OptimizerError: `wrt` selects nothing; two parameters have one dotted path; a mask is no
+        Partition.
       UnmatchedPathError: no filter of `tx` selects a parameter.
 
     >>> import jax, jax.numpy as jnp, nnx, optax
@@ -108,10 +109,23 @@ class Optimizer(Module):
     step: jax.Array = ref("opt_state")
 
     def __init__(self, model: Any, tx: Any, wrt: Filter = "params"):
+        if isinstance(tx, Node) or isinstance(model, optax.GradientTransformation):
+            raise TypeError(
+                f"Optimizer takes the model first and then the transformation, as in "
+                f"nnx.Optimizer(model, optax.adam(1e-3)), but got a {type(model).__name__} and a "
+                f"{type(tx).__name__}."
+            )
         cells = selected(model, wrt)
         if not cells:
             raise OptimizerError(nothing_selected("Optimizer has nothing to train", model, wrt))
         params = values_of(model, cells)
+        names = {dotted(path): path for path in params}
+        if same := [path for path in params if names[dotted(path)] != path]:
+            raise OptimizerError(
+                f"Two parameters read the same by path, {dotted(same[0])!r}, since a key has a dot: "
+                f"{same[0]} and {names[dotted(same[0])]}. Optax knows parameters by this name, so "
+                f"rename one of the keys."
+            )
         if isinstance(tx, Mapping):
             tx = _by_filter(tx, cells)
         if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
@@ -119,8 +133,19 @@ class Optimizer(Module):
                 f"Optimizer takes an optax transformation, such as optax.adam(1e-3), or a dict "
                 f"from filter to one, but got a {type(tx).__name__}: {tx!r:.80}."
             )
-        flat, treedef = jax.tree_util.tree_flatten_with_path(tx.init(params))
-        names = {dotted(path): path for path in params}
+        try:
+            initial = tx.init(params)
+        except (TypeError, ValueError) as error:
+            if "Partition" not in str(error) or "different type" not in str(error):
+                raise
+            raise OptimizerError(
+                "optax got a mask, labels or the like of another structure than the parameters have "
+                "here: a Partition, by path. Make a mask with nnx.training.mask(model, filter); give "
+                "Optimizer a dict from filter to transformation for optax.multi_transform; or build "
+                "it from what optax passes: mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, "
+                "params)."
+            ) from error
+        flat, treedef = jax.tree_util.tree_flatten_with_path(initial)
         facts = {path: (_shapes(x), cells[path].metadata) for path, x in params.items()}
         state: dict[Path, Ref[Any]] = {}
         for keys, x in flat:
@@ -147,7 +172,8 @@ class Optimizer(Module):
 
         Raises:
           OptimizerError: a path that the gradients lack or that `wrt` does not select, another
-            shape or dtype; another model than the optimizer was made for.
+            shape or dtype; a model whose parameters have other paths or shapes than those that the
+            optimizer was made for. Another model of the same structure is taken as it comes.
         """
         cells = selected(model, self.wrt)
         params = values_of(model, cells)

@@ -387,3 +387,38 @@ def test_structures_changed_at_random(rich, tmp_path, data):
         nnx.load_state(path, into=model, strict=False)
     except nnx.LoadError:
         assert jnp.array_equal(model.w, Dense().w)
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_a_bit_of_the_header_of_safetensors(tmp_path, data):
+    path = tmp_path / "m.safetensors"
+    model = nnx.BatchNorm(2)
+    nnx.save(path, model)
+    whole = bytearray(path.read_bytes())
+    size = 8 + int.from_bytes(whole[:8], "little")
+    at = data.draw(st.integers(0, size - 1))
+    whole[at] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(whole)
+    try:
+        back = nnx.load(path)
+    except nnx.LoadError as error:
+        assert str(error).startswith(f"{path} cannot be loaded: ")
+    else:
+        assert nnx.split(back)[0] is nnx.split(model)[0]
+
+
+@pytest.mark.parametrize("part", [b"nnx.json", b"nnx.crc32", b"batch_stats", b"0.99"])
+def test_the_structure_in_safetensors_has_a_checksum(tmp_path, part):
+    path = tmp_path / "m.safetensors"
+    nnx.save(path, nnx.BatchNorm(2))
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(part) + 2] ^= 1
+    path.write_bytes(whole)
+    message = "the checksum of its structure is wrong"
+    with pytest.raises(nnx.LoadError, match=message):
+        nnx.load(path)
+    with pytest.raises(nnx.LoadError, match=message):
+        nnx.load_state(path, into=nnx.BatchNorm(2), strict=False)

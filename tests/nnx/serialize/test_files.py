@@ -550,3 +550,86 @@ def test_what_our_layers_hold_can_be_saved(tmp_path):
         ]
     back = trip(tmp_path / "m.npz", layers)
     assert nnx.split(back)[0] is nnx.split(layers)[0]
+
+
+@pytest.mark.parametrize("name", ["model.npz", "model.safetensors"])
+def test_a_folder_that_is_missing_is_named(tmp_path, name):
+    folder = tmp_path / "runs" / "one"
+    message = rf"no such folder to save in; make it with os\.makedirs: '{folder}'$"
+    with pytest.raises(FileNotFoundError, match=message):
+        nnx.save(folder / name, nnx.Linear.init(0)(2, 2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_with_dots_that_read_the_same(tmp_path):
+    class Model(nnx.Module):
+        def __init__(self, x, turned=False):
+            parts = [("b.c", nnx.Ref(jnp.full(2, x))), ("b", {"c": nnx.Ref(jnp.full(2, 10 * x))})]
+            self.of = dict(parts[::-1] if turned else parts)
+
+    for turned in (False, True):
+        path, model = tmp_path / "m.npz", Model(5.0, turned)
+        nnx.save(path, Model(1.0))
+        report = nnx.load_state(path, into=model)
+        assert len(report.loaded) == 2
+        assert model.of["b.c"].value[0] == 1 and model.of["b"]["c"].value[0] == 10
+
+
+def test_a_step_may_have_made_numpys_double_precision_single(tmp_path):
+    class Model(nnx.Module):
+        w: jax.Array = nnx.param()
+
+        def __init__(self, w):
+            self.w = w
+
+    path = tmp_path / "m.npz"
+    nnx.save(path, Model(jnp.full(2, 3.0)))
+    model = Model(np.ones(2))
+    nnx.load_state(path, into=model)
+    assert model.w.tolist() == [3.0, 3.0]
+    nnx.save(path, Model(np.ones(2)))
+    with pytest.raises(
+        nnx.LoadError, match="is float64.2. in the file and float32.2. in the model"
+    ):
+        nnx.load_state(path, into=Model(jnp.ones(2)))
+
+
+def test_load_state_in_a_transformation(tmp_path):
+    path, model = tmp_path / "m.npz", nnx.Linear.init(0)(2, 2)
+    nnx.save(path, model)
+    message = "'kernel' is a tracer: nnx.load_state was called inside a transformation.*outside"
+
+    def step(model):
+        nnx.load_state(path, into=model)
+        return jnp.zeros(())
+
+    for call in (nnx.jit(step), jax.jit(step), nnx.grad(step)):
+        with pytest.raises(nnx.LoadError, match=message):
+            call(model)
+    with pytest.raises(nnx.LoadError, match=message):
+        nnx.jit(lambda: step(model))()
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_arrays_that_were_donated_and_names_as_long_as_may_be(tmp_path, kind):
+    model = nnx.Linear.init(0)(2, 2)
+    path = tmp_path / ("m" * (254 - len(kind)) + f".{kind}")
+    nnx.save(path, model)
+    assert nnx.load(path).kernel.tolist() == model.kernel.tolist()
+    before = path.read_bytes()
+    model.kernel.delete()
+    with pytest.raises(nnx.SaveError, match="'kernel' is an array that was deleted, .* donated"):
+        nnx.save(path, model)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_state_is_read_to_where_a_model_of_shapes_says(tmp_path):
+    model = nnx.Linear.init(0)(4, 8)
+    nnx.save(tmp_path / "m.npz", model)
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    columns = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    shapes = nnx.eval_shape(lambda: nnx.Linear.init(0)(4, 8))
+    shapes.kernel = jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=columns)
+    nnx.load_state(tmp_path / "m.npz", into=shapes)
+    assert shapes.kernel.sharding == columns
+    assert jnp.array_equal(shapes.kernel, model.kernel)

@@ -377,3 +377,49 @@ def test_nothing_is_kept_alive_and_no_tracer_leaks():
     del model
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize("axes", [None, (None, 0)])
+def test_layers_that_every_lane_shares_are_said_and_can_be_left_out(axes):
+    class Mapped(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(2, 2)
+
+        def __call__(self, x):
+            if axes is None:
+                return nnx.vmap(lambda x: self.layer(x))(x)
+            return nnx.vmap(lambda layer, x: layer(x), in_axes=axes)(self.layer, x)
+
+    model, x = Mapped.init(0)(), jnp.ones((3, 2))
+    message = r"outputs of 'layer' .* filter=nnx\.Not\(nnx\.PathContains\('layer'\)\)\)"
+    with pytest.raises(CaptureError, match=message):
+        capture(model)(x)
+    y, captured = capture(model, filter=nnx.Not(nnx.PathContains("layer")))(x)
+    assert list(captured) == [()] and jnp.array_equal(y, model(x))
+    y, captured = nnx.vmap(capture(model.layer))(x)
+    assert jnp.array_equal(captured[()], model(x))
+
+
+def test_layers_on_shards_are_said_too_and_axes_of_the_model_are_its_own():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x")
+    layer = nnx.Linear.init(0)(2, 2)
+
+    class Sharded(nnx.Module):
+        def __init__(self):
+            self.layer = layer
+
+        def __call__(self, x):
+            return nnx.shard_map(
+                lambda x: self.layer(x), mesh=mesh, in_specs=(spec,), out_specs=spec
+            )(x)
+
+    with pytest.raises(CaptureError, match=r"shard_map has some of them whole, .* Leave them out"):
+        capture(Sharded())(jnp.ones((4, 2)))
+
+    class Wrong(nnx.Module):
+        def __call__(self, x):
+            return nnx.vmap(lambda x, y: x, in_axes=(0, 0))(x, x[0])
+
+    with pytest.raises(nnx.AxisError, match="two sizes"):
+        capture(Wrong())(jnp.ones((4, 2)))

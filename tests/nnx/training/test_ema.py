@@ -179,3 +179,16 @@ def test_keys_and_python_numbers():
     ema.apply_to(model)
     assert model.scale == 2 and model.count.value == 3
     assert (jax.random.key_data(model.key.value) == jax.random.key_data(jax.random.key(0))).all()
+
+
+def test_values_of_numpy_in_double_precision():
+    class Model(nnx.Module):
+        w: jax.Array = nnx.param()
+
+    model = Model()
+    model.w = np.ones(2)  # pyright: ignore[reportAttributeAccessIssue]
+    ema = EMA(model, 0.5)
+    ema.update(model)
+    model.w = jnp.full(2, 3.0)
+    ema.update(model)
+    assert ema.values["w"].tolist() == [2.0, 2.0]

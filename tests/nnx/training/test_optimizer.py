@@ -447,3 +447,83 @@ def test_a_parameter_that_is_a_pytree():
     w[0].value = {"a": jnp.ones(2), "b": jnp.ones((3, 2))}
     with pytest.raises(OptimizerError, match=r"'0' has shape \(2,\)\(3, 2\), but it had"):
         optimizer.update(w, nnx.get_partition(w))
+
+
+def test_swapped_arguments_are_said():
+    model = nnx.Linear.init(0)(2, 1)
+    message = r"the model first.*nnx\.Optimizer\(model, optax\.adam\(1e-3\)\), but got a Gradient.* and a Linear"
+    with pytest.raises(TypeError, match=message):
+        nnx.Optimizer(optax.adam(0.1), model)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda labels: optax.adamw(0.1, mask=labels),
+        lambda labels: optax.adamw(0.1, mask=lambda params: labels),
+        lambda labels: optax.masked(optax.adam(0.1), labels),
+        lambda labels: optax.multi_transform(
+            {True: optax.adam(0.1), False: optax.sgd(1.0)}, labels
+        ),
+    ],
+)
+def test_a_mask_that_is_no_partition_is_said(make):
+    model = nnx.Linear.init(0)(2, 1)
+    message = (
+        r"a mask, labels or the like.*Partition, by path.*nnx\.training\.mask\(model, filter\)"
+    )
+    with pytest.raises(nnx.OptimizerError, match=message) as info:
+        nnx.Optimizer(model, make({"kernel": True, "bias": False}))
+    assert "different types" in str(info.value.__cause__)
+    nnx.Optimizer(model, make(nnx.training.mask(model, nnx.PathContains("kernel"))))
+
+
+def test_a_model_of_the_same_structure_is_taken_as_it_comes():
+    one, two = nnx.Linear.init(0)(2, 1), nnx.Linear.init(1)(2, 1)
+    optimizer, was = nnx.Optimizer(one, optax.sgd(1.0)), two.kernel
+    optimizer.update(two, jax.tree.map(jnp.ones_like, two["params"]))
+    np.testing.assert_allclose(two.kernel, was - 1.0)
+
+
+def test_wrt_that_is_a_typo_is_said():
+    with pytest.raises(nnx.OptimizerError, match=r"'params'\. There is .*did you mean 'params'\?$"):
+        nnx.Optimizer(nnx.Linear.init(0)(2, 1), optax.sgd(1.0), wrt="parms")
+
+
+class OfNumpy(nnx.Module):
+    w: jax.Array = nnx.param()
+
+    def __init__(self):
+        self.w = np.ones((2, 1))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __call__(self, x):
+        return x @ self.w
+
+
+def test_parameters_of_numpy_in_double_precision():
+    grads = nnx.grad(lambda m: m(jnp.ones((1, 2))).sum())(OfNumpy())
+    model = OfNumpy()
+    Optimizer(model, optax.sgd(0.5)).update(model, grads)
+    assert model.w.dtype == jnp.float32 and model.w.ravel().tolist() == [0.5, 0.5]
+    model = OfNumpy()
+    model["params"] = jax.tree.map(lambda a, g: a - 0.5 * g, model["params"], grads)
+    assert model.w.ravel().tolist() == [0.5, 0.5]
+    with pytest.raises(
+        nnx.DtypeError, match=r"dtype float32, .* has float16\. .*astype\('float32'"
+    ):
+        OfNumpy()["params"] = {"w": jnp.ones((2, 1), jnp.float16)}
+    with pytest.raises(nnx.DtypeError, match=r"dtype float32, .* has float64\."):
+        model["params"] = {"w": np.ones((2, 1))}
+    with pytest.raises(OptimizerError, match=r"dtype float16, not float32"):
+        model = OfNumpy()
+        Optimizer(model, optax.sgd(0.5)).update(model, {("w",): jnp.ones((2, 1), jnp.float16)})
+
+
+def test_two_parameters_of_one_dotted_path():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.of = {"b.c": nnx.Ref(1.0, "params"), "b": {"c": nnx.Ref(2.0, "params")}}
+
+    message = r"by path, 'of\.b\.c', .*: \('of', 'b\.c'\) and \('of', 'b', 'c'\)\. .* rename"
+    with pytest.raises(OptimizerError, match=message):
+        Optimizer(Model(), optax.adam(0.1))
