@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from nnx.module import Module
-from nnx.scope import make_rng
+from nnx.scope import MissingFlagError, get_flag, make_rng
 from refx import Ref
 
 Dtype = Any
@@ -39,11 +39,74 @@ def new_ref(
 ) -> Ref[jax.Array]:
     """A parameter with its initial value; constants take no key from the stream."""
     key = None if init in (zeros, ones) else make_rng("params")
-    return Ref(init(key, shape, dtype), "params", **metadata)
+    # JAX draws in the dtype, and some of the small ones cannot hold what is between.
+    small = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
+    value = init(key, shape, jnp.float32).astype(dtype) if small else init(key, shape, dtype)
+    return Ref(value, "params", **metadata)
 
 
 def shape_error(layer: Module, what: str, expected: str, got: Any) -> ValueError:
     """The error for an input that does not fit a layer."""
     return ValueError(
         f"{type(layer).__name__} expects {what} of shape {expected}, but got {tuple(got)}."
+    )
+
+
+def check_parameters(layer: Module, **expected: tuple[int, ...]) -> None:
+    """Raise for a parameter of another shape than the layer was made with.
+
+    It is for where a call has failed: JAX's own error would not say which array is wrong.
+    """
+    for name, shape in expected.items():
+        got = getattr(layer, name)
+        if got is not None and jnp.shape(got) != shape:
+            raise ValueError(
+                f"The {name} of {type(layer).__name__} has the shape {jnp.shape(got)}, but the "
+                f"layer was made for one of shape {shape}. Assign an array of this shape, or make "
+                f"a layer of the other sizes."
+            )
+
+
+def as_array(layer: Module, x: Any) -> jax.Array:
+    """The input of a layer as an array, where it is a number or a list of numbers.
+
+    Raises:
+      TypeError: it is anything else.
+    """
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        return x
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{type(layer).__name__} takes an array, but got an object of the type "
+            f"{type(x).__name__!r}."
+        ) from None
+
+
+def evaluates(layer: Module, flag: str, given: bool | None) -> bool:
+    """The value of a flag that is on in evaluation: `deterministic`, `use_running_average`.
+
+    In this order, the first that is not None: the argument of the call, the scope flag of that
+    name, the opposite of the scope flag `training`, the attribute of the layer.
+
+    Raises:
+      MissingFlagError: all are None.
+    """
+    if given is not None:
+        return given
+    ambient = get_flag(flag, None)
+    if ambient is not None:
+        return ambient
+    training = get_flag("training", None)
+    if training is not None:
+        return not training
+    own = getattr(layer, flag)
+    if own is not None:
+        return own
+    name = type(layer).__name__
+    raise MissingFlagError(
+        f"{name} does not know whether this is training: {flag!r} is None as its attribute and set "
+        f"by no call or scope. Call model.train() or model.eval(), or use nnx.scope(training=...) "
+        f"or model.apply(training=...), or make it with {name}(..., {flag}=False)."
     )

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from nnx.layers._sharding import placed_as
+
 __all__ = ["append", "check_room", "seen"]
 
 
@@ -34,6 +36,7 @@ def check_room(
 def append(cached: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     """What is cached, with the new keys or values from position `start` on."""
     axis = cached.ndim - 3
+    cached = placed_as(cached, new, axis)
     return jax.lax.dynamic_update_slice_in_dim(cached, new.astype(cached.dtype), start, axis)
 
 

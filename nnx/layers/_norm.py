@@ -9,7 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx.layers._common import Dtype, Initializer, Metadata, new_ref, shape_error
+from nnx.layers._common import (
+    Dtype,
+    Initializer,
+    Metadata,
+    check_parameters,
+    new_ref,
+    shape_error,
+)
 from nnx.module import Module, param
 
 Axes = int | Sequence[int]
@@ -108,11 +115,15 @@ class Norm(Module):
         if dtype is None:
             dtype = jnp.result_type(*(a for a in (x, scale, bias) if a is not None))
         factor = jax.lax.rsqrt(var + self.epsilon)
-        if scale is not None:
-            factor = factor * scale.reshape(along)
-        y = (x if mean is None else x - mean) * factor
-        if bias is not None:
-            y = y + bias.reshape(along)
+        try:
+            if scale is not None:
+                factor = factor * scale.reshape(along)
+            y = (x if mean is None else x - mean) * factor
+            if bias is not None:
+                y = y + bias.reshape(along)
+        except (TypeError, ValueError):
+            check_parameters(self, scale=(self.num_features,), bias=(self.num_features,))
+            raise
         return y.astype(dtype)
 
 

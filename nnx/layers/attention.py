@@ -13,7 +13,9 @@ from nnx.layers._common import (
     Dtype,
     Initializer,
     Metadata,
+    as_array,
     default_kernel_init,
+    evaluates,
     promote_dtype,
     shape_error,
     zeros,
@@ -50,8 +52,9 @@ class MultiHeadAttention(Module):
       broadcast_dropout: drop the same weights in every batch entry and head.
       dropout_rate: the probability that an attention weight is dropped. Keys come from the ambient
         stream `"dropout"`.
-      deterministic: drop nothing. An argument of the call, then a scope flag of this name, wins over
-        it; `model.train()` and `model.eval()` set it.
+      deterministic: drop nothing. An argument of the call wins over it, then a scope flag of this
+        name, then the scope flag `training`, which says the opposite; `model.train()` and
+        `model.eval()` set it.
       precision: precision of the products, as for `jax.lax.dot_general`.
       kernel_init, bias_init: initializers of the four projections.
       out_kernel_init, out_bias_init: those of `out`, if others.
@@ -104,7 +107,7 @@ class MultiHeadAttention(Module):
         param_dtype: Dtype = jnp.float32,
         broadcast_dropout: bool = True,
         dropout_rate: float = 0.0,
-        deterministic: bool | None = None,
+        deterministic: bool | None = False,
         precision: Any = None,
         kernel_init: Initializer = default_kernel_init,
         out_kernel_init: Initializer | None = None,
@@ -269,6 +272,7 @@ class MultiHeadAttention(Module):
           MissingFlagError: weights may be dropped, and `deterministic` is None everywhere.
           MissingStreamError: weights are to be dropped, and there is no stream for a key.
         """
+        inputs_q = as_array(self, inputs_q)
         if inputs_k is None:
             if inputs_v is not None:
                 raise ValueError(
@@ -277,7 +281,8 @@ class MultiHeadAttention(Module):
                 )
             inputs_k = inputs_q
             key_positions = positions if key_positions is None else key_positions
-        inputs_v = inputs_k if inputs_v is None else inputs_v
+        inputs_k = as_array(self, inputs_k)
+        inputs_v = inputs_k if inputs_v is None else as_array(self, inputs_v)
         self._check_inputs(inputs_q, inputs_k, inputs_v)
         if decode is None:
             decode = self.get_flag("decode", False)
@@ -307,11 +312,8 @@ class MultiHeadAttention(Module):
 
     def _options(self, deterministic: bool | None, rng: jax.Array | None) -> dict[str, Any]:
         """What `attention_fn` is called with in any case."""
-        if self.dropout_rate == 0:
-            deterministic = True
-        elif deterministic is None:
-            deterministic = self.get_flag("deterministic")
-        if deterministic:
+        drops = self.dropout_rate > 0 and not evaluates(self, "deterministic", deterministic)
+        if not drops:
             rng = None
         elif rng is None:
             rng = self.make_rng("dropout")
@@ -321,7 +323,7 @@ class MultiHeadAttention(Module):
             "broadcast_dropout": self.broadcast_dropout,
             "dropout_rate": self.dropout_rate,
             "dropout_rng": rng,
-            "deterministic": deterministic,
+            "deterministic": not drops,
         }
 
     def _rotated(

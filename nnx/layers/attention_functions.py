@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx.layers._common import Dtype, promote_dtype
+from nnx.layers._sharding import dropped
 
 __all__ = ["dot_product_attention", "dot_product_attention_weights"]
 
@@ -150,8 +151,7 @@ def dot_product_attention_weights(
     shape = weights.shape
     if broadcast_dropout:
         shape = (1,) * (len(shape) - 2) + shape[-2:]
-    kept = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, shape)
-    return jnp.where(kept, weights / (1 - dropout_rate), jnp.zeros_like(weights))
+    return dropped(weights, dropout_rate, dropout_rng, shape)
 
 
 def _plain(

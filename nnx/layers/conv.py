@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from nnx.layers._common import (
     Dtype,
     Initializer,
     Metadata,
+    as_array,
+    check_parameters,
     default_kernel_init,
     new_ref,
     promote_dtype,
@@ -29,10 +32,14 @@ Padding = str | int | Sequence[int | tuple[int, int]]
 class Conv(Module):
     """A convolution over any number of spatial axes, with the channels last.
 
+    `kernel_size` says how many spatial axes there are: for images, write `(3, 3)`. With an int, as in
+    `Conv(3, 8, 3)`, there is one, and images `(batch, height, width, channels)` are taken for
+    batches of rows: only the width is convolved.
+
     Args:
       in_features: channels of the input.
       out_features: channels of the output.
-      kernel_size: size of the kernel along each spatial axis; an int is one axis.
+      kernel_size: size of the kernel along each spatial axis; an int is one axis, not a square.
       strides: one for all axes or one each.
       padding: `"SAME"`, `"VALID"`, `"CIRCULAR"`, `"REFLECT"`, `"CAUSAL"` (one axis only), an int
         for all sides, or for each axis an int or a pair (before, after).
@@ -124,37 +131,48 @@ class Conv(Module):
         Any number of batch axes, none included.
 
         Raises:
-          ValueError: too few axes, or another number of channels; the message has both shapes.
+          ValueError: too few axes, or another number of channels; nothing along a spatial axis to
+            pad with. The message has both shapes.
         """
+        x = as_array(self, x)
         axes = len(self.kernel_size)
         if x.ndim < axes + 1 or x.shape[-1] != self.in_features:
             expected = f"(..., {', '.join('*' * axes)}, {self.in_features})"
             raise shape_error(self, "an input", expected, x.shape)
+        if self.padding in ("CIRCULAR", "REFLECT") and 0 in x.shape[-axes - 1 : -1]:
+            expected = f"(*batch, *spatial, {self.in_features}) with no empty spatial axis to pad"
+            raise shape_error(self, "an input", expected, x.shape)
         batch = x.shape[: x.ndim - axes - 1]
-        x = x.reshape(-1, *x.shape[len(batch) :])
+        x = x.reshape(math.prod(batch), *x.shape[len(batch) :])
         padding = self.padding
         if isinstance(padding, str) and padding in _PAD_MODES:
             x, padding = self._padded(x, padding), "VALID"
-        kernel = self.kernel if self.mask is None else self.kernel * self.mask
-        x, kernel, bias = self.promote_dtype((x, kernel, self.bias), dtype=self.dtype)
+        kernel, bias = self.kernel, self.bias
         options: dict[str, Any] = {}
         if self.preferred_element_type is not None:
             options["preferred_element_type"] = self.preferred_element_type
         spatial = "DHW"[-axes:] if axes <= 3 else "".join(map(chr, range(97, 97 + axes)))
-        y = self.conv_general_dilated(
-            x,
-            kernel,
-            self.strides,
-            padding,
-            lhs_dilation=self.input_dilation,
-            rhs_dilation=self.kernel_dilation,
-            dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-            feature_group_count=self.feature_group_count,
-            precision=self.precision,
-            **options,
-        )
-        if bias is not None:
-            y = y + bias
+        try:
+            if self.mask is not None:
+                kernel = kernel * self.mask
+            x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
+            y = self.conv_general_dilated(
+                x,
+                kernel,
+                self.strides,
+                padding,
+                lhs_dilation=self.input_dilation,
+                rhs_dilation=self.kernel_dilation,
+                dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+                feature_group_count=self.feature_group_count,
+                precision=self.precision,
+                **options,
+            )
+            if bias is not None:
+                y = y + bias
+        except (TypeError, ValueError):
+            check_parameters(self, kernel=self.kernel_shape, bias=(self.out_features,))
+            raise
         return y.reshape(*batch, *y.shape[1:])
 
     def _padded(self, x: jax.Array, mode: str) -> jax.Array:

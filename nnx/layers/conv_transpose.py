@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from nnx.layers._common import (
     Dtype,
     Initializer,
     Metadata,
+    as_array,
+    check_parameters,
     default_kernel_init,
     new_ref,
     promote_dtype,
@@ -33,7 +36,8 @@ class ConvTranspose(Module):
     Args:
       in_features: channels of the input.
       out_features: channels of the output.
-      kernel_size: size of the kernel along each spatial axis; an int is one axis.
+      kernel_size: size of the kernel along each spatial axis, `(4, 4)` for images; an int is one
+        axis, not a square.
       strides: one for all axes or one each.
       padding: `"SAME"`: the output is `strides` times the size of the input; `"VALID"`: all of the
         output; `"CIRCULAR"`: the size of `"SAME"`, wrapped around; `"CAUSAL"` (one axis only): the
@@ -121,36 +125,47 @@ class ConvTranspose(Module):
         Any number of batch axes, none included.
 
         Raises:
-          ValueError: too few axes, or another number of channels; the message has both shapes.
+          ValueError: too few axes, an empty spatial axis, or another number of channels; the message
+            has both shapes.
         """
+        x = as_array(self, x)
         axes = len(self.kernel_size)
         if x.ndim < axes + 1 or x.shape[-1] != self.in_features:
             expected = f"(..., {', '.join('*' * axes)}, {self.in_features})"
             raise shape_error(self, "an input", expected, x.shape)
+        if 0 in x.shape[-axes - 1 : -1]:
+            expected = f"(*batch, *spatial, {self.in_features}) with no empty spatial axis"
+            raise shape_error(self, "an input", expected, x.shape)
         batch = x.shape[: x.ndim - axes - 1]
-        x = x.reshape(-1, *x.shape[len(batch) :])
-        kernel = self.kernel if self.mask is None else self.kernel * self.mask
-        x, kernel, bias = self.promote_dtype((x, kernel, self.bias), dtype=self.dtype)
+        x = x.reshape(math.prod(batch), *x.shape[len(batch) :])
+        kernel, bias = self.kernel, self.bias
         padding: Any = self.padding
         if padding == "CIRCULAR":
             padding = "VALID"
         elif padding == "CAUSAL":
             reach = (self.kernel_size[0] - 1) * self.kernel_dilation[0]
             padding = ((reach, self.strides[0] - 1),)
-        y = jax.lax.conv_transpose(
-            x,
-            kernel,
-            self.strides,
-            padding,
-            rhs_dilation=self.kernel_dilation,
-            transpose_kernel=self.transpose_kernel,
-            precision=self.precision,
-            preferred_element_type=self.preferred_element_type,
-        )
-        if self.padding == "CIRCULAR":
-            y = self._wrapped(y, x.shape[1:-1])
-        if bias is not None:
-            y = y + bias
+        try:
+            if self.mask is not None:
+                kernel = kernel * self.mask
+            x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
+            y = jax.lax.conv_transpose(
+                x,
+                kernel,
+                self.strides,
+                padding,
+                rhs_dilation=self.kernel_dilation,
+                transpose_kernel=self.transpose_kernel,
+                precision=self.precision,
+                preferred_element_type=self.preferred_element_type,
+            )
+            if self.padding == "CIRCULAR":
+                y = self._wrapped(y, x.shape[1:-1])
+            if bias is not None:
+                y = y + bias
+        except (TypeError, ValueError):
+            check_parameters(self, kernel=self.kernel_shape, bias=(self.out_features,))
+            raise
         return y.reshape(*batch, *y.shape[1:])
 
     def _wrapped(self, y: jax.Array, sizes: tuple[int, ...]) -> jax.Array:

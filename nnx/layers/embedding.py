@@ -13,10 +13,12 @@ from nnx.layers._common import (
     Dtype,
     Initializer,
     Metadata,
+    as_array,
     new_ref,
     promote_dtype,
     shape_error,
 )
+from nnx.layers._sharding import looked_up
 from nnx.module import Module, param
 
 __all__ = ["Embed"]
@@ -82,20 +84,23 @@ class Embed(Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Look up integers of any shape; the result has a last axis of size `features` more.
 
+        On a mesh with explicit axes it is sharded as the integers are, and the last axis as that
+        of the table.
+
         Raises:
           ValueError: the dtype is not an integer one.
         """
-        x = jnp.asarray(x)
+        x = as_array(self, x)
         if not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(
-                f"Embed({self.num_embeddings}, {self.features}) looks up integers, but got an "
-                f"input of dtype {x.dtype} and shape {x.shape}. Cast it, as in "
+                f"{type(self).__name__}({self.num_embeddings}, {self.features}) looks up integers, "
+                f"but got an input of dtype {x.dtype} and shape {x.shape}. Cast it, as in "
                 f"x.astype(jnp.int32), or use a Linear for vectors."
             )
         (embedding,) = self.promote_dtype((self.embedding,), dtype=self.dtype)
         if self.num_embeddings == 1:
             return jnp.broadcast_to(embedding, (*x.shape, self.features))
-        return jnp.take(embedding, x, axis=0)
+        return looked_up(embedding, x)
 
     def attend(self, query: jax.Array) -> jax.Array:
         """The product of each query with each row: logits, with the table of the input.

@@ -8,7 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx.layers._common import Dtype, Initializer, Metadata, ones, promote_dtype, zeros
+from nnx.layers._common import (
+    Dtype,
+    Initializer,
+    Metadata,
+    as_array,
+    ones,
+    promote_dtype,
+    zeros,
+)
 from nnx.layers._norm import Axes, Norm
 
 __all__ = ["GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
@@ -89,6 +97,7 @@ class LayerNorm(Norm):
         Raises:
           ValueError: the feature axes have another size; the message has both shapes.
         """
+        x = as_array(self, x)
         features = self._features(x, self.feature_axes)
         axes = self._axes(x, self.reduction_axes, "reduction axes")
         x, scale, bias = self.promote_dtype((x, self.scale, self.bias), dtype=self.dtype)
@@ -150,6 +159,7 @@ class RMSNorm(Norm):
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Normalize, with arguments and errors as of `LayerNorm`."""
+        x = as_array(self, x)
         features = self._features(x, self.feature_axes)
         axes = self._axes(x, self.reduction_axes, "reduction axes")
         x, scale = self.promote_dtype((x, self.scale), dtype=self.dtype)
@@ -245,6 +255,7 @@ class GroupNorm(Norm):
         Raises:
           ValueError: another number of channels; the message has both shapes.
         """
+        x = as_array(self, x)
         features = self._features(x, -1)
         given = range(min(1, x.ndim - 1), x.ndim)
         if self.reduction_axes is not None:
@@ -325,6 +336,7 @@ class InstanceNorm(Norm):
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalize an input `(batch, ...)`, with arguments and errors as of `LayerNorm`."""
+        x = as_array(self, x)
         features = self._features(x, self.feature_axes)
         if 0 in features:
             raise ValueError(

@@ -12,6 +12,8 @@ from nnx.layers._common import (
     Dtype,
     Initializer,
     Metadata,
+    as_array,
+    check_parameters,
     default_kernel_init,
     new_ref,
     promote_dtype,
@@ -100,7 +102,9 @@ class Linear(Module):
         """Apply the layer to an input of shape `(..., in_features)`.
 
         Raises:
-          ValueError: the last axis has another size; the message has both shapes.
+          ValueError: the last axis has another size, or the layer was given a kernel or a bias that
+            does not fit; the message has both shapes.
+          TypeError: the input is no array and no list of numbers.
         """
         kernel, bias = self.kernel, self.bias
         try:
@@ -108,12 +112,16 @@ class Linear(Module):
                 y = x @ kernel
                 return y if bias is None else y + bias
             return self._general(x, kernel, bias)
-        except (TypeError, ValueError):
-            if jnp.ndim(x) and jnp.shape(x)[-1] == self.in_features:
-                raise
-            raise shape_error(
-                self, "an input", f"(..., {self.in_features})", jnp.shape(x)
-            ) from None
+        except (AttributeError, TypeError, ValueError):
+            array = as_array(self, x)
+            if array is not x:
+                return self(array)
+            if not x.ndim or x.shape[-1] != self.in_features:
+                expected = f"(..., {self.in_features})"
+                raise shape_error(self, "an input", expected, x.shape) from None
+            out = (self.out_features,)
+            check_parameters(self, kernel=(self.in_features, *out), bias=out)
+            raise
 
     def _general(self, x: Any, kernel: Any, bias: Any) -> jax.Array:
         x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)

@@ -13,6 +13,8 @@ from nnx.layers._common import (
     Dtype,
     Initializer,
     Metadata,
+    as_array,
+    check_parameters,
     default_kernel_init,
     new_ref,
     ones,
@@ -88,12 +90,12 @@ class LinearGeneral(Module):
         inputs, outputs, axes = _tuple(in_features), _tuple(out_features), _tuple(axis)
         if len(inputs) != len(axes):
             raise ValueError(
-                f"LinearGeneral needs a size for each axis, but got in_features {inputs} for the "
+                f"{type(self).__name__} needs a size for each axis, but got in_features {inputs} for the "
                 f"axes {axes}."
             )
         if sorted(batch_axis) != list(range(len(batch_axis))):
             raise ValueError(
-                f"The batch axes of LinearGeneral must be the leading ones, 0, 1, ..., but "
+                f"The batch axes of {type(self).__name__} must be the leading ones, 0, 1, ..., but "
                 f"batch_axis has {tuple(batch_axis)}."
             )
         batch = tuple(batch_axis[i] for i in range(len(batch_axis)))
@@ -127,7 +129,8 @@ class LinearGeneral(Module):
         Raises:
           ValueError: an axis is missing or has another size; the message has both shapes.
         """
-        shape = jnp.shape(x)
+        x = as_array(self, x)
+        shape = tuple(x.shape)
         axes = self._summed_axes(shape)
         batch = tuple(range(len(self.batch_axis)))
         x, kernel, bias = self.promote_dtype((x, self.kernel, self.bias), dtype=self.dtype)
@@ -138,11 +141,16 @@ class LinearGeneral(Module):
         if self.preferred_element_type is not None:
             options["preferred_element_type"] = self.preferred_element_type
         kernel_axes = tuple(range(len(batch), len(batch) + len(axes)))
-        y = dot_general(x, kernel, ((axes, kernel_axes), (batch, batch)), **options)
-        if bias is None:
-            return y
-        others = (1,) * (len(shape) - len(batch) - len(axes))
-        return y + bias.reshape(*shape[: len(batch)], *others, *self.out_features)
+        try:
+            y = dot_general(x, kernel, ((axes, kernel_axes), (batch, batch)), **options)
+            if bias is None:
+                return y
+            others = (1,) * (len(shape) - len(batch) - len(axes))
+            return y + bias.reshape(*shape[: len(batch)], *others, *self.out_features)
+        except (TypeError, ValueError):
+            lead, out = shape[: len(batch)], self.out_features
+            check_parameters(self, kernel=(*lead, *self.in_features, *out), bias=(*lead, *out))
+            raise
 
     def _summed_axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The axes to sum over, counted from the front and in order; raises if `x` has them not."""
@@ -153,7 +161,7 @@ class LinearGeneral(Module):
             return tuple(axes)
         batch = f" and batch axes of size {self.batch_axis}" if self.batch_axis else ""
         raise ValueError(
-            f"LinearGeneral expects an input with sizes {self.in_features} along the axes "
+            f"{type(self).__name__} expects an input with sizes {self.in_features} along the axes "
             f"{self.axis}{batch}, but got one of shape {shape}."
         )
 
@@ -237,13 +245,18 @@ class Einsum(Module):
         """
         equation = self.einsum_str if einsum_str is None else einsum_str.replace(" ", "")
         left, right, result = self._parse(equation)
+        x = as_array(self, x)
         self._check_input(x, equation, left, right)
         shape = jnp.shape(x)
         x, kernel, bias = self.promote_dtype((x, self.kernel, self.bias), dtype=self.dtype)
         options: dict[str, Any] = {"precision": self.precision}
         if self.preferred_element_type is not None:
             options["preferred_element_type"] = self.preferred_element_type
-        y = self.einsum_op(equation, x, kernel, **options)
+        try:
+            y = self.einsum_op(equation, x, kernel, **options)
+        except (TypeError, ValueError):
+            check_parameters(self, kernel=self.kernel_shape)
+            raise
         if bias is None:
             return y
         # Axes of an ellipsis are aligned at the right, so they are counted from there.

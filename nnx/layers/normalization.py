@@ -12,6 +12,9 @@ from nnx.layers._common import (
     Dtype,
     Initializer,
     Metadata,
+    as_array,
+    check_parameters,
+    evaluates,
     new_ref,
     ones,
     promote_dtype,
@@ -31,8 +34,9 @@ class BatchNorm(Module):
 
     Args:
       num_features: size of the feature axis.
-      use_running_average: an argument of the call, then a scope flag of this name, wins over it;
-        `model.train()` and `model.eval()` set it.
+      use_running_average: an argument of the call wins over it, then a scope flag of this name,
+        then the scope flag `training`, which says the opposite; `model.train()` and `model.eval()`
+        set it.
       axis: the feature axis; the statistics are over all others.
       momentum: the running averages become `momentum * old + (1 - momentum) * new`.
       epsilon: is added to the variance.
@@ -42,7 +46,8 @@ class BatchNorm(Module):
       use_bias, use_scale: whether there are such parameters; without, the attribute is None.
       bias_init, scale_init: initializers.
       axis_name: name of a mapped axis (`nnx.vmap`, `nnx.shard_map`) to average over as well.
-      axis_index_groups: groups along that axis, as for `jax.lax.pmean`.
+      axis_index_groups: groups along that axis, as for `jax.lax.pmean`, which has them in `jax.pmap`
+        and in `nnx.shard_map(..., check_vma=False)` only; there the averages kept are of one group.
       use_fast_variance: `E[x²] - E[x]²` instead of `E[(x - E[x])²]`: one pass, less exact.
       promote_dtype: a function for the casts, called with `(x, mean, var, scale, bias), dtype=`.
       bias_metadata, scale_metadata: metadata of the Refs.
@@ -124,8 +129,8 @@ class BatchNorm(Module):
           ValueError: the feature axis has another size; the message has both shapes.
           MissingFlagError: `use_running_average` is None everywhere.
         """
-        if use_running_average is None:
-            use_running_average = self.get_flag("use_running_average")
+        use_running_average = evaluates(self, "use_running_average", use_running_average)
+        x = as_array(self, x)
         if not -x.ndim <= self.axis < x.ndim or x.shape[self.axis] != self.num_features:
             expected = f"(..., {self.num_features}) along axis {self.axis}"
             raise shape_error(self, "an input", expected, x.shape)
@@ -137,15 +142,20 @@ class BatchNorm(Module):
         if not use_running_average:
             mean, var = self._statistics(x, others, mask)
             keep = self.momentum
-            self.mean = jax.lax.stop_gradient(keep * self.mean + (1 - keep) * mean)
-            self.var = jax.lax.stop_gradient(keep * self.var + (1 - keep) * var)
+            self.mean = _averaged(self.mean, mean, keep)
+            self.var = _averaged(self.var, var, keep)
         along = [-1 if i == feature_axis else 1 for i in range(x.ndim)]
-        factor = jax.lax.rsqrt(var.reshape(along) + self.epsilon)
-        if scale is not None:
-            factor = factor * scale.reshape(along)
-        y = (x - mean.reshape(along)) * factor
-        if bias is not None:
-            y = y + bias.reshape(along)
+        try:
+            factor = jax.lax.rsqrt(var.reshape(along) + self.epsilon)
+            if scale is not None:
+                factor = factor * scale.reshape(along)
+            y = (x - mean.reshape(along)) * factor
+            if bias is not None:
+                y = y + bias.reshape(along)
+        except (TypeError, ValueError):
+            size = (self.num_features,)
+            check_parameters(self, scale=size, bias=size, mean=size, var=size)
+            raise
         return y.astype(x.dtype)
 
     def _statistics(
@@ -174,3 +184,9 @@ class BatchNorm(Module):
 
 def _square(x: jax.Array) -> jax.Array:
     return jnp.real(x * jnp.conj(x)) if jnp.iscomplexobj(x) else x * x
+
+
+def _averaged(old: jax.Array, new: jax.Array, keep: float) -> jax.Array:
+    average = jax.lax.stop_gradient(keep * old + (1 - keep) * new)
+    # Of a float64 batch it would become float64, which no loop could carry.
+    return average if jnp.iscomplexobj(average) else average.astype(old.dtype)

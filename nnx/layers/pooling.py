@@ -79,6 +79,9 @@ def max_pool(
 ) -> jax.Array:
     """The maximum of each window; arguments and errors as for `pool`.
 
+    Raises:
+      ValueError: values that have no order, such as complex ones.
+
     >>> import jax.numpy as jnp, nnx
     >>> nnx.max_pool(jnp.ones((2, 28, 28, 8)), (2, 2), (2, 2)).shape
     (2, 14, 14, 8)
@@ -94,6 +97,9 @@ def min_pool(
     padding: Padding = "VALID",
 ) -> jax.Array:
     """The minimum of each window; arguments and errors as for `pool`.
+
+    Raises:
+      ValueError: values that have no order, such as complex ones.
 
     >>> import jax.numpy as jnp, nnx
     >>> nnx.min_pool(jnp.arange(4.0)[:, None], (2,)).ravel().tolist()
@@ -123,7 +129,7 @@ def avg_pool(
     [6.0, 6.0, 6.0]
     """
     if not jnp.issubdtype(inputs.dtype, jnp.inexact):
-        inputs = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
+        inputs = inputs.astype(jnp.float32)
     total = pool(inputs, 0.0, jax.lax.add, window_shape, strides, padding)
     if count_include_pad:
         return total / math.prod(window_shape)
@@ -137,8 +143,19 @@ def avg_pool(
 def _extremes(x: jax.Array) -> tuple[Any, Any]:
     """The least and the greatest value of a dtype, as constants: gradients need to know them."""
     if jnp.issubdtype(x.dtype, jnp.floating):
-        return np.array(-np.inf, x.dtype), np.array(np.inf, x.dtype)
-    if x.dtype == jnp.bool_:
+        greatest = np.array(np.inf, x.dtype)
+        if np.isinf(greatest):
+            return -greatest, greatest
+        # Some of eight bits and less have no infinity.
+        info = jnp.finfo(x.dtype)
+    elif x.dtype == jnp.bool_:
         return np.array(False), np.array(True)
-    info = jnp.iinfo(x.dtype)
+    elif jnp.issubdtype(x.dtype, jnp.integer):
+        info = jnp.iinfo(x.dtype)
+    else:
+        raise ValueError(
+            f"max_pool and min_pool need values that have an order, but got inputs of dtype "
+            f"{x.dtype} and shape {tuple(x.shape)}. Pool jnp.abs(x), or its real and imaginary "
+            f"parts by themselves."
+        )
     return np.array(info.min, x.dtype), np.array(info.max, x.dtype)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx.layers._common import Dtype, shape_error
+from nnx.layers._common import Dtype, as_array, shape_error
 from nnx.module import Module
 
 __all__ = ["RotaryEmbedding", "apply_rotary", "sinusoidal_positions"]
@@ -160,6 +160,7 @@ class RotaryEmbedding(Module):
         Raises:
           ValueError: the heads have another size, or the positions do not fit.
         """
+        x = as_array(self, x)
         if x.ndim < 3 or x.shape[-1] != self.features:
             expected = f"(..., length, heads, {self.features})"
             raise shape_error(self, "queries or keys", expected, x.shape)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx.layers._common import Dtype, Metadata, promote_dtype
+from nnx.layers._common import Dtype, Metadata, as_array, promote_dtype
 from nnx.module import Module, param
 from refx import Ref
 
@@ -57,6 +57,7 @@ class PReLU(Module):
           ValueError: the slope is an array that does not broadcast to the input; the message has
             both shapes.
         """
+        x = as_array(self, x)
         shape = self.negative_slope.shape
         try:
             fits = jnp.broadcast_shapes(shape, x.shape) == x.shape
@@ -64,8 +65,8 @@ class PReLU(Module):
             fits = False
         if not fits:
             raise ValueError(
-                f"PReLU has a negative_slope of shape {shape}, which does not broadcast to an input "
-                f"of shape {tuple(x.shape)}."
+                f"{type(self).__name__} has a negative_slope of shape {shape}, which does not "
+                f"broadcast to an input of shape {tuple(x.shape)}."
             )
         # A slope of higher precision must not change the dtype of what flows through the network.
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else None

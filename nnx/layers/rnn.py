@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx.layers._common import shape_error
+from nnx.layers._common import as_array, shape_error
+from nnx.layers._sharding import placed_as
 from nnx.layers.recurrent import RNNCellBase
 from nnx.module import Module
 from nnx.scope import MissingStreamError, make_rng, scope
@@ -111,6 +112,7 @@ class RNN(Module):
         time_major = self.time_major if time_major is None else time_major
         reverse = self.reverse if reverse is None else reverse
         keep_order = self.keep_order if keep_order is None else keep_order
+        inputs = as_array(self, inputs)
         batch_axes = inputs.ndim - self.cell.num_feature_axes - 1
         if batch_axes < 0:
             expected = "(time, *batch, *features)" if time_major else "(*batch, time, *features)"
@@ -125,6 +127,7 @@ class RNN(Module):
         first = initial_carry
         if first is None:
             first = self.cell.initialize_carry(xs.shape[1:])
+        first = jax.tree.map(lambda carry: placed_as(carry, xs, batch_axes, start=1), first)
         carry, ys = self._run(first, xs, seq_lengths if return_carry else None)
         outputs = jax.tree.map(lambda y: jnp.moveaxis(y, 0, time_axis), ys)
         if reverse and keep_order:

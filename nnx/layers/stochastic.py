@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from nnx.layers._common import as_array, evaluates
+from nnx.layers._sharding import dropped
 from nnx.module import Module
 
 __all__ = ["Dropout"]
@@ -22,8 +24,9 @@ class Dropout(Module):
     Args:
       rate: the probability that an element is dropped, from 0 to 1.
       broadcast_dims: axes along which all elements are dropped together.
-      deterministic: return the input as it is. An argument of the call, then a scope flag of this
-        name, wins over it; `model.train()` and `model.eval()` set it.
+      deterministic: return the input as it is. An argument of the call wins over it, then a scope
+        flag of this name, then the scope flag `training`, which says the opposite;
+        `model.train()` and `model.eval()` set it.
       rng_collection: name of the stream.
 
     Raises:
@@ -33,7 +36,7 @@ class Dropout(Module):
     >>> drop = nnx.Dropout(0.5)
     >>> float(drop.apply(rngs=jax.random.key(0))(jnp.ones(1000)).mean()) > 0
     True
-    >>> float(drop.apply(deterministic=True)(jnp.ones(1000)).mean())
+    >>> float(drop.apply(training=False)(jnp.ones(1000)).mean())
     1.0
     """
 
@@ -59,7 +62,7 @@ class Dropout(Module):
         deterministic: bool | None = None,
         rng: jax.Array | None = None,
     ) -> jax.Array:
-        """Drop elements of `x`; shape and dtype stay.
+        """Drop elements of `x`; the shape stays, and so does a floating-point dtype.
 
         Args:
           x: any array.
@@ -70,15 +73,13 @@ class Dropout(Module):
           MissingStreamError: a key is needed, and there is no stream for one.
           MissingFlagError: `deterministic` is None everywhere.
         """
-        if deterministic is None:
-            deterministic = self.get_flag("deterministic")
-        if deterministic or self.rate == 0:
+        if evaluates(self, "deterministic", deterministic) or self.rate == 0:
             return x
+        x = as_array(self, x)
         if self.rate == 1:
             return jnp.zeros_like(x)
         shape = list(x.shape)
         for axis in self.broadcast_dims:
             shape[axis] = 1
         key = self.make_rng(self.rng_collection) if rng is None else rng
-        kept = jax.random.bernoulli(key, 1 - self.rate, shape)
-        return jnp.where(kept, x / (1 - self.rate), jnp.zeros_like(x))
+        return dropped(x, self.rate, key, tuple(shape))

@@ -38,7 +38,7 @@ def _check(kind: str, fn: Any) -> None:
         )
 
 
-class Jit(Module):
+class Jit(Module, hidden_slots=True):
     """`nnx.jit` as a module: `Jit(model)(x)` is `nnx.jit(model)(x)`, and updates propagate.
 
     Modules of one class share compiled programs. What was compiled is no part of the module: a clone

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from nnx.layers._common import Dtype, Initializer, ones, promote_dtype
+from nnx.layers._common import Dtype, Initializer, evaluates, ones, promote_dtype
 from nnx.module import Module
 from nnx.scope import make_rng
 from refx import (
@@ -152,8 +152,8 @@ class SpectralNorm(Module):
       param_dtype: dtype of the statistics.
       error_on_non_matrix: whether a parameter of more than two axes is an error.
       update_stats: whether a call keeps the result of the power iteration. An argument of the call
-        wins over it, and so does the scope flag `use_running_average`, which says the opposite;
-        `model.train()` and `model.eval()` set it.
+        wins over it, then the scope flag `use_running_average`, which says the opposite, then the
+        scope flag `training`; `model.train()` and `model.eval()` set it.
 
     Attributes: `layer_instance`, and `batch_stats`, nested dicts with the layer's names and then
     `u`, of shape `(1, n)`, and `sigma`, of shape `()`, for each matrix with n columns: Refs in the
@@ -214,7 +214,7 @@ class SpectralNorm(Module):
           ValueError: the layer has got another parameter since it was wrapped.
         """
         if update_stats is None:
-            update_stats = not self.get_flag("use_running_average")
+            update_stats = not evaluates(self, "use_running_average", None)
         weights = {p: self._normalized(p, w, update_stats) for p, w in self._matrices().items()}
         return _call(self.layer_instance, weights, (x,), kwargs)
 

@@ -53,7 +53,12 @@ def test_layer(options):
 
 
 def test_the_arguments_are_those_of_flax():
-    same_arguments(fnx.MultiHeadAttention, MultiHeadAttention, added=["rotary"])
+    # Where flax raises an error, dropout drops, as that of nnx.Dropout does.
+    same_arguments(
+        fnx.MultiHeadAttention, MultiHeadAttention, added=["rotary"], other=["deterministic"]
+    )
+    ours, dropout = MultiHeadAttention.init(0)(2, 8), nnx.Dropout(0.5)
+    assert ours.deterministic is dropout.deterministic is False
 
 
 def test_cross_attention_with_a_mask():
@@ -134,7 +139,7 @@ def test_another_attention_function_and_product():
 def test_dropout_draws_from_the_stream_and_heeds_flags():
     layer = MultiHeadAttention.init(0)(2, 8, dropout_rate=0.5, broadcast_dropout=False, **init)
     x = draw(2, 5, 8)
-    with pytest.raises(nnx.MissingFlagError, match="'deterministic'"):
+    with pytest.raises(nnx.MissingStreamError, match="'dropout'"):
         layer(x)
     full = run(layer, x, deterministic=True)
     step = nnx.jit(lambda m, x: m(x))

@@ -109,3 +109,23 @@ def test_causal_padding_looks_only_back():
 def test_mistakes_raise_errors_that_say_what_is_wrong(make, message):
     with nnx.scope(0), pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", "CAUSAL", 1])
+def test_convolutions_of_empty_axes(padding):
+    conv = nnx.Conv.init(0)(3, 4, (3,), padding=padding)
+    assert conv(jnp.ones((2, 0, 3))).shape == (2, 0, 4)
+    assert conv(jnp.ones((0, 3))).shape == (0, 4)
+    for layer in (conv, ConvTranspose.init(0)(3, 4, (3,), padding=padding)):
+        assert layer(jnp.ones((0, 2, 5, 3))).shape[:2] == (0, 2)
+
+
+def test_empty_axes_that_have_no_result_are_said():
+    message = r"(\(\*batch, \*spatial, 3\)) with no empty spatial axis.*, but got \(2, 4, 0, 3\)\.$"
+    for layer in (
+        nnx.Conv.init(0)(3, 4, (3, 3), padding="CIRCULAR"),
+        nnx.Conv.init(0)(3, 4, (3, 3), padding="REFLECT"),
+        ConvTranspose.init(0)(3, 4, (3, 3), strides=2),
+    ):
+        with pytest.raises(ValueError, match=f"{type(layer).__name__} expects .*{message}"):
+            layer(jnp.ones((2, 4, 0, 3)))

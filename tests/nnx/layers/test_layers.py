@@ -258,3 +258,98 @@ def test_stack_with_statistics_randomness_and_arguments():
         nnx.Stack.init(0)(lambda: nnx.Linear(3, 5), 2)(draw(8, 3))
     with pytest.raises(ValueError, match="at least one layer"):
         nnx.Stack(Block, 0)
+
+
+LAYERS = {
+    "Linear": (lambda: nnx.Linear(2, 3), (2,)),
+    "LinearGeneral": (lambda: nnx.LinearGeneral(2, (3, 4)), (2,)),
+    "Einsum": (lambda: nnx.Einsum("ta,ab->tb", (2, 3), (3,)), (1, 2)),
+    "Conv": (lambda: nnx.Conv(2, 3, 1), (4, 2)),
+    "ConvTranspose": (lambda: nnx.ConvTranspose(2, 3, 1), (4, 2)),
+    "BatchNorm": (lambda: nnx.BatchNorm(2, use_running_average=True), (2,)),
+    "LayerNorm": (lambda: nnx.LayerNorm(2), (2,)),
+    "RMSNorm": (lambda: nnx.RMSNorm(2), (2,)),
+    "GroupNorm": (lambda: nnx.GroupNorm(2, 2), (2,)),
+    "InstanceNorm": (lambda: nnx.InstanceNorm(2), (1, 3, 2)),
+    "Embed": (lambda: nnx.Embed(4, 3), ()),
+    "Dropout": (lambda: nnx.Dropout(1.0), (2,)),
+    "PReLU": (lambda: nnx.PReLU(), (2,)),
+    "MultiHeadAttention": (lambda: nnx.MultiHeadAttention(2, 2), (3, 2)),
+    "RNN": (lambda: nnx.RNN(nnx.GRUCell(2, 3)), (3, 2)),
+    "RotaryEmbedding": (lambda: nnx.RotaryEmbedding(2), (3, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_lists_are_arrays_and_anything_else_names_the_layer(name):
+    make, shape = LAYERS[name]
+    with nnx.scope(0):
+        layer = make()
+    x = np.ones(shape, np.int32 if name == "Embed" else np.float32)
+    np.testing.assert_allclose(layer(x.tolist()), layer(x), rtol=1e-6)
+    for wrong in ("text", None, {"x": x}, nnx.Ref(x)):
+        kind = type(wrong).__name__
+        with pytest.raises(TypeError, match=f"{name} takes an array, but got .* type '{kind}'"):
+            layer(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "wrong", "message"),
+    [
+        ("Linear", "kernel", (5, 3), r"kernel of Linear has the shape \(5, 3\), .* \(2, 3\)"),
+        ("Linear", "bias", (4,), r"bias of Linear has the shape \(4,\), .* \(3,\)"),
+        ("LinearGeneral", "kernel", (5, 3, 4), r"LinearGeneral .* \(5, 3, 4\), .* \(2, 3, 4\)"),
+        ("LinearGeneral", "bias", (4, 4), r"LinearGeneral .* \(4, 4\), .* \(3, 4\)"),
+        ("Einsum", "kernel", (5, 3), r"Einsum .* \(5, 3\), .* \(2, 3\)"),
+        ("Conv", "kernel", (1, 5, 3), r"Conv .* \(1, 5, 3\), .* \(1, 2, 3\)"),
+        ("Conv", "bias", (5,), r"Conv .* \(5,\), .* \(3,\)"),
+        ("ConvTranspose", "kernel", (1, 5, 3), r"ConvTranspose .* \(1, 5, 3\), .* \(1, 2, 3\)"),
+        ("BatchNorm", "scale", (5,), r"scale of BatchNorm .* \(5,\), .* \(2,\)"),
+        ("BatchNorm", "mean", (5,), r"mean of BatchNorm .* \(5,\), .* \(2,\)"),
+        ("LayerNorm", "bias", (5,), r"bias of LayerNorm .* \(5,\), .* \(2,\)"),
+    ],
+)
+def test_a_parameter_that_does_not_fit_is_named(name, parameter, wrong, message):
+    make, shape = LAYERS[name]
+    with nnx.scope(0):
+        layer = make()
+    setattr(layer, parameter, jnp.ones(wrong))
+    for call in (layer, nnx.jit(layer)):
+        with pytest.raises(ValueError, match=message):
+            call(jnp.ones(shape))
+
+
+def test_shape_errors_have_the_name_of_the_subclass():
+    class Projection(nnx.LinearGeneral):
+        pass
+
+    with pytest.raises(ValueError, match=r"^Projection expects an input with sizes \(3,\)"):
+        Projection.init(0)(3, 4)(jnp.ones((2, 5)))
+
+
+def test_averages_of_batch_norm_keep_their_dtype():
+    norm = nnx.BatchNorm(3)
+    with jax.enable_x64(True):
+        norm(jnp.ones((4, 3), jnp.float64))
+        assert norm.mean.dtype == norm.var.dtype == jnp.float32
+        nnx.scan(lambda c, x: (c, norm(x)), None, jnp.ones((2, 4, 3), jnp.float64))
+    assert float(norm.mean[0]) > 0
+
+
+def test_parameters_of_eight_bits_are_drawn_in_more():
+    layer = nnx.Linear.init(0)(4, 5, param_dtype=jnp.float8_e4m3fn)
+    kernel = layer.kernel.astype(jnp.float32)
+    assert layer.kernel.dtype == jnp.float8_e4m3fn
+    assert bool(jnp.isfinite(kernel).all()) and float(jnp.std(kernel)) > 0.1
+
+
+def test_a_part_with_the_name_of_a_flag_is_no_flag():
+    class Both(nnx.Module):
+        def __init__(self):
+            self.training = nnx.Linear(2, 2)
+
+        def __call__(self):
+            return self.get_flag("training", "default")
+
+    model = Both.init(0)()
+    assert model() == "default" and model.apply(training=True)() is True

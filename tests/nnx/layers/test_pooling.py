@@ -91,3 +91,28 @@ def test_prelu_of_half_precision_of_integers_and_by_channel():
     assert nnx.get_ref(layer, "negative_slope").metadata["axes"] == "channels"
     with pytest.raises(ValueError, match=r"PReLU has .*\(2,\), which .* shape \(4, 3\)"):
         layer(draw(4, 3))
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float4_e2m1fn", "bfloat16"]
+)
+def test_small_floats_with_and_without_infinity(dtype):
+    x = jnp.array([-2.0, 1.0, -0.5, -4.0])[:, None].astype(dtype)
+    high = [-2, 1, 1, -0.5, -4]
+    low = [-2, -2, -0.5, -4, -4]
+    for f, expected in ((max_pool, high), (min_pool, low)):
+        y = f(x, (2,), padding=[(1, 1)])
+        assert y.dtype == dtype and y.astype(jnp.float32).ravel().tolist() == expected
+    grad = jax.grad(lambda x: max_pool(x, (4,)).astype(jnp.float32).sum())(x)
+    assert grad.astype(jnp.float32).ravel().tolist() == [0, 1, 0, 0]
+
+
+def test_averages_of_small_integers_and_maxima_of_what_has_no_order():
+    for dtype in (jnp.int4, jnp.uint4, jnp.int2, jnp.bool_):
+        y = avg_pool(jnp.array([1, 0, 1])[:, None].astype(dtype), (2,))
+        assert y.dtype == jnp.float32 and abs(y).ravel().tolist() == [0.5, 0.5]
+    for f in (max_pool, min_pool):
+        message = r"order, but got .* dtype complex64 and shape \(4, 1\)\. Pool jnp\.abs"
+        with pytest.raises(ValueError, match=message):
+            f(jnp.ones((4, 1), jnp.complex64), (2,))
+    assert avg_pool(jnp.ones((4, 1), jnp.complex64), (2,)).dtype == jnp.complex64
