@@ -5,8 +5,11 @@ pure values for JAX and write the updates back, so a training step returns nothi
 `jax.*` a module is a pytree of its values.
 """
 
+from typing import TYPE_CHECKING
+
 import refx
 from nnx import bridge, layers, serialize, training, transforms
+from nnx._elsewhere import missing as _missing
 from nnx.layers import *  # noqa: F403
 from nnx.module import Module, dataclass, param, ref, static
 from nnx.purify import purify
@@ -43,3 +46,9 @@ __all__ += transforms.__all__
 __all__ += serialize.__all__
 __all__ += training.__all__
 __all__ += refx.__all__
+
+# A type checker would take every name for one of nnx.
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        raise _missing(name)

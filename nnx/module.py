@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, TypeVar, cast, dataclass_transform
+from typing import Any, NoReturn, TypeVar, cast, dataclass_transform
 
 import jax
 
 import refx
 from nnx.scope import Scope, entered, get_flag, make_rng, make_scope
 from nnx.show.text import tree_repr
-from refx import MISSING, Filter, Node, Partition, RefField, StaticField, UnknownPathError
+from refx import (
+    MISSING,
+    Filter,
+    Node,
+    Partition,
+    Ref,
+    RefField,
+    StaticField,
+    UnknownPathError,
+    ValueTypeError,
+)
 from refx.dag import find_ref
 from refx.field import Field
 from refx.node import attributes
 from refx.partition import dotted
+from refx.selection import check_selection
 from refx.structure import scan
 
 __all__ = ["Module", "dataclass", "param", "ref", "static"]
@@ -27,7 +39,7 @@ T = TypeVar("T")
 
 def ref(
     collection: Hashable = None,
-    *,
+    *given: NoReturn,
     default: Any = MISSING,
     default_factory: Callable[[], Any] | None = None,
     init: bool = True,
@@ -57,6 +69,12 @@ def ref(
     >>> float(average["batch_stats"]["mean"])
     1.0
     """
+    try:
+        hash(collection)
+    except TypeError:
+        given = (collection, *given)  # pyright: ignore[reportAssignmentType]
+    if given:
+        raise _given_value('ref("batch_stats")', given)
     return RefField(
         collection,
         metadata=metadata,
@@ -67,7 +85,7 @@ def ref(
     )
 
 
-def param(**options: Any) -> Any:
+def param(*given: NoReturn, **options: Any) -> Any:
     """A field in the collection `"params"`: what training changes. Options as for `ref`.
 
     >>> import jax, jax.numpy as jnp, nnx
@@ -80,11 +98,13 @@ def param(**options: Any) -> Any:
       'scale': float32[3],
     })
     """
+    if given:
+        raise _given_value("param()", given)
     return ref("params", **options)
 
 
 def static(
-    *,
+    *given: NoReturn,
     default: Any = MISSING,
     default_factory: Callable[[], Any] | None = None,
     init: bool = True,
@@ -102,7 +122,20 @@ def static(
     >>> Pool().window
     (2, 2)
     """
+    if given:
+        raise _given_value("static()", given)
     return StaticField(default=default, default_factory=default_factory, init=init, kw_only=kw_only)
+
+
+def _given_value(field: str, given: tuple[Any, ...]) -> TypeError:
+    name = field.split("(")[0]
+    kind = "int" if name == "static" else "jax.Array"
+    return TypeError(
+        f"nnx.{name} makes a field of the class, which takes no value as an argument, but got a "
+        f"{type(given[-1]).__name__}. Declare it in the class body, `w: {kind} = nnx.{field}`, and "
+        f"assign the value in __init__, self.w = ...; or say default=, or default_factory=, which "
+        f"makes one for each instance. A Ref without a field is nnx.Ref(value, collection)."
+    )
 
 
 class Module(Node):
@@ -174,13 +207,16 @@ class Module(Node):
         own = attributes(self).get(name)
         if own is None:
             own = getattr(type(self), name, None)
-        return get_flag(name, default if own is None else own)
+        # A part or a value may have the name, too.
+        if own is None or isinstance(own, (Node, Ref, Field, jax.Array)):
+            own = default
+        return get_flag(name, own)
 
     def train(self: M) -> M:
         """Set the modules of the whole tree to training: dropout drops, batch norm takes batches.
 
-        It sets `training`, `deterministic` and `use_running_average` wherever they exist, and
-        returns the module. Flags of a scope win over these.
+        It sets `training`, `deterministic` and `use_running_average` wherever they exist and are a
+        bool or None, and returns the module. Flags of a scope win over these.
         """
         return self._set_mode(training=True)
 
@@ -196,14 +232,12 @@ class Module(Node):
         }
         for node in scan(self).objects:
             for name, flag in flags.items():
-                if isinstance(node, Node) and (
-                    name in attributes(node) or isinstance(getattr(type(node), name, None), bool)
-                ):
+                if isinstance(node, Node) and _is_flag(node, name):
                     setattr(node, name, flag)
         return self
 
     def __getitem__(self, filter: Filter) -> Partition:
-        """The values that the filter selects: `model["params"]`."""
+        """The values that the filter selects: `model["params"]`; see `nnx.get_partition`."""
         return refx.get_partition(self, filter)
 
     def __setitem__(self, filter: Filter, partition: Mapping[Any, Any]) -> None:
@@ -211,9 +245,20 @@ class Module(Node):
 
         Raises:
           UnknownPathError: a path that the module does not have, or that the filter excludes.
+          FilterError: the filter selects nothing, by mistake; see `nnx.get_partition`.
         """
         selects = refx.to_predicate(filter)
         cells = refx.refs(self)
+        if not any(selects(path, cell) for path, cell in cells.items()):
+            check_selection(filter, self)
+        if not isinstance(partition, Mapping):
+            hint = ""
+            if isinstance(partition, Node):
+                hint = f" Pass the values of the module: nnx.get_partition(grads, {filter!r})."
+            raise ValueTypeError(
+                f"model[{filter!r}] = ... takes a Partition, or another mapping from path to value, "
+                f"but got a {type(partition).__name__}.{hint}"
+            )
         for given in partition:
             path, cell = find_ref(self, given, cells)
             if not selects(path, cell):
@@ -231,8 +276,22 @@ class Module(Node):
         return tree_repr(self)
 
 
+def _is_flag(node: Node, name: str) -> bool:
+    """Whether this attribute says how a module behaves; parts and values may have its name too."""
+    there = getattr(type(node), name, MISSING)
+    value = attributes(node).get(name, there)
+    return isinstance(value, bool | None) and not isinstance(there, RefField)
+
+
 class _Applied:
     """A module, its submodules and its methods, as they are when called in a scope."""
+
+    # For the message where one is an argument of a transformation.
+    _as_argument = (
+        "what model.apply(...) gives, which is called and not passed on. Transform it, as in "
+        "nnx.jit(model.apply(decode=True))(x), or pass the model and put the call in "
+        "`with nnx.scope(key, decode=True):`"
+    )
 
     def __init__(self, target: Any, scope: Scope, mutable: Filter, root: Module | None = None):
         self._target = target
@@ -253,6 +312,9 @@ class _Applied:
             return _Applied(found, self._scope, self._mutable, self._root)
         return found
 
+    def __repr__(self) -> str:
+        return f"<apply(...) of a {type(self._root).__name__}, to be called>"
+
 
 @dataclass_transform(eq_default=False, field_specifiers=(param, ref, static, dataclasses.field))
 def dataclass(cls: type[T]) -> type[T]:
@@ -272,6 +334,9 @@ def dataclass(cls: type[T]) -> type[T]:
     36.0
     """
     own = {name: f for name, f in vars(cls).items() if isinstance(f, Field)}
+    # An annotation alone keeps the specifier of the base class, as it keeps a default.
+    inherited = {name: getattr(cls, name, None) for name in inspect.get_annotations(cls)}
+    own |= {name: f for name, f in inherited.items() if isinstance(f, Field)}
     for name, f in own.items():
         options: dict[str, Any] = {"init": f.init, "kw_only": f.kw_only}
         if f.default_factory is not None:
@@ -279,9 +344,16 @@ def dataclass(cls: type[T]) -> type[T]:
         elif f.default is not MISSING:
             options["default"] = f.default
         setattr(cls, name, dataclasses.field(**options))
+    generated = "__init__" not in vars(cls)
     made = dataclasses.dataclass(cls, eq=False, repr=False)
     for name, f in own.items():
         setattr(made, name, f)
-    # The generated __init__ sets the defaults, in the order of the fields.
-    made._defaults = ()  # pyright: ignore[reportAttributeAccessIssue]
+    # The generated __init__ sets most defaults, in the order of the fields.
+    done = {
+        f.name
+        for f in dataclasses.fields(made)  # pyright: ignore[reportArgumentType]
+        if generated and (f.init or f.default_factory is not dataclasses.MISSING)
+    }
+    left = (f for f in getattr(made, "_fields", {}).values() if f.name not in done)
+    made._defaults = tuple(f for f in left if f.has_default)  # pyright: ignore[reportAttributeAccessIssue]
     return made

@@ -16,7 +16,7 @@ from refx.trace import is_eager
 __all__ = ["RngStream"]
 
 
-class RngStream(Node):
+class RngStream(Node, hidden_slots=True):
     """A deterministic stream of keys: the n-th key is `fold_in(key, n)`.
 
     Args:
@@ -98,7 +98,9 @@ def as_key(key: Any) -> Any:
             return key
         if key.dtype == np.uint32 and key.ndim >= 1:
             return key
+    seed = isinstance(key, jax.Array | np.ndarray) and jnp.issubdtype(key.dtype, jnp.integer)
+    hint = " An array that is a seed makes a key with jax.random.key(seed)." if seed else ""
     raise TypeError(
         f"A random stream needs a key, as from jax.random.key(0), or an int seed, but got "
-        f"{type(key).__name__}: {key!r}."
+        f"{type(key).__name__}: {key!r}.{hint}"
     )

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from nnx.rng import RngStream
-from refx import MISSING, Node, RefError
+from refx import MISSING, Node, RefError, UnhashableStaticError
 from refx.trace import local
 
 __all__ = ["MissingFlagError", "MissingStreamError", "get_flag", "make_rng", "scope"]
@@ -39,11 +41,27 @@ class Scope(Node):
 
 def make_scope(rngs: Any = None, **flags: Any) -> Scope:
     """A scope inside the ambient one: what it does not set is as outside."""
+    for name, flag in flags.items():
+        if isinstance(flag, jax.Array | np.ndarray):
+            raise _array_flag(name, flag)
     outer: Scope | None = local.scope
     streams = dict(outer.streams) if outer is not None else {}
     if rngs is not None:
         streams = _streams(rngs) if not isinstance(rngs, Mapping) else {**streams, **_streams(rngs)}
     return Scope(streams, {**(outer.flags if outer is not None else {}), **flags})
+
+
+def _array_flag(name: str, flag: Any) -> UnhashableStaticError:
+    what = f"The flag {name!r} of a scope is an array, {flag.dtype}{list(flag.shape)}"
+    if jnp.issubdtype(flag.dtype, jax.dtypes.prng_key) or flag.dtype == jnp.uint32:
+        stream = "key" if name in ("key", "keys", "rng", "seed") else f"{{{name!r}: key}}"
+        return UnhashableStaticError(
+            f"{what}. Did you mean rngs={stream}? Random keys are given by rngs, the first argument."
+        )
+    return UnhashableStaticError(
+        f"{what}, but flags are static. Pass a Python value, as with bool(...), or give an array to "
+        f"the function as an argument."
+    )
 
 
 def _streams(rngs: Any) -> dict[str, RngStream]:
@@ -57,10 +75,13 @@ def scope(rngs: Any = None, **flags: Any) -> Iterator[None]:
     """Within this context `make_rng` and `get_flag` answer from these streams and flags.
 
     Args:
-      rngs: a key (typed or legacy) or an int seed, which seeds every stream; or a mapping from
-        stream name to key, seed or `RngStream`, where `"default"` serves the names it lacks. With
-        None the streams of the scope outside stay.
+      rngs: a key (typed or legacy) or an int seed, which seeds every stream; or an `RngStream`, which
+        serves every name and goes on where it is; or a mapping from stream name to any of these,
+        where `"default"` serves the names it lacks. With None the streams of the scope outside stay.
       **flags: hashable values by name. Flags of the scope outside stay unless they are set here.
+
+    Raises:
+      UnhashableStaticError: a flag is an array: a key that was to be `rngs`, perhaps.
 
     The scope crosses the boundary of every nnx transformation: its streams are inputs, so that each
     call of a jitted function gets new keys, deterministically, and its flags are static.

@@ -52,7 +52,7 @@ class EndedTraceError(RefError):
 
 
 class ClosureError(RefError):
-    """A plain `jax` transformation would have baked a Ref's value into its program."""
+    """A program would go on with an old Ref: a plain `jax` one bakes in values, or it is out of sight."""
 
 
 class NotMutableError(RefError):
@@ -92,7 +92,7 @@ class ValueTypeError(RefError, TypeError):
 
 
 class FilterError(RefError, TypeError):
-    """What was given as a filter is none, or needs what it does not have here."""
+    """What was given as a filter is none, selects nothing, or needs what it does not have here."""
 
 
 class UnsetFieldError(RefError, AttributeError):

@@ -17,6 +17,9 @@ class _Missing:
     def __repr__(self) -> str:
         return "MISSING"
 
+    def __reduce__(self) -> str:
+        return "MISSING"
+
 
 MISSING: Any = _Missing()
 
@@ -24,6 +27,8 @@ MISSING: Any = _Missing()
 class Field:
     """What the two kinds of field share: a name, a default, and how a dataclass treats them."""
 
+    # Other classes, of JAX too, have an `is_ref`.
+    is_field = True
     is_ref = False
 
     def __init__(
@@ -56,6 +61,10 @@ class Field:
 
     def make_default(self) -> Any:
         return self.default_factory() if self.default_factory is not None else self.default
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Classes that are pickled by value, as cloudpickle does, are rebuilt without __set_name__.
+        return _restore, (type(self), dict(vars(self)))
 
     def _unset(self, node: Any) -> UnsetFieldError:
         cls = type(node).__name__
@@ -134,6 +143,13 @@ class StaticField(Field):
 
     def __repr__(self) -> str:
         return f"static field {self.name!r}"
+
+
+def _restore(kind: type[Field], state: dict[str, Any]) -> Field:
+    field = kind.__new__(kind)
+    vars(field).update(state)
+    field.__set_name__(Node, field.name)
+    return field
 
 
 def get_ref(node: Node, name: str) -> Ref[Any]:

@@ -41,9 +41,14 @@ def to_predicate(filter: Filter) -> Predicate:
     if callable(filter) and not isinstance(filter, type):
         return typing.cast(Predicate, filter)
     if isinstance(filter, type):
+        how = f"To select by the type of values, use OfType({filter.__name__})."
+        if getattr(filter, "_is_node", False):
+            how = by_module(filter)
+        raise FilterError(f"{filter.__name__} is a class, not a filter. {how}")
+    if isinstance(filter, slice):
         raise FilterError(
-            f"{filter.__name__} is a class, not a filter. To select by type, use "
-            f"OfType({filter.__name__})."
+            f"{filter!r} is not a filter. To take parts by number, slice the list that holds them, "
+            f"as in model.layers[1:3]."
         )
     try:
         hash(filter)
@@ -54,6 +59,16 @@ def to_predicate(filter: Filter) -> Predicate:
             f"PathMatches, OfType. For a list of filters, write a tuple."
         ) from None
     return _InCollection(filter)
+
+
+def by_module(kind: type) -> str:
+    """What to write instead, for a message, where a class of modules was taken for a filter."""
+    return (
+        f"Filters look at Refs, their values and their paths, and none of these is a "
+        f"{kind.__name__}. Select by the path of the module, as in nnx.PathMatches('encoder.**') or "
+        f"nnx.PathContains('encoder'), or take the values of the module itself: "
+        f"model.encoder['params']."
+    )
 
 
 def reads_paths(filter: Filter) -> bool:
@@ -138,20 +153,28 @@ class Not(_Combinator):
 class PathContains:
     """Selects by path: some component equals `part`, or matches it as a glob (`*`, `?`, `[a-z]`).
 
+    Several components joined by dots, as in `"blocks.0"`, match as many that follow one another.
+
     >>> import refx
-    >>> refx.PathContains("bn*")(("blocks", "0", "bn1", "scale"), None)
-    True
+    >>> path = ("blocks", "0", "bn1", "scale")
+    >>> refx.PathContains("bn*")(path, None), refx.PathContains("blocks.0")(path, None)
+    (True, True)
     """
 
     def __init__(self, part: str):
         if not isinstance(part, str):
             raise FilterError(
-                f"PathContains takes a string, one component of a path, but got {part!r}."
+                f"PathContains takes a string, one component of a path or several joined by dots, "
+                f"but got {part!r}."
             )
         self.part = part
+        self._parts = tuple(part.split("."))
 
     def __call__(self, path: Path, ref: object) -> bool:
-        return any(fnmatch.fnmatchcase(name, self.part) for name in path)
+        # A key of a dict may have a dot itself.
+        return any(fnmatch.fnmatchcase(name, self.part) for name in path) or (
+            len(self._parts) > 1 and _matches(("**", *self._parts, "**"), path)
+        )
 
     def __repr__(self) -> str:
         return f"PathContains({self.part!r})"

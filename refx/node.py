@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 from jax.core import Tracer
 
-from refx.errors import StructureError
+from refx.errors import StructureError, ValueTypeError
 from refx.ref import Ref
 from refx.trace import check_structure, check_value, local, trace_ref
 
@@ -26,6 +27,7 @@ _own_dict = _HasDict.__dict__["__dict__"].__get__
 epoch = [0]
 
 _NUMBERS = (bool, int, float, complex)
+_ARRAYS = (jax.Array, np.ndarray, np.generic, *_NUMBERS)
 
 
 class Node(_HasDict):
@@ -68,14 +70,23 @@ class Node(_HasDict):
                 attributes(node)[field.name] = field.make_default()
         return node
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, hidden_slots: bool = False, **kwargs: Any) -> None:
+        # `hidden_slots` is for what a class of ours keeps beside the structure, as a cache.
         super().__init_subclass__(**kwargs)
-        fields = dict(cls._fields)
-        for name, value in vars(cls).items():
-            if hasattr(value, "is_ref"):
-                fields[name] = value
-            else:
-                fields.pop(name, None)
+        slots = vars(cls).get("__slots__")
+        if slots and not hidden_slots:
+            raise TypeError(
+                f"{cls.__name__} has __slots__ = {slots!r}, but what is in a slot is no part of the "
+                f"tree: split, clone, nnx.grad and nnx.jit would pass over it. Leave out __slots__ "
+                f"(and slots=True of a dataclass); modules keep their attributes in a dict."
+            )
+        fields: dict[str, Any] = {}
+        for base in reversed(cls.__mro__):
+            for name, value in vars(base).items():
+                if hasattr(value, "is_field"):
+                    fields[name] = value
+                else:
+                    fields.pop(name, None)
         cls._fields = fields
         cls._defaults = tuple(f for f in fields.values() if f.has_default)
         from refx.pytree import register  # it is built on this file
@@ -83,6 +94,8 @@ class Node(_HasDict):
         register(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(type(value), "is_field"):
+            raise _field_in_instance(self, name, value)
         field = type(self)._fields.get(name)
         if field is not None and field.is_ref:
             field.__set__(self, value)
@@ -99,8 +112,13 @@ class Node(_HasDict):
         if name in _SLOTS:
             raise StructureError(f"The attribute name {name!r} is taken by refx; choose another.")
         old = attributes(self).get(name)
-        if isinstance(old, _NUMBERS) and old is not value and _may_equal(old, value):
-            # 2 and 2.0 and an array of 2, 0.0 and -0.0: equal, but they compute differently.
+        if type(old) is Ref and isinstance(value, _ARRAYS):
+            raise StructureError(
+                f"Attribute {name!r} of a {type(self).__name__} is a Ref, which an array cannot "
+                f"replace unnoticed: write self.{name}.value = ... to give it a value. To have a "
+                f"plain attribute instead, `del self.{name}` first."
+            )
+        if _may_deceive(old, value):
             expose(self)
         object.__setattr__(self, name, value)
 
@@ -132,8 +150,36 @@ class Node(_HasDict):
         return _blank, (type(self),), self.__getstate__()
 
 
-def _may_equal(number: Any, value: Any) -> bool:
-    return type(value) is not type(number) or isinstance(number, float | complex)
+def _field_in_instance(node: Node, name: str, field: Any) -> ValueTypeError:
+    cls = type(node).__name__
+    if not field.is_ref:
+        return ValueTypeError(
+            f"Attribute {name!r} of a {cls} was assigned a field. A static field is declared in the "
+            f"class body; in a method, assign the value itself: self.{name} = ..."
+        )
+    collection = field.collection
+    how = "nnx.param()" if collection == "params" else f"nnx.ref({collection!r})"
+    return ValueTypeError(
+        f"Attribute {name!r} of a {cls} was assigned a field and not a value. Declare it in the "
+        f"class body: `{name}: jax.Array = {how}`, and in __init__ assign the array: self.{name} = "
+        f"... For a Ref without a field, assign nnx.Ref(value, {collection!r})."
+    )
+
+
+def _may_deceive(old: Any, new: Any) -> bool:
+    # 2 and 2.0 and an array of 2, 0.0 and -0.0: equal, but they compute differently.
+    return (
+        isinstance(old, _NUMBERS)
+        and old is not new
+        and (type(new) is not type(old) or isinstance(old, float | complex))
+    )
+
+
+def expose_numbers(node: Node, before: dict[str, Any]) -> None:
+    """Expose a Node whose attributes were filled again, if a number became one that may be equal."""
+    now = attributes(node)
+    if any(name in now and _may_deceive(old, now[name]) for name, old in before.items()):
+        expose(node)
 
 
 _SLOTS = frozenset(Node.__slots__)

@@ -100,12 +100,29 @@ class Ref(Generic[T]):
 
     def __repr__(self) -> str:
         facts = "".join(f", {name}={fact!r}" for name, fact in self._metadata.items())
-        return f"Ref({summary(self).split(', ', 1)[1]}, {self._collection!r}{facts})"
+        ended = self._value is None and self._frame is not None and not self._frame.open
+        value = "<ended trace>" if ended else summary(self).split(", ", 1)[1]
+        return f"Ref({value}, {self._collection!r}{facts})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copying and pickling make a Ref of the current level with the same value; the frame and
         # the trace of the original are of no use to it.
         return _restore, (self.value, self._collection, dict(self._metadata))
+
+
+def _no_arithmetic(self: Ref[Any], *others: Any, **options: Any) -> Any:
+    raise TypeError(
+        f"{self!r} is a cell that holds a value, not the value: use .value, as in ref.value + 1."
+    )
+
+
+_BINARY = "add sub mul matmul truediv floordiv mod divmod pow lshift rshift and or xor"
+_OTHERS = "neg pos abs invert float int complex round lt le gt ge getitem setitem array"
+# Not == and hash, which are identity, nor what decides whether a Ref is true.
+for _name in [*_OTHERS.split(), *(r + op for op in _BINARY.split() for r in ("", "r"))]:
+    setattr(Ref, f"__{_name}__", _no_arithmetic)
+# JAX asks for this one and does not call it everywhere, so asking raises.
+setattr(Ref, "__jax_array__", property(_no_arithmetic))  # noqa: B010
 
 
 def _restore(value: Any, collection: Hashable, metadata: Any) -> Ref[Any]:

@@ -297,3 +297,56 @@ def test_the_class_of_a_module_stays():
     model = nnx.Linear.init(0)(2, 2)
     with pytest.raises(nnx.StructureError, match="class of a .*Linear cannot be assigned"):
         model.__class__ = nnx.Linear
+
+
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda: nnx.param(jnp.ones(3)), r"nnx\.param makes.*got a ArrayImpl.*= nnx\.param\(\)`"),
+        (lambda: nnx.ref("a", 3), r"nnx\.ref makes.*got a int.*= nnx\.ref\("),
+        (lambda: nnx.ref(jnp.ones(3)), r"nnx\.ref makes.*got a ArrayImpl.*default_factory="),
+        (lambda: nnx.static(3), r"nnx\.static makes.*got a int.*`w: int = nnx\.static"),
+    ],
+)
+def test_a_specifier_takes_no_value(make, name):
+    with pytest.raises(TypeError, match=name):
+        make()
+
+
+def test_a_module_of_gradients_is_no_partition(dense):
+    grads = jax.grad(lambda m: m.w.sum(), allow_int=True)(dense)
+    where = r"takes a Partition.*got a Dense\. Pass.*nnx\.get_partition\(grads, 'params'\)\."
+    with pytest.raises(nnx.ValueTypeError, match=where):
+        dense["params"] = grads
+    with pytest.raises(nnx.ValueTypeError, match=r"got a Dense\. Pass .*nnx\.get_partition"):
+        nnx.update(dense, grads)
+    with pytest.raises(nnx.ValueTypeError, match="but got a int.$"):
+        dense["params"] = 3
+    dense["params"] = nnx.get_partition(grads, "params")
+    assert dense.w.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_what_apply_gives_prints_and_says_that_it_is_no_argument(dense):
+    assert repr(dense.apply(a=1)) == "<apply(...) of a Dense, to be called>"
+    assert "nnx.jit(model.apply(decode=True))(x)" in type(dense.apply())._as_argument
+    assert nnx.jit(dense.apply(a=1))(jnp.ones((1, 2))).shape == (1, 2) and dense.calls == 1
+
+
+def test_train_and_eval_leave_parts_and_values_of_these_names():
+    class Parts(nnx.Module):
+        deterministic: float | None = nnx.param(default=None)
+        use_running_average: bool | None = nnx.static(default=None)
+
+        def __init__(self):
+            self.training = nnx.Linear(2, 2)
+            self.inner = nnx.MultiMetric(training=nnx.metrics.Average())
+            self.value = nnx.Dropout(0.5, deterministic=None)
+
+    model = Parts.init(0)()
+    layer, metric = model.training, model.inner.training
+    assert model.eval() is model and model.train() is model
+    assert model.training is layer and model.inner.training is metric
+    assert len(model["params"]) == 2 and model.deterministic is None
+    assert model.use_running_average is False and model.value.deterministic is False
+    model.eval()
+    assert model.use_running_average is True and model.value.deterministic is True

@@ -122,3 +122,12 @@ def test_gradients_see_the_same_numbers_with_and_without_jit():
 def test_what_is_no_key_says_what_is(bad):
     with pytest.raises(TypeError, match=r"needs a key, as from jax\.random\.key\(0\)"):
         RngStream(bad)
+
+
+def test_a_seed_that_is_an_array_is_told_how_to_become_a_key():
+    message = r"but got .*Tracer.*a seed makes a key with jax\.random\.key\(seed\)"
+    with pytest.raises(TypeError, match=message):
+        jax.vmap(lambda seed: nnx.Linear.init(seed)(2, 2))(jnp.arange(3))
+    seeds = jnp.arange(3)
+    models = jax.vmap(lambda seed: nnx.Linear.init(jax.random.key(seed))(2, 2))(seeds)
+    assert models.kernel.shape == (3, 2, 2)

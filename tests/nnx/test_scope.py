@@ -115,3 +115,23 @@ def test_a_failing_call_leaves_the_stream_as_it_was():
         first = draw()
     with nnx.scope(0):
         assert first == draw()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            {"key": jax.random.key(0)},
+            r"flag 'key' of a scope is an array, key<fry>\[\]\. Did you mean "
+            r"rngs=key\?",
+        ),
+        ({"rng": jax.random.PRNGKey(0)}, r"uint32\[2\]\. Did you mean rngs=key\?"),
+        ({"dropout": jax.random.key(0)}, r"Did you mean rngs=\{'dropout': key\}\?"),
+        ({"training": jnp.array(True)}, r"'training' .* bool\[\], but flags are static.*bool\("),
+        ({"scale": np.ones(2)}, r"'scale' .* float64\[2\], but flags are static"),
+    ],
+)
+def test_an_array_is_no_flag(dense, flags, message):
+    for use in (dense.apply, nnx.scope, nnx.Linear.init):
+        with pytest.raises(nnx.UnhashableStaticError, match=message):
+            use(**flags).__enter__()

@@ -1,11 +1,17 @@
 """Fields: reading gives the value of a Ref, writing writes it."""
 
+import copy
+import dataclasses
+import pickle
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 import nnx
 from nnx import Ref
+from refx import MISSING
 
 
 class Layer(nnx.Module):
@@ -120,3 +126,80 @@ def test_a_dataclass_of_a_dataclass():
         @nnx.dataclass
         class Bad(nnx.Module):
             layers: list = []
+
+
+def test_a_dataclass_takes_the_fields_of_its_bases_in_the_order_of_dataclasses():
+    @nnx.dataclass
+    class A(nnx.Module):
+        a: jax.Array = nnx.param(default=1.0)
+
+    @nnx.dataclass
+    class B(nnx.Module):
+        b: jax.Array = nnx.ref("stats", default=2.0)
+        n: int = nnx.static(default=3)
+
+    @nnx.dataclass
+    class Both(A, B):
+        c: int = 4
+
+    names = [f.name for f in dataclasses.fields(Both)]  # pyright: ignore
+    made = Both(5.0, 6, 7.0)  # pyright: ignore[reportArgumentType]
+    assert names == ["b", "n", "a", "c"]
+    assert (made.b, made.n, made.a, made.c) == (5.0, 6, 7.0, 4)
+    assert list(nnx.refs(made)) == [("b",), ("a",)]
+
+
+def test_defaults_that_the_init_of_a_dataclass_does_not_set():
+    class Base(nnx.Module):
+        a: jax.Array = nnx.param(default=1.0)
+
+    @nnx.dataclass
+    class Derived(Base):
+        b: jax.Array = nnx.param(default=2.0, init=False)
+        n: int = nnx.static(default=3, init=False)
+        c: jax.Array = nnx.param(default=4.0)
+
+    @nnx.dataclass
+    class Again(Derived):
+        c: jax.Array  # pyright: ignore[reportGeneralTypeIssues]
+
+    @nnx.dataclass
+    class Own(nnx.Module):
+        w: jax.Array = nnx.param(default=5.0)
+
+        def __init__(self):
+            self.seen = self.w
+
+    for made in (Derived(), Again(), Derived(4.0)):  # pyright: ignore[reportArgumentType]
+        assert (made.a, made.b, made.n, made.c) == (1.0, 2.0, 3, 4.0)
+        assert set(nnx.refs(made)) == {("a",), ("b",), ("c",)}
+    assert Own().seen == 5.0
+
+
+def _ones():
+    return jnp.ones(2)
+
+
+class Filled(nnx.Module):
+    w: jax.Array = nnx.param(default_factory=_ones, axis="x")
+    s: jax.Array = nnx.ref("stats")
+    n: int = nnx.static(default=3, kw_only=True)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_fields_make_a_class_again_that_was_pickled_by_value(copied):
+    # As cloudpickle does it: an empty class, and then its attributes one by one.
+    content = {name: vars(Filled)[name] for name in ("w", "s", "n", "_fields", "_defaults")}
+    again: Any = type("Again", (nnx.Module,), {})
+    for name, value in copied(content).items():
+        setattr(again, name, value)
+    made = again()
+    assert again.w is not Filled.w and again._fields["w"] is again.w
+    assert (made.w == 1).all() and made.n == 3 and again.n.kw_only
+    made.s = made.w = jnp.zeros(2)
+    w, s = nnx.get_ref(made, "w"), nnx.get_ref(made, "s")
+    assert (w.collection, dict(w.metadata), s.collection) == ("params", {"axis": "x"}, "stats")
+    del made.s
+    with pytest.raises(nnx.UnsetFieldError, match=r"Again\.s was read before it was set"):
+        _ = made.s
+    assert not again.s.has_default and copied(MISSING) is MISSING

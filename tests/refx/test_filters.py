@@ -21,6 +21,10 @@ W, S, N = Ref(1.0, "params"), Ref(2, "stats"), Ref(3.0)
         (Any("stats", PathContains("w")), [W, S]),
         (PathContains("bn"), [S, N]),
         (PathContains("b*"), [W, S, N]),
+        (PathContains("bn.s"), [S]),
+        (PathContains("b*.[ws]"), [W, S]),
+        (PathContains("b.s"), []),
+        (PathContains("bn.s.more"), []),
         (OfType(int), [S]),
         (OfType((int, float)), [W, S, N]),
         (Not(("params", "stats")), [N]),
@@ -55,3 +59,10 @@ def test_combinators_compare_and_print():
     assert All("a", Not("b")) == All("a", Not("b")) != Any("a", Not("b"))
     assert hash(PathContains("x")) == hash(PathContains("x"))
     assert repr(All("a", Not(OfType(int)))) == "All('a', Not(OfType(int)))"
+
+
+def test_a_dotted_part_is_consecutive_or_one_key():
+    path = ("net", "blocks", "0", "kernel")
+    assert PathContains("blocks.0")(path, None) and PathContains("net.*.0")(path, None)
+    assert not PathContains("blocks.kernel")(path, None)
+    assert PathContains("a.b")(("a.b", "w"), None)

@@ -60,6 +60,8 @@ def test_any_attribute_may_become_any_other(old, new):
     node = Plain()
     node.x = VALUES[old]
     before = nnx.split(node)[0]
+    if old == "Ref" and isinstance(VALUES[new], float | int | np.ndarray | jax.Array):
+        del node.x
     node.x = VALUES[new]
     assert node.x is VALUES[new]
     fresh = Plain()
@@ -207,3 +209,141 @@ def test_a_module_with_init_arguments_by_super():
             self.b = jnp.zeros(m)
 
     assert [v.shape for v in Derived(2, 3)["params"].values()] == [(2,), (3,)]
+
+
+class First(nnx.Module):
+    a: jax.Array = nnx.param(default_factory=lambda: jnp.ones(2))
+    both: jax.Array = nnx.param(default=1.0)
+
+
+class Second(nnx.Module):
+    b: jax.Array = nnx.ref("stats", default_factory=lambda: jnp.ones(3))
+    both: tuple = nnx.static(default=(1, 2))
+    s: tuple = nnx.static(default=None)
+
+
+class Mixin:
+    c: jax.Array = nnx.param(default=2.0)
+
+
+def test_the_fields_of_every_base_count():
+    class Both(First, Second):  # pyright: ignore[reportIncompatibleVariableOverride]
+        pass
+
+    class Mixed(Mixin, Second):
+        b = 5  # pyright: ignore[reportAssignmentType]
+
+    both, mixed = Both(), Mixed()
+    assert {path[0]: ref.collection for path, ref in nnx.refs(both).items()} == {
+        "a": "params",
+        "b": "stats",
+        "both": "params",
+    }
+    assert (mixed.c, mixed.b, mixed.both) == (2.0, 5, (1, 2))
+    assert list(nnx.refs(mixed)) == [("c",)]
+    both.s = ("x", (1, 2))
+    assert nnx.clone(both).s == both.s and len(jax.tree.leaves(both)) == 3
+    both.s = (jnp.float32, [1])
+    with pytest.raises(nnx.UnhashableStaticError, match="'s' is a tuple"):
+        nnx.split(both)
+
+
+def test_of_two_bases_the_first_decides_as_in_python():
+    class Swapped(Second, First):  # pyright: ignore[reportIncompatibleVariableOverride]
+        pass
+
+    class Diamond(First):
+        both: tuple = nnx.static(default=(3,))  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    class Other(First):
+        pass
+
+    class Bottom(Other, Diamond):
+        pass
+
+    assert Swapped().both == (1, 2) and ("both",) not in nnx.refs(Swapped())
+    assert Bottom().both == (3,) and list(nnx.refs(Bottom())) == [("a",)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: type("Slotted", (nnx.Module,), {"__slots__": ("w",)}),
+        lambda: type("Slotted", (Dense,), {"__slots__": "w2"}),
+        lambda: dataclasses.dataclass(slots=True)(
+            type("Slotted", (nnx.Module,), {"__annotations__": {"n": int}})
+        ),
+    ],
+    ids=["tuple", "string", "dataclass"],
+)
+def test_slots_are_refused_where_the_class_is_made(make):
+    with pytest.raises(TypeError, match=r"Slotted has __slots__ = .*nnx.jit would pass over it"):
+        make()
+
+
+def test_empty_slots_are_none():
+    made = type("Made", (nnx.Module,), {"__slots__": ()})()
+    made.w = Ref(1.0, "params")
+    assert list(made["params"]) == [("w",)]
+
+
+@pytest.mark.parametrize(
+    "field, message",
+    [
+        (
+            nnx.param(),
+            r"'w' of a Plain was assigned a field.*`w: jax\.Array = nnx\.param\(\)`.*"
+            r"self\.w = .*nnx\.Ref\(value, 'params'\)",
+        ),
+        (nnx.ref("stats", default=1), r"`w: jax\.Array = nnx\.ref\('stats'\)`"),
+        (
+            nnx.static(default=1),
+            r"declared in the class body; in a method, assign the value itself",
+        ),
+    ],
+)
+def test_a_field_is_not_assigned_to_an_instance(field, message):
+    class Plain(nnx.Node):
+        pass
+
+    class Declares(nnx.Node):
+        w = nnx.param()
+
+    with pytest.raises(nnx.ValueTypeError, match=message):
+        Plain().w = field
+    with pytest.raises(nnx.ValueTypeError, match="'w' of a Declares was assigned a field"):
+        Declares().w = field
+
+
+@pytest.mark.parametrize("value", [jnp.ones(2), np.ones(2), np.float32(1), 1, 2.0, True])
+def test_an_array_does_not_replace_a_ref_unnoticed(value):
+    class Counter(nnx.Node):
+        def __init__(self):
+            self.count = nnx.Ref(0, "counters")
+
+    counter = Counter()
+    cell = counter.count
+    with pytest.raises(
+        nnx.StructureError,
+        match=(
+            r"'count' of a Counter is a Ref.*self\.count\.value = \.\.\..*`del self\.count` first"
+        ),
+    ):
+        counter.count = value
+    assert counter.count is cell
+    counter.count = nnx.Ref(1)
+    counter.count = None
+    counter.count = value
+    counter.count = cell
+    del counter.count
+    counter.count = value
+
+
+def test_a_shape_is_no_field():
+    # JAX has an attribute is_ref on it.
+    class Box(nnx.Node):
+        like = jax.ShapeDtypeStruct((2,), jnp.float32)
+
+    box = Box()
+    box.shape = box.like
+    assert box.shape is Box.like and Box._fields == {}

@@ -5,8 +5,10 @@ import weakref
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import nnx
 import refx
 from refx import Ref
 
@@ -86,3 +88,30 @@ def test_is_a_pytree_of_its_value():
     doubled.value = 5.0
     with pytest.raises(refx.ReadOnlyError, match="nnx.jit_filter"):
         jax.jit(lambda r: setattr(r, "value", 0.0))(ref)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        *(lambda r: r + 1, lambda r: 1 - r, lambda r: r @ r, lambda r: -r, lambda r: r < 2, abs),
+        *(lambda r: r[0], lambda r: list(r), lambda r: r.__setitem__(0, 1), float, int, round),
+        *(jnp.sin, jnp.asarray, np.asarray, np.sin, lambda r: jnp.ones(3) * r),
+        *(lambda r: np.ones(3) + r, lambda r: jnp.where(r, 1, 2), lambda r: r**2),
+    ],
+)
+def test_computing_with_a_ref_says_to_use_its_value(compute):
+    message = r"^Ref\(float32\[3\], 'params'\) is a cell.*use \.value, as in ref\.value \+ 1\."
+    with pytest.raises(TypeError, match=message):
+        compute(Ref(jnp.ones(3), "params"))
+
+
+def test_a_ref_is_still_compared_by_identity_and_true():
+    a, b = Ref(1), Ref(1)
+    assert a == a and a != b and a and len({a, b}) == 2
+    assert jax.tree.leaves(a) == [1] and jax.jit(lambda r: r.value + 1)(a) == 2
+
+
+def test_an_ended_ref_prints_so():
+    kept = []
+    nnx.jit(lambda ref: kept.append(ref))(Ref(jnp.ones(2), "params"))
+    assert repr(kept[0]) == "Ref(<ended trace>, 'params')"

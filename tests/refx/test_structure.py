@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import enum
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,30 @@ class Color(enum.IntEnum):
     RED = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Config:
+    scale: Any
+    name: Any = dataclasses.field(default=1, compare=False)
+
+
+class Pair(NamedTuple):
+    scale: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ByName:
+    """Its own == and hash, whatever else it holds."""
+
+    name: str
+    table: Any
+
+    def __eq__(self, other):
+        return self.name == other.name
+
+    def __hash__(self):
+        return hash(self.name)
+
+
 def plain(**attributes):
     node = Plain()
     for name, value in attributes.items():
@@ -55,6 +80,10 @@ EQUAL_BUT_DIFFERENT = {
     "numpy zeros": (np.float32(0.0), np.float32(-0.0)),
     "numpy double zeros": (np.float64(0.0), np.float64(-0.0)),
     "in a tuple": ((1, "a"), (1.0, "a")),
+    "in a frozen dataclass": (Config(1), Config(1.0)),
+    "in a tuple in a dataclass": (Config((0.0, "a")), Config((-0.0, "a"))),
+    "in a NamedTuple in a dataclass": (Config(Pair(1)), Config(Pair(1.0))),
+    "in a dataclass in a dataclass": (Config(Config(1)), Config(Config(True))),
 }
 
 
@@ -120,6 +149,25 @@ def test_a_static_field_replaced_by_an_equal_one():
     assert f(setting).dtype == jnp.int32
     setting.value = (2.0, "a")
     assert f(setting).dtype == jnp.float32
+
+
+def test_settings_that_are_equal_but_compute_differently():
+    f = nnx.jit(lambda m, x: x * m.value.scale)
+    for make in (Config, Pair):
+        setting = _setting(make(1))
+        assert f(setting, jnp.arange(2)).dtype == jnp.int32
+        setting.value = make(1.0)
+        assert f(setting, jnp.arange(2)).dtype == jnp.float32
+    g = nnx.jit(lambda c: jnp.asarray(c.scale), static_argnums=0)
+    for make in (Config, Pair):
+        assert (g(make(1)).dtype, g(make(1.0)).dtype) == (jnp.int32, jnp.float32)
+
+
+def test_settings_share_a_program_where_they_say_so():
+    assert dagdef(_setting(Config(1, name=1))) is dagdef(_setting(Config(1, name=1.0)))
+    tables = [np.ones(2), [1]], [np.zeros(2), [2]]
+    a, b = (_setting(ByName("a", tuple(table))) for table in tables)
+    assert dagdef(a) is dagdef(b) is not dagdef(_setting(ByName("b", ())))
 
 
 @pytest.mark.parametrize("how", ["in place", "by another dict"])

@@ -1,0 +1,111 @@
+"""Why a filter selects nothing: what tells a mistake from a collection that a tree happens to lack."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import numpy as np
+
+from refx import filters
+from refx.errors import FilterError
+from refx.filters import Filter, OfType, PathMatches, by_module
+from refx.node import Node, attributes
+from refx.partition import Path, as_path
+from refx.ref import Ref
+from refx.snapshot import snapshot
+
+__all__: list[str] = []
+
+
+def check_selection(filter: Filter, *trees: Any) -> None:
+    """Raise if a filter that selects nothing of some trees is a mistake.
+
+    Raises:
+      FilterError: a number, a path or a misspelled collection; the message says what to write.
+    """
+    problem = mistake(filter, *trees)
+    if problem is not None:
+        raise FilterError(problem)
+
+
+def mistake(filter: Filter, *trees: Any) -> str | None:
+    """What is wrong with a filter that selects nothing; None if that may be meant.
+
+    A collection that a tree lacks is no mistake: a loop over collections works for every model.
+    """
+    if isinstance(filter, tuple | filters.Any | filters.All):
+        parts = filter if isinstance(filter, tuple) else filter.filters
+        return next((text for part in parts if (text := mistake(part, *trees))), None)
+    if isinstance(filter, OfType):
+        kinds = filter.kind if isinstance(filter.kind, tuple) else (filter.kind,)
+        module = next((kind for kind in kinds if getattr(kind, "_is_node", False)), None)
+        return None if module is None else f"{filter!r} selects nothing. {by_module(module)}"
+    if filter is None or filter is ... or isinstance(filter, bool) or callable(filter):
+        return None
+    there = {ref._collection for tree in trees for ref in snapshot(tree).refs}
+    if filter in there:
+        return None
+    if isinstance(filter, int | np.integer):
+        return _number(filter, trees)
+    if not isinstance(filter, str) or not filter:
+        return None
+    for tree in trees:
+        if (problem := _path(filter, tree)) is not None:
+            return problem
+    # Names that add a word to another, as params_ema does, are meant to differ.
+    words = f"_{filter}_"
+    others = [c for c in there if isinstance(c, str) and f"_{c}_" not in words]
+    others = [c for c in others if words not in f"_{c}_"]
+    for close in difflib.get_close_matches(filter, others, 1, 0.75):
+        return f"There is no collection {filter!r} here; did you mean {close!r}?"
+    return None
+
+
+def _number(number: Any, trees: tuple[Any, ...]) -> str:
+    holders = [
+        f"model.{name}"
+        for tree in trees
+        if isinstance(tree, Node)
+        for name, value in attributes(tree).items()
+        if isinstance(value, list | tuple) and any(isinstance(x, Node | Ref) for x in value)
+    ]
+    return (
+        f"A filter selects Refs, and {number!r} is no collection here. To take a part by its number, "
+        f"write {holders[0] if holders else 'model.layers'}[{number!r}]: the list that holds it."
+    )
+
+
+def _path(name: str, tree: Any) -> str | None:
+    """What is wrong with a string that is the path of a module, a Ref or an array of the tree."""
+    paths = snapshot(tree).dagdef.paths
+    found = follow(tree, as_path(name))
+    matching = (glob for glob in (name, f"{name}.**") if _matches_any(glob, paths))
+    glob = name if isinstance(found, Ref) else next(matching, None)
+    if glob is None and not isinstance(found, Node):
+        return None
+    ways = [] if glob is None else [f"nnx.PathMatches({glob!r}) selects by path"]
+    if found is not None:
+        parts = (f"[{p}]" if p.isdecimal() else f".{p}" for p in name.split("."))
+        ways.append(f"model{''.join(parts)} goes there")
+    return f"{name!r} is a path here, and a string selects a collection; {', and '.join(ways)}."
+
+
+def _matches_any(glob: str, paths: tuple[Path, ...]) -> bool:
+    matches = PathMatches(glob)
+    return any(matches(path, None) for path in paths)
+
+
+def follow(tree: Any, path: Path) -> Any:
+    """What a tree holds at a path, or None."""
+    at = tree
+    for name in path:
+        if isinstance(at, list | tuple) and name.isdecimal() and int(name) < len(at):
+            at = at[int(name)]
+        elif isinstance(at, dict):
+            at = {str(key): value for key, value in at.items()}.get(name)
+        elif isinstance(at, Node):
+            at = attributes(at).get(name)
+        else:
+            return None
+    return at
