@@ -20,12 +20,13 @@ from refx.errors import (
     ValueTypeError,
 )
 from refx.filters import Filter, reads_paths, to_predicate
-from refx.node import Node, attributes
+from refx.node import Node
 from refx.partition import Partition, Path, as_path, dotted, listed
 from refx.ref import Ref, check_type
+from refx.selection import check_selection, follow
 from refx.snapshot import Snapshot, snapshot
 from refx.structure import DagDef, build
-from refx.trace import check_value, local, read, writable
+from refx.trace import check_value, fresh, local, read, writable
 
 __all__ = ["clone", "get_partition", "merge", "mutable", "refs", "split", "update"]
 
@@ -45,6 +46,7 @@ def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
 
     Raises:
       UnmatchedPathError: a value that no filter selects; `...` as the last filter takes the rest.
+      FilterError: a filter that selects nothing is a mistake; see `get_partition`.
       UnhashableStaticError: a static value cannot be hashed; the message has its path.
 
     >>> import refx
@@ -72,6 +74,9 @@ def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
             f"No filter selects {listed(unmatched)}. Add ... as the last filter to take the rest, "
             f"or a filter for the collection of these."
         )
+    for filter, part in zip(filters, parts, strict=True):
+        if not part:
+            check_selection(filter, tree)
     return (kept.dagdef, *map(Partition._of, parts))
 
 
@@ -114,13 +119,8 @@ def merge(dagdef: DagDef, *partitions: Mapping[Path, Any]) -> Any:
             f"The partitions have {listed(p for p in given if p not in known)}, which "
             f"{dagdef!r} has not. Was the tree changed after it was split? Then split it again."
         )
-    values = [_fresh(given[path]) for path in paths]
+    values = [fresh(given[path]) for path in paths]
     return build(dagdef, values, values[len(dagdef.ref_paths) :])[0]
-
-
-def _fresh(value: Any) -> Any:
-    # A dict or a list in a Ref is mutable: two trees must not share it.
-    return value if isinstance(value, jax.Array) else jax.tree.map(lambda x: x, value)
 
 
 def clone(tree: T) -> T:
@@ -153,6 +153,12 @@ def refs(tree: Any) -> dict[Path, Ref[Any]]:
 def get_partition(tree: Any, filter: Filter = ...) -> Partition:
     """The values that a filter selects, as a Partition.
 
+    A collection that the tree does not have gives an empty Partition.
+
+    Raises:
+      FilterError: nothing is selected, and the filter is a mistake: a path or a number in place of a
+        collection, a misspelled collection, `OfType` of a module class.
+
     >>> import refx
     >>> tree = {"w": refx.Ref(1.0, "params"), "n": refx.Ref(0, "counters")}
     >>> refx.get_partition(tree, "params")
@@ -161,9 +167,10 @@ def get_partition(tree: Any, filter: Filter = ...) -> Partition:
     })
     """
     predicate = to_predicate(filter)
-    return Partition._of(
-        {p: value for p, cell, value in _items(snapshot(tree)) if predicate(p, cell)}
-    )
+    found = {p: value for p, cell, value in _items(snapshot(tree)) if predicate(p, cell)}
+    if not found:
+        check_selection(filter, tree)
+    return Partition._of(found)
 
 
 def update(tree: Any, *partitions: Mapping[Path, Any], strict: bool = True) -> None:
@@ -192,7 +199,7 @@ def update(tree: Any, *partitions: Mapping[Path, Any], strict: bool = True) -> N
         if not isinstance(partition, Mapping):
             raise ValueTypeError(
                 f"update takes partitions, mappings from path to value, but got a "
-                f"{type(partition).__name__}."
+                f"{type(partition).__name__}.{_partition_of(partition)}"
             )
         for given, value in partition.items():
             path, cell = find_ref(tree, given, cells)
@@ -206,6 +213,13 @@ def update(tree: Any, *partitions: Mapping[Path, Any], strict: bool = True) -> N
     targets = [(writable(cell, dotted(path)), value) for cell, (path, value) in writes.items()]
     for target, value in targets:
         target._value = value
+
+
+def _partition_of(given: Any) -> str:
+    """For a message: how a module of gradients becomes what it should be."""
+    if not isinstance(given, Node):
+        return ""
+    return " Pass the values of the module: nnx.get_partition(grads, 'params')."
 
 
 def find_ref(tree: Any, given: Any, cells: Mapping[Path, Ref[Any]]) -> tuple[Path, Ref[Any]]:
@@ -225,16 +239,7 @@ def find_ref(tree: Any, given: Any, cells: Mapping[Path, Ref[Any]]) -> tuple[Pat
         path = next((p for p in cells if dotted(p) == given), path)
     if path in cells:
         return path, cells[path]
-    at = tree
-    for name in path:
-        if isinstance(at, list | tuple) and name.isdecimal() and int(name) < len(at):
-            at = at[int(name)]
-        elif isinstance(at, Mapping):
-            at = {str(key): value for key, value in at.items()}.get(name)
-        elif isinstance(at, Node):
-            at = attributes(at).get(name)
-        else:
-            at = None
+    at = follow(tree, path)
     if isinstance(at, Ref):
         return next(p for p, cell in cells.items() if cell is at), at
     if path in snapshot(tree).dagdef.leaf_paths:
@@ -270,15 +275,19 @@ def _check_like(path: Path, cell: Ref[Any], new: Any, strict: bool) -> None:
                 f"The value at {where} has shape {np.shape(a)}, but the new one has {np.shape(b)}. "
                 f"Pass a value of that shape, or use nnx.update(..., strict=False) to replace it."
             )
-        if _dtype(a) != _dtype(b):
+        new_dtype = getattr(b, "dtype", None) or jnp.result_type(b)
+        if new_dtype not in (getattr(a, "dtype", None), dtype_of(a)):
             raise DtypeError(
-                f"The value at {where} has dtype {_dtype(a)}, but the new one has {_dtype(b)}. Cast "
-                f"it with value.astype({str(_dtype(a))!r}), or use nnx.update(..., strict=False) to "
+                f"The value at {where} has dtype {dtype_of(a)}, but the new one has {new_dtype}. Cast "
+                f"it with value.astype({str(dtype_of(a))!r}), or use nnx.update(..., strict=False) to "
                 f"change the dtype."
             )
 
 
-def _dtype(x: Any) -> Any:
+def dtype_of(x: Any) -> Any:
+    """The dtype that a value has in JAX, which computes with NumPy's float64 in float32, say."""
+    if isinstance(x, np.ndarray | np.generic) and jnp.issubdtype(x.dtype, jnp.number):
+        return jax.dtypes.canonicalize_dtype(x.dtype)
     return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
 
 
@@ -292,7 +301,8 @@ def mutable(filter: Filter, tree: Any = None) -> Iterator[None]:
 
     Raises:
       NotMutableError: at the write of a Ref that the filter does not select.
-      FilterError: the filter looks at paths and there is no tree to take them from.
+      FilterError: the filter looks at paths and there is no tree to take them from; or it selects
+        nothing of the tree, by a mistake that `get_partition` would report too.
 
     >>> import refx
     >>> w, n = refx.Ref(1.0, "params"), refx.Ref(0, "counters")
@@ -311,6 +321,8 @@ def mutable(filter: Filter, tree: Any = None) -> Iterator[None]:
             f"mutable(filter, tree=model)."
         )
     paths = None if tree is None else {cell: path for path, cell in refs(tree).items()}
+    if paths is not None and not any(predicate(path, cell) for cell, path in paths.items()):
+        check_selection(filter, tree)
     outer = local.allowed
 
     def allowed(cell: Ref[Any]) -> bool:

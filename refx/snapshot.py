@@ -51,6 +51,7 @@ class Snapshot:
         "_strict",
         "dagdef",
         "frame",
+        "identities",
         "refs",
         "trace",
         "uid",
@@ -61,6 +62,8 @@ class Snapshot:
         self.uid = next(_uids)
         self.dagdef: DagDef = found.dagdef
         self.refs = found.refs
+        # By id, all that another tree could share with this one.
+        self.identities = frozenset(map(id, found.objects))
         self._places = found.places
         # An array in a tuple cannot be replaced without the tuple, so those are kept as they are.
         self._leaves = [

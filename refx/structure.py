@@ -13,6 +13,7 @@ Building is therefore two loops without recursion: make every object, then fill 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 import types
@@ -26,7 +27,7 @@ import jax
 import numpy as np
 
 from refx.errors import StructureError, UnhashableStaticError
-from refx.node import Node, attributes, is_identity
+from refx.node import Node, attributes, expose_numbers, is_identity
 from refx.node import make as make_node
 from refx.partition import Path, dotted
 from refx.ref import Ref
@@ -61,23 +62,39 @@ class Static:
         return repr(self.value)
 
 
-def _exact(value: Any) -> Any:
+_PLAIN = frozenset({int, bool, str, bytes, type(None), type, type(len), types.FunctionType})
+
+
+def _exact(value: Any, inside: bool = False) -> Any:
     """A key that is equal only for values that compute alike.
 
     1 == 1.0 == True and 0.0 == -0.0, also inside of tuples, but programs compiled for them differ.
+    With `inside` it is less: only what the `==` of an object around this value may miss.
     """
     kind = type(value)
     if kind is float:
         return kind, value.hex()
+    if kind in _PLAIN:
+        return kind if inside else (kind, value)
     if kind is complex:
         return kind, value.real.hex(), value.imag.hex()
     if kind is tuple or kind is frozenset:
-        return kind, kind(map(_exact, value))
+        return kind, kind([_exact(x, inside) for x in value])
     if isinstance(value, np.generic):
         return kind, value.tobytes()
     if kind is slice:
-        return kind, _exact((value.start, value.stop, value.step))
-    return kind, value
+        return kind, _exact((value.start, value.stop, value.step), inside)
+    parts: Any = ()
+    if hasattr(kind, "__dataclass_params__"):
+        # Others may compare and hash as they like, whatever they hold.
+        if kind.__dataclass_params__.eq and kind.__dataclass_params__.frozen:
+            compared = (f.name for f in dataclasses.fields(value) if f.compare)
+            parts = tuple(_exact(getattr(value, name, None), True) for name in compared)
+    elif isinstance(value, tuple) and hasattr(kind, "_fields"):
+        parts = tuple(_exact(x, True) for x in value)
+    if inside:
+        return (kind, parts) if parts else kind
+    return (kind, value, parts) if parts else (kind, value)
 
 
 class Tree(NamedTuple):
@@ -372,14 +389,31 @@ def _static(obj: Any, link: Any, skip: int) -> Static:
         held = [*held, *jax.tree.leaves(parts, is_leaf=is_identity)]
     if not isinstance(obj, type | types.FunctionType | types.ModuleType):
         held = [*held, *getattr(obj, "__dict__", {}).values()]
+    if hasattr(obj, "__wrapped__") and not isinstance(obj, type):
+        held = [*held, *jax.tree.leaves(_wrapped(obj), is_leaf=is_identity)]
     if any(map(is_identity, held)):
         raise StructureError(
             f"{where} is a {type(obj).__name__} that holds Refs or modules, but it is static, so "
-            f"their updates would not be seen. Use a list, a tuple or a dict in an ordinary attribute; "
-            f"nnx.Partial for a functools.partial; make a class of your own an nnx.Module or a "
-            f"registered pytree."
+            f"their updates would not be seen, and a copy would go on with the old ones. Use a list, "
+            f"a tuple or a dict in an ordinary attribute; nnx.Partial for a functools.partial; for a "
+            f"method that was transformed or wrapped, decorate it in the class, or use nnx.VMap, "
+            f"nnx.Grad or nnx.Remat; make a class of your own an nnx.Module or a registered pytree."
         )
     return static
+
+
+def _wrapped(obj: Any) -> list[Any]:
+    """What a decorated function goes on to, and what its wrappers hold."""
+    found: list[Any] = []
+    while hasattr(obj, "__wrapped__"):
+        for cell in getattr(obj, "__closure__", None) or ():
+            try:
+                found.append(cell.cell_contents)
+            except ValueError:
+                continue  # a variable that is not bound yet
+        obj = obj.__wrapped__
+        found.append(obj)
+    return found
 
 
 def _clip(obj: Any) -> str:
@@ -443,8 +477,11 @@ def build(
             obj[:] = map(get, node.children)
             continue
         content = obj if node.kind is dict else attributes(obj)
+        before = dict(content) if known else None
         if known:
             content.clear()
         for name, child in zip(node.names, node.children, strict=True):
             content[name] = objects[child] if type(child) is int else get(child)
+        if before and node.kind is not dict:
+            expose_numbers(obj, before)
     return get(dagdef.root), objects

@@ -77,6 +77,28 @@ CONSTANT = _Marker("constant")
 _uids = itertools.count()
 
 
+def fresh(value: Any) -> Any:
+    """The value, with lists and dicts in it copied: two Refs must not share what is mutable."""
+    return value if isinstance(value, jax.Array) else jax.tree.map(lambda x: x, value)
+
+
+class Kept:
+    """A value as it was, to tell whether it was replaced or, a list or a dict, changed in place."""
+
+    __slots__ = ("_content", "_value")
+
+    def __init__(self, value: Any):
+        self._value = value
+        self._content = jax.tree.flatten(value)
+
+    def changed(self, now: Any) -> bool:
+        """Whether `now` is another value, or holds others."""
+        if now is not self._value:
+            return True
+        (leaves, treedef), (was, was_def) = jax.tree.flatten(now), self._content
+        return treedef != was_def or not all(a is b for a, b in zip(leaves, was, strict=True))
+
+
 class Frame:
     """One running body of a stateful transformation, from its entry to its exit.
 
@@ -90,6 +112,7 @@ class Frame:
         "baked",
         "constants",
         "describe",
+        "entered",
         "entry",
         "found",
         "lifts",
@@ -119,6 +142,8 @@ class Frame:
         self.trace = trace_ref()
         self.shadow: dict[Ref[Any], Ref[Any]] = {}
         self.found: dict[Ref[Any], Any] = {}
+        # What a stand-in in `found` had as its value when it was made.
+        self.entered: dict[Ref[Any], Kept] = {}
         # Refs that a plain jax program in this body has read by closure.
         self.baked: set[Ref[Any]] = set()
         # Whether the body runs again with what it found as an input.
@@ -142,6 +167,7 @@ class Frame:
             self.shadow[ref]._value = None
         self.shadow.clear()
         self.found.clear()
+        self.entered.clear()
         self.baked.clear()
         self.describe = None
 
@@ -149,7 +175,7 @@ class Frame:
         """The Ref that stands in this body for `ref`, a Ref of an enclosing level."""
         inner = self.shadow.get(ref)
         if inner is None:
-            value = seen_from(self.parent, ref, owner)
+            value = fresh(seen_from(self.parent, ref, owner))
             entry = self.entry() if self.entry is not None else None
             if entry is not None:
                 parent = self.parent
@@ -162,6 +188,7 @@ class Frame:
             self.shadow[ref] = inner
             # A path instead of an owner is for messages only.
             self.found[ref] = None if type(owner) is str else owner
+            self.entered[ref] = Kept(value)
         return inner
 
 

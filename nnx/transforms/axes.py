@@ -16,7 +16,8 @@ from nnx.transforms.boundary import Outline, Packed
 from nnx.transforms.call import Call
 from refx import Ref, RefError, to_predicate
 from refx.node import is_identity
-from refx.partition import Path, dotted
+from refx.partition import Partition, Path, dotted
+from refx.selection import check_selection
 from refx.snapshot import snapshot
 from refx.structure import is_array, scan
 
@@ -73,6 +74,7 @@ def assign(
 
     Raises:
       AxisError: the prefix does not fit, or one Ref gets two different specifications.
+      FilterError: a filter that selects nothing is a mistake; see `refx.get_partition`.
     """
     if isinstance(specs, list | tuple) and not _is_spec(specs):
         if len(specs) != len(args):
@@ -94,7 +96,12 @@ def assign(
     for x, spec, where in flat:
         if is_identity(x):
             result.roots.append(spec)
-            _assign_root(result, next(roots), _chooser(spec, name, where), name, where)
+            used: set[int] = set()
+            _assign_root(result, next(roots), _chooser(spec, name, where, used), name, where)
+            rules = spec.rules if isinstance(spec, ByFilter) else spec
+            for i, filter in enumerate(rules if isinstance(rules, dict) else ()):
+                if i not in used:
+                    check_selection(filter, x)
         elif isinstance(spec, dict):
             raise AxisError(
                 f"{name} got the filters {spec!r} for {where}, which holds no Refs there. Filters "
@@ -149,7 +156,11 @@ def _assign_root(
             specs[i] = spec
 
 
-def _chooser(spec: Any, name: str, where: str) -> Callable[[Path, Any], Any]:
+def _chooser(
+    spec: Any, name: str, where: str, used: set[int] | None = None
+) -> Callable[[Path, Any], Any]:
+    """What gives a value its specification; it notes in `used` which of the filters did."""
+    used = set() if used is None else used
     if isinstance(spec, ByFilter):
         spec = spec.rules if ... in spec.rules else {**spec.rules, ...: spec.default}
     if not isinstance(spec, dict):
@@ -157,8 +168,9 @@ def _chooser(spec: Any, name: str, where: str) -> Callable[[Path, Any], Any]:
     rules = [(to_predicate(f), s) for f, s in spec.items()]
 
     def choose(path: Path, ref: Any) -> Any:
-        for predicate, chosen in rules:
+        for i, (predicate, chosen) in enumerate(rules):
             if predicate(path, ref):
+                used.add(i)
                 return chosen
         what = f"collection {ref.collection!r}" if isinstance(ref, Ref) else "a plain array"
         raise AxisError(
@@ -176,7 +188,8 @@ def _is_spec(x: Any) -> bool:
 
 def _along(arg: Any, spec: Any, name: str, where: str) -> list[tuple[Any, Any, str]]:
     """The leaves of an argument, modules and Refs included, each with its specification."""
-    whole = is_identity(arg) or not isinstance(spec, dict | list | tuple) or _is_spec(spec)
+    prefix = isinstance(spec, dict | list | tuple | Partition) and not _is_spec(spec)
+    whole = is_identity(arg) or not prefix
     # A dict is a prefix of a dict with the same keys; anywhere else its keys are filters.
     filters = isinstance(spec, dict) and not (isinstance(arg, dict) and set(arg) == set(spec))
     if whole or filters:

@@ -27,13 +27,12 @@ import jax
 from nnx.scope import entered
 from nnx.transforms.call import Call, Layout, Roots
 from nnx.transforms.tracebacks import shortened
+from nnx.transforms.untouched import Untouched, check_arguments, check_found
 from refx import Node, Ref
-from refx.errors import StructureError
 from refx.node import is_identity
 from refx.partition import Path, dotted
-from refx.snapshot import snapshot
 from refx.structure import DagDef, RefDef, build, scan
-from refx.trace import Frame, check_structure, seen_from, writable
+from refx.trace import Frame, Kept, check_structure, fresh, writable
 
 __all__: list[str] = []
 
@@ -132,10 +131,11 @@ def run(
         entry=None if mode == "lift" else call.entry,
     )
     with frame:
-        roots, objects = build(layout.dagdef, values, leaves)
+        roots, objects = build(layout.dagdef, map(fresh, values), leaves)
         outer = call.objects()
         inner_refs = [x for x in objects if type(x) is Ref]
-        before = [(r._value, jax.tree.leaves(r._value)) for r in inner_refs]
+        before = [Kept(r._value) for r in inner_refs]
+        closed = Untouched(call, layout)
         _shadow(frame, call, layout, mode, outer, objects)
         frame.describe = _namer(layout.dagdef, outer, objects)
         try:
@@ -143,13 +143,16 @@ def run(
             scope = roots[-1] if layout.has_scope else None
             with entered(scope):
                 out = fn(*args, **kwargs)
-            _check_containers(frame, (args, kwargs), roots[: len(layout.form.where)])
+            check_arguments(frame, (args, kwargs), roots[: len(layout.form.where)])
+            check_found(frame)
+            closed.check(frame)
             first, out = split_out(out) if split_out is not None else (None, out)
             packed, outline = _pack(
                 frame, layout, call, roots, objects, outer, before, leaves, out, mode
             )
             result = packed if finish is None else finish(packed, outline)
         except Exception:
+            closed.restore()
             _note_found(frame, mode, call)
             raise
         finally:
@@ -165,17 +168,6 @@ def _arguments(layout: Layout, roots: tuple[Any, ...], others: Any) -> Any:
     for root, position in zip(roots, layout.form.where, strict=False):
         flat.insert(position, root)
     return jax.tree.unflatten(layout.form.treedef, flat)
-
-
-def _check_containers(frame: Frame, arguments: Any, roots: tuple[Any, ...]) -> None:
-    # A list of modules that is an argument is a value to JAX, and the body had a copy of it.
-    now = [x for x in jax.tree.leaves(arguments, is_leaf=is_identity) if is_identity(x)]
-    if len(now) != len(roots) or not all(map(_is, now, roots)):
-        raise StructureError(
-            f"A list, dict or tuple of modules or Refs that is an argument of {frame.name} was "
-            f"changed inside it, and the change would be lost: such a container is a value there. "
-            f"Keep it in an attribute of a module, where changes propagate, or return it."
-        )
 
 
 def _shadow(
@@ -229,13 +221,9 @@ def _note_found(frame: Frame, mode: str, call: Call) -> None:
     if mode == "constant":
         return
     for ref, owner in frame.found.items():
-        if mode == "lift" or frame.shadow[ref]._value is not _outside(frame, ref):
+        if mode == "lift" or frame.entered[ref].changed(frame.shadow[ref]._value):
             # A module that was made in the body may hold the Ref, but cannot be a root outside.
             call.found.append((ref, ref if owner is None or owner._frame is frame else owner))
-
-
-def _outside(frame: Frame, ref: Ref[Any]) -> Any:
-    return seen_from(frame.parent, ref)
 
 
 def _pack(
@@ -245,7 +233,7 @@ def _pack(
     roots: tuple[Any, ...],
     objects: list[Any],
     outer: list[Any],
-    before: list[tuple[Any, list[Any]]],
+    before: list[Kept],
     leaves: Any,
     out: Any,
     mode: str,
@@ -255,7 +243,7 @@ def _pack(
     written = tuple(
         i
         for i, (ref, was) in enumerate(zip(inner_refs, before, strict=True))
-        if _changed(ref, *was)
+        if was.changed(ref._value)
     )
     new_values = [inner_refs[i]._value for i in written]
     after = scan(roots, skip=1)
@@ -264,7 +252,6 @@ def _pack(
         and all(map(_is, after.objects, objects))
         and all(map(_is, after.leaves, leaves))
     )
-    _check_closed_unchanged(call, layout, frame)
     holds = any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity)))
     if same and not holds:
         return Packed(Spec(written, None), out, new_values), Outline([], [])
@@ -297,31 +284,6 @@ def _pack(
 
 def _is(a: Any, b: Any) -> bool:
     return a is b
-
-
-def _changed(ref: Ref[Any], value: Any, leaves: list[Any]) -> bool:
-    if ref._value is not value:
-        return True
-    # A list or a dict in a Ref may have been changed in place.
-    now = jax.tree.leaves(value)
-    return len(now) != len(leaves) or not all(map(_is, now, leaves))
-
-
-def _check_closed_unchanged(call: Call, layout: Layout, frame: Frame) -> None:
-    start = len(layout.form.where)
-    for root, kept in zip(
-        call.roots[start : start + layout.closed],
-        call.snapshots[start : start + layout.closed],
-        strict=True,
-    ):
-        now = snapshot(root)
-        if now.dagdef is not kept.dagdef or not all(map(_is, now.refs, kept.refs)):
-            raise StructureError(
-                f"The structure of a {type(root).__name__} that {frame.name} closes over was "
-                f"changed inside it (something was added to a list or a dict of it, or removed). "
-                f"That would happen once, while tracing. Pass the module as an argument; then "
-                f"changes of its structure propagate."
-            )
 
 
 def until_lifted(attempt: Callable[[Roots], Any]) -> Any:

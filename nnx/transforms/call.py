@@ -6,6 +6,7 @@ is remembered (`refx.snapshot`), and so is how the structures of several roots g
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +36,6 @@ class Layout:
 
     __slots__ = (
         "closed",
-        "compiled",
         "constants",
         "dagdef",
         "donated",
@@ -64,8 +64,7 @@ class Layout:
         self.statics = statics
         # Whether a compiled function was traced for this layout, so that its closures are known.
         self.traced = False
-        # What `nnx.jit` learned by that: its own program, and the Refs whose buffers it takes.
-        self.compiled: Any = None
+        # What `nnx.jit` learned by that: the Refs whose buffers it takes.
         self.donated: tuple[int, ...] = ()
         self.shardings: Any = None
 
@@ -76,6 +75,36 @@ class Plan(NamedTuple):
     layout: Layout
     refs: tuple[int, ...] | None
     leaves: tuple[int, ...] | None
+
+
+class Plans:
+    """What one function knows of the calls that it had.
+
+    `by_call` is found by what a call looks like, and forgets when there were too many calls that
+    looked different; it is made again from `layouts`, which know the compiled programs.
+    """
+
+    def __init__(self) -> None:
+        self.by_call: dict[Any, Plan] = {}
+        self.layouts: dict[Any, Layout] = {}
+
+    def layout(self, dagdef: DagDef, parts: tuple[Any, ...]) -> Layout:
+        """The one Layout of these parts."""
+        key = (dagdef, *parts)
+        layout = self.layouts.get(key)
+        if layout is None:
+            if len(self.layouts) >= _MOST:
+                self.layouts.clear()
+                self.by_call.clear()
+            # Another thread may be as far.
+            layout = self.layouts.setdefault(key, Layout(dagdef, *parts))
+        return layout
+
+    def keep(self, key: Any, plan: Plan) -> None:
+        """Know the plan from now on."""
+        if len(self.by_call) >= _MOST:
+            self.by_call.clear()
+        self.by_call[key] = plan
 
 
 class Call:
@@ -146,7 +175,7 @@ def open_call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     closure: Closure | Roots | None = None,
-    plans: dict[Any, Plan] | None = None,
+    plans: Plans | None = None,
     statics: Any = None,
     *,
     any_leaf: bool = False,
@@ -178,14 +207,12 @@ def open_call(
         alias = {id(ref): inner for ref, inner in frame.shadow.items()}
         shape = (shape, frame.uid, len(alias))
     key = (form, shape, constants, scope is None, statics)
-    plan = plans.get(key) if plans is not None else None
+    plan = plans.by_call.get(key) if plans is not None else None
     if plan is None:
-        layout = (form, len(closed), constants, scope is not None, statics)
-        plan = _plan(layout, roots, snapshots, plans, alias)
+        parts = (form, len(closed), constants, scope is not None, statics)
+        plan = _plan(parts, roots, snapshots, plans, alias)
         if plans is not None:
-            if len(plans) >= _MOST:
-                plans.clear()
-            plans[key] = plan
+            plans.keep(key, plan)
     at_once = all([s.writable() for s in snapshots])
     if len(roots) == 1 and alias is None:
         kept = snapshots[0]
@@ -215,18 +242,16 @@ class Form:
     Forms are interned, so that a key that holds one is hashed by its identity.
     """
 
-    __slots__ = ("treedef", "where")
+    __slots__ = ("__weakref__", "treedef", "where")
 
     def __init__(self, treedef: Any, where: tuple[int, ...]):
         self.treedef = treedef
         self.where = where
 
 
-_forms: dict[tuple[Any, tuple[int, ...]], Form] = {}
+_forms: weakref.WeakValueDictionary[Any, Form] = weakref.WeakValueDictionary()
 
-
-# Filled only together with `_forms`, and emptied with it. The forms of calls whose arguments are
-# so many roots and then single arrays or numbers.
+# The forms of calls whose arguments are so many roots and then single arrays or numbers.
 _flat_forms: dict[tuple[type, ...], tuple[Form, int]] = {}
 _SINGLE = frozenset({type(jnp.zeros(())), np.ndarray, bool, int, float, complex})
 
@@ -234,6 +259,8 @@ _SINGLE = frozenset({type(jnp.zeros(())), np.ndarray, bool, int, float, complex}
 def _check_others(others: list[Any], args: Any, kwargs: Any) -> None:
     """Raise for an argument that is nothing JAX can trace."""
     for x in others:
+        if (what := getattr(type(x), "_as_argument", None)) is not None:
+            raise ArgumentError(f"An argument is {what}.")
         if type(x) in _SINGLE or hasattr(x, "dtype") or hasattr(x, "__jax_array__"):
             continue
         flat = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_identity)[0]
@@ -256,13 +283,12 @@ def _take_roots(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Form, li
     flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_identity)
     where = tuple(i for i, x in enumerate(flat) if is_identity(x))
     rest = tuple(i for i, x in enumerate(flat) if not is_identity(x))
-    if len(_forms) >= _MOST:
-        _forms.clear()
-        _flat_forms.clear()
-    form = _forms.setdefault((treedef, where), Form(treedef, where))
+    form = _forms.get((treedef, where)) or _forms.setdefault((treedef, where), Form(treedef, where))
     count = len(where)
     first, last = types[:count], types[count:]
     if not kwargs and all(issubclass(t, (Node, Ref)) for t in first) and _SINGLE.issuperset(last):
+        if len(_flat_forms) >= _MOST:
+            _flat_forms.clear()
         _flat_forms[types] = form, count
     return form, [flat[i] for i in where], [flat[i] for i in rest]
 
@@ -306,9 +332,16 @@ def _plan(
     parts: tuple[Any, ...],
     roots: list[Any],
     snapshots: list[Snapshot],
-    plans: dict[Any, Plan] | None,
+    plans: Plans | None,
     alias: dict[int, Any] | None,
 ) -> Plan:
+    apart = None
+    if plans is not None and alias is None and _share_nothing(snapshots):
+        # Then what each looks like says what they look like together, whichever they are.
+        apart = (*parts, tuple([s.dagdef for s in snapshots]))
+        known = plans.by_call.get(apart)
+        if known is not None:
+            return known
     joint = scan(tuple(roots), alias, skip=1)
     refs = [id(alias.get(id(r), r)) if alias else id(r) for s in snapshots for r in s.refs]
     places = [place for s in snapshots for place in s.places()]
@@ -316,22 +349,27 @@ def _plan(
         (id(h), k) if h is not None else id(x)
         for x, (h, k) in zip(joint.leaves, joint.places, strict=True)
     ]
-    layout = Layout(joint.dagdef, *parts)
-    # A list, since another thread may add to the plans meanwhile.
-    for known in list(plans.values()) if plans is not None else ():
-        if _same_layout(known.layout, layout):
-            layout = known.layout
-            break
-    return Plan(
-        layout,
+    plan = Plan(
+        Layout(joint.dagdef, *parts) if plans is None else plans.layout(joint.dagdef, parts),
         _positions(refs, [id(r) for r in joint.refs]),
         _positions(places, joint_places),
     )
+    if plans is not None and apart is not None:
+        plans.keep(apart, plan)
+    return plan
 
 
-def _same_layout(a: Layout, b: Layout) -> bool:
-    names = ("dagdef", "form", "closed", "constants", "has_scope", "statics")
-    return all(getattr(a, name) == getattr(b, name) for name in names)
+def _share_nothing(snapshots: list[Snapshot]) -> bool:
+    """Whether no Ref, module, list or dict is in two of the roots."""
+    seen: set[int] = set()
+    # The big ones last: what is looked through is the smaller of two sets.
+    parts = sorted([s.identities for s in snapshots], key=len)
+    for i, part in enumerate(parts):
+        if not seen.isdisjoint(part):
+            return False
+        if i < len(parts) - 1:
+            seen |= part
+    return True
 
 
 def _positions(items: list[Any], chosen: list[Any]) -> tuple[int, ...] | None:

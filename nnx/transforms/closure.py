@@ -1,45 +1,152 @@
 """What a function closes over: the modules and Refs that it can reach without an argument.
 
-They are found by looking, before anything is traced: in the closure's cells, in the globals that
-its code loads, in defaults, and in the functions and objects found there, one step at a time. What
-looking cannot find (an object deep inside another) is found by reading, at the price of one more
-trace: see `Lift`. A name that is bound to another module later is noticed at the next call.
+They are found by looking, before anything is traced (see `looking`). What is near (cells, globals,
+helpers, attributes of objects) is an input from the start. What is further away, or in code that the
+arguments bring, becomes one when a trace has read it, at the price of one more trace. Of every input
+the steps that lead to it are watched, so a name that is bound to another module later is noticed at
+the next call. What is read and cannot be found by looking is an error.
 """
 
 from __future__ import annotations
 
-import dis
-import functools
+import threading
 import types
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable
+from operator import call as call_it
+from operator import is_
 from typing import Any
 
-from refx import RefError
-from refx.node import is_identity
+from nnx.transforms.looking import (
+    SMALL,
+    Edge,
+    Graph,
+    containers,
+    content,
+    insides,
+    is_holder,
+    is_module,
+    is_plain,
+)
+from refx import ClosureError, RefError
+from refx.partition import dotted
 from refx.snapshot import Snapshot, snapshot
 from refx.structure import scan
+from refx.trace import describe
 
 __all__: list[str] = []
 
-# Code of these has no business with a user's modules, and following it would take long.
-_LIBRARIES = frozenset(
-    {"jax", "jaxlib", "numpy", "optax", "nnx", "refx", "builtins", "functools", "typing"}
-)
+# Held by whoever looks or learns: rare, and no code of a user's runs meanwhile.
+_lock = threading.RLock()
+# Bounds for what ever new arguments could fill.
+_MOST = 512
+# So many programs that differ in an array only are made before a warning.
+_MANY = 16
+
+
+class _State:
+    """The roots as they were found once, and the steps to them. It is replaced, never changed.
+
+    `ways` are parallel lists for `map`: a dict and a key, or a function, and what they gave.
+    `dict_roots` and `call_roots` say which of the roots that was, or -1.
+    """
+
+    def __init__(self, roots: tuple[Any, ...]):
+        self.roots = roots
+        self.dicts: list[dict[Any, Any]] = []
+        self.keys: list[Any] = []
+        self.values: list[Any] = []
+        self.dict_roots: list[int] = []
+        self.calls: list[Callable[[], Any]] = []
+        self.results: list[Any] = []
+        self.call_roots: list[int] = []
+        self.contents: list[tuple[Any, list[Any]]] = []
+        # Whether there is nothing to check.
+        self.idle = False
+
+    def watch(self, edge: Edge, root: int) -> None:
+        """Watch one step, which led to the root with that number, or to none."""
+        if edge.way is None:
+            return
+        where, how = edge.way
+        if where is None:
+            self.calls.append(how)
+            self.results.append(edge.value)
+            self.call_roots.append(root)
+        else:
+            self.dicts.append(where)
+            self.keys.append(how)
+            self.values.append(edge.value)
+            self.dict_roots.append(root)
+
+    def stands(self) -> bool:
+        """Whether every step still leads where it led."""
+        return (
+            (not self.dicts or all(map(is_, map(_get, self.dicts, self.keys), self.values)))
+            and (not self.calls or all(map(is_, map(call_it, self.calls), self.results)))
+            and (not self.contents or all(_same(x, items) for x, items in self.contents))
+        )
+
+    def moved(self) -> _State | None:
+        """The state after names were bound to others of their kind; None if more has changed."""
+        if not all(_same(x, items) for x, items in self.contents):
+            return None
+        roots = list(self.roots)
+        new = _State(())
+        new.__dict__.update(self.__dict__)
+        values = list(map(_get, self.dicts, self.keys))
+        results = list(map(call_it, self.calls))
+        for was, now, positions in (
+            (self.values, values, self.dict_roots),
+            (self.results, results, self.call_roots),
+        ):
+            for a, b, i in zip(was, now, positions, strict=True):
+                if a is b or (is_plain(a) and is_plain(b)):
+                    continue
+                if i < 0 or not _alike(a, b):
+                    return None
+                roots[i] = b
+        new.values, new.results, new.roots = values, results, tuple(roots)
+        return new
+
+
+_get = dict.get
+
+
+def _same(x: Any, items: list[Any]) -> bool:
+    now = content(x)
+    return len(now) == len(items) and all(map(is_, now, items))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if not (is_module(a) and is_module(b)):
+        return False
+    try:
+        return snapshot(a).dagdef is snapshot(b).dagdef
+    except RefError:
+        return False
 
 
 class Closure:
     """The roots that one function closes over.
 
-    Invariant: between two calls of `look`, `roots()` gives the same objects in the same order,
-    as long as every name that led to one still leads to it.
+    Invariant: as long as `roots()` gives roots of the same structure, a program that was traced
+    for them is right, since all that the function read is reached by the same steps.
     """
 
     def __init__(self, fn: Callable[..., Any]):
         self._fn = fn
-        self._met: dict[int, Any] = {}
-        self._roots: tuple[Any, ...] | None = None
-        # Pairs of a way to get what a name is bound to, and what it was bound to.
-        self._watched: list[tuple[Callable[[], Any], Any]] = []
+        self._state: _State | None = None
+        # Classes and static values of arguments, by id: code that the function may come to run.
+        self._starts: dict[int, tuple[Any, Any]] = {}
+        # Where far roots were read, by path; and the names that were plain and might be modules.
+        self._places: set[tuple[Any, ...]] = set()
+        self._hopeful: set[tuple[Any, ...]] = set()
+        # What tells apart programs that were traced with the same roots, reached by other steps.
+        self._tokens: dict[Any, int] = {}
+        self._next_token = 0
+        self._traced = False
+        self._arrays: dict[Any, list[Any]] = {}
         # The snapshots of roots that are no modules and so do not keep one themselves.
         self._kept: dict[int, tuple[Any, Snapshot]] = {}
 
@@ -54,158 +161,178 @@ class Closure:
 
     def roots(self) -> tuple[Any, ...]:
         """The roots, as they are now."""
-        if self._roots is None or any(get() is not was for get, was in self._watched):
-            self._look()
-        return self._roots or ()
+        state = self._state
+        if state is None or not (state.idle or state.stands()):
+            with _lock:
+                moved = state.moved() if state is not None else None
+                state = self._state = moved or self._look()
+        return state.roots
 
-    def add(self, found: Iterable[Any]) -> None:
-        """Take roots that were met while tracing, too."""
-        for x in found:
-            self._met[id(x)] = x
-        self._roots = None
+    def meet(self, layout: Any) -> bool:
+        """Take note of the code that the arguments of a new layout bring; whether there was any."""
+        self._warn_of_arrays(layout)
+        found = insides(layout.dagdef, layout.form.treedef, layout.statics)
+        with _lock:
+            # Before the first trace no program is bound to a token.
+            first, self._traced = not self._traced, True
+            new = {id(x): (name, x) for name, x in found if id(x) not in self._starts}
+            if not new:
+                return False
+            if first:
+                self._tokens, self._next_token = {}, 0
+            self._starts |= new
+            while len(self._starts) > _MOST:
+                del self._starts[next(iter(self._starts))]
+            self._state = None
+        return True
 
-    def _look(self) -> None:
-        self._watched = []
+    def add(self, call: Any, name: str) -> None:
+        """Take what a trace read, too.
+
+        Raises:
+          ClosureError: looking does not lead to it, so a change of it would not be seen.
+        """
+        with _lock:
+            missing = {id(ref): ref for ref, _ in call.found}
+            held: dict[int, set[int]] = {}
+            for edge in self._graph().edges:
+                if edge.candidate is None:
+                    continue
+                ids = held.get(id(edge.candidate))
+                if ids is None:
+                    ids = held[id(edge.candidate)] = _objects(edge.candidate)
+                inside = [i for i in ids if i in missing]
+                if inside:
+                    self._places.add(edge.path)
+            reached = set().union(*held.values())
+            lost = [(ref, root) for ref, root in call.found if id(ref) not in reached]
+            # What was traced without these must not be taken for a program with them.
+            self._tokens = {}
+            self._state = None
+        if lost:
+            raise ClosureError(_unreachable(*lost[0], name))
+
+    def _graph(self) -> Graph:
+        starts = [(name, x, True) for name, x in self._starts.values()]
+        return Graph([("", self._fn, False), *starts], self._places | self._hopeful)
+
+    def _look(self) -> _State:
+        graph = self._graph()
+        edges = graph.edges
+        selected = {
+            n: i
+            for i, n in enumerate(
+                n
+                for n, e in enumerate(edges)
+                if e.candidate is not None and (not e.far or e.path in self._places)
+            )
+        }
+        if len(self._places) > _MOST:
+            self._places &= {edges[n].path for n in selected}
+        any_way = _sources(edges, {e.source for e in edges if e.candidate is not None})
+        to_roots = _sources(edges, {edges[n].source for n in selected})
+        near = {n for n in range(len(graph.objects)) if not graph.is_far(n)}
+        watched = near | to_roots
+        state = _State(tuple(edges[n].candidate for n in selected))
         self._kept = {}
-        found = _look_into(self._fn, self._watched)
-        here = {id(x) for x in found}
-        # One root for each name that leads to it, in order: names that change places are noticed.
-        self._roots = (*found, *(x for x in self._met.values() if id(x) not in here))
+        hopeful = {e.path for e in edges if e.hopeful}
+        shape: list[Any] = []
+        for n, edge in enumerate(edges):
+            source = graph.objects[edge.source]
+            by_name = type(source) in (types.FunctionType, types.ModuleType)
+            if edge.source in watched or (by_name and (edge.hopeful or edge.path in self._hopeful)):
+                state.watch(edge, selected.get(n, -1))
+                if edge.candidate is not None or edge.target in any_way:
+                    end = selected.get(n, -1) if edge.target is None else edge.target
+                    shape.append((edge.source, edge.key, n in selected, end))
+            if n in selected and not is_module(edge.candidate):
+                state.contents += [(c, content(c)) for c in containers(edge.candidate)]
+        self._hopeful = hopeful | {e.path for e in edges if e.path in self._hopeful}
+        for n in sorted(watched):
+            x = graph.objects[n]
+            if is_holder(x):
+                items = content(x)
+                if n in any_way or len(items) <= SMALL:
+                    state.contents.append((x, items))
+        state.idle = not (state.dicts or state.calls or state.contents)
+        numbers = {n: i for i, n in enumerate(sorted({n for n, *_ in shape}))}
+        kinds = tuple(_kind(graph.objects[n]) for n in numbers)
+        steps = tuple(
+            (numbers[n], key, is_root, end if is_root else numbers.get(end, -1))
+            for n, key, is_root, end in shape
+        )
+        token = self._token((kinds, steps))
+        if token:
+            # A root that is a constant: it makes another layout of the same roots.
+            state.roots = (*state.roots, [token])
+        return state
 
+    def _token(self, shape: Any) -> int:
+        token = self._tokens.get(shape)
+        if token is None:
+            if len(self._tokens) >= _MOST:
+                self._tokens = {}
+            token = self._tokens[shape] = self._next_token
+            self._next_token += 1
+        return token
 
-# How many functions and objects a look goes through, at most.
-_MOST = 2000
-
-
-def _look_into(x: Any, watched: list[tuple[Callable[[], Any], Any]]) -> list[Any]:
-    found: list[Any] = []
-    todo = [x]
-    seen: set[int] = set()
-    while todo and len(seen) < _MOST:
-        x = todo.pop()
-        if id(x) in seen:
-            continue
-        seen.add(id(x))
-        for get, value in _names(x):
-            identities = _identities(value)
-            if identities or value is None or not _is_plain(value):
-                watched.append((get, value))
-            found += _as_roots(value, identities)
-            for content in _containers(value) if identities else ():
-                watched.append(
-                    (functools.partial(_unchanged, content, list(_values(content))), True)
-                )
-            if not identities:
-                todo.append(value)
-    return found
-
-
-def _as_roots(value: Any, identities: list[Any]) -> list[Any]:
-    """A container as one root, so that its keys and its nesting count; else what it holds."""
-    if identities and isinstance(value, list | tuple | dict):
-        try:
-            scan(value)
-        except RefError:
-            return identities
-        return [value]
-    return identities
-
-
-def _is_plain(x: Any) -> bool:
-    """Whether nothing can be reached from `x`."""
-    return isinstance(x, (int | float | complex | str | bytes | types.ModuleType, type))
-
-
-def _containers(x: Any) -> list[Any]:
-    """The lists and dicts in `x`, itself included."""
-    found: list[Any] = []
-    todo, seen = [x], set()
-    while todo:
-        at = todo.pop()
-        if not isinstance(at, list | tuple | dict) or id(at) in seen:
-            continue
-        seen.add(id(at))
-        if not isinstance(at, tuple):
-            found.append(at)
-        todo += list(at.values()) if isinstance(at, dict) else list(at)
-    return found
-
-
-def _values(x: list[Any] | dict[Any, Any]) -> list[Any]:
-    return [*x, *x.values()] if isinstance(x, dict) else list(x)
-
-
-def _unchanged(content: Any, items: list[Any]) -> bool:
-    now = list(_values(content))
-    return len(now) == len(items) and all(a is b for a, b in zip(now, items, strict=True))
-
-
-def _identities(x: Any) -> list[Any]:
-    """The modules and Refs that are `x`, or that plain lists, tuples and dicts in it hold."""
-    found: list[Any] = []
-    todo, seen = [x], set()
-    while todo:
-        at = todo.pop()
-        if is_identity(at):
-            found.append(at)
-        elif isinstance(at, list | tuple | dict) and id(at) not in seen:
-            seen.add(id(at))
-            todo += reversed(list(at.values() if isinstance(at, dict) else at))
-        elif isinstance(at, types.MethodType):
-            todo.append(at.__self__)
-    return found
-
-
-def _names(x: Any) -> Iterable[tuple[Callable[[], Any], Any]]:
-    """What can be reached from `x` in one step, each with a way to look again."""
-    if isinstance(x, types.FunctionType):
-        if x.__module__ is not None and x.__module__.split(".")[0] in _LIBRARIES:
+    def _warn_of_arrays(self, layout: Any) -> None:
+        """Warn where a closed-over array, which is a constant, is a new one again and again."""
+        if not layout.constants:
             return
-        for cell in x.__closure__ or ():
-            try:
-                yield functools.partial(getattr, cell, "cell_contents", None), cell.cell_contents
-            except ValueError:
-                continue  # a variable that is not bound yet
-        scope = x.__globals__
-        for name in _globals_of(x.__code__):
-            if name in scope:
-                yield functools.partial(scope.get, name), scope[name]
-        for default in (*(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()):
-            yield functools.partial(_identity, default), default
-    elif isinstance(x, types.MethodType):
-        yield functools.partial(_identity, x.__func__), x.__func__
-        yield functools.partial(_identity, x.__self__), x.__self__
-    elif isinstance(x, functools.partial):
-        for part in (x.func, *x.args, *x.keywords.values()):
-            yield functools.partial(_identity, part), part
-    elif hasattr(x, "__wrapped__") and callable(x):
-        inner: Any = getattr(x, "__wrapped__")  # noqa: B009
-        yield functools.partial(_identity, inner), inner
-    elif isinstance(x, type) or isinstance(getattr(x, "__dict__", None), dict):
-        home = x if isinstance(x, type) else type(x)
-        if isinstance(x, types.ModuleType) or home.__module__.split(".")[0] in _LIBRARIES:
+        if len(self._arrays) >= _MOST:
+            self._arrays = {}
+        seen = self._arrays.setdefault(layout.dagdef, [0, ()])
+        seen[0] += 1
+        was, seen[1] = seen[1], layout.constants
+        if seen[0] != _MANY or len(was) != len(layout.constants):
             return
-        for name, value in list(vars(x).items()):
-            if not name.startswith("__"):
-                yield functools.partial(_attribute, x, name), value
+        changed = [i for i, (a, b) in enumerate(zip(was, layout.constants, strict=True)) if a != b]
+        paths = layout.dagdef.leaf_paths
+        offset = len(paths) - len(layout.constants)
+        if changed and offset >= 0:
+            warnings.warn(
+                f"{dotted(paths[offset + changed[0]][1:])!r}, a plain array of a module that a "
+                f"compiled function closes over, was another one in {_MANY} calls. It is a constant "
+                f"of the program, so each array costs a compilation. Pass the module as an "
+                f"argument, or make the array a Ref (nnx.ref(...) in its class).",
+                stacklevel=5,
+            )
 
 
-def _attribute(x: Any, name: str) -> Any:
-    return vars(x).get(name)
+def _objects(root: Any) -> set[int]:
+    try:
+        return {id(x) for x in scan(root).objects}
+    except RefError:
+        return {id(root)}
 
 
-def _identity(x: Any) -> Any:
-    return x
-
-
-@functools.lru_cache(maxsize=4096)
-def _globals_of(code: types.CodeType) -> tuple[str, ...]:
-    names: dict[str, None] = {}
-    todo = [code]
+def _sources(edges: list[Edge], found: set[int]) -> set[int]:
+    """The vertices from which one of `found` can be reached, themselves included."""
+    into: dict[int, list[int]] = {}
+    for edge in edges:
+        if edge.target is not None:
+            into.setdefault(edge.target, []).append(edge.source)
+    found = set(found)
+    todo = list(found)
     while todo:
-        at = todo.pop()
-        for step in dis.get_instructions(at):
-            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                names[step.argval] = None
-        todo += [c for c in at.co_consts if isinstance(c, types.CodeType)]
-    return tuple(names)
+        for n in into.get(todo.pop(), ()):
+            if n not in found:
+                found.add(n)
+                todo.append(n)
+    return found
+
+
+def _kind(x: Any) -> Any:
+    return x.__code__ if type(x) is types.FunctionType else type(x)
+
+
+def _unreachable(ref: Any, root: Any, name: str) -> str:
+    owner = root if root is not ref else None
+    return (
+        f"{describe(ref, owner)} was read by closure in {name}, but looking at the function does "
+        f"not lead to it: not by its variables, the globals and imports of its code, or the "
+        f"attributes and items of what is there. If another took its place, that could not be "
+        f"seen, and the compiled program would go on with the old one. Pass the module to the "
+        f"function as an argument, or bind it to a variable that the function uses."
+    )

@@ -10,6 +10,7 @@ from jax.core import Tracer
 from nnx.transforms.call import Call
 from refx import Filter, RefError, to_predicate
 from refx.partition import dotted
+from refx.selection import check_selection
 
 __all__ = ["DonationError"]
 
@@ -23,7 +24,10 @@ def selected(donate: Filter, call: Call, written: tuple[int, ...]) -> tuple[int,
     predicate = to_predicate(... if donate is True else donate)
     paths = call.layout.dagdef.ref_paths
     # The first part of a path is the number of the root.
-    return tuple(i for i in written if predicate(paths[i][1:], call.refs[i]))
+    chosen = {i for i, ref in enumerate(call.refs) if predicate(paths[i][1:], ref)}
+    if not chosen:
+        check_selection(donate, *call.roots)
+    return tuple(i for i in written if i in chosen)
 
 
 def explain_donation(error: Exception, name: str, call: Call) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from nnx.transforms.axes import assign
 from nnx.transforms.boundary import Outline, Packed, fresh_output, reachable, run, write_back
-from nnx.transforms.call import Call, Plan, open_call
+from nnx.transforms.call import Call, Plans, open_call
 from nnx.transforms.closure import Closure
 from nnx.transforms.jit import function_name, unbound
 from nnx.transforms.targets import DifferentiationError
@@ -98,7 +98,7 @@ class _JitFilter:
         self._filter_fn = filter_fn
         self._filter_tree = filter_tree
         self._closure = Closure(self._fn)
-        self._plans: dict[Any, Plan] = {}
+        self._plans = Plans()
         self._compiled = jax.jit(self._run, static_argnums=(0, 1), **options)
         functools.update_wrapper(self, self._fn, updated=())
 
@@ -179,6 +179,8 @@ class _JitFilter:
         outer = local.call
         while True:
             call = open_call(args, kwargs, self._closure, self._plans, any_leaf=True)
+            if not call.layout.traced and self._closure.meet(call.layout):
+                call = open_call(args, kwargs, self._closure, self._plans, any_leaf=True)
             flat, treedef, mask = self._masked(call, args, kwargs)
             fixed = tuple(
                 None if m else self._static(leaf) for m, leaf in zip(mask, flat, strict=True)
@@ -199,7 +201,7 @@ class _JitFilter:
             finally:
                 local.call = outer
             if call.found:
-                self._closure.add(root for _, root in call.found)
+                self._closure.add(call, self._name)
                 continue
             assert packed is not None
             self._advance_streams(call, packed)

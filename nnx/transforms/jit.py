@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import operator
+import sys
 import types
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, overload
 
 import jax
 
 from nnx.transforms.boundary import Outline, Packed, Spec, close_call, run
-from nnx.transforms.call import Call, Plan, open_call
+from nnx.transforms.call import Call, Layout, Plans, open_call
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import explain_deleted, explain_donation, selected
 from nnx.transforms.shardings import Shardings
 from nnx.transforms.stages import Traced
-from nnx.transforms.statics import Statics
+from nnx.transforms.statics import Statics, check_plain
 from nnx.transforms.tracebacks import shortened
 from refx import Filter, Node
 from refx.trace import local
@@ -53,20 +57,49 @@ class Jit:
         donate: Filter,
         shardings: tuple[Any, Any],
         options: dict[str, Any],
+        bound: int = 0,
     ):
-        self._fn, self._bound = unbound(fn)
+        # So many of the first arguments do not count where others are said by number.
+        self._fn = fn
         self._name = f"nnx.jit({function_name(fn)})"
         self._closure = Closure(self._fn)
-        self._plans: dict[Any, Plan] = {}
-        self._static = Statics(self._fn, *statics, bound=len(self._bound))
+        self._plans = Plans()
+        # Programs of layouts that need one of their own. On the layout, which is an argument of
+        # its program, they would keep this function and what it closes over alive for ever.
+        self._programs: dict[Layout, Any] = {}
+        self._static = Statics(self._fn, *statics, bound=bound)
         self._donate = donate
         self._options = options
-        self._shardings = Shardings(self._name, *shardings, bound=len(self._bound))
+        self._shardings = Shardings(self._name, *shardings, bound=bound)
         # Nothing but the arguments as they are: the common case has a shorter way.
-        self._direct = not (self._bound or self._static.active or self._shardings.active)
+        self._direct = not (self._static.active or self._shardings.active)
         self._compiled = jax.jit(self._run, static_argnums=0, **options)
         # A function that is itself a Jit has attributes that must not become those of this one.
-        functools.update_wrapper(self, fn if not isinstance(fn, Node) else self._fn, updated=())
+        functools.update_wrapper(self, fn, updated=())
+
+    _given: tuple[Any, ...]
+    __qualname__: str
+
+    def __new__(cls, *given: Any) -> Any:
+        jitted = super().__new__(cls)
+        jitted._given = given  # what copies and pickles are made of
+        return jitted
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        fn = copy.deepcopy(self._given[0], memo)
+        # Like a function it is its own copy, but for what holds more, such as a functools.partial.
+        return self if fn is self._given[0] else Jit(fn, *self._given[1:])
+
+    def __reduce__(self) -> Any:
+        if self.__module__ != "__main__":
+            try:
+                # What a decorated function is known by is this, not the function.
+                if operator.attrgetter(self.__qualname__)(sys.modules[self.__module__]) is self:
+                    return self.__qualname__
+            except (AttributeError, KeyError):
+                pass
+        # As a method the last one given is 1.
+        return (_method, self._given[:5]) if len(self._given) > 5 else (Jit, self._given)
 
     def _run(self, layout: Any, values: Any, leaves: Any, others: Any) -> Packed:
         call: Call = local.call
@@ -93,8 +126,6 @@ class Jit:
         return run(fn, self._name, call, full, leaves, others, layout=layout, finish=finish)
 
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        if self._bound:
-            args = self._bound + args
         statics = None
         if self._static.active:
             args, kwargs, statics = self._static.take(args, kwargs)
@@ -111,6 +142,9 @@ class Jit:
             return
         spec = traced.out_info.spec
         options = dict(self._options)
+        if len(self._programs) > len(self._plans.layouts):
+            known = set(self._plans.layouts.values())
+            self._programs = {k: v for k, v in self._programs.items() if k in known}
         if self._shardings.active:
             options |= self._shardings.options(layout, traced.out_info)
         if self._donate is not None and self._donate is not False:
@@ -119,11 +153,11 @@ class Jit:
             if self._shardings.active:
                 inputs = options["in_shardings"]
                 options["in_shardings"] = ([inputs[0][i] for i in layout.donated], *inputs)
-            layout.compiled = jax.jit(
+            self._programs[layout] = jax.jit(
                 self._run_donating, static_argnums=0, donate_argnums=1, **options
             )
         elif self._shardings.active:
-            layout.compiled = jax.jit(self._run, static_argnums=0, **options)
+            self._programs[layout] = jax.jit(self._run, static_argnums=0, **options)
         layout.traced = True
 
     def _inputs(self, call: Call) -> tuple[Any, ...]:
@@ -140,7 +174,10 @@ class Jit:
         """An opened call whose layout is traced, with all that it closes over."""
         outer = local.call
         while True:
-            call = local.call = self._open(args, kwargs)
+            call = self._open(args, kwargs)
+            if not call.layout.traced and self._closure.meet(call.layout):
+                call = self._open(args, kwargs)
+            local.call = call
             try:
                 if not call.layout.traced:
                     self._trace(call)
@@ -151,7 +188,7 @@ class Jit:
                 local.call = outer
             if not call.found or _starts_again(call):
                 return call
-            self._closure.add(root for _, root in call.found)
+            self._closure.add(call, self._name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         outer = local.call
@@ -167,10 +204,10 @@ class Jit:
                 # The function may be traced for new shapes, and then needs to know its call.
                 local.call = call
                 try:
-                    if layout.compiled is None:
-                        packed = self._compiled(layout, call.values, call.leaves, call.others)
+                    if self._programs and layout in self._programs:
+                        packed = self._programs[layout](layout, *self._inputs(call))
                     else:
-                        packed = layout.compiled(layout, *self._inputs(call))
+                        packed = self._compiled(layout, call.values, call.leaves, call.others)
                 except (RuntimeError, ValueError) as error:
                     explain_donation(error, self._name, call)
                     explain_deleted(error, self._name, call)
@@ -179,8 +216,8 @@ class Jit:
                     local.call = outer
                 if call.found:
                     # Shapes that were not traced before may take another way through the function.
-                    self._closure.add(root for _, root in call.found)
                     if not _starts_again(call):
+                        self._closure.add(call, self._name)
                         continue
                     call.found.clear()
                 return close_call(call, packed)
@@ -189,14 +226,23 @@ class Jit:
 
     def trace(self, *args: Any, **kwargs: Any) -> Traced:
         """Trace for these arguments, as `jax.jit(f).trace`: has `.jaxpr` and `.lower()`."""
-        call = self._prepared(args, kwargs)
-        compiled = call.layout.compiled or self._compiled
+        return self._stages((), args, kwargs)
+
+    def _stages(
+        self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Traced:
+        call = self._prepared(bound + args, kwargs)
+        compiled = self._programs.get(call.layout, self._compiled)
         outer, local.call = local.call, call
         try:
             traced = compiled.trace(call.layout, *self._inputs(call))
         finally:
             local.call = outer
-        return Traced(traced, self._name, call.layout, self._open, self._inputs)
+
+        def open_(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+            return self._open(bound + args, kwargs)
+
+        return Traced(traced, self._name, call.layout, open_, self._inputs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """Lower for these arguments, as `jax.jit(f).lower`: has `.compile()` and `.as_text()`."""
@@ -206,14 +252,67 @@ class Jit:
         """The output for these arguments, abstractly; see `nnx.eval_shape`."""
         from nnx.transforms.whole import eval_shape
 
-        return eval_shape(self._fn, *self._bound, *args, **kwargs)
+        return eval_shape(self._fn, *args, **kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
     def __repr__(self) -> str:
-        count = len({id(p.layout) for p in list(self._plans.values()) if p.layout.traced})
+        count = sum(layout.traced for layout in list(self._plans.layouts.values()))
         return f"<{self._name}, traced for {count} structure{'' if count == 1 else 's'}>"
+
+
+class BoundJit:
+    """A jitted method, or a jitted module, with the module that it is called with.
+
+    It is a pytree, as a bound method of a module is: where it is an attribute of its module, a copy
+    of the module has one of its own.
+    """
+
+    def __init__(self, jitted: Jit, module: Any):
+        self._jit = jitted
+        self._module = module
+        functools.update_wrapper(self, jitted, updated=())
+        self.__wrapped__ = types.MethodType(jitted._fn, module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._jit(self._module, *args, **kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Traced:
+        """As `Jit.trace`."""
+        return self._jit._stages((self._module,), args, kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Jit.lower`."""
+        return self.trace(*args, **kwargs).lower()
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Jit.eval_shape`."""
+        return self._jit.eval_shape(self._module, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        return repr(self._jit)
+
+
+jax.tree_util.register_pytree_with_keys(
+    BoundJit,
+    lambda bound: (((jax.tree_util.GetAttrKey("__self__"), bound._module),), bound._jit),
+    lambda jitted, children: BoundJit(jitted, *children),
+    lambda bound: ((bound._module,), bound._jit),
+)
+
+# The methods that were jitted as attributes of modules: those of two modules of one class are one,
+# so that the modules have the same structure and share what is compiled.
+_methods: weakref.WeakValueDictionary[Any, Jit] = weakref.WeakValueDictionary()
+
+
+def _method(fn: Callable[..., Any], *given: Any) -> Jit:
+    key = (fn, *given[:-1], tuple(sorted(given[-1].items())))
+    try:
+        known = _methods.get(key)
+    except TypeError:
+        return Jit(fn, *given, 1)
+    return known or _methods.setdefault(key, Jit(fn, *given, 1))
 
 
 def _starts_again(call: Call) -> bool:
@@ -247,6 +346,10 @@ def jit(
     outputs of the compiled program. A change of structure (an attribute set, a layer appended)
     propagates, and the next call compiles for the new structure. If the function raises, nothing
     of the caller's has changed.
+
+    A static attribute counts by its `==`, as a static argument of `jax.jit` does. So a change inside
+    of a plain object that an attribute holds (`model.cfg.lr = 0.1`) is not seen: make what changes a
+    Ref, or make the object a frozen dataclass and replace it.
 
     Args:
       fn: the function, a module, or a bound method of one. Refs may be anywhere in its arguments,
@@ -291,5 +394,9 @@ def jit(
         )
     if not callable(fn):
         raise TypeError(f"nnx.jit takes a function, a module or a method, but got {fn!r}.")
+    check_plain(unbound(fn)[0], function_name(unbound(fn)[0]))
     statics, shardings = (static_argnums, static_argnames), (in_shardings, out_shardings)
+    fn, bound = unbound(fn)
+    if bound:
+        return BoundJit(_method(fn, statics, donate, shardings, options), *bound)
     return Jit(fn, statics, donate, shardings, options)

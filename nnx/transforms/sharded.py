@@ -9,10 +9,11 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from nnx.transforms.axes import Sorted, assign
-from nnx.transforms.boundary import close_call, run, until_lifted
+from nnx.transforms.axes import AxisError, Sorted, assign
+from nnx.transforms.boundary import Outline, Packed, close_call, run, until_lifted
 from nnx.transforms.call import Roots, open_call
 from nnx.transforms.jit import function_name, unbound
+from refx.partition import dotted
 
 __all__ = ["shard_map"]
 
@@ -28,7 +29,9 @@ def shard_map(
     """Run a function on the shards of its arguments; Refs are sharded as their specs say.
 
     A Ref with a spec is a shard inside, and what is written to it is a shard again. Closed-over
-    Refs and the streams of the ambient scope are whole on every device.
+    Refs and the streams of the ambient scope are whole on every device, so what is written to them
+    must be the same on every device: averaged with `jax.lax.pmean`, by `nnx.BatchNorm` with
+    `axis_name`. With `check_vma=False` nobody checks that, and the value of one device is kept.
 
     Args:
       fn: the function, a module, or a bound method of one.
@@ -39,7 +42,8 @@ def shard_map(
       **options: as for `jax.shard_map`.
 
     Raises:
-      AxisError: specs that do not fit the arguments; one Ref with two specs.
+      AxisError: specs that do not fit the arguments; one Ref with two specs; a write that differs
+        between the devices of a Ref that is whole.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> from jax.sharding import PartitionSpec as P
@@ -80,15 +84,52 @@ def shard_map(
                 ambient=lambda path, ref: PartitionSpec(),
             )
             layout = Sorted(name, call, where, out_specs, PartitionSpec(), PartitionSpec)
-            results = jax.shard_map(
-                lambda *flat: run(inner, name, call, *flat, mode="read", finish=layout.sort),
-                in_specs=(where.refs, where.leaves, where.others),
-                out_specs=layout.keys,
-                **given,
-                **options,
-            )(call.values, call.leaves, call.others)
+            differing: dict[str, set[Any]] = {}
+
+            def finish(packed: Packed, outline: Outline) -> Any:
+                paths = call.layout.dagdef.ref_paths
+                for i, value in zip(packed.spec.written, packed.written, strict=True):
+                    if axes := _varying(value) - _axes(where.refs[i]):
+                        differing[dotted(paths[i][1:]) or "a Ref"] = axes
+                return layout.sort(packed, outline)
+
+            try:
+                results = jax.shard_map(
+                    lambda *flat: run(inner, name, call, *flat, mode="read", finish=finish),
+                    in_specs=(where.refs, where.leaves, where.others),
+                    out_specs=layout.keys,
+                    **given,
+                    **options,
+                )(call.values, call.leaves, call.others)
+            except ValueError:
+                # JAX refuses too, but speaks of functions and outputs that are not the user's.
+                if differing:
+                    raise _differs(name, differing) from None
+                raise
             return close_call(call, layout.packed(results))
 
         return until_lifted(attempt)
 
     return sharded
+
+
+def _varying(value: Any) -> set[Any]:
+    """The axes of the mesh along which a value differs, or may; none without `check_vma`."""
+    kinds = [getattr(jax.typeof(x), "manual_axis_type", None) for x in jax.tree.leaves(value)]
+    return {axis for kind in kinds if kind is not None for axis in kind.varying}
+
+
+def _axes(spec: PartitionSpec) -> set[Any]:
+    return {x for part in spec for x in (part if isinstance(part, tuple) else (part,))}
+
+
+def _differs(name: str, differing: dict[str, set[Any]]) -> AxisError:
+    axes = sorted(set[Any]().union(*differing.values()))
+    axis = axes[0] if len(axes) == 1 else tuple(axes)
+    return AxisError(
+        f"{name} writes to {', '.join(map(repr, differing))} what differs between the shards along "
+        f"{axis!r}, but such a Ref has one value on all of them. Average over the axis first, by "
+        f"jax.lax.pmean(value, {axis!r}), which BatchNorm does over the axes in its axis_name. Or, if "
+        f"each device is to keep a part of the Ref, give it a spec with the axis: in_specs takes a "
+        f"dict from filter to spec."
+    )

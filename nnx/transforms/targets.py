@@ -13,6 +13,7 @@ from nnx.transforms.call import Call
 from refx import Filter, Partition, RefError, ShapeError, UnknownPathError, to_predicate
 from refx.node import is_identity
 from refx.partition import Path, dotted, listed
+from refx.selection import mistake
 from refx.snapshot import snapshot
 from refx.structure import _name as key_name
 
@@ -235,10 +236,11 @@ def targets_of(
     if empty and not (all_args and selected):
         number, located = empty[0]
         there = {repr(p.cell.collection) for p in located.places if p.kind == 0}
-        raise DifferentiationError(
+        text = (
             f"{name} with wrt={wrt!r} has nothing to differentiate in argument {number}: its "
-            f"collections are {', '.join(sorted(there)) or 'none'}."
+            f"collections are {', '.join(sorted(there)) or 'none'}. {mistake(wrt, args[number]) or ''}"
         )
+        raise DifferentiationError(text.rstrip())
     _check_disjoint(name, numbers, targets)
     return targets
 

@@ -1,4 +1,8 @@
+import copy
+import functools
+import gc
 import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -428,3 +432,126 @@ def test_donation_where_nothing_selected_is_written(dense, data, donate):
     bias = nnx.jit(lambda m: setattr(m, "b", m.b + 1), donate="opt_state")
     bias(dense)
     assert (dense.b == 1).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"donate": True}, {"out_shardings": None}])
+def test_a_dropped_function_is_collected(options):
+    class Trainer:
+        def __init__(self):
+            self.model = Dense()
+            self.step = nnx.jit(self.update, **options)
+
+        def update(self, x):
+            self.model.w = self.model.w + x
+
+    trainer = Trainer()
+    trainer.step(1.0)
+    kept = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert kept() is None
+
+
+def test_more_calls_that_look_different_than_are_remembered_do_not_compile_again(dense):
+    traces = []
+
+    @nnx.jit
+    def step(model, x):
+        traces.append(nnx.get_flag("deterministic"))
+        return model.b * x
+
+    lowered = nnx.jit(lambda m, x: m.b * x)
+    compiled = lowered.lower(dense, 1.0).compile()
+    for epoch in range(2):
+        for i in range(300):
+            # New Refs in each call: the scope's, and one of an argument.
+            with nnx.scope(i, deterministic=False):
+                step(dense, 1.0)
+            with nnx.scope(i):
+                lowered(dense, 1.0)
+        with nnx.scope(epoch, deterministic=True):
+            step(dense, 1.0)
+    assert traces == [False, True]
+    compiled(dense, 1.0)
+
+
+def test_many_other_forms_of_arguments_do_not_compile_a_function_again(dense):
+    traces = []
+    step = nnx.jit(lambda m, x: traces.append(1))
+    step(dense, {"x": 1.0})
+    other = nnx.jit(lambda *args: None)
+    for i in range(520):
+        other.eval_shape({str(i): 1.0}, dense)
+    step(dense, {"x": 1.0})
+    assert traces == [1]
+
+
+def test_roots_that_share_are_told_from_those_that_do_not(dense):
+    step = nnx.jit(lambda a, b: setattr(a, "b", a.b + 1) or b.b)
+    for _ in range(3):
+        assert step(dense, Dense(seed=1)).tolist() == [0, 0]
+        before = dense.b
+        assert jnp.array_equal(step(dense, dense), before + 1)
+    tied = Dense(seed=2)
+    tied.b = nnx.get_ref(dense, "b")
+    assert jnp.array_equal(step(dense, tied), dense.b)
+
+
+def test_a_bound_method_that_was_jitted_is_an_attribute_like_any_other():
+    class Scaled(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Ref(jnp.array(2.0), "params")
+            self.fast = nnx.jit(self.slow, donate="counters")
+
+        def slow(self, x):
+            return x * self.w.value
+
+        def __call__(self, x):
+            return self.fast(x)
+
+    model = Scaled()
+    assert model(3.0) == 6
+    for copied in (nnx.clone(model), copy.deepcopy(model)):
+        copied.w.value = jnp.array(5.0)
+        assert (model(3.0), copied(3.0)) == (6, 15)
+        assert nnx.grad(lambda m: m(3.0))(copied)["w"] == 3
+        assert jax.grad(lambda m: m(3.0))(copied).w.value == 3
+        assert nnx.jit(lambda m, x: m(x))(copied, 3.0) == 15
+        assert copied.fast.eval_shape(3.0).shape == ()
+
+
+def test_a_static_function_that_hides_a_module_is_an_error():
+    class Cached(nnx.Module):
+        def __init__(self, wrap):
+            self.w = nnx.Ref(jnp.array(2.0), "params")
+            self.fast = wrap(self.slow)
+
+        def slow(self, x):
+            return x * self.w.value
+
+    for wrap in (functools.lru_cache, jax.jit, nnx.vmap):
+        with pytest.raises(nnx.StructureError, match=r"Attribute 'fast' .* holds Refs or modules"):
+            nnx.clone(Cached(wrap))
+
+
+def test_shardings_may_be_given_as_a_partition(net):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = net["params"]
+    shardings = jax.tree.map(lambda _: whole, params)
+    doubled = nnx.jit(
+        lambda p: jax.tree.map(lambda x: 2 * x, p),
+        in_shardings=(shardings,),
+        out_shardings=shardings,
+    )(params)
+    assert all(x.sharding == whole for x in doubled.values())
+    assert jax.tree.all(jax.tree.map(lambda a, b: jnp.array_equal(2 * a, b), params, doubled))
+
+
+def test_a_module_in_a_scope_is_no_argument(dense):
+    with pytest.raises(nnx.ArgumentError, match=r"what model\.apply\(\.\.\.\) gives.* nnx\.jit\(model"):
+        nnx.jit(lambda m: m)(dense.apply(training=True))
+    with nnx.scope(0):
+        linear = nnx.Linear(2, 2)
+    with pytest.raises(nnx.ArgumentError, match="pass the model and put the call in"):
+        nnx.jit(lambda m, x: m(x))(linear.apply(training=True), jnp.ones(2))

@@ -57,3 +57,91 @@ def test_all_of_it_on_demand():
     finally:
         jax.config.update("jax_traceback_filtering", "auto")
     assert "boundary.py" in files(caught.value)
+
+
+class Gate(nnx.Module):
+    def __init__(self):
+        self.limit = jnp.zeros(2)
+
+    def __call__(self, x):
+        return 1 if x > self.limit[0] else 2
+
+
+def branch(model, cfg, batch, *, rate):
+    return 1 if model.w.sum() + batch["x"] > rate else 2
+
+
+def of_stream():
+    return 1 if jax.random.uniform(nnx.make_rng("noise")) > 0 else 2
+
+
+def positive(x):
+    return 1 if x > 0 else 2
+
+
+CELL = nnx.Ref(jnp.ones(()), "params")
+BATCH = {"x": 1.0}
+
+
+@pytest.mark.parametrize(
+    "call, note",
+    [
+        (
+            lambda: nnx.jit(branch, static_argnums=1)(Dense(), 3, BATCH, rate=2.0),
+            "nnx.jit(branch), where values[0] is model.w, others[0] is batch['x'], others[1] is rate.",
+        ),
+        (
+            lambda: nnx.jit(lambda m: m.calls + branch(m, 3, BATCH, rate=2.0), donate=True)(
+                Dense()
+            ),
+            "values[0] is m.w.",
+        ),
+        (
+            lambda: nnx.jit(Gate())(3.0),
+            "nnx.jit(Gate.__call__), where leaves[0] is self.limit, others[0] is x.",
+        ),
+        (lambda: nnx.jit(lambda *xs: positive(xs[1]))(1.0, 2.0), "others[1] is argument 1."),
+        (
+            lambda: nnx.jit(lambda: positive(CELL.value))(),
+            "where values[0] is value of a Ref that it closes over.",
+        ),
+        (lambda: nnx.jit(lambda r: positive(r.value))(CELL), "where values[0] is r.value."),
+        (
+            lambda: nnx.jit(lambda m: nnx.grad(lambda m: m.w.sum() * positive(m.w.sum()))(m))(
+                Dense()
+            ),
+            "where values[0] is m.w.",
+        ),
+        (lambda: nnx.scan(lambda c, x: (c, positive(x)), None, jnp.ones(3)), "is nnx.scan("),
+        (lambda: nnx.remat(positive)(1.0), "nnx: the function is nnx.remat(positive)."),
+        (lambda: nnx.cond(True, lambda: positive(CELL.value), lambda: 2), "is nnx.cond("),
+    ],
+)
+def test_errors_about_tracers_have_the_names_of_the_user(call, note):
+    with pytest.raises(jax.errors.ConcretizationTypeError) as info:
+        call()
+    notes = [n for n in info.value.__notes__ if n.startswith("nnx: ")]
+    assert len(notes) == 1 and note in notes[0]
+
+
+def test_the_donated_and_the_streams_of_a_scope_have_names():
+    model = Dense()
+
+    @nnx.jit(donate=True)
+    def step(model, x):
+        model.w = model.w + 1
+        return positive(model.w.sum()) if x.shape[0] > 1 else x
+
+    step(model, jnp.ones(1))
+    with pytest.raises(jax.errors.ConcretizationTypeError) as info:
+        step(model, jnp.ones(2))
+    assert any("donated[0] is model.w" in n for n in info.value.__notes__)
+    with pytest.raises(jax.errors.ConcretizationTypeError) as info, nnx.scope(0):
+        nnx.jit(of_stream)()
+    assert any("values[0] is 'streams.default.key' of the scope" in n for n in info.value.__notes__)
+
+
+def test_what_plain_jax_traces_gets_no_note():
+    with pytest.raises(jax.errors.ConcretizationTypeError) as info:
+        nnx.jit(lambda x: jax.jit(positive)(x))(1.0)
+    assert not [n for n in info.value.__notes__ if n.startswith("nnx: ")]

@@ -185,3 +185,40 @@ def test_shard_map_shards_by_spec():
         nnx.shard_map(lambda a, b: a, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())(
             model, model
         )
+
+
+def test_shard_map_says_which_refs_would_differ_between_devices():
+    P = jax.sharding.PartitionSpec
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("d", "e"), axis_types=auto)
+    x = jnp.arange(16.0).reshape(8, 2)
+    both = ("d", "e")
+
+    def sharded(f, *first, rows=both):
+        return nnx.shard_map(f, mesh=mesh, in_specs=(*first, P(rows)), out_specs=P(rows))
+
+    def normed(axis_name):
+        model = nnx.Sequential(nnx.BatchNorm(2, axis_name=axis_name))
+        sharded(lambda m, x: m(x), P())(model, x)
+        return model.layers[0]
+
+    with pytest.raises(nnx.AxisError) as caught:
+        normed(None)
+    text = str(caught.value)
+    assert "writes to 'layers.0.mean', 'layers.0.var' what differs" in text
+    assert "jax.lax.pmean(value, ('d', 'e'))" in text and "BatchNorm" in text and "in_specs" in text
+    with pytest.raises(nnx.AxisError, match=r"between the shards along 'e'.*pmean\(value, 'e'\)"):
+        normed("d")
+    expected = nnx.BatchNorm(2)
+    expected(x)
+    assert jnp.allclose(normed(both).mean, expected.mean)
+
+    total = nnx.Ref(jnp.zeros(()))
+    with pytest.raises(
+        nnx.AxisError, match=r"writes to .* along 'd', but such a Ref has one value"
+    ):
+        sharded(lambda x: (setattr(total, "value", x.sum()), x)[1], rows="d")(x)
+    assert total.value == 0
+    # Another mistake keeps its own message.
+    with pytest.raises(ValueError, match="replica"):
+        nnx.shard_map(lambda x: x, mesh=mesh, in_specs=P("d"), out_specs=P())(x)

@@ -1,0 +1,423 @@
+"""Looking: what a function can reach without an argument, as a graph of steps from one object to the next.
+
+Nothing is called on the way that a user wrote (no property, no `__getattr__`): functions are taken
+apart into cells, the globals that their code loads and defaults, objects into their own dicts, slots
+and classes. Libraries are not entered, nor what is plain data.
+"""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import contextvars
+import functools
+import gc
+import sys
+import types
+import weakref
+from collections.abc import Iterable, Iterator, Set
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from nnx.transforms.names import names_of
+from refx import Node, Ref, RefError
+from refx.structure import DagDef, NodeDef, Static, Tree, scan
+
+__all__: list[str] = []
+
+# Code of these has no business with a user's modules, and following it would take long.
+_LIBRARIES = sys.stdlib_module_names | frozenset(
+    {"jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "optax", "orbax", "chex", "flax", "equinox"}
+    | {"haiku", "torch", "tensorflow", "keras", "sklearn", "pandas", "matplotlib", "PIL", "tqdm"}
+    | {"nnx", "refx", "pytest", "_pytest", "hypothesis", "IPython", "ipykernel", "wandb"}
+)
+# What these define may hold anything, so it is looked into as a container is.
+_HOLDERS = frozenset(
+    {"builtins", "collections", "functools", "itertools", "types", "weakref", "queue", "nnx"}
+)
+_ARRAYS = (np.ndarray, np.generic, np.dtype, Tracer, type(jnp.zeros(())))
+_PLAIN = frozenset(
+    {int, float, complex, bool, str, bytes, bytearray, type(None), type(...), range, slice}
+    | {type(NotImplemented), types.CodeType, types.GetSetDescriptorType, type(len)}
+    | {types.MemberDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType}
+)
+_CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
+# What has steps of its own; every other object of `_HOLDERS` leads to what it refers to.
+_TAKEN_APART = frozenset(
+    {types.FunctionType, types.MethodType, types.SimpleNamespace, functools.partial, staticmethod}
+    | {classmethod, property, functools.cached_property, weakref.ref, type, object}
+)
+_PYTREES = (list, tuple, dict)
+# A container of so much plain data is watched nevertheless: it may come to hold a module.
+SMALL = 32
+# How many functions and objects a look goes through, at most.
+_MOST = 4000
+
+
+class Edge(NamedTuple):
+    """One step: from the vertex numbered `source`, by the name `key`, to `value`.
+
+    `way` says how to take it again: a dict and a key, or None and a function; None where the
+    content of the source is watched as a whole. `target` is the number of the vertex that it leads
+    to; if it leads to a module, a Ref or a container of them, `candidate` is that. `far` are steps
+    that most functions have no use for, so that what they lead to is an input only once it was read.
+    """
+
+    source: int
+    key: Any
+    value: Any
+    way: tuple[Any, Any] | None
+    target: int | None
+    candidate: Any
+    path: tuple[Any, ...]
+    far: bool
+    # Whether the value is plain, but a name of it that may come to be a module.
+    hopeful: bool
+
+
+class Graph:
+    """Everything that can be reached from some objects, in one fixed order."""
+
+    def __init__(
+        self, starts: Iterable[tuple[Any, Any, bool]], expected: Set[tuple[Any, ...]] = frozenset()
+    ):
+        """Look from `starts`, triples of a name, an object and whether it is far.
+
+        Names of modules that are not bound count as None where their path is one of `expected`.
+        """
+        self._expected = expected
+        self.edges: list[Edge] = []
+        self.objects: list[Any] = []
+        self._paths: list[tuple[Any, ...]] = []
+        self._numbers: dict[int, int] = {}
+        self._near: collections.deque[int] = collections.deque()
+        self._far: collections.deque[int] = collections.deque()
+        self._is_far: list[bool] = []
+        # Names of attributes that code loads: those are what a look follows in a user's modules.
+        self._names: set[str] = set()
+        self._modules: dict[int, set[str]] = {}
+        for name, x, far in starts:
+            self._vertex(x, (name,), far)
+        while self._next() or self._in_modules():
+            pass
+
+    def is_far(self, number: int) -> bool:
+        """Whether an object is far."""
+        return self._is_far[number]
+
+    def _next(self) -> bool:
+        if not self._near and not self._far:
+            return False
+        number = (self._near or self._far).popleft()
+        x, far = self.objects[number], self._is_far[number]
+        if type(x) is types.ModuleType:
+            self._modules[number] = set()
+            return True
+        for key, way, value, step_far in self._steps(x):
+            self._edge(number, key, way, value, far or step_far)
+        return True
+
+    def _in_modules(self) -> bool:
+        found = False
+        for number, done in list(self._modules.items()):
+            content = vars(self.objects[number])
+            path = self._paths[number]
+            new = sorted(
+                name
+                for name in self._names - done
+                if name in content or (*path, name) in self._expected
+            )
+            done.update(new)
+            for name in new:
+                found = True
+                self._edge(number, name, (content, name), content.get(name), True)
+        return found
+
+    def _edge(self, source: int, key: Any, way: Any, value: Any, far: bool) -> None:
+        path = (*self._paths[source], key)
+        candidate = target = None
+        hopeful = value is None or type(value) is bool
+        if is_module(value):
+            candidate = value
+        elif not hopeful and (is_plain(value) or _is_data(value, far)):
+            return
+        elif issubclass(type(value), _PYTREES) and _identities(value) and _scans(value):
+            # A container is one root, so that its keys and its nesting count.
+            candidate = value
+        elif not hopeful:
+            # What is no module, and is in a container, may be one of very many.
+            target = self._vertex(value, path, far or _is_container(self.objects[source]))
+        self.edges.append(Edge(source, key, value, way, target, candidate, path, far, hopeful))
+
+    def _vertex(self, x: Any, path: tuple[Any, ...], far: bool) -> int | None:
+        number = self._numbers.get(id(x))
+        if number is None and len(self.objects) < _MOST:
+            number = self._numbers[id(x)] = len(self.objects)
+            self.objects.append(x)
+            self._paths.append(path)
+            self._is_far.append(far)
+            (self._far if far else self._near).append(number)
+        return number
+
+    def _steps(self, x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
+        """What can be reached from `x` in one step: name, way, value, whether it is far."""
+        kind = type(x)
+        if kind is types.FunctionType:
+            yield from self._of_function(x)
+        elif kind is types.MethodType:
+            yield "__func__", None, x.__func__, False
+            yield "__self__", None, x.__self__, False
+        elif issubclass(kind, functools.partial):
+            for i, part in enumerate((x.func, *x.args)):
+                yield i, None, part, False
+            for name, part in x.keywords.items():
+                yield name, None, part, False
+        elif kind is staticmethod or kind is classmethod:
+            yield "__func__", None, x.__func__, False
+        elif kind is property or kind is functools.cached_property:
+            getter = x.fget if kind is property else x.func  # pyright: ignore
+            yield "__func__", None, getter, False
+        elif issubclass(kind, type):
+            yield from _of_class(x)
+        elif issubclass(kind, weakref.ref):
+            get = functools.partial(weakref.ref.__call__, x)
+            yield "()", (None, get), get(), True
+        elif kind is contextvars.ContextVar:
+            get = functools.partial(x.get, None)
+            yield "()", (None, get), get(), True
+        else:
+            yield from _of_object(x)
+
+    def _of_function(self, fn: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
+        scope = fn.__globals__
+        library = _is_library(scope.get("__name__"))
+        for step in _of_closure(fn):
+            # A wrapper of a library leads to the user's function, and its settings do not change.
+            if not library or not (step[2] is None or type(step[2]) is bool):
+                yield step
+        if library:
+            return
+        names = names_of(fn.__code__)
+        self._names |= names.attributes
+        for name in names.loaded:
+            if name in scope or not hasattr(builtins, name):
+                yield name, (scope, name), scope.get(name), False
+        for name in names.strings:
+            if name in scope:
+                yield ("globals", name), (scope, name), scope[name], True
+        package = scope.get("__package__") or ""
+        for name in names.imported:
+            for full in (name, f"{package}.{name}", package):
+                if full in sys.modules:
+                    yield ("import", full), (sys.modules, full), sys.modules[full], True
+
+
+def _of_closure(fn: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
+    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+        get = functools.partial(getattr, cell, "cell_contents", None)
+        yield name, (None, get), get(), False
+    for i, default in enumerate(fn.__defaults__ or ()):
+        yield ("default", i), None, default, False
+    for name, default in (fn.__kwdefaults__ or {}).items():
+        yield ("default", name), (fn.__kwdefaults__, name), default, False
+    for name, value in list(vars(fn).items()):
+        yield ("attribute", name), (vars(fn), name), value, True
+
+
+def is_plain(x: Any) -> bool:
+    """Whether nothing can be reached from `x` that would matter."""
+    kind = type(x)
+    if kind in _PLAIN or issubclass(kind, _ARRAYS):
+        # A bound method of C code, such as that of a dict, leads to what it is bound to.
+        return kind is not type(len) or type(x.__self__) in _PLAIN | {types.ModuleType}
+    if issubclass(kind, types.ModuleType):
+        return kind is not types.ModuleType or _is_library(vars(x).get("__name__"))
+    return issubclass(kind, type) and _is_library(_home(x))
+
+
+def is_module(x: Any) -> bool:
+    """Whether `x` is a Node or a Ref; by its type alone, since `isinstance` may ask a proxy."""
+    return issubclass(type(x), (Node, Ref))
+
+
+def content(x: Any) -> list[Any]:
+    """The items of a container, or what a C object refers to: compared to see a change."""
+    if issubclass(type(x), dict):
+        return [*dict.keys(x), *dict.values(x)]
+    return _items(x) if _is_container(x) else gc.get_referents(x)
+
+
+def _items(x: Any) -> list[Any]:
+    # By the base class: a subclass may have an `__iter__` of its own.
+    if issubclass(type(x), dict):
+        return list(dict.values(x))
+    return list(next(c for c in _CONTAINERS if issubclass(type(x), c)).__iter__(x))
+
+
+def is_holder(x: Any) -> bool:
+    """Whether the steps from `x` are its content and are watched as a whole."""
+    return _is_container(x) or (_home(type(x)) in _HOLDERS and type(x) not in _TAKEN_APART)
+
+
+def _is_container(x: Any) -> bool:
+    return issubclass(type(x), _CONTAINERS)
+
+
+def _is_data(x: Any, far: bool) -> bool:
+    """Whether `x` is a container of plain data, where no module is to be expected."""
+    return _is_container(x) and (far or len(x) > SMALL) and _all_plain(x)
+
+
+def containers(x: Any) -> list[Any]:
+    """The lists and dicts in `x`, itself included."""
+    found: list[Any] = []
+    todo, seen = [x], set()
+    while todo:
+        at = todo.pop()
+        if not issubclass(type(at), _PYTREES) or id(at) in seen:
+            continue
+        seen.add(id(at))
+        if not issubclass(type(at), tuple):
+            found.append(at)
+        todo += _items(at)
+    return found
+
+
+def insides(*structures: Any) -> list[tuple[Any, Any]]:
+    """The classes and static values of DagDefs, treedefs and tuples of them: code that may run."""
+    found: dict[int, tuple[Any, Any]] = {}
+    todo = list(structures)
+    while todo:
+        x = todo.pop()
+        kind = type(x)
+        if kind is DagDef:
+            nodes = [n for n in x.nodes if type(n) is NodeDef]
+            todo += [x.root, *(n.kind for n in nodes), *(c for n in nodes for c in n.children)]
+        elif kind is Tree:
+            todo += [*x.children, x.treedef]
+        elif kind is Static:
+            todo.append(x.value)
+        elif kind is jax.tree_util.PyTreeDef:
+            todo += [x.node_data(), *x.children()]
+        elif kind is tuple or kind is list:
+            todo += x
+        elif not is_plain(x) and not is_module(x):
+            found[id(x)] = (_title(x), x)
+    return list(found.values())
+
+
+def _title(x: Any) -> Any:
+    named = x if issubclass(type(x), (type, types.FunctionType)) else type(x)
+    return "argument", type(x).__name__, named.__module__, named.__qualname__
+
+
+def _of_class(cls: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
+    for base in type.__dict__["__mro__"].__get__(cls):
+        if _is_library(_home(base)):
+            continue
+        own = type.__dict__["__dict__"].__get__(base)
+        for name, value in list(own.items()):
+            way = (None, functools.partial(own.get, name))
+            yield (base.__qualname__, name), way, value, type(value) in _CODE
+
+
+_CODE = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
+
+
+def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
+    kind = type(x)
+    home = _home(kind)
+    own = _own_dict(x)
+    if own is not None and "__wrapped__" in own:
+        yield "__wrapped__", (own, "__wrapped__"), own["__wrapped__"], False
+        if home.partition(".")[0] == "nnx":
+            return
+    if issubclass(kind, dict):
+        for key, value in list(dict.items(x)):
+            known = type(key) in _PLAIN
+            yield key if known else ("key", id(key)), None, value, False
+            if not known:
+                yield ("keys", id(key)), None, key, True
+    elif is_holder(x):
+        # What has no order of its own is known by its identity.
+        in_order = issubclass(kind, (list, tuple, collections.deque))
+        for i, value in enumerate(content(x)):
+            yield i if in_order else ("held", id(value)), None, value, False
+    if _is_library(home):
+        if own is not None and (home in _HOLDERS or home.partition(".")[0] == "nnx"):
+            for name, value in list(own.items()):
+                yield name, (own, name), value, kind is not types.SimpleNamespace
+        return
+    for name, value in list((own or {}).items()):
+        if not name.startswith("__"):
+            yield name, (own, name), value, False
+    for base in kind.__mro__:
+        for name, slot in list(vars(base).items()):
+            if type(slot) is types.MemberDescriptorType:
+                get = functools.partial(_slot, slot, x)
+                yield name, (None, get), get(), True
+    yield "__class__", None, kind, True
+
+
+def _slot(slot: Any, x: Any) -> Any:
+    try:
+        return slot.__get__(x)
+    except AttributeError:
+        return None
+
+
+def _own_dict(x: Any) -> dict[str, Any] | None:
+    """The attributes of `x`, past any `__dict__` or `__getattribute__` of its class."""
+    for base in type(x).__mro__:
+        found = type.__dict__["__dict__"].__get__(base).get("__dict__")
+        if found is not None:
+            return found.__get__(x) if type(found) in _DESCRIPTORS else None
+    return None
+
+
+_DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
+
+
+def _home(cls: type) -> str:
+    name = type.__dict__["__dict__"].__get__(cls).get("__module__", "builtins")
+    return name if type(name) is str else ""
+
+
+def _is_library(name: Any) -> bool:
+    return type(name) is str and name.partition(".")[0] in _LIBRARIES
+
+
+def _identities(x: Any) -> bool:
+    """Whether plain lists, tuples and dicts in `x`, or methods there, hold modules or Refs."""
+    todo, seen = [x], set()
+    while todo and len(seen) < _MOST:
+        at = todo.pop()
+        if is_module(at):
+            return True
+        if issubclass(type(at), _PYTREES):
+            if id(at) not in seen and not _all_plain(at):
+                seen.add(id(at))
+                todo += _items(at)
+        elif type(at) is types.MethodType:
+            todo.append(at.__self__)
+    return False
+
+
+def _all_plain(x: Any) -> bool:
+    """Whether a container holds plain data only; in C, since it may be millions of numbers."""
+    return _PLAIN_DATA.issuperset(map(type, _items(x)))
+
+
+_PLAIN_DATA = (_PLAIN - {type(len)}) | {np.ndarray, type(jnp.zeros(()))}
+
+
+def _scans(x: Any) -> bool:
+    try:
+        scan(x)
+    except RefError:
+        return False
+    return True
