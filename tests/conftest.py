@@ -1,8 +1,11 @@
-"""Several virtual devices, set before JAX starts; and modules that many tests use."""
+"""What has to be set before JAX starts; and modules that many tests use."""
 
 import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+# Most of the time goes into compiling small programs that run once. The examples, which CI runs
+# too, are compiled as users' programs are.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax.numpy as jnp
 import numpy as np
