@@ -119,6 +119,7 @@ class Frame:
         "name",
         "open",
         "parent",
+        "repeats",
         "shadow",
         "trace",
         "uid",
@@ -131,8 +132,11 @@ class Frame:
         lifts: bool = False,
         constants: bool = False,
         entry: Callable[[], Any] | None = None,
+        repeats: int = 1,
     ):
         self.name = name
+        # How often the body runs for each time that it is traced.
+        self.repeats = repeats
         # The trace that called the transformation, where its body reads closed-over Refs itself:
         # a plain jax program may lie between that and the level of the Refs.
         self.entry = entry

@@ -144,10 +144,22 @@ def _around(call: Any, module: Any, args: Any, kwargs: Any) -> Any:
     values = {p: jax.tree.map(abstract, r._value) for p, r in refx.refs(module).items()}
     shapes = jax.tree.map(abstract, (args, kwargs), is_leaf=_is_identity)
     out = call(module, *args, **kwargs)
-    whole = refx.refs(recorder.shadow.modules[tag.path])
-    times = _lanes({p: r._value for p, r in whole.items()}, values)
+    times = _repeats(recorder.frame)
+    if times == 1:
+        # In a plain jax transformation, the values tell.
+        whole = refx.refs(recorder.shadow.modules[tag.path])
+        times = _lanes({p: r._value for p, r in whole.items()}, values)
     recorder.note(tag.path, Call(Arguments.of(*shapes), jax.tree.map(abstract, out), values, times))
     return out
+
+
+def _repeats(outermost: Any) -> int:
+    """How often the bodies around this call run, up to the one where the model was called."""
+    times, frame = 1, local.frame
+    while frame is not None and frame is not outermost:
+        times *= frame.repeats
+        frame = frame.parent
+    return times
 
 
 def _lanes(whole: Mapping[Path, Any], seen: Mapping[Path, Any]) -> int:

@@ -29,8 +29,9 @@ class Row:
 
     Attributes: `path`, a tuple; `cls`, the name of the class; `inputs` and `outputs`, pytrees with
     `jax.ShapeDtypeStruct`s for arrays, of the first call (None if it was not called); `calls`, how
-    often it was called; `sizes`, from collection to `(values, bytes)`; `flops` and
-    `flops_with_backward`, of all calls together, None where they are not known.
+    often it was called, steps of loops (of a `while_loop` one) and lanes of `nnx.vmap` included;
+    `sizes`, from collection to `(values, bytes)`; `flops` and `flops_with_backward`, of all calls
+    together, None where they are not known.
     """
 
     path: tuple[str, ...]

@@ -129,6 +129,7 @@ def run(
         lifts=mode == "lift",
         constants=mode == "constant",
         entry=None if mode == "lift" else call.entry,
+        repeats=call.repeats,
     )
     with frame:
         roots, objects = build(layout.dagdef, map(fresh, values), leaves)

@@ -125,6 +125,7 @@ class Call:
         "names",
         "others",
         "refs",
+        "repeats",
         "roots",
         "snapshots",
         "values",
@@ -154,6 +155,8 @@ class Call:
         self.alias: dict[int, Any] | None = None
         # The trace that made the call, for transformations that read closed-over Refs in the body.
         self.entry: Any = None
+        # How often the body runs: the steps of a loop, the lanes of a batch.
+        self.repeats = 1
         # For those too, the Refs that something stands for in the body around the call.
         self.names: dict[Ref[Any], Ref[Any]] | None = None
 
@@ -167,6 +170,7 @@ class Call:
         bare.found = self.found
         bare.alias = self.alias
         bare.entry = self.entry
+        bare.repeats = self.repeats
         bare.names = self.names
         return bare
 

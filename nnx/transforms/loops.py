@@ -89,7 +89,7 @@ def scan(
             ambient=lambda path, ref: CARRY,
         )
         loop = Loop(name, f, call, specs, init)
-        size = _size(call, specs, length, name)
+        size = call.repeats = _size(call, specs, length, name)
 
         def first(sliced: Any) -> Any:
             return loop.step(call.others, None, jax.tree.map(lambda x: jnp.asarray(x)[0], sliced))
@@ -198,6 +198,8 @@ def fori_loop(
         specs = _all_carried(call)
         # The index is an input of each step, and nothing that is carried.
         specs.others[0] = 0
+        if isinstance(lower, int) and isinstance(upper, int):
+            call.repeats = max(upper - lower, 0)
         loop = Loop(name, lambda i, val: (body_fun(i, val), None), call, specs, init_val)
         loop.learn(jax.eval_shape(lambda: loop.step(call.others, None, loop.sliced())))
 

@@ -88,6 +88,7 @@ def vmap(
                 size = length(*opened(), axis_size, name, _axis)
             with _lanes(size):
                 call, specs = opened()
+                call.repeats = size
                 layout = Sorted(name, call, specs, out_axes, None, int)
 
                 def finish(packed: Packed, outline: Outline) -> Any:

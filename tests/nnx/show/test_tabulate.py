@@ -111,6 +111,32 @@ def test_a_method_with_settings():
     assert table.rows[0].inputs == ((S((2, 4), jnp.float32),), {"scale": 2.0})
 
 
+@pytest.mark.parametrize(
+    "loop",
+    [
+        lambda layer, x: nnx.scan(lambda h, _: (layer(h), None), x, None, length=6)[0],
+        lambda layer, x: nnx.scan(lambda c, _: ((c[0], c[0](c[1])), None), (layer, x), None, 6)[0][1],
+        lambda layer, x: nnx.fori_loop(0, 6, lambda i, h: layer(h), x),
+        lambda layer, x: nnx.vmap(layer)(jnp.stack([x] * 6)),
+        lambda layer, x: nnx.scan(
+            lambda h, _: (nnx.vmap(layer)(h), None), jnp.stack([x] * 2), None, length=3
+        )[0],
+    ],
+)
+def test_a_module_that_a_loop_closes_over_or_carries_counts_every_step(loop):
+    class Looped(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(16, 16)
+
+        def __call__(self, x):
+            return loop(self.layer, x)
+
+    table = tabulate(Looped.init(0)(), jnp.ones((4, 16)))
+    ahead, _ = linear_flops(4, 16, 16)
+    assert table.rows[1].calls == 6 and table.rows[1].flops == 6 * ahead
+    assert 6 * ahead <= table.flops <= 6 * ahead + 20
+
+
 def test_loops_count_every_step():
     for unroll in (1, 3):
         stack = nnx.Stack.init(0)(lambda: nnx.Linear(16, 16), 8, unroll=unroll)
