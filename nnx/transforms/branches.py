@@ -12,7 +12,6 @@ from nnx.transforms.boundary import Packed, Spec, check_lifted, close_call, run,
 from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.jit import function_name
 from refx import RefError
-from refx.partition import dotted
 
 __all__ = ["BranchError", "cond", "switch"]
 
@@ -131,8 +130,7 @@ def _check(
             )
         _check_same(name, "The output", label, first.out, function_name(fn), packed.out)
         for i in union:
-            path = dotted(call.layout.dagdef.ref_paths[i][1:])
-            what = f"Ref {path!r}" if path else "The Ref"
+            what = call.layout.name_of(i)
             mine, yours = shapes[0].get(i, before[i]), written.get(i, before[i])
             _check_same(name, what, label, mine, function_name(fn), yours)
 

@@ -17,6 +17,7 @@ from jax.core import Tracer
 from nnx.transforms.closure import Closure
 from refx import Node, Ref, RefError
 from refx.node import is_identity
+from refx.partition import dotted
 from refx.snapshot import Snapshot, snapshot
 from refx.structure import DagDef, scan
 from refx.trace import local, trace_ref
@@ -67,6 +68,11 @@ class Layout:
         # What `nnx.jit` learned by that: the Refs whose buffers it takes.
         self.donated: tuple[int, ...] = ()
         self.shardings: Any = None
+
+    def name_of(self, i: int) -> str:
+        """How a message calls the i-th Ref."""
+        path = self.dagdef.ref_paths[i][1:]
+        return f"Ref {dotted(path)!r}" if path else "A Ref that was passed by itself"
 
 
 class Plan(NamedTuple):

@@ -165,10 +165,8 @@ class Loop:
             )
         self._carried = [i for i in packed.spec.written if self._is_carried[i]]
         written = dict(zip(packed.spec.written, packed.written, strict=True))
-        paths = self.call.layout.dagdef.ref_paths
         for i in self._carried:
-            what = f"Ref {dotted(paths[i][1:])!r}" if paths[i][1:] else "A Ref"
-            self._check(what, self.call.values[i], written[i])
+            self._check(self.call.layout.name_of(i), self.call.values[i], written[i])
         flat = jax.tree_util.tree_flatten_with_path(self._init, is_leaf=is_identity)[0]
         names = [jax.tree_util.keystr(path) for path, x in flat if not is_identity(x)]
         for where, i, new in zip(names, self._kept, others, strict=True):

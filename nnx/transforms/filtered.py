@@ -23,7 +23,6 @@ from nnx.transforms.jit import function_name, unbound
 from nnx.transforms.targets import DifferentiationError
 from refx import TraceLevelError, UnhashableStaticError, clone
 from refx.node import is_identity
-from refx.partition import dotted
 from refx.structure import Static
 from refx.trace import local
 
@@ -123,9 +122,8 @@ class _JitFilter:
         closed = self._numbers(layout, len(layout.form.where), layout.closed)
         for i in packed.spec.written:
             if i in closed:
-                path = dotted(layout.dagdef.ref_paths[i][1:])
                 raise TraceLevelError(
-                    f"Ref {path!r} was written inside {self._name}, which closes over it. A "
+                    f"{layout.name_of(i)} was written inside {self._name}, which closes over it. A "
                     f"filtered transformation has value semantics: pass the module as an argument "
                     f"and return it, or use nnx.jit, whose updates propagate."
                 )

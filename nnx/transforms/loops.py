@@ -20,7 +20,6 @@ from nnx.transforms.carry import CARRY, Loop
 from nnx.transforms.jit import function_name
 from refx import Filter, StructureError
 from refx.node import is_identity
-from refx.partition import dotted
 
 __all__ = ["fori_loop", "map", "scan", "while_loop"]
 
@@ -151,10 +150,10 @@ def while_loop(
             values, others = loop.place(carry[0], carry[1], loop.sliced())
             packed = run(cond_fun, name, call, values, call.leaves, others, mode="constant")
             if packed.spec.written:
-                path = dotted(call.layout.dagdef.ref_paths[packed.spec.written[0]][1:])
+                what = call.layout.name_of(packed.spec.written[0])
                 raise StructureError(
-                    f"The condition of {name} wrote {path!r}. A condition may only read; move the "
-                    f"write into the body."
+                    f"{what} was written in the condition of {name}. A condition may only read; "
+                    f"move the write into the body."
                 )
             return packed.out
 

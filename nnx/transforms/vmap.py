@@ -20,7 +20,7 @@ from nnx.transforms.axes import (
 from nnx.transforms.boundary import Outline, Packed, close_call, run, until_lifted
 from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.jit import function_name, unbound
-from refx.partition import Path, dotted
+from refx.partition import Path
 from refx.trace import is_batched, local
 
 __all__ = ["vmap"]
@@ -144,10 +144,9 @@ def _lanes(size: int) -> Iterator[None]:
 def _check_expressible(name: str, call: Call, specs: Specs, packed: Packed) -> None:
     for i, value in zip(packed.spec.written, packed.written, strict=True):
         if specs.refs[i] is None and is_batched(value):
-            what = dotted(call.layout.dagdef.ref_paths[i][1:])
             raise AxisError(
-                f"{name} wrote {what!r} with a value that differs between the lanes, but the Ref "
-                f"has the axis None: it is one value for all of them. Give it an axis, as in "
+                f"{call.layout.name_of(i)} was written in {name} with a value that differs between "
+                f"the lanes, but has the axis None: it is one value for all of them. Give it an axis, as in "
                 f"in_axes=({{'batch_stats': 0, ...: None}}, 0), or reduce the value over the lanes "
                 f"with jax.lax.pmean and axis_name."
             )
