@@ -191,9 +191,7 @@ def open_call(
     any_leaf: bool = False,
 ) -> Call:
     """Take the arguments of one call apart. `plans` is a function's cache of Plans."""
-    form, roots, others = _take_roots(args, kwargs)
-    if not (any_leaf or _SINGLE.issuperset(map(type, others))):
-        _check_others(others, args, kwargs)
+    form, roots, others = _take_roots(args, kwargs, any_leaf)
     scope = local.scope
     closed = closure.roots() if closure is not None else ()
     constants: tuple[Any, ...] = ()
@@ -207,9 +205,10 @@ def open_call(
             snapshots.append(snapshot(scope))
         constants = _constants(known)
     else:
-        snapshots = [snapshot(root) for root in roots]
+        snapshots = list(map(snapshot, roots))
+    single = len(roots) == 1
     # With one root, equal structure is enough; with more, which Refs they share matters too.
-    shape = snapshots[0].dagdef if len(roots) == 1 else tuple([s.uid for s in snapshots])
+    shape = snapshots[0].dagdef if single else tuple([s.uid for s in snapshots])
     frame = local.frame
     alias: dict[int, Any] | None = None
     if frame is not None and frame.shadow and any([s.frame is not frame for s in snapshots]):
@@ -223,8 +222,8 @@ def open_call(
         plan = _plan(parts, roots, snapshots, plans, alias)
         if plans is not None:
             plans.keep(key, plan)
-    at_once = all([s.writable() for s in snapshots])
-    if len(roots) == 1 and alias is None:
+    at_once = snapshots[0].writable() if single else all([s.writable() for s in snapshots])
+    if single and alias is None:
         kept = snapshots[0]
         refs, leaves = kept.refs, kept.leaves()
         # What may be written here may be read here.
@@ -284,7 +283,9 @@ def _check_others(others: list[Any], args: Any, kwargs: Any) -> None:
         )
 
 
-def _take_roots(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Form, list[Any], list[Any]]:
+def _take_roots(
+    args: tuple[Any, ...], kwargs: dict[str, Any], any_leaf: bool
+) -> tuple[Form, list[Any], list[Any]]:
     types = tuple(map(type, args))
     known = _flat_forms.get(types) if not kwargs else None
     if known is not None:
@@ -300,7 +301,10 @@ def _take_roots(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Form, li
         if len(_flat_forms) >= _MOST:
             _flat_forms.clear()
         _flat_forms[types] = form, count
-    return form, [flat[i] for i in where], [flat[i] for i in rest]
+    others = [flat[i] for i in rest]
+    if not (any_leaf or _SINGLE.issuperset(map(type, others))):
+        _check_others(others, args, kwargs)
+    return form, [flat[i] for i in where], others
 
 
 # A bound for caches that ever new objects or types could fill; what is dropped is made again.

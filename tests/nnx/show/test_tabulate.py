@@ -115,7 +115,9 @@ def test_a_method_with_settings():
     "loop",
     [
         lambda layer, x: nnx.scan(lambda h, _: (layer(h), None), x, None, length=6)[0],
-        lambda layer, x: nnx.scan(lambda c, _: ((c[0], c[0](c[1])), None), (layer, x), None, 6)[0][1],
+        lambda layer, x: nnx.scan(lambda c, _: ((c[0], c[0](c[1])), None), (layer, x), None, 6)[0][
+            1
+        ],
         lambda layer, x: nnx.fori_loop(0, 6, lambda i, h: layer(h), x),
         lambda layer, x: nnx.vmap(layer)(jnp.stack([x] * 6)),
         lambda layer, x: nnx.scan(

@@ -549,7 +549,9 @@ def test_shardings_may_be_given_as_a_partition(net):
 
 
 def test_a_module_in_a_scope_is_no_argument(dense):
-    with pytest.raises(nnx.ArgumentError, match=r"what model\.apply\(\.\.\.\) gives.* nnx\.jit\(model"):
+    with pytest.raises(
+        nnx.ArgumentError, match=r"what model\.apply\(\.\.\.\) gives.* nnx\.jit\(model"
+    ):
         nnx.jit(lambda m: m)(dense.apply(training=True))
     with nnx.scope(0):
         linear = nnx.Linear(2, 2)

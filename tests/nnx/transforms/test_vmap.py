@@ -43,7 +43,9 @@ def test_a_write_that_differs_needs_an_axis(dense, data):
     def f(m, x):
         m.b = m.b + x
 
-    with pytest.raises(nnx.AxisError, match=r"Ref 'b' was written in nnx\.vmap.*axis None.*in_axes.*pmean"):
+    with pytest.raises(
+        nnx.AxisError, match=r"Ref 'b' was written in nnx\.vmap.*axis None.*in_axes.*pmean"
+    ):
         nnx.vmap(f, in_axes=(None, 0))(dense, data[0])
     assert (dense.b == 0).all()
     nnx.vmap(lambda m, x: f(m, jax.lax.pmean(x, "i")), in_axes=(None, 0), axis_name="i")(
