@@ -72,7 +72,7 @@ class Layout:
     def name_of(self, i: int) -> str:
         """How a message calls the i-th Ref."""
         path = self.dagdef.ref_paths[i][1:]
-        return f"Ref {dotted(path)!r}" if path else "A Ref that was passed by itself"
+        return f"Ref {dotted(path)!r}" if path else "A Ref"
 
 
 class Plan(NamedTuple):
