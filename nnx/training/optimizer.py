@@ -136,7 +136,9 @@ class Optimizer(Module):
         try:
             initial = tx.init(params)
         except (TypeError, ValueError) as error:
-            if "Partition" not in str(error) or "different type" not in str(error):
+            # As JAX says of two trees that differ, before 0.10.2 in the second way.
+            says = ("different type", "Expected")
+            if "Partition" not in str(error) or not any(text in str(error) for text in says):
                 raise
             raise OptimizerError(
                 "optax got a mask, labels or the like of another structure than the parameters have "
