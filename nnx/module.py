@@ -24,7 +24,7 @@ from refx import (
     UnknownPathError,
     ValueTypeError,
 )
-from refx.dag import find_ref
+from refx.dag import find_ref, values_of
 from refx.field import Field
 from refx.node import attributes
 from refx.partition import dotted
@@ -252,12 +252,9 @@ class Module(Node):
         if not any(selects(path, cell) for path, cell in cells.items()):
             check_selection(filter, self)
         if not isinstance(partition, Mapping):
-            hint = ""
-            if isinstance(partition, Node):
-                hint = f" Pass the values of the module: nnx.get_partition(grads, {filter!r})."
             raise ValueTypeError(
                 f"model[{filter!r}] = ... takes a Partition, or another mapping from path to value, "
-                f"but got a {type(partition).__name__}.{hint}"
+                f"but got a {type(partition).__name__}.{values_of(partition, filter)}"
             )
         for given in partition:
             path, cell = find_ref(self, given, cells)

@@ -199,7 +199,7 @@ def update(tree: Any, *partitions: Mapping[Path, Any], strict: bool = True) -> N
         if not isinstance(partition, Mapping):
             raise ValueTypeError(
                 f"update takes partitions, mappings from path to value, but got a "
-                f"{type(partition).__name__}.{_partition_of(partition)}"
+                f"{type(partition).__name__}.{values_of(partition)}"
             )
         for given, value in partition.items():
             path, cell = find_ref(tree, given, cells)
@@ -215,11 +215,11 @@ def update(tree: Any, *partitions: Mapping[Path, Any], strict: bool = True) -> N
         target._value = value
 
 
-def _partition_of(given: Any) -> str:
+def values_of(given: Any, filter: Filter = "params") -> str:
     """For a message: how a module of gradients becomes what it should be."""
     if not isinstance(given, Node):
         return ""
-    return " Pass the values of the module: nnx.get_partition(grads, 'params')."
+    return f" Pass the values of the module: nnx.get_partition(grads, {filter!r})."
 
 
 def find_ref(tree: Any, given: Any, cells: Mapping[Path, Ref[Any]]) -> tuple[Path, Ref[Any]]:

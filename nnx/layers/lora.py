@@ -111,7 +111,44 @@ class LoRA(Module):
         return y if self.base_module is None else y + self.base_module(x, **kwargs)
 
 
-class LoRALinear(Linear):
+class _WithAdapter(Module):
+    """What the layers with an adapter have in common: the base class of the layer comes after it."""
+
+    def __init__(
+        self,
+        in_features: int | Sequence[int],
+        out_features: int | Sequence[int],
+        *,
+        lora_rank: int,
+        lora_dtype: Dtype = None,
+        lora_param_dtype: Dtype = jnp.float32,
+        a_initializer: Initializer = default_a_initializer,
+        b_initializer: Initializer = zeros,
+        lora_param_type: Hashable = "lora",
+        lora_promote_dtype: Callable[..., Any] = promote_dtype,
+        a_metadata: Metadata = {},  # noqa: B006 — never changed
+        b_metadata: Metadata = {},  # noqa: B006
+        alpha: float | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(in_features, out_features, **kwargs)  # pyright: ignore[reportCallIssue]
+        layer: Any = self
+        self.lora = beside(
+            layer,
+            lora_rank,
+            dtype=lora_dtype,
+            param_dtype=lora_param_dtype,
+            a_initializer=a_initializer,
+            b_initializer=b_initializer,
+            lora_param_type=lora_param_type,
+            promote_dtype=lora_promote_dtype,
+            a_metadata=a_metadata,
+            b_metadata=b_metadata,
+            alpha=alpha,
+        )
+
+
+class LoRALinear(_WithAdapter, Linear):
     """A `Linear` with a low-rank adapter beside it; see `LoRA` and `apply_lora`.
 
     Args:
@@ -130,44 +167,12 @@ class LoRALinear(Linear):
     [('lora', 'lora_a'), ('lora', 'lora_b')]
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        lora_rank: int,
-        lora_dtype: Dtype = None,
-        lora_param_dtype: Dtype = jnp.float32,
-        a_initializer: Initializer = default_a_initializer,
-        b_initializer: Initializer = zeros,
-        lora_param_type: Hashable = "lora",
-        lora_promote_dtype: Callable[..., Any] = promote_dtype,
-        a_metadata: Metadata = {},  # noqa: B006 — never changed
-        b_metadata: Metadata = {},  # noqa: B006
-        alpha: float | None = None,
-        **kwargs: Any,
-    ):
-        super().__init__(in_features, out_features, **kwargs)
-        self.lora = beside(
-            self,
-            lora_rank,
-            dtype=lora_dtype,
-            param_dtype=lora_param_dtype,
-            a_initializer=a_initializer,
-            b_initializer=b_initializer,
-            lora_param_type=lora_param_type,
-            promote_dtype=lora_promote_dtype,
-            a_metadata=a_metadata,
-            b_metadata=b_metadata,
-            alpha=alpha,
-        )
-
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the layer to an input of shape `(..., in_features)`; errors as for `Linear`."""
         return super().__call__(x) + self.lora(x)
 
 
-class LoRALinearGeneral(LinearGeneral):
+class LoRALinearGeneral(_WithAdapter, LinearGeneral):
     """A `LinearGeneral` with a low-rank adapter beside it; see `LoRA` and `apply_lora`.
 
     The adapter takes the axes that are summed over as one, and gives the new axes as one. With
@@ -189,38 +194,6 @@ class LoRALinearGeneral(LinearGeneral):
     >>> layer(jnp.ones((5, 8))).shape, layer.lora.lora_b.shape
     ((5, 2, 4), (3, 8))
     """
-
-    def __init__(
-        self,
-        in_features: int | Sequence[int],
-        out_features: int | Sequence[int],
-        *,
-        lora_rank: int,
-        lora_dtype: Dtype = None,
-        lora_param_dtype: Dtype = jnp.float32,
-        a_initializer: Initializer = default_a_initializer,
-        b_initializer: Initializer = zeros,
-        lora_param_type: Hashable = "lora",
-        lora_promote_dtype: Callable[..., Any] = promote_dtype,
-        a_metadata: Metadata = {},  # noqa: B006 — never changed
-        b_metadata: Metadata = {},  # noqa: B006
-        alpha: float | None = None,
-        **kwargs: Any,
-    ):
-        super().__init__(in_features, out_features, **kwargs)
-        self.lora = beside(
-            self,
-            lora_rank,
-            dtype=lora_dtype,
-            param_dtype=lora_param_dtype,
-            a_initializer=a_initializer,
-            b_initializer=b_initializer,
-            lora_param_type=lora_param_type,
-            promote_dtype=lora_promote_dtype,
-            a_metadata=a_metadata,
-            b_metadata=b_metadata,
-            alpha=alpha,
-        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the layer; shapes and errors as for `LinearGeneral`."""

@@ -20,6 +20,7 @@ aborted trace closed over alive for ever.)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import is_
 from typing import Any, NamedTuple
 
 import jax
@@ -250,8 +251,8 @@ def _pack(
     after = scan(roots, skip=1)
     same = (
         after.dagdef is layout.dagdef
-        and all(map(_is, after.objects, objects))
-        and all(map(_is, after.leaves, leaves))
+        and all(map(is_, after.objects, objects))
+        and all(map(is_, after.leaves, leaves))
     )
     holds = any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity)))
     if same and not holds:
@@ -281,10 +282,6 @@ def _pack(
     ]
     values = [r._value for _, r in fresh], [x for _, x in arrays]
     return Packed(Spec(written, graph), values, new_values), Outline(fresh, arrays)
-
-
-def _is(a: Any, b: Any) -> bool:
-    return a is b
 
 
 def until_lifted(attempt: Callable[[Roots], Any]) -> Any:

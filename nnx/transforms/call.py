@@ -350,7 +350,7 @@ def _plan(
     alias: dict[int, Any] | None,
 ) -> Plan:
     apart = None
-    if plans is not None and alias is None and _share_nothing(snapshots):
+    if len(roots) > 1 and plans is not None and alias is None and _share_nothing(snapshots):
         # Then what each looks like says what they look like together, whichever they are.
         apart = (*parts, tuple([s.dagdef for s in snapshots]))
         known = plans.by_call.get(apart)

@@ -6,6 +6,7 @@ that is put into one of the caller's would be put there once, while tracing, and
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any
 
 import jax
@@ -47,7 +48,7 @@ class Untouched:
         for root, kept in zip(self._roots, self._snapshots, strict=True):
             now = snapshot(root)
             # Instances of registered pytree classes may change in ways that only they know.
-            if now.dagdef is not kept.dagdef or not all(map(_is, now.refs, kept.refs)):
+            if now.dagdef is not kept.dagdef or not all(map(is_, now.refs, kept.refs)):
                 touched = root
         return touched
 
@@ -87,7 +88,7 @@ def check_arguments(frame: Frame, arguments: Any, roots: tuple[Any, ...]) -> Non
     """Raise if a list or a dict of modules among the arguments was changed."""
     # It is a value to JAX, and the body had a copy of it.
     now = [x for x in jax.tree.leaves(arguments, is_leaf=is_identity) if is_identity(x)]
-    if len(now) != len(roots) or not all(map(_is, now, roots)):
+    if len(now) != len(roots) or not all(map(is_, now, roots)):
         raise StructureError(
             f"A list, dict or tuple of modules or Refs that is an argument of {frame.name} was "
             f"changed inside it, and the change would be lost: such a container is a value there. "
@@ -98,11 +99,7 @@ def check_arguments(frame: Frame, arguments: Any, roots: tuple[Any, ...]) -> Non
 def _same(content: Any, was: Any) -> bool:
     if len(content) != len(was):
         return False
-    if isinstance(content, dict) and not all(map(_is, content, was)):
+    if isinstance(content, dict) and not all(map(is_, content, was)):
         return False
     values = (content.values(), was.values()) if isinstance(content, dict) else (content, was)
-    return all(map(_is, *values))
-
-
-def _is(a: Any, b: Any) -> bool:
-    return a is b
+    return all(map(is_, *values))
