@@ -394,9 +394,9 @@ def jit(
         )
     if not callable(fn):
         raise TypeError(f"nnx.jit takes a function, a module or a method, but got {fn!r}.")
-    check_plain(unbound(fn)[0], function_name(unbound(fn)[0]))
     statics, shardings = (static_argnums, static_argnames), (in_shardings, out_shardings)
     fn, bound = unbound(fn)
+    check_plain(fn, function_name(fn))
     if bound:
         return BoundJit(_method(fn, statics, donate, shardings, options), *bound)
     return Jit(fn, statics, donate, shardings, options)
