@@ -26,12 +26,16 @@ from refx import (
 )
 from refx.dag import find_ref, values_of
 from refx.field import Field
-from refx.node import attributes
+from refx.node import attributes, set_on_class
 from refx.partition import dotted
 from refx.selection import check_selection
+from refx.static import TRUSTED
 from refx.structure import scan
 
 __all__ = ["Module", "dataclass", "param", "ref", "static"]
+
+# Objects of ours among a module's attributes count by their identity.
+TRUSTED.add("nnx")
 
 M = TypeVar("M", bound="Module")
 T = TypeVar("T")
@@ -352,5 +356,5 @@ def dataclass(cls: type[T]) -> type[T]:
         if generated and (f.init or f.default_factory is not dataclasses.MISSING)
     }
     left = (f for f in getattr(made, "_fields", {}).values() if f.name not in done)
-    made._defaults = tuple(f for f in left if f.has_default)  # pyright: ignore[reportAttributeAccessIssue]
+    set_on_class(made, "_defaults", tuple(f for f in left if f.has_default))
     return made

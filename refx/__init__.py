@@ -5,7 +5,7 @@ A `Ref` is a cell with an identity. `split` takes a tree that holds Refs apart i
 again. Everything else here follows from those two.
 """
 
-from refx import filters
+from refx import filters, pytree  # noqa: F401
 from refx.dag import clone, get_partition, merge, mutable, refs, split, update
 from refx.errors import (
     ClosureError,

@@ -26,7 +26,7 @@ from refx.ref import Ref, check_type
 from refx.selection import check_selection, follow
 from refx.snapshot import Snapshot, snapshot
 from refx.structure import DagDef, build
-from refx.trace import check_value, fresh, local, read, writable
+from refx.trace import check_value, fresh, local, put, read, writable
 
 __all__ = ["clone", "get_partition", "merge", "mutable", "refs", "split", "update"]
 
@@ -212,7 +212,7 @@ def update(tree: Any, *partitions: Mapping[Path, Any], strict: bool = True) -> N
             writes[cell] = (given, value)
     targets = [(writable(cell, dotted(path)), value) for cell, (path, value) in writes.items()]
     for target, value in targets:
-        target._value = value
+        put(target, value)
 
 
 def values_of(given: Any, filter: Filter = "params") -> str:

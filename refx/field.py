@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from refx.errors import UnsetFieldError, ValueTypeError
-from refx.node import Node, attributes
+from refx.node import Node, attributes, tell
 from refx.ref import Ref, check_type
 from refx.trace import EVAL, check_structure, current_trace, local, read, write
 
@@ -119,9 +119,11 @@ class RefField(Field, property):
             if value is not cell or self.name not in attributes(node):
                 check_structure(node, f"Attribute {self.name!r}")
                 attributes(node)[self.name] = value
+                tell(node)
         elif cell is None:
             check_structure(node, f"Attribute {self.name!r}")
             attributes(node)[self.name] = Ref(value, self.collection, **self.metadata)
+            tell(node)
         else:
             check_type(value)
             write(cell, value, node)
@@ -130,6 +132,7 @@ class RefField(Field, property):
         check_structure(node, f"Attribute {self.name!r}")
         if attributes(node).pop(self.name, MISSING) is MISSING:
             raise self._unset(node)
+        tell(node)
 
 
 class StaticField(Field):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import types
+import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
@@ -23,14 +25,96 @@ class _HasDict:
 
 _own_dict = _HasDict.__dict__["__dict__"].__get__
 
-# Bumped when a change happened that comparing two dicts does not show; see `Node.__setattr__`.
-epoch = [0]
+# Counts the changes of classes of Nodes: after one, every structure is looked at again.
+class_changes = [0]
 
 _NUMBERS = (bool, int, float, complex)
 _ARRAYS = (jax.Array, np.ndarray, np.generic, *_NUMBERS)
 
 
-class Node(_HasDict):
+class Book:
+    """What a Node keeps about itself beside its attributes.
+
+    `snapshot` is the structure of the tree below it, remembered. `watchers` are weak references to
+    every snapshot that this Node is part of; a change of the Node tells them. `exposed` says that
+    somebody holds the dict of its attributes, and can change it without telling. `marks` are the
+    names of attributes that are leaves whatever they hold (see `structure.mark`).
+    """
+
+    __slots__ = ("_limit", "exposed", "marks", "snapshot", "watchers")
+
+    def __init__(self) -> None:
+        self.snapshot: Any = None
+        self.watchers: list[weakref.ref[Any]] = []
+        self.exposed = False
+        self.marks: dict[Any, Any] | None = None
+        self._limit = 8
+
+    def watch(self, watcher: weakref.ref[Any]) -> None:
+        """Have a snapshot told of changes."""
+        if len(self.watchers) >= self._limit:
+            self.watchers = [w for w in self.watchers if w() is not None]
+            self._limit = 2 * len(self.watchers) + 8
+        self.watchers.append(watcher)
+
+    def tell(self) -> None:
+        """Tell the snapshots that the Node has changed; none of them stands any more."""
+        watchers, self.watchers = self.watchers, []
+        for watcher in watchers:
+            snapshot = watcher()
+            if snapshot is not None:
+                snapshot.stands = False
+
+
+# That of Protocol, and so of ABC, so that a class may have both a Node and one of those as its base.
+_Meta: Any = type(Protocol)
+
+
+class NodeType(_Meta):
+    """The class of Node classes. It counts the changes of each, so that programs are made anew."""
+
+    _revision: int
+
+    # Those of ABC are slow, and ask a registry that a Node has no use for.
+    __instancecheck__ = type.__instancecheck__
+    __subclasscheck__ = type.__subclasscheck__
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name not in _NO_BEHAVIOUR:
+            _class_changed(cls)
+
+    def __delattr__(cls, name: str) -> None:
+        super().__delattr__(name)
+        _class_changed(cls)
+
+
+# Python sets these while it makes a class.
+_NO_BEHAVIOUR = frozenset(
+    {"__abstractmethods__", "__annotations__", "__doc__", "__match_args__", "__module__"}
+    | {"__orig_bases__", "__parameters__", "__protocol_attrs__", "__qualname__"}
+)
+
+
+def _class_changed(cls: type) -> None:
+    """Count a change of a class, which is one of the classes that inherit from it, too."""
+    todo = [cls]
+    while todo:
+        at = todo.pop()
+        set_on_class(at, "_revision", at._revision + 1)  # pyright: ignore
+        todo += type.__subclasses__(at)
+    class_changes[0] += 1
+
+
+set_on_class: Callable[[type, str, Any], None] = type.__setattr__
+"""`set_on_class(cls, name, value)` sets what we keep on a class, which is no change of it."""
+
+
+on_subclass: list[Callable[[type], None]] = []
+"""Called with each new class of Nodes, to make it known to JAX."""
+
+
+class Node(_HasDict, metaclass=NodeType):
     """An object whose attributes are part of the tree that `split` takes apart.
 
     Ref and array attributes are values, other Nodes and plain lists, tuples, dicts and registered
@@ -48,9 +132,10 @@ class Node(_HasDict):
     """
 
     # `_dict` is the dict of the attributes, where it is found faster than by its own name.
-    __slots__ = ("_dict", "_exposed", "_frame", "_snapshot", "_trace")
+    __slots__ = ("_book", "_dict", "_frame", "_trace")
 
     _is_node: ClassVar[bool] = True
+    _revision: ClassVar[int] = 0
     # The fields of the class by name, and those of them that need a value before `__init__` runs.
     _fields: ClassVar[dict[str, Any]] = {}
     _defaults: ClassVar[tuple[Any, ...]] = ()
@@ -58,8 +143,7 @@ class Node(_HasDict):
     _dict: dict[str, Any]
     _frame: Any
     _trace: Any
-    _snapshot: Any
-    _exposed: bool
+    _book: Book | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         node = make(cls, local.frame, trace_ref())
@@ -87,11 +171,10 @@ class Node(_HasDict):
                     fields[name] = value
                 else:
                     fields.pop(name, None)
-        cls._fields = fields
-        cls._defaults = tuple(f for f in fields.values() if f.has_default)
-        from refx.pytree import register  # it is built on this file
-
-        register(cls)
+        set_on_class(cls, "_fields", fields)
+        set_on_class(cls, "_defaults", tuple(f for f in fields.values() if f.has_default))
+        for register in on_subclass:
+            register(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if hasattr(type(value), "is_field"):
@@ -111,31 +194,30 @@ class Node(_HasDict):
             )
         if name in _SLOTS:
             raise StructureError(f"The attribute name {name!r} is taken by refx; choose another.")
-        old = attributes(self).get(name)
+        old = attributes(self).get(name, _NOTHING)
         if type(old) is Ref and isinstance(value, _ARRAYS):
             raise StructureError(
                 f"Attribute {name!r} of a {type(self).__name__} is a Ref, which an array cannot "
                 f"replace unnoticed: write self.{name}.value = ... to give it a value. To have a "
                 f"plain attribute instead, `del self.{name}` first."
             )
-        if _may_deceive(old, value):
-            expose(self)
         object.__setattr__(self, name, value)
+        if self._book is not None and not _are_alike(old, value):
+            self._book.tell()
 
     def __delattr__(self, name: str) -> None:
         check_structure(self, f"Attribute {name!r}")
-        # The same name may come back in another place, with a number that is equal to this one.
-        expose(self)
         field = type(self)._fields.get(name)
         if field is not None:
             field.__delete__(self)
         else:
             object.__delattr__(self, name)
+        tell(self)
 
     @property
     def __dict__(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        # Whoever holds this dict can change it in ways that only an item-by-item comparison sees.
-        if not self._exposed:
+        # Whoever holds this dict can change it, and the Node is not asked.
+        if self._book is None or not self._book.exposed:
             expose(self)
         return attributes(self)
 
@@ -144,10 +226,11 @@ class Node(_HasDict):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         attributes(self).update(state)
-        expose(self)
+        tell(self)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (type(self),), self.__getstate__()
+        marks = None if self._book is None else self._book.marks
+        return _blank, (type(self), marks), self.__getstate__()
 
 
 def _field_in_instance(node: Node, name: str, field: Any) -> ValueTypeError:
@@ -166,20 +249,22 @@ def _field_in_instance(node: Node, name: str, field: Any) -> ValueTypeError:
     )
 
 
-def _may_deceive(old: Any, new: Any) -> bool:
-    # 2 and 2.0 and an array of 2, 0.0 and -0.0: equal, but they compute differently.
-    return (
-        isinstance(old, _NUMBERS)
-        and old is not new
-        and (type(new) is not type(old) or isinstance(old, float | complex))
-    )
+_NOTHING: Any = object()
+_EXACT = frozenset({int, bool, str, bytes, type(None)})
 
 
-def expose_numbers(node: Node, before: dict[str, Any]) -> None:
-    """Expose a Node whose attributes were filled again, if a number became one that may be equal."""
-    now = attributes(node)
-    if any(name in now and _may_deceive(old, now[name]) for name, old in before.items()):
-        expose(node)
+def _are_alike(old: Any, new: Any) -> bool:
+    """Whether an attribute that was `old` and is `new` leaves the structure as it was."""
+    if old is new or (isinstance(old, LEAVES) and isinstance(new, LEAVES)):
+        return True
+    kind = type(old)
+    if kind is float:
+        return type(new) is float and old.hex() == new.hex()
+    return kind is type(new) and kind in _EXACT and old == new
+
+
+LEAVES = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+"""What an attribute that holds one is a value: arrays, and what stands for one in `eval_shape`."""
 
 
 _SLOTS = frozenset(Node.__slots__)
@@ -191,13 +276,15 @@ def make(cls: type, frame: Any, trace: Any, _new: Any = object.__new__) -> Any:
     _set_dict(node, _own_dict(node))
     _set_frame(node, frame)
     _set_trace(node, trace)
-    _set_snapshot(node, None)
-    _set_exposed(node, False)
+    _set_book(node, None)
     return node
 
 
-def _blank(cls: type) -> Any:
-    return make(cls, local.frame, trace_ref())
+def _blank(cls: type, marks: dict[Any, Any] | None = None) -> Any:
+    node = make(cls, local.frame, trace_ref())
+    if marks is not None:
+        book(node).marks = marks
+    return node
 
 
 attributes: Callable[[Node], dict[str, Any]] = Node._dict.__get__  # pyright: ignore
@@ -206,15 +293,43 @@ attributes: Callable[[Node], dict[str, Any]] = Node._dict.__get__  # pyright: ig
 _set_dict = Node._dict.__set__  # pyright: ignore
 _set_frame = Node._frame.__set__
 _set_trace = Node._trace.__set__
-_set_exposed = Node._exposed.__set__  # pyright: ignore
-_set_snapshot = Node._snapshot.__set__
-set_snapshot = _set_snapshot
+_set_book = Node._book.__set__  # pyright: ignore
+_book_lock = threading.Lock()
+
+
+def book(node: Node) -> Book:
+    """The Book of a Node, made when it is needed first."""
+    found = node._book
+    if found is None:
+        # Two threads must not make two: the watchers in one of them would not be told.
+        with _book_lock:
+            found = node._book
+            if found is None:
+                found = Book()
+                _set_book(node, found)
+    return found
+
+
+def tell(node: Node) -> None:
+    """Tell every tree that holds `node` that it has changed."""
+    if node._book is not None:
+        node._book.tell()
 
 
 def expose(node: Node) -> None:
     """Have every tree that holds `node` compare it item by item from now on."""
-    _set_exposed(node, True)
-    epoch[0] += 1
+    book(node).exposed = True
+    tell(node)
+
+
+def is_exposed(node: Node) -> bool:
+    """Whether the attributes of `node` may change without it being asked."""
+    cls = type(node)
+    return (
+        (node._book is not None and node._book.exposed)
+        or cls.__setattr__ is not Node.__setattr__
+        or cls.__delattr__ is not Node.__delattr__
+    )
 
 
 def is_identity(x: Any) -> bool:

@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 
-from refx.node import Node
+from refx.node import Node, on_subclass
 from refx.partition import dotted
-from refx.ref import is_value_copy
+from refx.ref import Ref, is_value_copy
 from refx.snapshot import snapshot
-from refx.structure import DagDef, build
-from refx.trace import READ_ONLY
+from refx.structure import DagDef, build, is_array
+from refx.trace import READ_ONLY, label
 
 __all__: list[str] = []
 
@@ -40,10 +40,18 @@ def _flatten_with_keys(node: Node) -> tuple[list[tuple[Any, Any]], DagDef]:
 
 def _unflatten(dagdef: DagDef, children: Any) -> Any:
     children = list(children)
-    trace = READ_ONLY if is_value_copy(jax.tree.leaves(children)) else None
-    return build(dagdef, children, children[len(dagdef.ref_paths) :], trace=trace)[0]
+    copied = is_value_copy(jax.tree.leaves(children))
+    trace = READ_ONLY if copied else None
+    count = len(dagdef.ref_paths)
+    root, objects = build(dagdef, children, children[count:], trace=trace)
+    if not copied and not all(map(is_array, children[:count])):
+        label(x for x in objects if type(x) is Ref)
+    return root
 
 
 def register(cls: type[Node]) -> None:
     """Make a subclass of Node known to JAX."""
     jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, _unflatten, _flatten)
+
+
+on_subclass.append(register)

@@ -10,12 +10,14 @@ import jax
 from jax.core import Tracer
 
 from refx.errors import UnhashableStaticError, ValueTypeError
+from refx.static import Static
 from refx.trace import (
     EVAL,
     READ_ONLY,
     Frame,
     check_value,
     current_trace,
+    label,
     local,
     read,
     summary,
@@ -184,7 +186,8 @@ def is_value_copy(leaves: Any) -> bool:
 
 
 def _flatten(ref: Ref[Any]) -> tuple[tuple[Any], Any]:
-    return (read(ref),), (ref._collection, tuple(ref._metadata.items()))
+    facts = tuple((name, Static(fact)) for name, fact in ref._metadata.items())
+    return (read(ref),), (Static(ref._collection), facts)
 
 
 def _flatten_with_keys(ref: Ref[Any]) -> tuple[tuple[tuple[Any, Any]], Any]:
@@ -194,8 +197,14 @@ def _flatten_with_keys(ref: Ref[Any]) -> tuple[tuple[tuple[Any, Any]], Any]:
 
 def _unflatten(aux: Any, children: Any) -> Ref[Any]:
     collection, metadata = aux
-    trace = READ_ONLY if is_value_copy(jax.tree.leaves(children[0])) else trace_ref()
-    return make(children[0], collection, MappingProxyType(dict(metadata)), local.frame, trace)
+    copied = is_value_copy(jax.tree.leaves(children[0]))
+    facts = MappingProxyType({k: v.value for k, v in metadata})
+    ref = make(
+        children[0], collection.value, facts, local.frame, READ_ONLY if copied else trace_ref()
+    )
+    if not copied:
+        label([ref])
+    return ref
 
 
 jax.tree_util.register_pytree_with_keys(Ref, _flatten_with_keys, _unflatten, _flatten)

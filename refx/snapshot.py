@@ -1,29 +1,25 @@
-"""Snapshots: the structure of a tree, kept, with a cheap test of whether it still stands.
+"""Snapshots: the structure of a tree, remembered, with a cheap test of whether it still stands.
 
 Walking the modules of a model in Python costs a thousand times what a jitted call may cost. So a
-walk is remembered together with the live containers (attribute dicts, lists, dicts) that it went
-through and shallow copies of them: as long as `live == copies`, which Python compares by identity
-first and in C, the structure is what it was.
-
-Equality can lie: arrays compute their `==`, numbers of different types are equal, so are two lists
-with equal items, and dicts in another order. Which list or dict an item is, and the order of a dict,
-is noted beside the copies; containers with arrays or numbers are compared item by item (`_Strict`).
-A Node's own attributes need that only where `Node.__setattr__` could not see a change.
+walk is remembered. A Node runs Python when an attribute is set, so it tells the snapshots that it is
+part of. What does not tell is compared, item by item and by identity: lists, dicts, Nodes whose
+`__dict__` somebody holds, and objects that are settings.
 """
 
 from __future__ import annotations
 
 import itertools
-from operator import getitem, is_
+import weakref
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import jax
-import numpy as np
 
-from refx.node import Node, attributes, epoch, set_snapshot
+from refx.node import Node, attributes, book, class_changes, is_exposed
 from refx.ref import Ref
 from refx.structure import DagDef, Scan, is_array, scan
-from refx.trace import EVAL, current_trace, local, read, trace_ref
+from refx.trace import EVAL, LABEL, current_trace, local, read, trace_ref
 
 __all__: list[str] = []
 
@@ -39,25 +35,26 @@ class Snapshot:
     """
 
     __slots__ = (
-        "_copies",
-        "_epoch",
-        "_held",
-        "_holders",
-        "_keys",
+        "__weakref__",
+        "_class_changes",
+        "_compared",
         "_leaves",
-        "_live",
-        "_ordered",
         "_places",
-        "_strict",
         "dagdef",
         "frame",
+        "has_labels",
         "identities",
         "refs",
+        "stands",
         "trace",
         "uid",
     )
 
-    def __init__(self, tree: Any):
+    def __init__(self, tree: Any, *, keep: bool = False):
+        """Walk a tree; with `keep`, its Nodes tell when they change, and `valid` may be asked."""
+        # Before the walk: what changes meanwhile is looked at again.
+        self.stands = keep
+        self._class_changes = class_changes[0]
         found = scan(tree)
         self.uid = next(_uids)
         self.dagdef: DagDef = found.dagdef
@@ -69,54 +66,28 @@ class Snapshot:
         self._leaves = [
             x if p[0] is None else None for x, p in zip(found.leaves, found.places, strict=True)
         ]
-        self._live: list[Any] = []
-        self._copies: list[Any] = []
-        self._strict: list[_Strict | _Opaque] = [_Opaque(*o) for o in found.opaque]
-        # Where a list or a dict is an item of another container: equal ones are not the same.
-        self._holders: list[Any] = []
-        self._keys: list[Any] = []
-        self._held: list[Any] = []
-        self._ordered: list[tuple[dict[Any, Any], list[Any]]] = []
-        self._epoch = epoch[0]
         # Where all Refs were made; False is no frame, so Refs of several levels compare with none.
         self.frame: Any = _common(found.refs, "_frame", False)
         self.trace: Any = _common(found.refs, "_trace", None)
-        self._watch(found)
-
-    def _watch(self, found: Scan) -> None:
-        for container in found.containers:
-            is_node = isinstance(container, Node)
-            content = attributes(container) if is_node else container
-            values = content.values() if isinstance(content, dict) else content
-            trusted = _TRUSTED if is_node and not container._exposed else _TRUSTED_OUTSIDE
-            names = all(type(k) is str for k in content) if isinstance(content, dict) else True
-            if not names or not all(_compares(v, trusted) for v in values):
-                self._strict.append(_Strict(content))
-                continue
-            self._live.append(content)
-            self._copies.append(content.copy())
-            if container is content and isinstance(content, dict):
-                # The order of a dict is seen by whoever walks it, but not by ==.
-                self._ordered.append((content, list(content)))
-            for key, value in _items(content):
-                if type(value) is list or type(value) is dict:
-                    self._holders.append(content)
-                    self._keys.append(key)
-                    self._held.append(value)
+        self.has_labels = any([r._trace is LABEL for r in found.refs])
+        self._compared: tuple[Any, ...] = ()
+        if keep:
+            me = weakref.ref(self)
+            for container in found.containers:
+                if isinstance(container, Node):
+                    book(container).watch(me)
+            self._compared = _comparisons(found)
 
     def valid(self) -> bool:
         """Whether the structure still stands."""
-        if self._epoch != epoch[0]:
+        if not self.stands or self._class_changes != class_changes[0]:
             return False
+        if not self._compared:
+            return True
         try:
-            return (
-                self._live == self._copies
-                and all(map(is_, map(getitem, self._holders, self._keys), self._held))
-                and (not self._ordered or all(list(d) == keys for d, keys in self._ordered))
-                and (not self._strict or all(s.same() for s in self._strict))
-            )
+            return all([c.same() for c in self._compared])
         except Exception:
-            # An == of the user's own may raise; then the walk decides.
+            # Another thread changes a dict, or a pytree class of the user's raises: the walk decides.
             return False
 
     def values(self, tree: Any = None) -> list[Any]:
@@ -154,9 +125,6 @@ class Snapshot:
         ]
 
 
-_ARRAY = object()
-
-
 def _common(refs: list[Ref[Any]], name: str, otherwise: Any) -> Any:
     found = {id(getattr(r, name)): getattr(r, name) for r in refs}
     if not found:
@@ -164,72 +132,95 @@ def _common(refs: list[Ref[Any]], name: str, otherwise: Any) -> Any:
     return next(iter(found.values())) if len(found) == 1 else otherwise
 
 
-class _Strict:
-    """A container that is compared item by item, by identity; for arrays, only that they are some."""
+def _comparisons(found: Scan) -> tuple[Any, ...]:
+    """What has to be compared to see whether a tree is as it was."""
+    plain: list[Any] = list(found.contents)
+    parts: list[Any] = [_Opaque(*o) for o in found.opaque]
+    for container in found.containers:
+        if isinstance(container, Node):
+            if not is_exposed(container):
+                continue
+            container = attributes(container)
+        values = container.values() if isinstance(container, dict) else container
+        if any(map(is_array, values)):
+            parts.append(_WithArrays(container))
+        else:
+            plain.append(container)
+    if plain:
+        parts.append(_Plain(plain))
+    return tuple(parts)
 
-    __slots__ = ("content", "items")
 
-    def __init__(self, content: Any):
-        self.content = content
-        self.items = [(k, _ARRAY if is_array(v) else v) for k, v in _items(content)]
+class _Plain:
+    """Lists and dicts, compared item by item and by identity, in C."""
+
+    __slots__ = ("_items", "_sizes", "_views")
+
+    def __init__(self, containers: list[Any]):
+        # The views of a dict follow it.
+        self._views: list[Any] = []
+        for c in containers:
+            self._views += [c.keys(), c.values()] if isinstance(c, dict) else [c]
+        self._sizes = list(map(len, self._views))
+        self._items = list(chain.from_iterable(self._views))
 
     def same(self) -> bool:
-        now = _items(self.content)
-        return len(now) == len(self.items) and all(
-            k == k0 and type(k) is type(k0) and (v is v0 or (v0 is _ARRAY and is_array(v)))
-            for (k, v), (k0, v0) in zip(now, self.items, strict=True)
+        return list(map(len, self._views)) == self._sizes and all(
+            map(is_, chain.from_iterable(self._views), self._items)
+        )
+
+
+_ARRAY = object()
+
+
+class _WithArrays:
+    """A list or a dict with arrays, which may be replaced by others without a change of structure."""
+
+    __slots__ = ("_content", "_items")
+
+    def __init__(self, content: Any):
+        self._content = content
+        self._items = [(k, _ARRAY if is_array(v) else v) for k, v in _items(content)]
+
+    def same(self) -> bool:
+        now = _items(self._content)
+        return len(now) == len(self._items) and all(
+            (k is k0 or (k == k0 and type(k) is type(k0)))
+            and (v is v0 or (v0 is _ARRAY and is_array(v)))
+            for (k, v), (k0, v0) in zip(now, self._items, strict=True)
         )
 
 
 class _Opaque:
     """An instance of a registered pytree class, which may change in ways that only it knows."""
 
-    __slots__ = ("children", "obj", "treedef")
+    __slots__ = ("_children", "_obj", "_treedef")
 
     def __init__(self, obj: Any, treedef: Any, children: list[Any]):
-        self.obj = obj
-        self.treedef = treedef
-        self.children = children
+        self._obj = obj
+        self._treedef = treedef
+        self._children = children
 
     def same(self) -> bool:
-        now, treedef = jax.tree.flatten(self.obj, is_leaf=lambda x: x is not self.obj)
+        now, treedef = jax.tree.flatten(self._obj, is_leaf=lambda x: x is not self._obj)
         return (
-            treedef == self.treedef
-            and len(now) == len(self.children)
-            and all(map(is_, now, self.children))
+            treedef == self._treedef
+            and len(now) == len(self._children)
+            and all(map(is_, now, self._children))
         )
 
 
 def _items(content: Any) -> list[tuple[Any, Any]]:
-    return (
-        list(content.items())
-        if isinstance(content, dict)
-        else list(zip(range(len(content)), content))
-    )
-
-
-# Values of these types are compared by identity, or are the same when they are equal.
-_TRUSTED_INSIDE = frozenset({Ref, str, bytes, type(None), type(jax.numpy.float32)})
-# Of lists and dicts the snapshot notes which they are; inside of a tuple it could not.
-_TRUSTED_OUTSIDE = _TRUSTED_INSIDE | {list, dict}
-# In a Node, `__setattr__` notices a number that is replaced by an equal one of another type.
-_TRUSTED = _TRUSTED_OUTSIDE | {bool, int, float, complex}
-
-
-def _compares(value: Any, trusted: frozenset[type]) -> bool:
-    kind = type(value)
-    if kind in trusted or kind.__eq__ is object.__eq__ or isinstance(value, np.dtype):
-        return True
-    return kind is tuple and all(_compares(v, _TRUSTED_INSIDE) for v in value)
+    return list(content.items() if isinstance(content, dict) else enumerate(content))
 
 
 def snapshot(tree: Any) -> Snapshot:
     """The snapshot of a tree: the one that is kept on a Node while it stands, or a new one."""
-    if isinstance(tree, Node):
-        kept = tree._snapshot
-        if kept is not None and kept.valid():
-            return kept
-        new = Snapshot(tree)
-        set_snapshot(tree, new)
-        return new
-    return Snapshot(tree)
+    if not isinstance(tree, Node):
+        return Snapshot(tree)
+    own = tree._book
+    if own is not None and own.snapshot is not None and own.snapshot.valid():
+        return own.snapshot
+    new = Snapshot(tree, keep=True)
+    book(tree).snapshot = new
+    return new

@@ -13,7 +13,6 @@ Building is therefore two loops without recursion: make every object, then fill 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import threading
 import types
@@ -27,11 +26,12 @@ import jax
 import numpy as np
 
 from refx.errors import StructureError, UnhashableStaticError
-from refx.node import Node, attributes, expose_numbers, is_identity
+from refx.node import LEAVES, Node, attributes, book, is_identity, tell
 from refx.node import make as make_node
 from refx.partition import Path, dotted
 from refx.ref import Ref
 from refx.ref import make as make_ref
+from refx.static import Static
 from refx.trace import local, trace_ref
 
 __all__ = ["DagDef"]
@@ -41,60 +41,6 @@ class Leaf(NamedTuple):
     """The place of a plain array, by its number among the plain arrays of the tree."""
 
     number: int
-
-
-class Static:
-    """A value that is part of the structure. Equal means equal in type and in value."""
-
-    __slots__ = ("_key", "value")
-
-    def __init__(self, value: Any):
-        self.value = value
-        self._key = _exact(value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Static) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __repr__(self) -> str:
-        return repr(self.value)
-
-
-_PLAIN = frozenset({int, bool, str, bytes, type(None), type, type(len), types.FunctionType})
-
-
-def _exact(value: Any, inside: bool = False) -> Any:
-    """A key that is equal only for values that compute alike.
-
-    1 == 1.0 == True and 0.0 == -0.0, also inside of tuples, but programs compiled for them differ.
-    With `inside` it is less: only what the `==` of an object around this value may miss.
-    """
-    kind = type(value)
-    if kind is float:
-        return kind, value.hex()
-    if kind in _PLAIN:
-        return kind if inside else (kind, value)
-    if kind is complex:
-        return kind, value.real.hex(), value.imag.hex()
-    if kind is tuple or kind is frozenset:
-        return kind, kind([_exact(x, inside) for x in value])
-    if isinstance(value, np.generic):
-        return kind, value.tobytes()
-    if kind is slice:
-        return kind, _exact((value.start, value.stop, value.step), inside)
-    parts: Any = ()
-    if hasattr(kind, "__dataclass_params__"):
-        # Others may compare and hash as they like, whatever they hold.
-        if kind.__dataclass_params__.eq and kind.__dataclass_params__.frozen:
-            compared = (f.name for f in dataclasses.fields(value) if f.compare)
-            parts = tuple(_exact(getattr(value, name, None), True) for name in compared)
-    elif isinstance(value, tuple) and hasattr(kind, "_fields"):
-        parts = tuple(_exact(x, True) for x in value)
-    if inside:
-        return (kind, parts) if parts else kind
-    return (kind, value, parts) if parts else (kind, value)
 
 
 class Tree(NamedTuple):
@@ -113,15 +59,17 @@ class RefDef(NamedTuple):
 
 
 class NodeDef(NamedTuple):
-    """A Node (`kind` is its class), a list or a dict, with the names of what it holds.
+    """A Node (`kind` is its class), a list, a dict or another object, with the names of what it holds.
 
-    `types` are those of the keys of a dict that are no strings: 1 and True are equal keys.
+    `types` are those of the keys of a dict that are no strings: 1 and True are equal keys. `revision`
+    counts the changes of the class of a Node: a method that was replaced makes another program.
     """
 
     kind: type
     names: tuple[Any, ...]
     children: tuple[Any, ...]
     types: tuple[type, ...] = ()
+    revision: int = 0
 
 
 class DagDef:
@@ -217,7 +165,9 @@ class DagDef:
         return f"DagDef({what}: {refs} Refs, {len(leaves)} arrays, {len(kinds)} nodes)"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return intern, (self.root, self.nodes)
+        # The revisions of classes count what happened in this process.
+        nodes = [n._replace(revision=0) if type(n) is NodeDef else n for n in self.nodes]
+        return _restore, (self.root, tuple(nodes))
 
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -235,11 +185,27 @@ def intern(root: Any, nodes: tuple[Any, ...]) -> DagDef:
         return dagdef
 
 
+def _restore(root: Any, nodes: tuple[Any, ...]) -> DagDef:
+    now = [n._replace(revision=revision_of(n.kind)) if type(n) is NodeDef else n for n in nodes]
+    return intern(root, tuple(now))
+
+
+def revision_of(kind: type) -> int:
+    """How often the class of a Node has changed; other classes are not asked."""
+    return getattr(kind, "_revision", 0)
+
+
+# To JAX a DagDef is a pytree without leaves, so it crosses plain transformations beside Partitions.
+jax.tree_util.register_pytree_node(DagDef, lambda dagdef: ((), dagdef), lambda dagdef, _: dagdef)
+
+
 class Scan(NamedTuple):
     """What `scan` finds: the structure, and the live objects in the order of the structure.
 
     `places` has, for each plain array, the dict or list that holds it and its key there, or a None
-    where a tuple or another pytree holds it.
+    where a tuple or another pytree holds it. `containers` are the Nodes, lists, dicts and objects
+    that were walked, `opaque` the pytrees of other classes, and `contents` the dicts and lists that
+    static values were read from.
     """
 
     dagdef: DagDef
@@ -249,11 +215,12 @@ class Scan(NamedTuple):
     objects: list[Any]
     containers: list[Any]
     opaque: list[Any]
+    contents: list[Any]
 
 
 def is_array(x: Any) -> bool:
     """Whether `x` is an array attribute, a value; ShapeDtypeStructs stand for one in `eval_shape`."""
-    return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+    return isinstance(x, LEAVES)
 
 
 _STATIC = frozenset({int, float, bool, str, complex, bytes, type(None), type(len), type})
@@ -273,17 +240,21 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
     """
     nodes: list[Any] = []
     numbers: dict[int, int] = {}
-    found = Scan(None, [], [], [], [], [], [])  # pyright: ignore[reportArgumentType]
+    found = Scan(None, [], [], [], [], [], [], [])  # pyright: ignore[reportArgumentType]
     result: list[Any] = [None]
-    # Each entry is an object, its path as a linked list, the place where its code is to go, and the
-    # container that holds it directly.
-    todo: list[tuple[Any, Any, list[Any], int, Any]] = [(tree, None, result, 0, None)]
+    # Each entry is an object, its path as a linked list, the place where its code is to go, the
+    # container that holds it directly, and its mark.
+    todo: list[tuple[Any, Any, list[Any], int, Any, Any]] = [(tree, None, result, 0, None, None)]
     while todo:
-        obj, link, place, position, holder = todo.pop()
+        obj, link, place, position, holder, mark = todo.pop()
         if alias is not None:
             obj = alias.get(id(obj), obj)
         kind = type(obj)
-        if kind in _STATIC:
+        if mark is True and not is_identity(obj):
+            place[position] = Leaf(len(found.leaves))
+            found.leaves.append(obj)
+            found.places.append((holder, link[1] if link is not None else None))
+        elif kind in _STATIC:
             place[position] = Static(obj)
         elif kind is Ref or kind is list or kind is dict or isinstance(obj, Node):
             number = numbers.get(id(obj))
@@ -292,24 +263,27 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
                 continue
             place[position] = numbers[id(obj)] = len(nodes)
             found.objects.append(obj)
-            if isinstance(obj, Ref):
+            if kind is Ref:
                 found.refs.append(obj)
-                facts = tuple((k, Static(v)) for k, v in obj._metadata.items())
-                nodes.append(RefDef(Static(obj._collection), facts))
+                nodes.append(ref_def(obj._collection, obj._metadata.items()))
                 continue
-            content = attributes(obj) if isinstance(obj, Node) else obj
+            is_node = kind is not list and kind is not dict
+            content = attributes(obj) if is_node else obj
             found.containers.append(obj)
             names = tuple(range(len(content))) if kind is list else tuple(content)
             values = list(content) if kind is list else list(content.values())
-            fields = obj._fields if isinstance(obj, Node) else {}
+            fields = obj._fields if is_node else {}
+            if is_node:
+                mark = obj._book.marks if obj._book is not None else None
             children: list[Any] = [None] * len(names)
-            nodes.append((kind, names, children))
+            nodes.append((kind, names, children, obj._revision if is_node else 0))
             for i in range(len(names) - 1, -1, -1):
                 field = fields.get(names[i])  # pyright: ignore
                 if field is not None and not field.is_ref:
-                    children[i] = _static(values[i], (link, names[i]), skip)
+                    children[i] = _static(values[i], (link, names[i]), skip, found)
                 else:
-                    todo.append((values[i], (link, names[i]), children, i, content))
+                    inner = mark.get(names[i]) if type(mark) is dict else None
+                    todo.append((values[i], (link, names[i]), children, i, content, inner))
         elif is_array(obj):
             place[position] = Leaf(len(found.leaves))
             found.leaves.append(obj)
@@ -317,7 +291,7 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
         else:
             keyed, treedef = _one_level(obj)
             if len(keyed) == 1 and keyed[0][1] is obj:
-                place[position] = _static(obj, link, skip)
+                place[position] = _static(obj, link, skip, found)
                 continue
             names = tuple(_name(path[0]) for path, _ in keyed)
             children = [None] * len(keyed)
@@ -325,12 +299,51 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             if not isinstance(obj, tuple):
                 found.opaque.append((obj, treedef, [x for _, x in keyed]))
             for i in range(len(keyed) - 1, -1, -1):
-                todo.append((keyed[i][1], (link, names[i]), children, i, None))
+                inner = mark.get(names[i]) if type(mark) is dict else None
+                todo.append((keyed[i][1], (link, names[i]), children, i, None, inner))
     frozen = tuple(
-        n if type(n) is RefDef else NodeDef(n[0], n[1], tuple(map(_freeze, n[2])), _types(*n[:2]))
+        n
+        if type(n) is RefDef
+        else NodeDef(n[0], n[1], tuple(map(_freeze, n[2])), _types(*n[:2]), n[3])
         for n in nodes
     )
     return found._replace(dagdef=intern(_freeze(result[0]), frozen))
+
+
+def ref_def(collection: Any, metadata: Iterable[tuple[str, Any]]) -> RefDef:
+    """What the structure says of a Ref."""
+    return RefDef(Static(collection), tuple((k, Static(v)) for k, v in metadata))
+
+
+def mark(dagdef: DagDef, objects: list[Any], leaves: Any) -> None:
+    """Note on the Nodes of a tree which of their attributes are leaves and do not look like ones.
+
+    JAX may put any object in the place of a leaf (a bool of a mask, an axis, a sharding), and the
+    tree has to flatten to the same structure again. A mark is True for a leaf, or for a list, a
+    dict or a tuple a dict of the marks in it.
+    """
+
+    def marks(child: Any, seen: frozenset[int]) -> Any:
+        if type(child) is Leaf:
+            return not is_array(leaves[child.number]) or None
+        if type(child) is int:
+            node = dagdef.nodes[child]
+            if child in seen or type(node) is RefDef or issubclass(node.kind, Node):
+                return None
+            return within(node, seen | {child})
+        return within(child, seen) if type(child) is Tree else None
+
+    def within(node: NodeDef | Tree, seen: frozenset[int]) -> Any:
+        found = {
+            name: inner
+            for name, child in zip(node.names, node.children, strict=True)
+            if (inner := marks(child, seen)) is not None
+        }
+        return found or None
+
+    for node, obj in zip(dagdef.nodes, objects, strict=True):
+        if isinstance(obj, Node) and (found := within(node, frozenset())) is not None:
+            book(obj).marks = found
 
 
 def _types(kind: type, names: tuple[Any, ...]) -> tuple[type, ...]:
@@ -365,12 +378,15 @@ def _path(link: Any) -> Path:
     return tuple(reversed(parts))
 
 
-def _static(obj: Any, link: Any, skip: int) -> Static:
+def _static(obj: Any, link: Any, skip: int, found: Scan) -> Static:
     path = _path(link)[skip:]
     where = f"Attribute {dotted(path)!r}" if path else "The tree"
     static = Static(obj)
+    found.contents.extend(static.contents)
     try:
         hash(static)
+        if type(obj).__hash__ is None and _holds_arrays(static):
+            raise TypeError
     except TypeError:
         raise UnhashableStaticError(
             f"{where} is a {type(obj).__name__}, which cannot be hashed and is neither an array "
@@ -400,6 +416,12 @@ def _static(obj: Any, link: Any, skip: int) -> Static:
             f"nnx.Grad or nnx.Remat; make a class of your own an nnx.Module or a registered pytree."
         )
     return static
+
+
+def _holds_arrays(static: Static) -> bool:
+    """Whether an object that counts by its attributes has arrays among them."""
+    parts = [x for c in static.contents for x in (c.values() if isinstance(c, dict) else c)]
+    return any(isinstance(x, LEAVES) for x in parts)
 
 
 def _wrapped(obj: Any) -> list[Any]:
@@ -477,11 +499,12 @@ def build(
             obj[:] = map(get, node.children)
             continue
         content = obj if node.kind is dict else attributes(obj)
-        before = dict(content) if known else None
         if known:
             content.clear()
         for name, child in zip(node.names, node.children, strict=True):
             content[name] = objects[child] if type(child) is int else get(child)
-        if before and node.kind is not dict:
-            expose_numbers(obj, before)
+        if known and node.kind is not dict:
+            tell(obj)
+    if leaves and not all(map(is_array, leaves)):
+        mark(dagdef, objects, leaves)
     return get(dagdef.root), objects

@@ -11,10 +11,11 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
 from jax.extend import core as jex_core
 
@@ -72,6 +73,9 @@ class _Marker:
 
 READ_ONLY = _Marker("read-only")
 CONSTANT = _Marker("constant")
+# Of a Ref that JAX rebuilt around what is no array: a bool of a mask, an axis, a shape, a sharding.
+# It may be read anywhere, as a constant of the program, and written where no program runs.
+LABEL = _Marker("label")
 
 
 _uids = itertools.count()
@@ -246,7 +250,26 @@ def read(ref: Ref[Any], owner: Any = None) -> Any:
 def write(ref: Ref[Any], value: Any, owner: Any = None) -> None:
     """Give `ref` a new value, if that is allowed here; otherwise raise and change nothing."""
     check_value(ref, value, owner)
-    writable(ref, owner)._value = value
+    put(writable(ref, owner), value)
+
+
+def put(target: Ref[Any], value: Any) -> None:
+    """Give a Ref that may be written its new value."""
+    target._value = value
+    if target._trace is LABEL and holds_array(value):
+        target._trace = trace_ref()
+
+
+def holds_array(value: Any) -> bool:
+    """Whether an array or a tracer is in a value; the shape of one is none."""
+    return any([isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(value)])
+
+
+def label(refs: Iterable[Ref[Any]]) -> None:
+    """Make labels of those Refs that hold no array."""
+    for ref in refs:
+        if not isinstance(ref._value, jax.Array) and not holds_array(ref._value):
+            ref._trace = LABEL
 
 
 def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
@@ -258,7 +281,10 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
         target = frame.stand_in(ref, owner)
     else:
         target = ref
-    if target._trace() is not current_trace(()):
+    home = target._trace()
+    if target._trace is LABEL:
+        home = EVAL if frame is None else frame.trace()
+    if home is not current_trace(()):
         raise _not_writable(target, ref, owner)
     if target in (_baked if frame is None else frame.baked):
         raise ClosureError(
@@ -358,9 +384,12 @@ def _check_not_baked(ref: Ref[Any], owner: Any, frame: Frame | None, trace: Any)
     if ref._trace is READ_ONLY or not _program_between(home, trace):
         return
     of_body = home is not EVAL and not _stands_in(ref, frame)
-    if of_body or any(isinstance(x, Tracer) for x in jax.tree.leaves(ref._value)):
+    leaves = jax.tree.leaves(ref._value)
+    constant = ref._trace is LABEL or not any([isinstance(x, _VALUES) for x in leaves])
+    if of_body or constant or any([isinstance(x, Tracer) for x in leaves]):
         # A Ref of a body that runs once is closed over by functions of that body, and JAX lifts a
-        # tracer; but the program is kept for the next call of the same function.
+        # tracer; but the program is kept for the next call of the same function. What holds no
+        # array is a constant, as a shape is, as long as nobody writes it.
         (_baked if frame is None else frame.baked).add(ref)
         return
     raise ClosureError(
@@ -370,6 +399,9 @@ def _check_not_baked(ref: Ref[Any], owner: Any, frame: Frame | None, trace: Any)
         f"the nnx transformation of the same name (nnx.jit, nnx.scan, nnx.remat, ...), which "
         f"lifts closed-over Refs to inputs."
     )
+
+
+_VALUES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
 
 def _stands_in(ref: Ref[Any], frame: Frame | None) -> bool:

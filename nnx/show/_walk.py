@@ -20,7 +20,7 @@ from nnx.show._format import array_text, is_arraylike, short
 from refx import Node, Ref
 from refx.field import RefField
 from refx.node import attributes
-from refx.structure import Static
+from refx.static import Static
 
 __all__ = ["ARRAY", "BACK", "LIST", "MAP", "NODE", "REF", "STATIC", "TREE", "Item", "Walk"]
 

@@ -17,7 +17,8 @@ from nnx.module import Module
 from refx import Node, Ref
 from refx.node import attributes, expose, is_identity
 from refx.partition import Path
-from refx.structure import DagDef, NodeDef, Scan, Static, Tree, build, intern, scan
+from refx.static import Static
+from refx.structure import DagDef, NodeDef, Scan, Tree, build, intern, revision_of, scan
 from refx.trace import check_structure
 
 __all__: list[str] = []
@@ -147,7 +148,9 @@ class Shadow:
             kind = type(original)
         else:
             kind = node.kind._stands_for
-        return NodeDef(kind, tuple(children), tuple(children.values()), node.types)
+        return NodeDef(
+            kind, tuple(children), tuple(children.values()), node.types, revision_of(kind)
+        )
 
 
 def _is_module(node: Any) -> bool:
@@ -161,7 +164,8 @@ def _tagged(node: NodeDef, tag: Tag, around: Callable[..., Any]) -> NodeDef:
         for name, child in zip(node.names, node.children, strict=True)
         if name not in (TAG, CELLS)
     }
-    return NodeDef(kind, (*kept, TAG), (*kept.values(), Static(tag)), node.types)
+    children = (*kept.values(), Static(tag))
+    return NodeDef(kind, (*kept, TAG), children, node.types, revision_of(kind))
 
 
 def node_paths(dagdef: DagDef) -> dict[int, Path]:

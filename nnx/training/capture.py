@@ -17,7 +17,7 @@ from nnx.training._cells import strong
 from nnx.training._shadow import CELLS, TAG, Shadow, Tag
 from nnx.transforms.axes import AxisError
 from refx import Filter, Partition, Ref, RefError
-from refx.node import attributes
+from refx.node import attributes, tell
 from refx.partition import Path, dotted, listed
 from refx.trace import current_trace, local, trace_ref, transformation
 
@@ -216,6 +216,7 @@ class Recorder:
             owner = path if path in self.shadow.modules else path[:-1]
             self._cells[path] = cell = Ref(jax.tree.map(_blank, like), collection)
             cells = attributes(self.shadow.modules[owner]).setdefault(CELLS, {})
+            tell(self.shadow.modules[owner])
             cells[dotted(path)] = cell
 
     def enter(self, module: Any, path: Path) -> None:

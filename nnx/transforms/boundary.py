@@ -33,7 +33,7 @@ from refx import Node, Ref
 from refx.node import is_identity
 from refx.partition import Path, dotted
 from refx.structure import DagDef, RefDef, build, scan
-from refx.trace import Frame, Kept, check_structure, fresh, writable
+from refx.trace import Frame, Kept, check_structure, fresh, put, writable
 
 __all__: list[str] = []
 
@@ -332,7 +332,7 @@ def write_back(
     names = [None] * len(refs) if names is None else names
     targets = [writable(ref, name) for ref, name in zip(refs, names, strict=True)]
     for target, value in zip(targets, values, strict=True):
-        target._value = value
+        put(target, value)
 
 
 def _apply(call: Call, graph: Graph, fresh: list[Any], arrays: list[Any]) -> Any:

@@ -156,7 +156,7 @@ class Closure:
             return snapshot(root)
         kept = self._kept.get(id(root))
         if kept is None or kept[0] is not root or not kept[1].valid():
-            kept = self._kept[id(root)] = (root, snapshot(root))
+            kept = self._kept[id(root)] = (root, Snapshot(root, keep=True))
         return kept[1]
 
     def roots(self) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ from nnx.transforms.jit import function_name, unbound
 from nnx.transforms.targets import DifferentiationError
 from refx import TraceLevelError, UnhashableStaticError, clone
 from refx.node import is_identity
-from refx.structure import Static
+from refx.static import Static
 from refx.trace import local
 
 __all__ = ["grad_filter", "is_array", "is_inexact_array", "jit_filter", "value_and_grad_filter"]

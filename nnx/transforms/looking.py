@@ -25,7 +25,8 @@ from jax.core import Tracer
 
 from nnx.transforms.names import names_of
 from refx import Node, Ref, RefError
-from refx.structure import DagDef, NodeDef, Static, Tree, scan
+from refx.static import Static
+from refx.structure import DagDef, NodeDef, Tree, scan
 
 __all__: list[str] = []
 

@@ -10,7 +10,7 @@ import jax
 
 from refx import StructureError, UnhashableStaticError
 from refx.node import is_identity
-from refx.structure import Static
+from refx.static import Static
 
 __all__: list[str] = []
 

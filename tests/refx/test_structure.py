@@ -163,11 +163,12 @@ def test_settings_that_are_equal_but_compute_differently():
         assert (g(make(1)).dtype, g(make(1.0)).dtype) == (jnp.int32, jnp.float32)
 
 
-def test_settings_share_a_program_where_they_say_so():
-    assert dagdef(_setting(Config(1, name=1))) is dagdef(_setting(Config(1, name=1.0)))
-    tables = [np.ones(2), [1]], [np.zeros(2), [2]]
-    a, b = (_setting(ByName("a", tuple(table))) for table in tables)
-    assert dagdef(a) is dagdef(b) is not dagdef(_setting(ByName("b", ())))
+def test_settings_share_a_program_only_with_the_same_type_and_content():
+    assert dagdef(_setting(Config(1, name=1))) is dagdef(_setting(Config(1, name=1)))
+    assert dagdef(_setting(Config(1, name=1))) is not dagdef(_setting(Config(1, name=1.0)))
+    tables = [np.ones(2), [1]], [np.zeros(2), [2]], [np.ones(2), [1]]
+    a, b, c = (dagdef(_setting(ByName("a", tuple(table)))) for table in tables)
+    assert a is c is not b and a is not dagdef(_setting(ByName("b", ())))
 
 
 @pytest.mark.parametrize("how", ["in place", "by another dict"])

@@ -1,0 +1,173 @@
+"""Static values: what is part of the structure, and when two of them count as the same.
+
+A static value counts by its type and its content, whatever its `==` says. A compiled program is found
+by it, and programs for `1`, `True` and `1.0`, or for a string and an enum that equals it, differ.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+import functools
+import pathlib
+import sys
+import types
+from typing import Any
+
+import jax
+import numpy as np
+
+__all__: list[str] = []
+
+# Of these, `==` between two values of one type is right.
+_PLAIN = frozenset({int, bool, str, bytes, type(None), type, type(len), types.FunctionType})
+_NUMBERS_AND_TEXT = (int, str, bytes)
+_CONTAINERS = (list, dict, set, bytearray, collections.deque, np.ndarray, jax.Array)
+# Packages whose objects count by their `==`: they are not changed in place, or keep caches beside
+# their content. Every installed package is one; a package under development adds its name.
+TRUSTED = set(sys.stdlib_module_names) | {"jax", "jaxlib", "numpy", "ml_dtypes", __package__}
+# Objects inside of objects are read so deep; what is further in counts by its identity.
+_DEPTH = 4
+
+
+class Static:
+    """A value that is part of the structure. Equal means equal in type and in content.
+
+    `contents` are the dicts and lists that the content was read from and that may change in place.
+    """
+
+    __slots__ = ("_key", "contents", "value")
+
+    def __init__(self, value: Any):
+        self.value = value
+        contents: list[Any] = []
+        self._key = exact(value, contents)
+        self.contents = contents
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+    def __reduce__(self) -> Any:
+        return Static, (self.value,)
+
+
+class Same:
+    """An object as part of a key: equal only to itself."""
+
+    __slots__ = ("_object",)
+
+    def __init__(self, x: Any):
+        self._object = x
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other._object is self._object
+
+    def __hash__(self) -> int:
+        return id(self._object)
+
+
+def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
+    """A key that is equal only for values that compute alike.
+
+    Args:
+      value: any object.
+      contents: takes the dicts and lists that were read and that may change in place.
+      depth: how many objects deep to read.
+    """
+    kind = type(value)
+    if kind is float:
+        return kind, value.hex()
+    if kind in _PLAIN:
+        return kind, value
+    if kind is complex:
+        return kind, value.real.hex(), value.imag.hex()
+    if isinstance(value, enum.Enum):
+        return kind, Same(value)
+    if kind is tuple or kind is frozenset:
+        return kind, kind([exact(x, contents, depth) for x in value])
+    if isinstance(value, np.generic):
+        return kind, value.dtype.str, value.tobytes()
+    if kind is slice:
+        return kind, exact((value.start, value.stop, value.step), contents, depth)
+    if depth < _DEPTH and isinstance(value, list | dict | set | np.ndarray | jax.Array):
+        return _inside(value, contents, depth)
+    by_identity = kind.__eq__ is object.__eq__
+    hashable = kind.__hash__ is not None
+    if hashable and _is_trusted(kind.__module__):
+        return (kind, Same(value)) if by_identity else (kind, value)
+    if isinstance(value, type | types.ModuleType) or getattr(kind, "_is_node", False):
+        return kind, Same(value)
+    if isinstance(value, _CONTAINERS):
+        # It has no hash, which whoever asks for one has to explain.
+        return kind, value
+    base: Any = ()
+    if isinstance(value, tuple):
+        base = tuple([exact(x, contents, depth) for x in value])
+    elif isinstance(value, _NUMBERS_AND_TEXT):
+        base = next(b(value) for b in _NUMBERS_AND_TEXT if isinstance(value, b))
+    elif isinstance(value, float):
+        base = float(value).hex()
+    elif by_identity:
+        base = Same(value)
+    state = _state(value, contents)
+    if state is None:
+        # What cannot be read has its `==`, or nothing but its identity.
+        return kind, base or (value if hashable else Same(value))
+    if depth == 0:
+        return kind, Same(value)
+    return kind, base, tuple([(name, exact(x, contents, depth - 1)) for name, x in state])
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_trusted(module: Any) -> bool:
+    if not isinstance(module, str):
+        return False
+    top = module.partition(".")[0]
+    file = getattr(sys.modules.get(top), "__file__", None) or ""
+    return top in TRUSTED or not _INSTALLED.isdisjoint(pathlib.PurePath(file).parts)
+
+
+_INSTALLED = {"site-packages", "dist-packages"}
+
+
+def _inside(value: Any, contents: list[Any], depth: int) -> Any:
+    """The key of something without a hash that is part of a static value."""
+    kind = type(value)
+    if isinstance(value, np.ndarray):
+        return kind, value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, jax.Array) or depth == 0:
+        return kind, Same(value)
+    if isinstance(value, set):
+        return kind, frozenset([exact(x, contents, depth - 1) for x in value])
+    contents.append(value)
+    if isinstance(value, dict):
+        items = [(exact(k, contents, depth - 1), exact(x, contents, depth - 1)) for k, x in value.items()]
+        return kind, tuple(items)
+    return kind, tuple([exact(x, contents, depth - 1) for x in value])
+
+
+def _state(value: Any, contents: list[Any]) -> list[tuple[str, Any]] | None:
+    """The attributes of an object by name; None where it has none that can be read."""
+    kind = type(value)
+    found: list[tuple[str, Any]] = []
+    readable = False
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                readable = True
+                found.append((name, getattr(value, name)))
+    own = getattr(value, "__dict__", None)
+    if type(own) is dict:
+        readable = True
+        found += own.items()
+        params = getattr(kind, "__dataclass_params__", None)
+        if params is None or not params.frozen:
+            contents.append(own)
+    return found if readable else None
