@@ -67,7 +67,10 @@ class RngStream(Node, hidden_slots=True):
     def lanes(self, size: int) -> RngStream:
         """A stream of stacked keys, split from what `next()` would give; this one does not move."""
         key = jax.random.fold_in(self.key.value, self.count.value)
-        return RngStream(jax.random.split(key, size))
+        stream = RngStream(jax.random.split(key, size))
+        # A count for each, since a lane may take another branch than the others.
+        stream.count = Ref(np.zeros((size,), np.int32), "rngs")
+        return stream
 
     def advance(self) -> None:
         """Move on by one key."""

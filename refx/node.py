@@ -202,8 +202,11 @@ class Node(_HasDict, metaclass=NodeType):
                 f"plain attribute instead, `del self.{name}` first."
             )
         object.__setattr__(self, name, value)
-        if self._book is not None and not _are_alike(old, value):
-            self._book.tell()
+        own = self._book
+        if own is not None and not _are_alike(old, value):
+            if own.marks is not None and isinstance(value, (Ref, Node)):
+                own.marks = {n: mark for n, mark in own.marks.items() if n != name}
+            own.tell()
 
     def __delattr__(self, name: str) -> None:
         check_structure(self, f"Attribute {name!r}")

@@ -250,7 +250,7 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
         if alias is not None:
             obj = alias.get(id(obj), obj)
         kind = type(obj)
-        if mark is True and not is_identity(obj):
+        if mark is True:
             place[position] = Leaf(len(found.leaves))
             found.leaves.append(obj)
             found.places.append((holder, link[1] if link is not None else None))

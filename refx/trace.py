@@ -113,6 +113,7 @@ class Frame:
     """
 
     __slots__ = (
+        "assigned",
         "baked",
         "constants",
         "describe",
@@ -152,6 +153,8 @@ class Frame:
         self.found: dict[Ref[Any], Any] = {}
         # What a stand-in in `found` had as its value when it was made.
         self.entered: dict[Ref[Any], Kept] = {}
+        # The Refs of this body that were given a value in it, the same or another.
+        self.assigned: set[Ref[Any]] = set()
         # Refs that a plain jax program in this body has read by closure.
         self.baked: set[Ref[Any]] = set()
         # Whether the body runs again with what it found as an input.
@@ -176,6 +179,7 @@ class Frame:
         self.shadow.clear()
         self.found.clear()
         self.entered.clear()
+        self.assigned.clear()
         self.baked.clear()
         self.describe = None
 
@@ -265,6 +269,12 @@ def holds_array(value: Any) -> bool:
     return any([isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(value)])
 
 
+def is_label(value: Any) -> bool:
+    """Whether a value has something in it, but neither arrays nor numbers that might be arrays."""
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and not any([isinstance(x, _VALUES) for x in leaves])
+
+
 def label(refs: Iterable[Ref[Any]]) -> None:
     """Make labels of those Refs that hold no array."""
     for ref in refs:
@@ -299,6 +309,8 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
             f"Add {ref._collection!r} to its filter, a tuple of all that may be written, or move "
             f"the write out of it."
         )
+    if frame is not None:
+        frame.assigned.add(target)
     return target
 
 

@@ -26,14 +26,14 @@ from typing import Any, NamedTuple
 import jax
 
 from nnx.scope import entered
-from nnx.transforms.call import Call, Layout, Roots
+from nnx.transforms.call import Call, Layout, Roots, unlabelled
 from nnx.transforms.tracebacks import shortened
 from nnx.transforms.untouched import Untouched, check_arguments, check_found
 from refx import Node, Ref
 from refx.node import is_identity
 from refx.partition import Path, dotted
 from refx.structure import DagDef, RefDef, build, scan
-from refx.trace import Frame, Kept, check_structure, fresh, put, writable
+from refx.trace import Frame, Kept, check_structure, fresh, label, local, put, writable
 
 __all__: list[str] = []
 
@@ -102,6 +102,7 @@ def run(
     *,
     layout: Layout | None = None,
     mode: str = "lift",
+    assigned: bool = False,
     split_out: Callable[[Any], tuple[Any, Any]] | None = None,
     finish: Callable[[Packed, Outline], Any] | None = None,
 ) -> Any:
@@ -133,7 +134,10 @@ def run(
         repeats=call.repeats,
     )
     with frame:
+        if layout.labels:
+            values, leaves = unlabelled(layout, values, leaves)
         roots, objects = build(layout.dagdef, map(fresh, values), leaves)
+        label_stand_ins(layout, objects)
         outer = call.objects()
         inner_refs = [x for x in objects if type(x) is Ref]
         before = [Kept(r._value) for r in inner_refs]
@@ -150,7 +154,7 @@ def run(
             closed.check(frame)
             first, out = split_out(out) if split_out is not None else (None, out)
             packed, outline = _pack(
-                frame, layout, call, roots, objects, outer, before, leaves, out, mode
+                frame, layout, call, roots, objects, outer, before, leaves, out, mode, assigned
             )
             result = packed if finish is None else finish(packed, outline)
         except Exception:
@@ -163,6 +167,12 @@ def run(
                 ref._value = None
             frame.close()
     return result if split_out is None else (first, result)
+
+
+def label_stand_ins(layout: Layout, objects: list[Any]) -> None:
+    """Let what stands for a label be one: plain jax programs in the body may read it, too."""
+    if layout.labels:
+        label(x for x in objects if type(x) is Ref)
 
 
 def _arguments(layout: Layout, roots: tuple[Any, ...], others: Any) -> Any:
@@ -223,7 +233,8 @@ def _note_found(frame: Frame, mode: str, call: Call) -> None:
     if mode == "constant":
         return
     for ref, owner in frame.found.items():
-        if mode == "lift" or frame.entered[ref].changed(frame.shadow[ref]._value):
+        inner = frame.shadow[ref]
+        if mode == "lift" or inner in frame.assigned or frame.entered[ref].changed(inner._value):
             # A module that was made in the body may hold the Ref, but cannot be a root outside.
             call.found.append((ref, ref if owner is None or owner._frame is frame else owner))
 
@@ -239,13 +250,14 @@ def _pack(
     leaves: Any,
     out: Any,
     mode: str,
+    assigned: bool,
 ) -> tuple[Packed, Outline]:
     _note_found(frame, mode, call)
     inner_refs = [x for x in objects if type(x) is Ref]
     written = tuple(
         i
         for i, (ref, was) in enumerate(zip(inner_refs, before, strict=True))
-        if was.changed(ref._value)
+        if was.changed(ref._value) or (assigned and ref in frame.assigned)
     )
     new_values = [inner_refs[i]._value for i in written]
     after = scan(roots, skip=1)
@@ -296,6 +308,27 @@ def until_lifted(attempt: Callable[[Roots], Any]) -> Any:
                 raise shortened(error)  # noqa: B904 — it is the same one
 
 
+def abstractly(fn: Callable[..., Any], *args: Any) -> Any:
+    """What `fn` returns, as `jax.eval_shape` gives it; what it raises is raised outside of the trace.
+
+    JAX keeps the constants and the tracers of a trace that an exception ends, for ever. So the trace
+    is let come to its end.
+    """
+    raised: list[Exception] = []
+
+    def pure(*args: Any) -> Any:
+        try:
+            return fn(*args)
+        except Exception as error:
+            raised.append(error)
+            return None
+
+    shapes = jax.eval_shape(pure, *args)
+    if raised:
+        raise raised.pop()
+    return shapes
+
+
 def check_lifted(call: Call) -> None:
     """Start the call again, if it met closed-over Refs that have to be roots."""
     if call.found:
@@ -318,6 +351,8 @@ def close_call(call: Call, packed: Packed) -> Any:
             refs, call.values = call.refs, []
             for i, value in zip(spec.written, packed.written):
                 refs[i]._value = value
+            if local.frame is not None:
+                local.frame.assigned.update([refs[i] for i in spec.written])
         else:
             write_back([call.refs[i] for i in spec.written], packed.written)
     if spec.graph is None:

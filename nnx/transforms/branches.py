@@ -8,9 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx.transforms.boundary import Packed, Spec, check_lifted, close_call, run, until_lifted
+from nnx.transforms.boundary import (
+    Outline,
+    Packed,
+    Spec,
+    abstractly,
+    check_lifted,
+    close_call,
+    run,
+    until_lifted,
+)
 from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.jit import function_name
+from nnx.transforms.streams import counts
 from refx import RefError
 
 __all__ = ["BranchError", "cond", "switch"]
@@ -81,28 +91,60 @@ def _branch(
         call = open_call(operands, {}, roots)
         inputs = (call.values, call.leaves, call.others)
 
-        def body(fn: Callable[..., Any]) -> Callable[..., Packed]:
-            return lambda *flat: run(fn, name, call, *flat, mode="read")
+        def body(fn: Callable[..., Any], **options: Any) -> Callable[..., Packed]:
+            return lambda *flat: run(fn, name, call, *flat, mode="read", **options)
 
         # Which Refs each branch writes is known after an abstract evaluation; what one of them
         # writes, all of them return.
-        found = [jax.eval_shape(body(fn), *inputs) for fn in branches]
+        found, drawn = zip(*[_learn(body, fn, call) for fn in branches], strict=True)
         check_lifted(call)
         union = tuple(sorted({i for packed in found for i in packed.spec.written}))
-        _check(name, call, branches, found, union)
+        _check(name, call, branches, list(found), union)
+        # So that what follows draws the same keys whichever branch was taken, each stream moves on
+        # by the most that one of them draws, where that is known before.
+        moved = {
+            i: call.values[i] + max(d.get(i, 0) for d in drawn)
+            for i in union
+            if all(i in d or i not in p.spec.written for d, p in zip(drawn, found, strict=True))
+        }
+        returned = [i for i in union if i not in moved]
 
         def flat(fn: Callable[..., Any]) -> Callable[..., Any]:
             def branch(values: Any, leaves: Any, others: Any) -> Any:
                 packed = body(fn)(values, leaves, others)
                 written = dict(zip(packed.spec.written, packed.written, strict=True))
-                return packed.out, [written.get(i, values[i]) for i in union]
+                return packed.out, [written.get(i, values[i]) for i in returned]
 
             return branch
 
         out, written = choose([flat(fn) for fn in branches], *inputs)
-        return close_call(call, Packed(Spec(union, found[0].spec.graph), out, written))
+        after = {**moved, **dict(zip(returned, written, strict=True))}
+        packed = Packed(Spec(union, found[0].spec.graph), out, [after[i] for i in union])
+        return close_call(call, packed)
 
     return until_lifted(attempt)
+
+
+def _learn(
+    body: Callable[..., Callable[..., Packed]], fn: Callable[..., Any], call: Call
+) -> tuple[Packed, dict[int, int]]:
+    """One branch, evaluated abstractly; and how many keys it draws from each stream, if it is known."""
+    streams = counts(call.layout.dagdef)
+    drawn: dict[int, int] = {}
+
+    def note(packed: Packed, outline: Outline) -> Packed:
+        for i, value in zip(packed.spec.written, packed.written, strict=True):
+            if i in streams and type(value) is int:
+                drawn[i] = value
+        return packed
+
+    def counted(values: list[Any], leaves: list[Any], others: list[Any]) -> Packed:
+        # With a number to begin with, a count is a number as long as no compiled code counts.
+        values = [0 if i in streams else x for i, x in enumerate(values)]
+        return body(fn, finish=note)(values, leaves, others)
+
+    packed = abstractly(counted, call.values, call.leaves, call.others)
+    return packed, drawn
 
 
 def _check(

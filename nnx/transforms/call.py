@@ -19,8 +19,9 @@ from refx import Node, Ref, RefError
 from refx.node import is_identity
 from refx.partition import dotted
 from refx.snapshot import Snapshot, snapshot
-from refx.structure import DagDef, scan
-from refx.trace import local, trace_ref
+from refx.static import Static
+from refx.structure import DagDef, is_array, scan
+from refx.trace import LABEL, is_label, local, trace_ref
 
 __all__ = ["ArgumentError"]
 
@@ -42,6 +43,7 @@ class Layout:
         "donated",
         "form",
         "has_scope",
+        "labels",
         "shardings",
         "statics",
         "traced",
@@ -55,8 +57,12 @@ class Layout:
         constants: tuple[Any, ...],
         has_scope: bool,
         statics: Any,
+        labels: tuple[tuple[int, Any], ...] = (),
     ):
         self.dagdef = dagdef
+        # What is no array, by the number of the Ref (or, below zero, of the plain leaf) that holds
+        # it: constants of the program, as a Label each.
+        self.labels = labels
         self.form = form
         self.closed = closed
         # Array attributes of closed-over modules are read where they are, so they are constants.
@@ -235,7 +241,10 @@ def open_call(
         pairs = zip(snapshots, roots, strict=True)
         values = _chosen([v for s, root in pairs for v in s.values(root)], plan.refs)
         leaves = _chosen([x for s in snapshots for x in s.leaves()], plan.leaves)
-    call = Call(plan.layout, roots, snapshots, refs, values, leaves, others)
+    layout = plan.layout
+    if any([s.has_labels for s in snapshots]) or not (not leaves or all(map(is_array, leaves))):
+        layout, values, leaves = _labelled(layout, plans, refs, values, leaves)
+    call = Call(layout, roots, snapshots, refs, values, leaves, others)
     call.at_once = at_once
     call.alias = alias
     if type(closure) is Roots:
@@ -243,6 +252,57 @@ def open_call(
         call.entry = trace_ref()
         call.names = dict(frame.shadow) if frame is not None else {}
     return call
+
+
+def _labelled(
+    layout: Layout, plans: Plans | None, refs: list[Ref[Any]], values: list[Any], leaves: list[Any]
+) -> tuple[Layout, list[Any], list[Any]]:
+    """Take out what is no array: masks, axes, shapes, shardings are constants of the program."""
+    found: list[tuple[int, Any]] = []
+    values, leaves = list(values), list(leaves)
+    for i, ref in enumerate(refs):
+        if ref._trace is LABEL or (ref._frame is not None and is_label(values[i])):
+            found.append((i, Label(values[i])))
+            values[i] = None
+    for i, x in enumerate(leaves):
+        if not is_array(x):
+            found.append((-1 - i, Label(x)))
+            leaves[i] = None
+    if not found:
+        return layout, values, leaves
+    parts = (layout.form, layout.closed, layout.constants, layout.has_scope, layout.statics)
+    parts = (*parts, tuple(found))
+    if plans is None:
+        return Layout(layout.dagdef, *parts), values, leaves
+    return plans.layout(layout.dagdef, parts), values, leaves
+
+
+def unlabelled(layout: Layout, values: Any, leaves: Any) -> tuple[list[Any], list[Any]]:
+    """The lists of values and of plain leaves with the constants of the program put back."""
+    values, leaves = list(values), list(leaves)
+    for i, label in layout.labels:
+        if i >= 0:
+            values[i] = label.value
+        else:
+            leaves[-1 - i] = label.value
+    return values, leaves
+
+
+class Label:
+    """A value without arrays as a part of a Layout: it counts by type and content."""
+
+    __slots__ = ("_key", "value")
+
+    def __init__(self, value: Any):
+        self.value = value
+        leaves, treedef = jax.tree.flatten(value)
+        self._key = treedef, tuple(map(Static, leaves))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Label) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
 
 
 class Form:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nnx.transforms.axes import Specs
-from nnx.transforms.boundary import Packed, Spec, check_lifted, run
-from nnx.transforms.call import Call
-from refx import Ref, RefError, StructureError
+from nnx.transforms.axes import Specs, places
+from nnx.transforms.boundary import Packed, Spec, check_lifted, run, until_lifted
+from nnx.transforms.call import Call, Roots
+from refx import Ref, RefError, StructureError, clone, merge, split
 from refx.node import is_identity
-from refx.partition import dotted
-from refx.snapshot import snapshot
-from refx.trace import write
+from refx.partition import Path, dotted
+from refx.snapshot import Snapshot
+from refx.structure import scan
+from refx.trace import local, write
 
 __all__ = ["CARRY", "CarryError"]
 
 
 class CarryError(RefError, TypeError):
-    """A loop whose carry changes its structure, its shape or its dtype."""
+    """A loop whose carry changes its structure, its shape or its dtype, or mixes up its modules."""
 
 
 class _Carry:
@@ -33,71 +34,123 @@ CARRY: Any = _Carry()
 """In `nnx.scan(..., axes={filter: nnx.CARRY})`: carried from step to step and not sliced."""
 
 
-class Loop:
-    """One call of a loop: which values are carried, which are sliced, and which are constants.
+class Carried(NamedTuple):
+    """What goes from step to step: plain values, values of Refs, and arrays of renewed modules."""
 
-    `step` runs the body on a carry `(others, carried)` and a slice `(refs, leaves, others)`.
-    Before `learn`, nothing is known to be written and every Ref has its first value.
+    others: list[Any]
+    refs: list[Any]
+    leaves: list[Any]
+
+
+class Renewed(Exception):
+    """Raised outside of every trace: the body returns new modules at these places of the carry."""
+
+    def __init__(self, at: frozenset[int]):
+        self.at = at
+
+
+class Loop:
+    """One call of a loop.
+
+    A module in the carry is kept or renewed. A kept one is the same object in every step: the body
+    returns what came in, and the caller's module has the writes. A renewed one is a new object in
+    every step, as a functional update makes it: the caller's module stays as it was, and the loop
+    starts with a clone. The body decides by what it returns at that place, so a first step is taken
+    abstractly to see; if something is renewed, the loop begins again with the clones.
+
+    Invariants: a value is carried if a step assigns it, whatever it assigns, since the values that
+    two Refs begin with say nothing of those that they have later; what no step assigns is a
+    constant; and no module is both kept and renewed, nor kept at two places.
     """
 
-    def __init__(self, name: str, fn: Callable[..., Any], call: Call, specs: Specs, init: Any):
+    def __init__(
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        call: Call,
+        specs: Specs,
+        init: Any,
+        *,
+        position: int = 0,
+        steps: int | None = None,
+        renewed: frozenset[int] = frozenset(),
+    ):
+        """`position` is that of the carry among the arguments of `fn`; `steps` are None if unknown."""
         self.call = call
         self._name = name
         self._fn = fn
         self._init = init
+        self._position = position
+        self._steps = steps
+        self._renewed = renewed
         self._slices = [[i for i, s in enumerate(at) if s is not CARRY] for at in specs[:3]]
-        self._kept = [i for i, s in enumerate(specs.others) if s is CARRY]
+        self._others = [i for i, s in enumerate(specs.others) if s is CARRY]
         self._is_carried = [s is CARRY for s in specs.refs]
-        self._carried: list[int] = []
+        self._refs: list[int] = []
         self._spec = Spec((), None)
+        self._seen: frozenset[int] | None = None
+        self._leaves = self._leaves_of(renewed) if renewed else []
+
+    def _leaves_of(self, renewed: frozenset[int]) -> list[int]:
+        """The numbers of the plain arrays of the renewed modules, in the order of their structure."""
+        parts = jax.tree.leaves(self._init, is_leaf=is_identity)
+        modules = [i for i, x in enumerate(parts) if is_identity(x)]
+        # The first roots of the call are the modules of the carry.
+        roots = [place for i, place in zip(modules, places(self.call)) if i in renewed]
+        numbers = [{path: i for path, _, i in root.leaves} for root in roots]
+        joint = scan(tuple(parts[i] for i in modules if i in renewed))
+        return [numbers[int(path[0])][path[1:]] for path in joint.dagdef.leaf_paths]
 
     def sliced(self) -> tuple[list[Any], ...]:
         lists = (self.call.values, self.call.leaves, self.call.others)
         return tuple([x[i] for i in at] for x, at in zip(lists, self._slices, strict=True))
 
-    def first(self) -> tuple[list[Any], list[Any]]:
-        others = [self.call.others[i] for i in self._kept]
-        return others, [self.call.values[i] for i in self._carried]
+    def first(self) -> Carried:
+        """What the first step gets."""
+        return Carried(
+            [self.call.others[i] for i in self._others],
+            [self.call.values[i] for i in self._refs],
+            [self.call.leaves[i] for i in self._leaves],
+        )
 
-    def place(self, others: Any, carried: Any, sliced: Any) -> tuple[list[Any], list[Any]]:
-        """The full lists of Ref values and of other values for one step; leaves are in `_leaves`."""
-        values, rest = list(self.call.values), list(self.call.others)
-        self._leaves = list(self.call.leaves)
-        if carried is not None:
-            for i, x in zip(self._kept, others, strict=True):
-                rest[i] = x
-            for i, x in zip(self._carried, carried, strict=True):
-                values[i] = x
-        for x, at, new in zip((values, self._leaves, rest), self._slices, sliced, strict=True):
+    def place(self, carry: Carried, sliced: Any) -> tuple[list[Any], list[Any], list[Any]]:
+        """The full lists of values, plain arrays and other arguments for one step."""
+        lists = [list(self.call.values), list(self.call.leaves), list(self.call.others)]
+        for x, at, new in zip(lists, self._slices, sliced, strict=True):
             for i, value in zip(at, new, strict=True):
                 x[i] = value
-        return values, rest
+        numbers = (self._refs, self._leaves, self._others)
+        for x, at, new in zip(lists, numbers, (carry.refs, carry.leaves, carry.others), strict=True):
+            for i, value in zip(at, new, strict=True):
+                x[i] = value
+        return lists[0], lists[1], lists[2]
 
-    def step(self, others: Any, carried: Any, sliced: Any) -> tuple[list[Any], Packed]:
-        values, rest = self.place(others, carried, sliced)
-        return run(
+    def step(self, carry: Carried, sliced: Any) -> tuple[Carried, Packed]:
+        """Run the body once: the next carry, but for its Refs, and what the body left behind."""
+        (others, leaves), packed = run(
             self._body,
             self._name,
             self.call,
-            values,
-            self._leaves,
-            rest,
+            *self.place(carry, sliced),
             mode="read",
+            assigned=True,
             split_out=lambda out: out,
         )
+        return Carried(others, self.carried_of(packed), leaves), packed
 
-    def _body(self, *args: Any) -> tuple[list[Any], Any]:
-        carry = args[0] if len(args) == 1 or self._name.startswith("nnx.scan") else args[1]
+    def _body(self, *args: Any) -> tuple[Any, Any]:
+        carry = args[self._position]
+        came = {id(x) for x in scan(args).objects}
         out = self._fn(*args)
         if not isinstance(out, tuple) or len(out) != 2:
             raise CarryError(
                 f"The body of {self._name} must return (carry, y), but it returned "
                 f"{type(out).__name__}."
             )
-        return self._match(carry, out[0]), out[1]
+        return self._match(carry, out[0], came), out[1]
 
-    def _match(self, carry: Any, new: Any) -> list[Any]:
-        """The arrays of the new carry; modules in it must be those of the old one, or like them."""
+    def _match(self, carry: Any, new: Any, came: set[int]) -> tuple[list[Any], list[Any]]:
+        """The plain values and the arrays of renewed modules of the next carry."""
         olds, old_def = jax.tree.flatten(carry, is_leaf=is_identity)
         news, new_def = jax.tree.flatten(new, is_leaf=is_identity)
         if old_def != new_def:
@@ -106,54 +159,79 @@ class Loop:
                 f"is returned as {new_def}. Return what has the structure of the first carry."
             )
         arrays: list[Any] = []
-        moved: dict[Ref[Any], Any] = {}
-        for old, x in zip(olds, news, strict=True):
+        renewed: list[int] = []
+        for i, (old, x) in enumerate(zip(olds, news, strict=True)):
             if is_identity(old) != is_identity(x):
                 raise CarryError(
                     f"The carry of {self._name} changes from {type(old).__name__} to "
                     f"{type(x).__name__}. Return the module that came in, or one like it."
                 )
-            if is_identity(old):
-                self._move(old, x, moved)
-            else:
+            if not is_identity(old):
                 arrays.append(x)
-        # Only now, since a Ref may be the source of one value and the target of another.
-        for ref, value in moved.items():
-            if ref.value is not value:
-                write(ref, value)
-        return arrays
+            elif x is not old:
+                self._check_new(x, came)
+                renewed.append(i)
+        # Where no step is taken, nothing is renewed.
+        now = frozenset(renewed) if self._steps != 0 else self._renewed
+        first = self._seen is None
+        if now != self._renewed and not (first and not self._renewed):
+            raise CarryError(self._mixed("returned by one step and renewed by another"))
+        self._seen = now
+        if now != self._renewed:
+            # Nothing of this step is kept: the loop begins again.
+            self._check_unassigned(olds, now)
+            return arrays, []
+        return arrays, self._move([olds[i] for i in sorted(now)], [news[i] for i in sorted(now)])
 
-    def _move(self, old: Any, new: Any, moved: dict[Ref[Any], Any]) -> None:
-        """Note the values of `new`, which was returned in the place of `old`, for the Refs of it."""
-        before, after = snapshot(old), snapshot(new)
+    def _check_new(self, x: Any, came: set[int]) -> None:
+        frame = local.frame
+        objects = scan(x).objects
+        if id(x) in came or x._frame is not frame:
+            raise CarryError(
+                f"The body of {self._name} returns a {type(x).__name__} at a place of the carry where "
+                f"another one came in. Which module is where would depend on the number of steps. "
+                f"Exchange the values instead, or return an nnx.clone of it at every such place."
+            )
+        if any(id(o) in came or (is_identity(o) and o._frame is not frame) for o in objects):
+            raise CarryError(self._mixed(f"in a new {type(x).__name__}"))
+
+    def _check_unassigned(self, olds: list[Any], renewed: frozenset[int]) -> None:
+        frame = local.frame
+        assert frame is not None
+        for i in renewed:
+            if any(ref in frame.assigned for ref in scan(olds[i]).refs):
+                raise CarryError(self._mixed("written in the step that returns a new one"))
+
+    def _mixed(self, how: str) -> str:
+        return (
+            f"A module in the carry of {self._name} is kept and renewed at once: what came in is "
+            f"{how}. In Python the first step would change the caller's module and the others would "
+            f"not. Write the module that came in and return it, or leave it and return an nnx.clone."
+        )
+
+    def _move(self, olds: list[Any], news: list[Any]) -> list[Any]:
+        """Give the Refs of what came in the values of what is returned; the plain arrays of that."""
+        if not olds:
+            return []
+        self._check_unassigned(olds, frozenset(range(len(olds))))
+        before, after = Snapshot(tuple(olds)), Snapshot(tuple(news))
         if before.dagdef is not after.dagdef:
             raise CarryError(
-                f"The carry of {self._name} holds a {type(old).__name__}, and the body returned "
-                f"one of another structure in its place: {after.dagdef!r} for {before.dagdef!r}."
+                f"The carry of {self._name} holds a {type(olds[0]).__name__}, and the body returned "
+                f"one of another structure in its place: {after.dagdef!r} for {before.dagdef!r}, or "
+                f"with other settings. Return one of the same structure."
             )
-        for path, a, b in zip(
-            after.dagdef.leaf_paths, before.leaves(), after.leaves(), strict=True
-        ):
-            if a is not b:
-                raise CarryError(
-                    f"The array {dotted(path)!r} of a {type(old).__name__} in the carry of "
-                    f"{self._name} is no Ref, and the body returned another one in its place, "
-                    f"which the loop would lose. Make it a Ref (a field, or nnx.Ref), or carry it "
-                    f"beside the module."
-                )
-        paths = after.dagdef.ref_paths
-        for path, ref, value in zip(paths, before.refs, after.values(new), strict=True):
-            if moved.setdefault(ref, value) is not value:
-                what = f"Ref {dotted(path)!r}" if path else "A Ref"
-                raise CarryError(
-                    f"{what} is at two places of the carry of {self._name}, and the body returned "
-                    f"a different value at each. Return the same at both, or begin with two Refs."
-                )
+        values = after.values()
+        for ref, value in zip(before.refs, values, strict=True):
+            write(ref, value)
+        return after.leaves()
 
-    def learn(self, found: tuple[list[Any], Packed]) -> None:
+    def learn(self, found: tuple[Carried, Packed]) -> None:
         """Take from one abstract step which Refs are written, and check that they may be carried."""
         check_lifted(self.call)
-        others, packed = found
+        if self._seen is not None and self._seen != self._renewed:
+            raise Renewed(self._seen)
+        carry, packed = found
         self._spec = packed.spec
         graph = packed.spec.graph
         if graph is not None and graph.refill:
@@ -163,14 +241,17 @@ class Loop:
                 f"steps of a compiled loop cannot have different structures. Make the change "
                 f"before the loop."
             )
-        self._carried = [i for i in packed.spec.written if self._is_carried[i]]
+        self._refs = [i for i in packed.spec.written if self._is_carried[i]]
         written = dict(zip(packed.spec.written, packed.written, strict=True))
-        for i in self._carried:
+        for i in self._refs:
             self._check(self.call.layout.name_of(i), self.call.values[i], written[i])
         flat = jax.tree_util.tree_flatten_with_path(self._init, is_leaf=is_identity)[0]
         names = [jax.tree_util.keystr(path) for path, x in flat if not is_identity(x)]
-        for where, i, new in zip(names, self._kept, others, strict=True):
+        for where, i, new in zip(names, self._others, carry.others, strict=True):
             self._check(f"The carry{where}", self.call.others[i], new)
+        paths = self.call.layout.dagdef.leaf_paths
+        for i, new in zip(self._leaves, carry.leaves, strict=True):
+            self._check(f"The array {dotted(paths[i][1:])!r}", self.call.leaves[i], new)
 
     def _check(self, what: str, old: Any, new: Any) -> None:
         before, after = jax.eval_shape(lambda: (old, new)) if _concrete(new) else (old, new)
@@ -192,22 +273,50 @@ class Loop:
 
     def carried_of(self, packed: Packed) -> list[Any]:
         written = dict(zip(packed.spec.written, packed.written, strict=True))
-        return [written[i] for i in self._carried]
+        return [written[i] for i in self._refs]
 
     def sliced_of(self, packed: Packed) -> list[Any]:
         pairs = zip(packed.spec.written, packed.written, strict=True)
         return [value for i, value in pairs if not self._is_carried[i]]
 
-    def packed(self, out: Any, carried: list[Any], sliced: list[Any]) -> Packed:
-        todo, slices = iter(carried), iter(sliced)
+    def packed(self, out: Any, carry: Carried, sliced: list[Any]) -> Packed:
+        """What all steps together left behind."""
+        todo, slices = iter(carry.refs), iter(sliced)
         written = [next(todo if self._is_carried[i] else slices) for i in self._spec.written]
         return Packed(self._spec, out, written)
 
-    def carry(self, others: list[Any]) -> Any:
-        """The last carry, with the caller's own modules."""
+    def last(self, carry: Carried) -> Any:
+        """The last carry, with the caller's own modules where they are kept."""
         flat, treedef = jax.tree.flatten(self._init, is_leaf=is_identity)
-        todo = iter(others)
-        return jax.tree.unflatten(treedef, [x if is_identity(x) else next(todo) for x in flat])
+        todo = iter(carry.others)
+        flat = [x if is_identity(x) else next(todo) for x in flat]
+        if self._leaves:
+            at = sorted(self._renewed)
+            dagdef, values = split(tuple(flat[i] for i in at))
+            new: dict[Path, Any] = {**values, **dict(zip(dagdef.leaf_paths, carry.leaves))}
+            for i, module in zip(at, merge(dagdef, new), strict=True):
+                flat[i] = module
+        return jax.tree.unflatten(treedef, flat)
+
+
+def run_loop(init: Any, attempt: Callable[[Roots, Any, frozenset[int]], Any]) -> Any:
+    """Call `attempt(roots, init, renewed)`, with clones of the modules that the body renews."""
+    renewed: frozenset[int] = frozenset()
+
+    def with_clones(roots: Roots) -> Any:
+        nonlocal init, renewed
+        try:
+            return attempt(roots, init, renewed)
+        except Renewed as found:
+            renewed = found.at
+        at = sorted(renewed)
+        flat, treedef = jax.tree.flatten(init, is_leaf=is_identity)
+        for i, module in zip(at, clone(tuple(flat[i] for i in at)), strict=True):
+            flat[i] = module
+        init = jax.tree.unflatten(treedef, flat)
+        return attempt(roots, init, renewed)
+
+    return until_lifted(with_clones)
 
 
 def _concrete(x: Any) -> bool:

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from nnx.transforms.axes import AxisError, ByFilter, Specs, assign, length
-from nnx.transforms.boundary import close_call, run, until_lifted
+from nnx.transforms.boundary import abstractly, close_call, run
 from nnx.transforms.call import Call, Roots, open_call
-from nnx.transforms.carry import CARRY, Loop
+from nnx.transforms.carry import CARRY, Loop, run_loop
 from nnx.transforms.jit import function_name
 from refx import Filter, StructureError
 from refx.node import is_identity
@@ -76,7 +76,7 @@ def scan(
                 f"with nnx.CARRY."
             )
 
-    def attempt(roots: Roots) -> Any:
+    def attempt(roots: Roots, init: Any, renewed: frozenset[int]) -> Any:
         call = open_call((init, xs), {}, roots)
         specs = assign(
             call,
@@ -87,36 +87,28 @@ def scan(
             keyword=None,
             ambient=lambda path, ref: CARRY,
         )
-        loop = Loop(name, f, call, specs, init)
-        size = call.repeats = _size(call, specs, length, name)
-
-        def first(sliced: Any) -> Any:
-            return loop.step(call.others, None, jax.tree.map(lambda x: jnp.asarray(x)[0], sliced))
-
+        size = call.repeats = _length(call, specs, length, name)
+        loop = Loop(name, f, call, specs, init, steps=size, renewed=renewed)
         sliced = loop.sliced()
-        loop.learn(jax.eval_shape(first, sliced) if size else _nothing(loop, sliced))
+        slices = jax.eval_shape(lambda: sliced)
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), slices)
+        loop.learn(abstractly(loop.step, loop.first(), one))
 
         def body(carry: Any, x: Any) -> Any:
-            others, packed = loop.step(carry[0], carry[1], x)
-            return (others, loop.carried_of(packed)), (packed.out, loop.sliced_of(packed))
+            carry, packed = loop.step(carry, x)
+            return carry, (packed.out, loop.sliced_of(packed))
 
-        (others, carried), (out, sliced) = jax.lax.scan(
+        last, (out, sliced) = jax.lax.scan(
             body, loop.first(), sliced, size, reverse=reverse, unroll=unroll
         )
-        y = close_call(call, loop.packed(out, carried, sliced))
-        return loop.carry(others), y
+        y = close_call(call, loop.packed(out, last, sliced))
+        return loop.last(last), y
 
-    return until_lifted(attempt)
+    return run_loop(init, attempt)
 
 
-def _size(call: Call, specs: Specs, given: int | None, name: str) -> int:
+def _length(call: Call, specs: Specs, given: int | None, name: str) -> int:
     return length(call, specs, given, name, lambda spec: None if spec is CARRY else spec)
-
-
-def _nothing(loop: Loop, sliced: Any) -> Any:
-    # Of an empty axis there is no first slice, but its shape is known.
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), sliced)
-    return jax.eval_shape(lambda x: loop.step(loop.call.others, None, x), shapes)
 
 
 def while_loop(
@@ -141,14 +133,16 @@ def while_loop(
     """
     name = f"nnx.while_loop({function_name(body_fun)})"
 
-    def attempt(roots: Roots) -> Any:
-        call = open_call((init_val,), {}, roots)
-        loop = Loop(name, lambda val: (body_fun(val), None), call, _all_carried(call), init_val)
-        loop.learn(jax.eval_shape(lambda: loop.step(call.others, None, loop.sliced())))
+    def attempt(roots: Roots, init: Any, renewed: frozenset[int]) -> Any:
+        call = open_call((init,), {}, roots)
+        specs = _all_carried(call)
+        body_of_val = lambda val: (body_fun(val), None)  # noqa: E731
+        loop = Loop(name, body_of_val, call, specs, init, renewed=renewed)
+        nothing = loop.sliced()
+        loop.learn(abstractly(loop.step, loop.first(), nothing))
 
         def condition(carry: Any) -> Any:
-            values, others = loop.place(carry[0], carry[1], loop.sliced())
-            packed = run(cond_fun, name, call, values, call.leaves, others, mode="constant")
+            packed = run(cond_fun, name, call, *loop.place(carry, nothing), mode="constant")
             if packed.spec.written:
                 what = call.layout.name_of(packed.spec.written[0])
                 raise StructureError(
@@ -157,15 +151,13 @@ def while_loop(
                 )
             return packed.out
 
-        def body(carry: Any) -> Any:
-            others, packed = loop.step(carry[0], carry[1], loop.sliced())
-            return others, loop.carried_of(packed)
+        last = jax.lax.while_loop(
+            condition, lambda carry: loop.step(carry, nothing)[0], loop.first()
+        )
+        close_call(call, loop.packed(None, last, []))
+        return loop.last(last)
 
-        others, carried = jax.lax.while_loop(condition, body, loop.first())
-        close_call(call, loop.packed(None, carried, []))
-        return loop.carry(others)
-
-    return until_lifted(attempt)
+    return run_loop(init_val, attempt)
 
 
 def fori_loop(
@@ -192,25 +184,36 @@ def fori_loop(
     name = f"nnx.fori_loop({function_name(body_fun)})"
     index = jnp.asarray(lower)
 
-    def attempt(roots: Roots) -> Any:
-        call = open_call((index, init_val), {}, roots)
+    count = max(upper - lower, 0) if isinstance(lower, int) and isinstance(upper, int) else None
+
+    def attempt(roots: Roots, init: Any, renewed: frozenset[int]) -> Any:
+        call = open_call((index, init), {}, roots)
         specs = _all_carried(call)
         # The index is an input of each step, and nothing that is carried.
         specs.others[0] = 0
-        if isinstance(lower, int) and isinstance(upper, int):
-            call.repeats = max(upper - lower, 0)
-        loop = Loop(name, lambda i, val: (body_fun(i, val), None), call, specs, init_val)
-        loop.learn(jax.eval_shape(lambda: loop.step(call.others, None, loop.sliced())))
+        call.repeats = 1 if count is None else count
+        loop = Loop(
+            name,
+            lambda i, val: (body_fun(i, val), None),
+            call,
+            specs,
+            init,
+            position=1,
+            steps=count,
+            renewed=renewed,
+        )
+        loop.learn(abstractly(loop.step, loop.first(), ([], [], [index])))
+        last = jax.lax.fori_loop(
+            lower,
+            upper,
+            lambda i, carry: loop.step(carry, ([], [], [i]))[0],
+            loop.first(),
+            unroll=unroll,
+        )
+        close_call(call, loop.packed(None, last, []))
+        return loop.last(last)
 
-        def body(i: Any, carry: Any) -> Any:
-            others, packed = loop.step(carry[0], carry[1], ([], [], [i]))
-            return others, loop.carried_of(packed)
-
-        others, carried = jax.lax.fori_loop(lower, upper, body, loop.first(), unroll=unroll)
-        close_call(call, loop.packed(None, carried, []))
-        return loop.carry(others)
-
-    return until_lifted(attempt)
+    return run_loop(init_val, attempt)
 
 
 def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> Any:

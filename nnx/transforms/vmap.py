@@ -124,8 +124,8 @@ def _axis(spec: Any) -> int | None:
 
 
 def _ambient_axis(path: Path, ref: Any) -> int | None:
-    # Closed-over Refs are the same in every lane; of the scope that `_lanes` makes, the keys differ.
-    return 0 if path[:1] == ("streams",) and path[-1] == "key" else None
+    # Closed-over Refs are the same in every lane; each lane has a stream of the scope for itself.
+    return 0 if path[:1] == ("streams",) else None
 
 
 @contextlib.contextmanager

@@ -9,7 +9,15 @@ from typing import Any
 import jax
 from jax.experimental import checkify as jax_checkify
 
-from nnx.transforms.boundary import Packed, close_call, fresh_output, run, until_lifted
+from nnx.transforms.boundary import (
+    Packed,
+    abstractly,
+    check_lifted,
+    close_call,
+    fresh_output,
+    run,
+    until_lifted,
+)
 from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.jit import function_name, unbound
 
@@ -82,7 +90,7 @@ def eval_shape(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
 
     def transform(call: Call, pure: Callable[..., Packed]) -> Any:
-        packed = jax.eval_shape(pure, call.values, call.leaves, call.others)
+        packed = abstractly(pure, call.values, call.leaves, call.others)
         if packed.spec.graph is None:
             return packed.out
         before = jax.eval_shape(lambda: (call.values, call.leaves))
@@ -133,6 +141,8 @@ def checkify(fn: Callable[..., Any], errors: Any = jax_checkify.user_checks) -> 
     """
 
     def transform(call: Call, pure: Callable[..., Packed]) -> Any:
+        abstractly(pure, call.values, call.leaves, call.others)
+        check_lifted(call)
         checked = jax_checkify.checkify(pure, errors)
         error, packed = checked(call.values, call.leaves, call.others)
         return error, close_call(call, packed)

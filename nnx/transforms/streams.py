@@ -1,0 +1,20 @@
+"""Random streams at a boundary: which Refs of a call are the counts of streams."""
+
+from __future__ import annotations
+
+from nnx.rng import RngStream
+from refx.structure import DagDef, NodeDef, RefDef
+
+__all__: list[str] = []
+
+
+def counts(dagdef: DagDef) -> tuple[int, ...]:
+    """The numbers of the Refs that count the keys drawn from a stream."""
+    refs = [n for n, node in enumerate(dagdef.nodes) if type(node) is RefDef]
+    number = {n: i for i, n in enumerate(refs)}
+    found = [
+        dict(zip(node.names, node.children, strict=True))["count"]
+        for node in dagdef.nodes
+        if type(node) is NodeDef and issubclass(node.kind, RngStream)
+    ]
+    return tuple(sorted({number[n] for n in found if n in number}))
