@@ -147,7 +147,9 @@ def _inside(value: Any, contents: list[Any], depth: int) -> Any:
         return kind, frozenset([exact(x, contents, depth - 1) for x in value])
     contents.append(value)
     if isinstance(value, dict):
-        items = [(exact(k, contents, depth - 1), exact(x, contents, depth - 1)) for k, x in value.items()]
+        items = [
+            (exact(k, contents, depth - 1), exact(x, contents, depth - 1)) for k, x in value.items()
+        ]
         return kind, tuple(items)
     return kind, tuple([exact(x, contents, depth - 1) for x in value])
 

@@ -120,7 +120,9 @@ class Loop:
             for i, value in zip(at, new, strict=True):
                 x[i] = value
         numbers = (self._refs, self._leaves, self._others)
-        for x, at, new in zip(lists, numbers, (carry.refs, carry.leaves, carry.others), strict=True):
+        for x, at, new in zip(
+            lists, numbers, (carry.refs, carry.leaves, carry.others), strict=True
+        ):
             for i, value in zip(at, new, strict=True):
                 x[i] = value
         return lists[0], lists[1], lists[2]

@@ -74,16 +74,106 @@ def test_carry_module_argument_and_outputs(data):
     assert outs.value.shape == (4, 2) and jnp.allclose(total, (x @ model.w).sum(), atol=1e-5)
 
 
-def test_a_carry_replaced_by_a_module_like_it():
+def plus_one(m):
+    m.b = m.b + 1
+    return m
+
+
+LOOPS = {
+    "scan": lambda f, c: nnx.scan(lambda c, _: (f(c), None), c, None, length=3)[0],
+    "fori_loop": lambda f, c: nnx.fori_loop(0, 3, lambda i, c: f(c), c),
+    "while_loop": lambda f, c: nnx.while_loop(
+        lambda c: c[1] < 3, lambda c: (f(c[0]), c[1] + 1), (c, 0)
+    )[0],
+    "jit of scan": lambda f, c: nnx.jit(
+        lambda c: nnx.scan(lambda c, _: (f(c), None), c, None, length=3)[0]
+    )(c),
+    "python": lambda f, c: f(f(f(c))),
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_renewed_module_leaves_the_callers_alone(loop):
     model = Dense()
-
-    def body(m, _):
-        new = nnx.clone(m)
-        new.b = new.b + 1
-        return new, None
-
-    same, _ = nnx.scan(body, model, None, length=3)
+    new = LOOPS[loop](lambda m: plus_one(nnx.clone(m)), model)
+    assert new is not model and (new.b == 3).all() and (model.b == 0).all()
+    same = LOOPS[loop](plus_one, model)
     assert same is model and (model.b == 3).all()
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_modules_that_share_are_renewed_together(loop):
+    model = Dense()
+    pair = LOOPS[loop](lambda c: _both(nnx.clone(c)), (model, model))
+    assert pair[0] is pair[1] is not model and (pair[0].b == 3).all() and (model.b == 0).all()
+
+
+def _both(pair):
+    plus_one(pair[0])
+    return pair
+
+
+@pytest.mark.parametrize("loop", [x for x in LOOPS if x != "python"])
+def test_a_module_is_not_kept_and_renewed_at_once(loop):
+    model, other = Dense(), Dense()
+
+    class Holder(nnx.Module):
+        def __init__(self, inner):
+            self.inner = inner
+
+    def by_closure(m):
+        plus_one(model)
+        return nnx.clone(m)
+
+    wrongs = {
+        "kept and renewed": [
+            lambda m: nnx.clone(plus_one(m)),
+            by_closure,
+        ],
+        "another one came in": [lambda m: other],
+    }
+    for message, bodies in wrongs.items():
+        for body in bodies:
+            with pytest.raises(nnx.CarryError, match=message):
+                LOOPS[loop](body, model)
+    with pytest.raises(nnx.CarryError, match="kept and renewed"):
+        LOOPS[loop](lambda h: Holder(h.inner), Holder(model))
+    assert (model.b == 0).all() and (other.b == 0).all()
+
+
+def test_a_loop_of_no_step_gives_what_came_in():
+    model = Dense()
+    renew = lambda m: plus_one(nnx.clone(m))
+    assert nnx.scan(lambda c, _: (renew(c), None), model, None, length=0)[0] is model
+    assert nnx.fori_loop(3, 3, lambda i, c: renew(c), model) is model
+
+
+@pytest.mark.parametrize("how", ["closure", "argument", "slice"])
+def test_refs_that_begin_with_one_array_are_two(how):
+    one = jnp.array(1)
+    a, b = nnx.Ref(one), nnx.Ref(one)
+
+    def fibonacci(a, b):
+        a.value, b.value = b.value, a.value + b.value
+
+    if how == "closure":
+        nnx.fori_loop(0, 6, lambda i, _: fibonacci(a, b), None)
+    elif how == "argument":
+        nnx.while_loop(
+            lambda c: c[2] < 6, lambda c: (c[0], c[1], fibonacci(*c[:2]) or c[2] + 1), (a, b, 0)
+        )
+    else:
+        ones = jnp.ones(6, jnp.int32)
+        x, y = nnx.Ref(ones), nnx.Ref(ones)
+
+        def body(_, pair):
+            pair[0].value, a.value = a.value, pair[0].value + pair[1].value + a.value
+            return None, None
+
+        nnx.scan(body, None, (x, y))
+        assert x.value.tolist() == [1, 3, 5, 7, 9, 11] and a.value == 13
+        return
+    assert (int(a.value), int(b.value)) == (13, 21)
 
 
 def test_everything_is_carried_by_an_ellipsis():
@@ -336,32 +426,31 @@ def test_every_level_nested(data):
     assert jnp.allclose(grads["w"], expected_grads, atol=1e-4)
 
 
-def test_a_carry_whose_refs_change_places():
+def test_modules_of_a_carry_do_not_change_places():
     def pair():
         return nnx.Ref(jnp.array(1.0)), nnx.Ref(jnp.array(2.0))
 
+    message = "another one came in.*number of steps"
+    for a, b in (pair(), (Dense(seed=0), Dense(seed=1))):
+        with pytest.raises(nnx.CarryError, match=message):
+            nnx.scan(lambda c, _: ((c[1], c[0]), None), (a, b), None, length=3)
+        with pytest.raises(nnx.CarryError, match=message):
+            nnx.fori_loop(0, 3, lambda i, c: {"a": c["b"], "b": c["a"]}, {"a": a, "b": b})
+        with pytest.raises(nnx.CarryError, match=message):
+            nnx.while_loop(lambda c: c[2] < 3, lambda c: (c[1], c[0], c[2] + 1), (a, b, 0))
     a, b = pair()
-    nnx.scan(lambda c, _: ((c[1], c[0]), None), (a, b), None, length=3)
-    assert (float(a.value), float(b.value)) == (2.0, 1.0)
-    a, b = pair()
-    nnx.fori_loop(0, 3, lambda i, c: {"a": c["b"], "b": c["a"]}, {"a": a, "b": b})
-    assert (float(a.value), float(b.value)) == (2.0, 1.0)
-    m, n = Dense(seed=0), Dense(seed=1)
-    before, after = m["params"], n["params"]
-    nnx.while_loop(lambda c: c[2] < 3, lambda c: (c[1], c[0], c[2] + 1), (m, n, 0))
-    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, m["params"], after)))
-    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, n["params"], before)))
+    c, d = nnx.fori_loop(0, 3, lambda i, c: nnx.clone((c[1], c[0])), (a, b))
+    assert (float(c.value), float(d.value)) == (2, 1) and (float(a.value), float(b.value)) == (1, 2)
 
 
-def test_one_ref_at_two_places_of_a_carry_has_one_value():
+def test_one_ref_at_two_places_of_a_carry():
     ref = nnx.Ref(jnp.array(1.0))
 
     def body(c, _):
         return (c[0], nnx.Ref(c[1].value * 10)), None
 
-    with pytest.raises(nnx.CarryError, match=r"at two places of the carry of nnx\.scan\(.*body\)"):
-        nnx.scan(body, (ref, ref), None, length=1)
-    assert float(ref.value) == 1.0
+    (x, y), _ = nnx.scan(body, (ref, ref), None, length=2)
+    assert x is ref and (float(x.value), float(y.value)) == (1.0, 100.0)
     (x, y), _ = nnx.scan(lambda c, _: ((c[1], c[0]), None), (ref, ref), None, length=1)
     assert x is y is ref
 
@@ -377,16 +466,18 @@ def test_plain_arrays_of_a_module_in_a_carry():
         new.w.value += 1
         return new, None
 
-    m, _ = nnx.scan(same_table, Buffered(), None, length=3)
-    assert float(m.w.value) == 3
-    message = r"The array 'table' of a Buffered in the carry of .* is no Ref.*Make it a Ref"
+    came = Buffered()
+    m, _ = nnx.scan(same_table, came, None, length=3)
+    assert (float(m.w.value), float(came.w.value)) == (3, 0)
+    plus = lambda m: jax.tree.map(lambda a: a + 1, m)
     for loop in (
-        lambda m: nnx.scan(
-            lambda m, _: (jax.tree.map(lambda a: a + 1, m), None), m, None, length=3
-        ),
-        lambda m: nnx.fori_loop(0, 3, lambda i, m: jax.tree.map(lambda a: a + 1, m), m),
-        lambda m: nnx.while_loop(lambda m: True, lambda m: jax.tree.map(lambda a: a + 1, m), m),
+        lambda m: nnx.scan(lambda m, _: (plus(m), None), m, None, length=3)[0],
+        lambda m: nnx.fori_loop(0, 3, lambda i, m: plus(m), m),
+        lambda m: nnx.while_loop(lambda m: m.table[0] < 3, plus, m),
     ):
-        with pytest.raises(nnx.CarryError, match=message):
-            loop(m)
+        new = loop(m)
+        assert float(new.w.value) == 6 and new.table.tolist() == [3, 3]
     assert float(m.w.value) == 3 and m.table.tolist() == [0, 0]
+    wider = lambda m, _: (jax.tree.map(lambda a: jnp.stack([a, a]), m), None)
+    with pytest.raises(nnx.CarryError, match=r"'table' .*float32\[2\] to float32\[2,2\]|Ref 'w'"):
+        nnx.scan(wider, m, None, length=3)
