@@ -56,8 +56,9 @@ class Snapshot:
         self.stands = keep
         self._class_changes = class_changes[0]
         found = scan(tree)
-        self.uid = next(_uids)
         self.dagdef: DagDef = found.dagdef
+        # A Ref keeps no snapshot. Another at its address is in no tree that a kept one knows.
+        self.uid: Any = (id(tree), found.dagdef) if type(tree) is Ref else next(_uids)
         self.refs = found.refs
         # By id, all that another tree could share with this one.
         self.identities = frozenset(map(id, found.objects))

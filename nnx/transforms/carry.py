@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from nnx.transforms.axes import Specs, places
 from nnx.transforms.boundary import Packed, Spec, check_lifted, run, until_lifted
 from nnx.transforms.call import Call, Roots
-from refx import Ref, RefError, StructureError, clone, merge, split
+from refx import RefError, StructureError, clone, merge, split
 from refx.node import is_identity
 from refx.partition import Path, dotted
 from refx.snapshot import Snapshot

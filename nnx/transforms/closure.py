@@ -9,28 +9,38 @@ the next call. What is read and cannot be found by looking is an error.
 
 from __future__ import annotations
 
+import enum
+import functools
 import threading
 import types
 import warnings
 from collections.abc import Callable
+from itertools import repeat
 from operator import call as call_it
 from operator import is_
 from typing import Any
 
 from nnx.transforms.looking import (
+    ABSENT,
+    DEFAULTS,
+    SCALARS,
     SMALL,
     Edge,
     Graph,
+    attribute_dicts,
     containers,
     content,
     insides,
+    is_container,
+    is_data,
     is_holder,
     is_module,
-    is_plain,
+    is_user_object,
 )
-from refx import ClosureError, RefError
+from refx import ClosureError, Node, RefError
 from refx.partition import dotted
 from refx.snapshot import Snapshot, snapshot
+from refx.static import Static
 from refx.structure import scan
 from refx.trace import describe
 
@@ -61,6 +71,8 @@ class _State:
         self.results: list[Any] = []
         self.call_roots: list[int] = []
         self.contents: list[tuple[Any, list[Any]]] = []
+        # Dicts of attributes whose names count, since one that is added hides one of the class.
+        self.names: list[tuple[dict[Any, Any], list[Any]]] = []
         # Whether there is nothing to check.
         self.idle = False
 
@@ -82,26 +94,32 @@ class _State:
     def stands(self) -> bool:
         """Whether every step still leads where it led."""
         return (
-            (not self.dicts or all(map(is_, map(_get, self.dicts, self.keys), self.values)))
+            (
+                not self.dicts
+                or all(map(is_, map(_get, self.dicts, self.keys, repeat(ABSENT)), self.values))
+            )
             and (not self.calls or all(map(is_, map(call_it, self.calls), self.results)))
             and (not self.contents or all(_same(x, items) for x, items in self.contents))
+            and (not self.names or all(_same_names(x, names) for x, names in self.names))
         )
 
     def moved(self) -> _State | None:
         """The state after names were bound to others of their kind; None if more has changed."""
         if not all(_same(x, items) for x, items in self.contents):
             return None
+        if not all(_same_names(x, names) for x, names in self.names):
+            return None
         roots = list(self.roots)
         new = _State(())
         new.__dict__.update(self.__dict__)
-        values = list(map(_get, self.dicts, self.keys))
+        values = list(map(_get, self.dicts, self.keys, repeat(ABSENT)))
         results = list(map(call_it, self.calls))
         for was, now, positions in (
             (self.values, values, self.dict_roots),
             (self.results, results, self.call_roots),
         ):
             for a, b, i in zip(was, now, positions, strict=True):
-                if a is b or (is_plain(a) and is_plain(b)):
+                if a is b:
                     continue
                 if i < 0 or not _alike(a, b):
                     return None
@@ -116,6 +134,10 @@ _get = dict.get
 def _same(x: Any, items: list[Any]) -> bool:
     now = content(x)
     return len(now) == len(items) and all(map(is_, now, items))
+
+
+def _same_names(x: dict[Any, Any], names: list[Any]) -> bool:
+    return len(x) == len(names) and all(map(is_, x, names))
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -145,6 +167,9 @@ class Closure:
         # What tells apart programs that were traced with the same roots, reached by other steps.
         self._tokens: dict[Any, int] = {}
         self._next_token = 0
+        # The arrays and containers that are constants, by the path to them, each with a number.
+        self._constants: dict[tuple[Any, ...], tuple[Any, int]] = {}
+        self._next_constant = 0
         self._traced = False
         self._arrays: dict[Any, list[Any]] = {}
         # The snapshots of roots that are no modules and so do not keep one themselves.
@@ -237,10 +262,18 @@ class Closure:
         self._kept = {}
         hopeful = {e.path for e in edges if e.hopeful}
         shape: list[Any] = []
+        read: list[Any] = []
         for n, edge in enumerate(edges):
             source = graph.objects[edge.source]
             by_name = type(source) in (types.FunctionType, types.ModuleType)
-            if edge.source in watched or (by_name and (edge.hopeful or edge.path in self._hopeful)):
+            counts = n not in selected and _counts(edge, source, graph)
+            if counts:
+                read.append((edge.path, self._constant(edge)))
+            if (
+                (edge.source in watched and not edge.data)
+                or (by_name and (edge.hopeful or edge.path in self._hopeful))
+                or counts
+            ):
                 state.watch(edge, selected.get(n, -1))
                 if edge.candidate is not None or edge.target in any_way:
                     end = selected.get(n, -1) if edge.target is None else edge.target
@@ -254,14 +287,16 @@ class Closure:
                 items = content(x)
                 if n in any_way or len(items) <= SMALL:
                     state.contents.append((x, items))
-        state.idle = not (state.dicts or state.calls or state.contents)
+            elif n in near:
+                state.names += [(d, list(d)) for d in attribute_dicts(x)]
+        state.idle = not (state.dicts or state.calls or state.contents or state.names)
         numbers = {n: i for i, n in enumerate(sorted({n for n, *_ in shape}))}
         kinds = tuple(_kind(graph.objects[n]) for n in numbers)
         steps = tuple(
             (numbers[n], key, is_root, end if is_root else numbers.get(end, -1))
             for n, key, is_root, end in shape
         )
-        token = self._token((kinds, steps))
+        token = self._token((kinds, steps, tuple(read)))
         if token:
             # A root that is a constant: it makes another layout of the same roots.
             state.roots = (*state.roots, [token])
@@ -275,6 +310,25 @@ class Closure:
             token = self._tokens[shape] = self._next_token
             self._next_token += 1
         return token
+
+    def _constant(self, edge: Edge) -> Any:
+        """What the value of a step that leads to no module counts as."""
+        value = edge.value
+        if value is ABSENT or type(value) in SCALARS or isinstance(value, enum.Enum | type):
+            return Static(value)
+        if is_container(value) and is_data(value) and edge.key not in DEFAULTS:
+            return type(value), len(value)
+        if is_user_object(value):
+            # Its class, since steps of its own say what it holds.
+            return type(value)
+        # By a number, so that nothing of an earlier call is kept.
+        known = self._constants.get(edge.path)
+        if known is None or known[0] is not value:
+            self._next_constant += 1
+            if len(self._constants) >= _MOST:
+                self._constants = {}
+            known = self._constants[edge.path] = (value, self._next_constant)
+        return known[1]
 
     def _warn_of_arrays(self, layout: Any) -> None:
         """Warn where a closed-over array, which is a constant, is a new one again and again."""
@@ -321,6 +375,30 @@ def _sources(edges: list[Edge], found: set[int]) -> set[int]:
                 found.add(n)
                 todo.append(n)
     return found
+
+
+def _counts(edge: Edge, source: Any, graph: Graph) -> bool:
+    """Whether a program depends on what this step leads to, though it leads to no module.
+
+    Functions, classes and objects count wherever they are bound; numbers, texts and arrays where
+    code does not bind them while it runs: as defaults, in partials, and as attributes that no
+    reached code sets. As variables they are constants of the program, as they are to `jax.jit`.
+    """
+    if edge.way is None or edge.candidate is not None:
+        return False
+    kind = type(source)
+    if issubclass(kind, functools.partial):
+        return True
+    leads = edge.target is not None and not is_container(edge.value)
+    if kind is types.FunctionType:
+        default = type(edge.key) is tuple and edge.key[0] == "default"
+        return leads or edge.key in DEFAULTS or (edge.data and default)
+    if edge.key == "type" or kind is types.ModuleType:
+        return leads
+    name = edge.key[-1] if type(edge.key) is tuple else edge.key
+    if name not in graph.names or (issubclass(kind, type) and issubclass(kind, type(Node))):
+        return False
+    return leads or (edge.data and name not in graph.stored)
 
 
 def _kind(x: Any) -> Any:

@@ -7,9 +7,9 @@ and classes. Libraries are not entered, nor what is plain data.
 
 from __future__ import annotations
 
-import builtins
 import collections
 import contextvars
+import enum
 import functools
 import gc
 import sys
@@ -54,9 +54,21 @@ _TAKEN_APART = frozenset(
 )
 _PYTREES = (list, tuple, dict)
 # A container of so much plain data is watched nevertheless: it may come to hold a module.
-SMALL = 32
+SMALL = 1024
 # How many functions and objects a look goes through, at most.
 _MOST = 4000
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "ABSENT"
+
+
+ABSENT: Any = _Absent()
+"""The value of a name that is not there."""
+
+
+DEFAULTS = ("__defaults__", "__kwdefaults__")
 
 
 class Edge(NamedTuple):
@@ -78,6 +90,8 @@ class Edge(NamedTuple):
     far: bool
     # Whether the value is plain, but a name of it that may come to be a module.
     hopeful: bool
+    # Whether the value is data: a constant of the program, so that it counts by its content.
+    data: bool
 
 
 class Graph:
@@ -99,7 +113,11 @@ class Graph:
         self._far: collections.deque[int] = collections.deque()
         self._is_far: list[bool] = []
         # Names of attributes that code loads: those are what a look follows in a user's modules.
-        self._names: set[str] = set()
+        self.names: set[str] = set()
+        # Those that may be looked for by getattr or hasattr, and so may be missing.
+        self.strings: set[str] = set()
+        # Those of attributes that code sets, other than where an object is made.
+        self.stored: set[str] = set()
         self._modules: dict[int, set[str]] = {}
         for name, x, far in starts:
             self._vertex(x, (name,), far)
@@ -129,30 +147,39 @@ class Graph:
             path = self._paths[number]
             new = sorted(
                 name
-                for name in self._names - done
-                if name in content or (*path, name) in self._expected
+                for name in self.names - done
+                if name in content or (*path, name) in self._expected or name in self.strings
             )
             done.update(new)
             for name in new:
                 found = True
-                self._edge(number, name, (content, name), content.get(name), True)
+                self._edge(number, name, (content, name), content.get(name, ABSENT), True)
         return found
 
     def _edge(self, source: int, key: Any, way: Any, value: Any, far: bool) -> None:
         path = (*self._paths[source], key)
         candidate = target = None
+        if value is ABSENT:
+            self.edges.append(
+                Edge(source, key, value, way, None, None, path, far, hopeful=True, data=False)
+            )
+            return
+        data = way is not None and is_data(value)
         hopeful = value is None or type(value) is bool
         if is_module(value):
             candidate = value
-        elif not hopeful and (is_plain(value) or _is_data(value, far)):
-            return
+        elif not hopeful and (is_plain(value) or _is_plain_container(value, far)):
+            if not data:
+                return
         elif issubclass(type(value), _PYTREES) and _identities(value) and _scans(value):
             # A container is one root, so that its keys and its nesting count.
             candidate = value
         elif not hopeful:
             # What is no module, and is in a container, may be one of very many.
-            target = self._vertex(value, path, far or _is_container(self.objects[source]))
-        self.edges.append(Edge(source, key, value, way, target, candidate, path, far, hopeful))
+            target = self._vertex(value, path, far or is_container(self.objects[source]))
+        self.edges.append(
+            Edge(source, key, value, way, target, candidate, path, far, hopeful, data)
+        )
 
     def _vertex(self, x: Any, path: tuple[Any, ...], far: bool) -> int | None:
         number = self._numbers.get(id(x))
@@ -176,7 +203,7 @@ class Graph:
             for i, part in enumerate((x.func, *x.args)):
                 yield i, None, part, False
             for name, part in x.keywords.items():
-                yield name, None, part, False
+                yield name, (x.keywords, name), part, False
         elif kind is staticmethod or kind is classmethod:
             yield "__func__", None, x.__func__, False
         elif kind is property or kind is functools.cached_property:
@@ -203,10 +230,12 @@ class Graph:
         if library:
             return
         names = names_of(fn.__code__)
-        self._names |= names.attributes
+        self.names |= names.attributes
+        self.strings.update(names.strings)
+        if fn.__name__ not in ("__init__", "__post_init__", "__new__"):
+            self.stored |= names.stored
         for name in names.loaded:
-            if name in scope or not hasattr(builtins, name):
-                yield name, (scope, name), scope.get(name), False
+            yield name, (scope, name), scope.get(name, ABSENT), False
         for name in names.strings:
             if name in scope:
                 yield ("globals", name), (scope, name), scope[name], True
@@ -221,6 +250,10 @@ def _of_closure(fn: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
     for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
         get = functools.partial(getattr, cell, "cell_contents", None)
         yield name, (None, get), get(), False
+    for attribute in DEFAULTS:
+        # They are assigned as a whole.
+        if (defaults := getattr(fn, attribute)) is not None:
+            yield attribute, (None, functools.partial(getattr, fn, attribute)), defaults, False
     for i, default in enumerate(fn.__defaults__ or ()):
         yield ("default", i), None, default, False
     for name, default in (fn.__kwdefaults__ or {}).items():
@@ -249,7 +282,7 @@ def content(x: Any) -> list[Any]:
     """The items of a container, or what a C object refers to: compared to see a change."""
     if issubclass(type(x), dict):
         return [*dict.keys(x), *dict.values(x)]
-    return _items(x) if _is_container(x) else gc.get_referents(x)
+    return _items(x) if is_container(x) else gc.get_referents(x)
 
 
 def _items(x: Any) -> list[Any]:
@@ -261,16 +294,32 @@ def _items(x: Any) -> list[Any]:
 
 def is_holder(x: Any) -> bool:
     """Whether the steps from `x` are its content and are watched as a whole."""
-    return _is_container(x) or (_home(type(x)) in _HOLDERS and type(x) not in _TAKEN_APART)
+    return is_container(x) or (_home(type(x)) in _HOLDERS and type(x) not in _TAKEN_APART)
 
 
-def _is_container(x: Any) -> bool:
+def is_container(x: Any) -> bool:
+    """Whether `x` is a list, a tuple, a dict, a set or the like."""
     return issubclass(type(x), _CONTAINERS)
 
 
-def _is_data(x: Any, far: bool) -> bool:
+def _is_plain_container(x: Any, far: bool) -> bool:
     """Whether `x` is a container of plain data, where no module is to be expected."""
-    return _is_container(x) and (far or len(x) > SMALL) and _all_plain(x)
+    return is_container(x) and (far or len(x) > SMALL) and _all_plain(x)
+
+
+def is_data(x: Any) -> bool:
+    """Whether `x` is a number, a text, an array or a container of them: what a program computes with."""
+    kind = type(x)
+    return (
+        kind in SCALARS
+        or issubclass(kind, (*_ARRAYS, enum.Enum))
+        or (is_container(x) and _all_plain(x))
+    )
+
+
+SCALARS = frozenset(
+    {int, float, complex, bool, str, bytes, bytearray, type(None), type(...), range, slice}
+)
 
 
 def containers(x: Any) -> list[Any]:
@@ -320,10 +369,27 @@ def _of_class(cls: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
     for base in type.__dict__["__mro__"].__get__(cls):
         if _is_library(_home(base)):
             continue
-        own = type.__dict__["__dict__"].__get__(base)
+        own = class_dict(base)
         for name, value in list(own.items()):
-            way = (None, functools.partial(own.get, name))
-            yield (base.__qualname__, name), way, value, type(value) in _CODE
+            yield (base.__qualname__, name), (own, name), value, type(value) in _CODE
+
+
+def attribute_dicts(x: Any) -> list[dict[str, Any]]:
+    """The dicts where an attribute of an object is looked for: its own and those of its classes."""
+    kind = type(x)
+    if issubclass(kind, type):
+        cls, own = x, None
+    elif kind in _TAKEN_APART or is_module(x) or is_plain(x) or is_holder(x):
+        return []
+    else:
+        cls, own = kind, _own_dict(x)
+    bases = [b for b in type.__dict__["__mro__"].__get__(cls) if not _is_library(_home(b))]
+    return [*([own] if own is not None else []), *map(class_dict, bases)]
+
+
+def class_dict(cls: Any) -> dict[str, Any]:
+    """The dict of a class itself, of which `vars(cls)` is a view: it is read here, never written."""
+    return gc.get_referents(type.__dict__["__dict__"].__get__(cls))[0]
 
 
 _CODE = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
@@ -356,6 +422,7 @@ def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
     for name, value in list((own or {}).items()):
         if not name.startswith("__"):
             yield name, (own, name), value, False
+    yield "type", (None, functools.partial(type, x)), kind, True
     for base in kind.__mro__:
         for name, slot in list(vars(base).items()):
             if type(slot) is types.MemberDescriptorType:
@@ -381,6 +448,12 @@ def _own_dict(x: Any) -> dict[str, Any] | None:
 
 
 _DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
+
+
+def is_user_object(x: Any) -> bool:
+    """Whether looking goes into the attributes of `x`."""
+    kind = type(x)
+    return kind not in _TAKEN_APART and not is_holder(x) and not _is_library(_home(kind))
 
 
 def _home(cls: type) -> str:

@@ -11,12 +11,13 @@ __all__: list[str] = []
 
 
 class Names(NamedTuple):
-    """Globals, attributes, what may be a name in a string, and imported modules."""
+    """Globals, attributes, what may be a name in a string, imported modules, attributes that are set."""
 
     loaded: tuple[str, ...]
     attributes: frozenset[str]
     strings: tuple[str, ...]
     imported: tuple[str, ...]
+    stored: frozenset[str]
 
 
 # Code that uses one of these may find an attribute or a global by a string.
@@ -31,6 +32,7 @@ def names_of(code: types.CodeType) -> Names:
     loaded: dict[str, None] = {}
     imported: dict[str, None] = {}
     attributes: set[str] = set()
+    stored: set[str] = set()
     strings: dict[str, None] = {}
     todo = [code]
     while todo:
@@ -40,11 +42,17 @@ def names_of(code: types.CodeType) -> Names:
                 loaded[step.argval] = None
             elif step.opname == "IMPORT_NAME":
                 imported[step.argval] = None
+            elif step.opname in ("STORE_ATTR", "DELETE_ATTR"):
+                stored.add(step.argval)
         attributes.update(at.co_names)
         strings.update((c, None) for c in at.co_consts if type(c) is str and c.isidentifier())
         todo += [c for c in at.co_consts if isinstance(c, types.CodeType)]
     if not attributes & _BY_STRING:
         strings.clear()
     return Names(
-        tuple(loaded), frozenset(attributes | set(strings)), tuple(strings), tuple(imported)
+        tuple(loaded),
+        frozenset(attributes | set(strings)),
+        tuple(strings),
+        tuple(imported),
+        frozenset(stored),
     )

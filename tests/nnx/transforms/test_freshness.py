@@ -1,0 +1,391 @@
+"""Between two calls of a compiled function any change by ordinary Python is seen by the next one."""
+
+import enum
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nnx
+
+
+class L(nnx.Module):
+    w: jax.Array = nnx.param()
+
+    def __init__(self, v):
+        self.w = jnp.array(float(v))
+
+
+class Agent:
+    net = L(1)
+
+
+class Child(Agent):
+    pass
+
+
+class Empty:
+    net = None
+
+
+class Bare:
+    pass
+
+
+class Chooser:
+    factor = 2.0
+
+    def __init__(self):
+        self.a, self.b = L(1), L(10)
+        self.lr = 0.5
+
+    def pick(self):
+        return self.a
+
+    def scaled(self):
+        return self.a.w * self.factor * self.lr
+
+
+class OtherChooser(Chooser):
+    def pick(self):
+        return self.b
+
+
+def instance_over_class():
+    Agent.net = L(1)
+    o = Agent()
+    return lambda: o.net.w, lambda: setattr(o, "net", L(100))
+
+
+def instance_over_none():
+    o = Empty()
+    return lambda: o.net.w if o.net else -1.0, lambda: setattr(o, "net", L(100))
+
+
+def instance_deleted():
+    Agent.net = L(1)
+    o = Agent()
+    o.net = L(5)
+    return lambda: o.net.w, lambda: delattr(o, "net")
+
+
+def none_deleted():
+    Agent.net = L(1)
+    o = Agent()
+    o.net = None
+    return lambda: o.net.w if o.net else -1.0, lambda: delattr(o, "net")
+
+
+def subclass_over_base():
+    Agent.net = L(1)
+    if "net" in vars(Child):
+        del Child.net
+    o = Child()
+    return lambda: o.net.w, lambda: setattr(Child, "net", L(100))
+
+
+def class_attribute():
+    o = Child()
+    Agent.net = L(1)
+    if "net" in vars(Child):
+        del Child.net
+    return lambda: o.net.w, lambda: setattr(Agent, "net", L(100))
+
+
+def missing_on_an_instance():
+    o = Bare()
+    return lambda: getattr(o, "net", L(3)).w, lambda: setattr(o, "net", L(100))
+
+
+def missing_on_a_class():
+    class Box:
+        pass
+
+    return lambda: getattr(Box, "net", L(3)).w, lambda: setattr(Box, "net", L(100))
+
+
+def missing_by_try():
+    o = Bare()
+
+    def f():
+        try:
+            return o.net.w
+        except AttributeError:
+            return -1.0
+
+    return f, lambda: setattr(o, "net", L(100))
+
+
+def method_replaced():
+    class Mine(Chooser):
+        pass
+
+    o = Mine()
+    return lambda: o.pick().w, lambda: setattr(Mine, "pick", lambda self: self.b)
+
+
+def method_of_an_instance():
+    o = Chooser()
+    return lambda: o.pick().w, lambda: setattr(o, "pick", lambda: o.b)
+
+
+def class_assigned():
+    o = Chooser()
+    return lambda: o.pick().w, lambda: setattr(o, "__class__", OtherChooser)
+
+
+def number_of_a_class():
+    class Mine(Chooser):
+        factor = 2.0
+
+    o = Mine()
+    return o.scaled, lambda: setattr(Mine, "factor", 3.0)
+
+
+def number_of_an_instance():
+    o = Chooser()
+    return o.scaled, lambda: setattr(o, "lr", 0.25)
+
+
+def defaults():
+    def f(net=L(1), scale=1.0):
+        return net.w * scale
+
+    return f, lambda: setattr(f, "__defaults__", (L(100), 2.0))
+
+
+def defaults_of_a_helper():
+    def helper(scale=2.0):
+        return scale
+
+    net = L(1)
+    return lambda: net.w * helper(), lambda: setattr(helper, "__defaults__", (3.0,))
+
+
+def keyword_defaults():
+    def f(*, net=L(1)):
+        return net.w
+
+    return f, lambda: setattr(f, "__kwdefaults__", {"net": L(100)})
+
+
+def keyword_defaults_in_place():
+    def f(*, net=L(1), scale=1.0):
+        return net.w * scale
+
+    return f, lambda: f.__kwdefaults__.update(scale=2.0)
+
+
+def keywords_of_a_partial():
+    f = functools.partial(lambda net, scale: net.w * scale, L(1), scale=2.0)
+    return f, lambda: f.keywords.update(scale=3.0)
+
+
+def module_in_a_partial():
+    f = functools.partial(lambda net: net.w, net=L(1))
+    return f, lambda: f.keywords.update(net=L(100))
+
+
+def helper_replaced():
+    net = L(1)
+
+    def helper():
+        return net.w
+
+    def replace():
+        nonlocal helper
+        helper = lambda: net.w * 3
+
+    return lambda: helper(), replace
+
+
+def helper_by_one_of_the_same_code():
+    net = L(1)
+    make = lambda k: lambda: net.w * k
+    helper = make(2)
+
+    def replace():
+        nonlocal helper
+        helper = make(5)
+
+    return lambda: helper(), replace
+
+
+def function_of_a_library():
+    net, act = L(1), jax.nn.relu
+
+    def replace():
+        nonlocal act
+        act = jax.nn.sigmoid
+
+    return lambda: act(net.w), replace
+
+
+def long_list():
+    nets = [0] * 100
+    return lambda: nets[70].w if nets[70] else -1.0, lambda: nets.__setitem__(70, L(100))
+
+
+def long_list_of_modules():
+    nets = [L(i) for i in range(100)]
+    return lambda: nets[70].w, lambda: nets.__setitem__(70, L(1000))
+
+
+def dict_of_a_namespace():
+    space = types.SimpleNamespace(net=L(1))
+    return lambda: space.net.w, lambda: setattr(space, "net", L(100))
+
+
+class Color(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+CHANGES = [
+    instance_over_class, instance_over_none, instance_deleted, none_deleted, subclass_over_base,
+    class_attribute, missing_on_an_instance, missing_on_a_class, missing_by_try, method_replaced,
+    method_of_an_instance, class_assigned, number_of_a_class, number_of_an_instance, defaults,
+    defaults_of_a_helper, keyword_defaults, keyword_defaults_in_place, keywords_of_a_partial,
+    module_in_a_partial, helper_replaced, helper_by_one_of_the_same_code, function_of_a_library,
+    long_list, long_list_of_modules, dict_of_a_namespace,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_what_a_function_closes_over(change):
+    fn, apply = change()
+    compiled = nnx.jit(fn)
+    traces = []
+    counted = nnx.jit(lambda: (traces.append(1), fn())[1])
+    assert float(compiled()) == float(fn()) == float(counted()) == float(counted())
+    before, count = float(fn()), len(traces)
+    counted()
+    assert len(traces) == count
+    apply()
+    assert float(fn()) != before
+    assert float(compiled()) == float(fn()) == float(counted())
+    count = len(traces)
+    counted()
+    assert len(traces) == count
+
+
+class Net(nnx.Module):
+    scale = 2.0
+
+    def __init__(self):
+        self.inner = L(3)
+
+    def part(self):
+        return self.inner.w
+
+    def __call__(self):
+        return self.part() * self.scale
+
+
+OF_A_CLASS = {
+    "a number": ("scale", 5.0),
+    "a method": ("part", lambda self: self.inner.w * 10),
+    "the call": ("__call__", lambda self: self.inner.w + 1),
+    "a property": ("scale", property(lambda self: 7.0)),
+}
+
+
+@pytest.mark.parametrize("what", OF_A_CLASS)
+@pytest.mark.parametrize("how", ["argument", "closure", "plain jax", "in a base class"])
+def test_a_class_of_modules(what, how):
+    class Mine(Net):
+        pass
+
+    class Below(Mine):
+        pass
+
+    name, value = OF_A_CLASS[what]
+    model = (Below if how == "in a base class" else Mine)()
+    if how == "closure":
+        f = nnx.jit(lambda: model())
+    else:
+        f = functools.partial((jax.jit if how == "plain jax" else nnx.jit)(lambda m: m()), model)
+    other = nnx.jit(lambda m: m.w)
+    lone = L(4)
+    assert f() == model() == 6 and other(lone) == 4
+    setattr(Mine, name, value)
+    assert f() == model() != 6 and other(lone) == 4
+    delattr(Mine, name)
+    assert f() == model() == 6
+
+
+class Mode(enum.StrEnum):
+    FAST = "fast"
+
+
+class Yes:
+    """Equal to everything."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __eq__(self, other):
+        return True
+
+    def __hash__(self):
+        return 0
+
+    def __index__(self):
+        return self.n
+
+
+class Settings:
+    def __init__(self, n):
+        self.n = n
+
+    def __index__(self):
+        return self.n
+
+
+class Own(nnx.Module):
+    def __setattr__(self, name, value):
+        vars(self)[name] = value
+
+
+PAIRS = [
+    ("fast", Mode.FAST), (np.dtype("float32"), "float32"), (1, True), (1, 1.0), (0.0, -0.0),
+    (Yes(1), Yes(2)), ((1, "fast"), (1, Mode.FAST)), (Settings(1), Settings(2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [L, Own])
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_a_static_value_counts_by_type_and_content(cls, pair):
+    def code(m):
+        x = m.mode
+        number = x.__index__() if isinstance(x, Yes | Settings | int) else 0
+        return jnp.array(len(repr(x)) + 100.0 * number if not hasattr(x, "n") else float(x.n))
+
+    m = cls(0) if cls is L else cls()
+    f, g = nnx.jit(code), jax.jit(code)
+    for value in (*pair, *pair):
+        m.mode = value
+        assert f(m) == g(m) == code(m)
+
+
+def test_settings_that_change_in_place():
+    class Config:
+        def __init__(self):
+            self.lr, self.sizes, self.inner = 0.5, [1, 2], types.SimpleNamespace(k=3)
+
+    m = L(1)
+    m.config = Config()
+    f = nnx.jit(lambda m: m.w * m.config.lr * len(m.config.sizes) * m.config.inner.k)
+    assert f(m) == 3
+    m.config.lr = 0.25
+    assert f(m) == 1.5
+    m.config.sizes.append(3)
+    assert f(m) == 2.25
+    m.config.inner.k = 6
+    assert f(m) == 4.5
+    count = len(f._plans.layouts)
+    f(m)
+    assert len(f._plans.layouts) == count
