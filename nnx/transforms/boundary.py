@@ -28,7 +28,7 @@ import jax
 from nnx.scope import entered
 from nnx.transforms.call import Call, Layout, Roots, unlabelled
 from nnx.transforms.tracebacks import shortened
-from nnx.transforms.untouched import Untouched, check_arguments, check_found
+from nnx.transforms.untouched import Untouched, check_arguments, check_found, reachable
 from refx import Node, Ref
 from refx.node import is_identity
 from refx.partition import Path, dotted
@@ -141,7 +141,7 @@ def run(
         outer = call.objects()
         inner_refs = [x for x in objects if type(x) is Ref]
         before = [Kept(r._value) for r in inner_refs]
-        closed = Untouched(call, layout)
+        closed = Untouched(call, layout, objects)
         _shadow(frame, call, layout, mode, outer, objects)
         frame.describe = _namer(layout.dagdef, outer, objects)
         try:
@@ -200,21 +200,6 @@ def _shadow(
     for ref, stand_in in (around or {}).items():
         if stand_in in frame.shadow:
             frame.shadow[ref] = frame.shadow[stand_in]
-
-
-def reachable(dagdef: DagDef, roots: Iterable[int]) -> set[int]:
-    """The numbers of the objects that hang on some of the roots, by the roots' positions."""
-    todo = [dagdef.root.children[i] for i in roots]
-    seen: set[int] = set()
-    while todo:
-        child = todo.pop()
-        if type(child) is int:
-            if child in seen:
-                continue
-            seen.add(child)
-            child = dagdef.nodes[child]
-        todo += getattr(child, "children", ())
-    return seen
 
 
 def _namer(dagdef: DagDef, outer: list[Any], objects: list[Any]) -> Callable[[Any], str | None]:

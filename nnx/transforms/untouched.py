@@ -6,6 +6,7 @@ that is put into one of the caller's would be put there once, while tracing, and
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from operator import is_
 from typing import Any
 
@@ -17,24 +18,47 @@ from refx import Node
 from refx.errors import StructureError
 from refx.node import attributes, is_identity
 from refx.snapshot import snapshot
-from refx.structure import scan
+from refx.structure import DagDef, scan
 from refx.trace import Frame, writable
 
 __all__: list[str] = []
 
 
+def reachable(dagdef: DagDef, roots: Iterable[int]) -> set[int]:
+    """The numbers of the objects that hang on some of the roots, by the roots' positions."""
+    todo = [dagdef.root.children[i] for i in roots]
+    seen: set[int] = set()
+    while todo:
+        child = todo.pop()
+        if type(child) is int:
+            if child in seen:
+                continue
+            seen.add(child)
+            child = dagdef.nodes[child]
+        todo += getattr(child, "children", ())
+    return seen
+
+
 class Untouched:
     """The containers of the roots that a body closes over, as they were when it began."""
 
-    def __init__(self, call: Call, layout: Layout):
+    def __init__(self, call: Call, layout: Layout, objects: list[Any]):
         start = len(layout.form.where)
+        # What stands for them, which is an argument, too, where the caller passes one of them.
+        closed = reachable(layout.dagdef, range(start, start + layout.closed))
+        self._stand_ins = [
+            (objects[n], content, content.copy())
+            for n in closed
+            if (content := _content(objects[n])) is not None
+        ]
         self._roots = call.roots[start : start + layout.closed]
         self._snapshots = call.snapshots[start : start + layout.closed]
         self._kept = [
             (root, content, content.copy())
             for root in self._roots
             for container in scan(root).containers
-            for content in [attributes(container) if isinstance(container, Node) else container]
+            for content in [_content(container)]
+            if content is not None
         ]
 
     def restore(self) -> Any:
@@ -54,6 +78,13 @@ class Untouched:
 
     def check(self, frame: Frame) -> None:
         """Raise if something was changed, after putting it back."""
+        for obj, content, was in self._stand_ins:
+            if not _same(content, was):
+                raise StructureError(
+                    f"A {type(obj).__name__} was changed in {frame.name}: an attribute, a list or a "
+                    f"dict of it. It is an argument and the function closes over it, too, where the "
+                    f"change is not seen. Use it under one of the two names: the argument."
+                )
         root = self.restore()
         if root is not None:
             raise StructureError(
@@ -94,6 +125,12 @@ def check_arguments(frame: Frame, arguments: Any, roots: tuple[Any, ...]) -> Non
             f"changed inside it, and the change would be lost: such a container is a value there. "
             f"Keep it in an attribute of a module, where changes propagate, or return it."
         )
+
+
+def _content(x: Any) -> Any:
+    if isinstance(x, Node):
+        return attributes(x)
+    return x if isinstance(x, list | dict) else None
 
 
 def _same(content: Any, was: Any) -> bool:
