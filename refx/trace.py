@@ -60,6 +60,11 @@ def is_eager() -> bool:
     return local.frame is None and current_trace(()) is EVAL
 
 
+def in_program() -> bool:
+    """Whether what runs here becomes part of a program that is compiled and kept."""
+    return _program_between(EVAL, current_trace(()))
+
+
 class _Marker:
     """Stands in for a trace reference in Refs that may not be written at all."""
 

@@ -19,6 +19,7 @@ from nnx.transforms.boundary import (
     until_lifted,
 )
 from nnx.transforms.call import Call, Roots, open_call
+from nnx.transforms.eager import compiled_once
 from nnx.transforms.jit import function_name
 from nnx.transforms.streams import counts
 from refx import RefError
@@ -50,13 +51,14 @@ def cond(
     >>> float(nnx.cond(True, count, lambda x: -x, jnp.array(2.0))), int(n.value)
     (2.0, 1)
     """
-    names = f"{function_name(true_fun)}, {function_name(false_fun)}"
-    return _branch(
-        f"nnx.cond({names})",
-        (true_fun, false_fun),
-        operands,
-        lambda branches, *args: jax.lax.cond(pred, *branches, *args),
-    )
+    name = f"nnx.cond({function_name(true_fun)}, {function_name(false_fun)})"
+
+    def impl(branches: Any, args: Any) -> Any:
+        pred, *operands = args
+        choose = lambda fns, *args: jax.lax.cond(pred, *fns, *args)  # noqa: E731
+        return _branch(name, branches, tuple(operands), choose)
+
+    return compiled_once(impl, name, (true_fun, false_fun), (pred, *operands), None)
 
 
 def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
@@ -72,13 +74,14 @@ def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any) -
     >>> int(n.value)
     100
     """
-    names = ", ".join(map(function_name, branches))
-    return _branch(
-        f"nnx.switch({names})",
-        tuple(branches),
-        operands,
-        lambda fns, *args: jax.lax.switch(index, fns, *args),
-    )
+    name = f"nnx.switch({', '.join(map(function_name, branches))})"
+
+    def impl(branches: Any, args: Any) -> Any:
+        index, *operands = args
+        choose = lambda fns, *args: jax.lax.switch(index, fns, *args)  # noqa: E731
+        return _branch(name, branches, tuple(operands), choose)
+
+    return compiled_once(impl, name, tuple(branches), (index, *operands), None)
 
 
 def _branch(

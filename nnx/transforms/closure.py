@@ -156,8 +156,13 @@ class Closure:
     for them is right, since all that the function read is reached by the same steps.
     """
 
-    def __init__(self, fn: Callable[..., Any]):
-        self._fn = fn
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        starts: Callable[[], list[tuple[Any, Any, bool]]] | None = None,
+    ):
+        """Look from `fn`, or from what `starts` gives at each call, as for `Graph`."""
+        self._origin = starts or (lambda: [("", fn, False)])
         self._state: _State | None = None
         # Classes and static values of arguments, by id: code that the function may come to run.
         self._starts: dict[int, tuple[Any, Any]] = {}
@@ -239,7 +244,7 @@ class Closure:
 
     def _graph(self) -> Graph:
         starts = [(name, x, True) for name, x in self._starts.values()]
-        return Graph([("", self._fn, False), *starts], self._places | self._hopeful)
+        return Graph([*self._origin(), *starts], self._places | self._hopeful)
 
     def _look(self) -> _State:
         graph = self._graph()

@@ -77,6 +77,10 @@ class Jit:
         # A function that is itself a Jit has attributes that must not become those of this one.
         functools.update_wrapper(self, fn, updated=())
 
+    def name_and_close_over(self, name: str, closure: Closure) -> None:
+        """Be called `name` in messages, and look for what is closed over as `closure` does."""
+        self._name, self._closure = name, closure
+
     _given: tuple[Any, ...]
     __qualname__: str
 

@@ -15,7 +15,7 @@ import gc
 import sys
 import types
 import weakref
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -422,13 +422,22 @@ def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
     for name, value in list((own or {}).items()):
         if not name.startswith("__"):
             yield name, (own, name), value, False
-    yield "type", (None, functools.partial(type, x)), kind, True
+    yield "type", (None, _type_of(x)), kind, True
     for base in kind.__mro__:
         for name, slot in list(vars(base).items()):
             if type(slot) is types.MemberDescriptorType:
                 get = functools.partial(_slot, slot, x)
                 yield name, (None, get), get(), True
     yield "__class__", None, kind, True
+
+
+def _type_of(x: Any) -> Callable[[], Any]:
+    """A function that gives the class of `x`, and keeps `x` alive only if there is no other way."""
+    try:
+        ref = weakref.ref(x)
+    except TypeError:
+        return functools.partial(type, x)
+    return lambda: type(ref())
 
 
 def _slot(slot: Any, x: Any) -> Any:

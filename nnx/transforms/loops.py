@@ -17,6 +17,7 @@ from nnx.transforms.axes import AxisError, ByFilter, Specs, assign, length
 from nnx.transforms.boundary import abstractly, close_call, run
 from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.carry import CARRY, Loop, run_loop
+from nnx.transforms.eager import compiled_once
 from nnx.transforms.jit import function_name
 from refx import Filter, StructureError
 from refx.node import is_identity
@@ -75,14 +76,34 @@ def scan(
                 f"{name} got the axis {axis!r}; Refs of xs are sliced along axis 0, or carried "
                 f"with nnx.CARRY."
             )
+    rules = axes or {}
+    settings = (length, reverse, unroll, tuple(rules.items()))
+    return compiled_once(
+        lambda fns, args: _scan(name, *fns, *args, length, reverse, unroll, rules),
+        name,
+        (f,),
+        (init, xs),
+        settings,
+    )
 
+
+def _scan(
+    name: str,
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    init: Any,
+    xs: Any,
+    length: int | None,
+    reverse: bool,
+    unroll: int | bool,
+    axes: dict[Filter, Any],
+) -> tuple[Any, Any]:
     def attempt(roots: Roots, init: Any, renewed: frozenset[int]) -> Any:
         call = open_call((init, xs), {}, roots)
         specs = assign(
             call,
             (init, xs),
             {},
-            (ByFilter({}, CARRY), ByFilter(axes or {}, 0)),
+            (ByFilter({}, CARRY), ByFilter(axes, 0)),
             name=name,
             keyword=None,
             ambient=lambda path, ref: CARRY,
@@ -132,7 +153,14 @@ def while_loop(
     128
     """
     name = f"nnx.while_loop({function_name(body_fun)})"
+    return compiled_once(
+        lambda fns, args: _while_loop(name, *fns, *args), name, (cond_fun, body_fun), (init_val,), None
+    )
 
+
+def _while_loop(
+    name: str, cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any
+) -> Any:
     def attempt(roots: Roots, init: Any, renewed: frozenset[int]) -> Any:
         call = open_call((init,), {}, roots)
         specs = _all_carried(call)
@@ -182,8 +210,30 @@ def fori_loop(
     10
     """
     name = f"nnx.fori_loop({function_name(body_fun)})"
-    index = jnp.asarray(lower)
+    # Bounds that are numbers are settings of the program, as they are to JAX.
+    given = {i: b for i, b in enumerate((lower, upper)) if isinstance(b, int)}
+    arrays = tuple([b for i, b in enumerate((lower, upper)) if i not in given])
 
+    def impl(fns: Any, args: Any) -> Any:
+        *bounds, init = args
+        todo = iter(bounds)
+        low, high = [given[i] if i in given else next(todo) for i in range(2)]
+        return _fori_loop(name, *fns, low, high, init, unroll)
+
+    return compiled_once(
+        impl, name, (body_fun,), (*arrays, init_val), (tuple(given.items()), unroll)
+    )
+
+
+def _fori_loop(
+    name: str,
+    body_fun: Callable[[Any, Any], Any],
+    lower: Any,
+    upper: Any,
+    init_val: Any,
+    unroll: int | bool | None,
+) -> Any:
+    index = jnp.asarray(lower)
     count = max(upper - lower, 0) if isinstance(lower, int) and isinstance(upper, int) else None
 
     def attempt(roots: Roots, init: Any, renewed: frozenset[int]) -> Any:

@@ -11,19 +11,46 @@ __all__: list[str] = []
 
 
 class Names(NamedTuple):
-    """Globals, attributes, what may be a name in a string, imported modules, attributes that are set."""
+    """The names that some code loads, and what it does with them.
+
+    `stored` are attributes and variables that the code sets; `sinks` are variables of which every use
+    puts something into them.
+    """
 
     loaded: tuple[str, ...]
     attributes: frozenset[str]
     strings: tuple[str, ...]
     imported: tuple[str, ...]
     stored: frozenset[str]
+    sinks: frozenset[str]
 
 
 # Code that uses one of these may find an attribute or a global by a string.
 _BY_STRING = frozenset(
     {"globals", "getattr", "vars", "__dict__", "attrgetter", "modules"} | {"hasattr"}
 )
+
+
+_PUTS = frozenset({"append", "extend", "add", "insert", "update", "setdefault", "clear"})
+
+
+def _used_variables(code: types.CodeType) -> tuple[set[str], set[str]]:
+    """The variables that a piece of code only puts something into, and those it uses otherwise."""
+    puts: set[str] = set()
+    others: set[str] = set()
+    steps = list(dis.get_instructions(code))
+    line = 0
+    lines: list[int] = []
+    for step in steps:
+        line = step.positions.lineno or line if step.positions is not None else line
+        lines.append(line)
+    sets = {at for step, at in zip(steps, lines, strict=True) if step.opname == "STORE_SUBSCR"}
+    for i, step in enumerate(steps):
+        if step.opname in ("LOAD_DEREF", "LOAD_GLOBAL", "LOAD_CLASSDEREF"):
+            after = steps[i + 1] if i + 1 < len(steps) else None
+            put = after is not None and str(after.argval) in _PUTS
+            (puts if put or lines[i] in sets else others).add(step.argval)
+    return puts, others
 
 
 @functools.lru_cache(maxsize=4096)
@@ -33,6 +60,8 @@ def names_of(code: types.CodeType) -> Names:
     imported: dict[str, None] = {}
     attributes: set[str] = set()
     stored: set[str] = set()
+    puts: set[str] = set()
+    others: set[str] = set()
     strings: dict[str, None] = {}
     todo = [code]
     while todo:
@@ -42,8 +71,10 @@ def names_of(code: types.CodeType) -> Names:
                 loaded[step.argval] = None
             elif step.opname == "IMPORT_NAME":
                 imported[step.argval] = None
-            elif step.opname in ("STORE_ATTR", "DELETE_ATTR"):
+            elif step.opname in ("STORE_ATTR", "DELETE_ATTR", "STORE_DEREF"):
                 stored.add(step.argval)
+        for total, found in zip((puts, others), _used_variables(at), strict=True):
+            total |= found
         attributes.update(at.co_names)
         strings.update((c, None) for c in at.co_consts if type(c) is str and c.isidentifier())
         todo += [c for c in at.co_consts if isinstance(c, types.CodeType)]
@@ -55,4 +86,5 @@ def names_of(code: types.CodeType) -> Names:
         tuple(strings),
         tuple(imported),
         frozenset(stored),
+        frozenset(puts - others),
     )
