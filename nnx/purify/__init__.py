@@ -25,7 +25,7 @@ that kind, number and shape would have to be written into it, and policies of `j
 save by name would meet our names.
 """
 
-from nnx.purify import distributions, errors, markers
+from nnx.purify import custom, distributions, equations, errors, markers  # noqa: F401
 from nnx.purify.distributions import *  # noqa: F403
 from nnx.purify.errors import *  # noqa: F403
 from nnx.purify.markers import *  # noqa: F403
