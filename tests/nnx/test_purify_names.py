@@ -182,7 +182,7 @@ def test_reuse_by_a_name_argument_and_in_python_loops():
             x = jax.nn.relu(jax.jit(layer(a, b, f"layer_{i}"))(x))
         return jax.nn.softmax(x)
 
-    assert list(model.shapes()) == [f"layer_{i}_{k}" for i in range(3) for k in "wb"]
+    assert list(model.shapes()) == [f"layer_{i}_{k}" for i in range(3) for k in "bw"]
     assert model(model.normal(jax.random.key(0)), x=jnp.ones(4)).shape == (2,)
 
 

@@ -1,0 +1,123 @@
+"""Which code runs while a function is traced."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+__all__: list[str] = []
+
+# Their results depend on their arguments and on JAX's settings alone.
+_PURE = frozenset(
+    {"jax", "jaxlib", "numpy", "ml_dtypes", "opt_einsum", "optax", "abc", "_abc", "cmath", "copy"}
+    | {"_collections", "_collections_abc", "collections", "contextlib", "dataclasses", "enum"}
+    | {"_functools", "functools", "itertools", "math", "numbers", "operator", "_operator", "re"}
+    | {"string", "types", "typing", "typing_extensions"}
+)
+# C functions of Python itself that read what is not among their arguments.
+_READ_ANYTHING = frozenset(
+    {"__import__", "breakpoint", "compile", "eval", "exec", "globals", "input", "locals", "open"}
+    | {"vars", "__subclasses__"}
+)
+_BY_STRING = frozenset({"getattr", "hasattr"})
+# Callbacks of weak references run at any time, and import statements are read from the code itself.
+_UNSEEN = frozenset(
+    {"weakref", "_weakrefset"} | {"importlib._bootstrap", "importlib._bootstrap_external"}
+)
+
+
+def is_pure(name: Any) -> bool:
+    """Whether code of the module called `name` is not looked into."""
+    if type(name) is not str:
+        return False
+    if name.partition(".")[0] in _PURE:
+        return not f"{name}.".startswith("numpy.random.")
+    # The generated code of a namedtuple has a module of its own.
+    return name.startswith("namedtuple_") or f"{name}.".startswith("nnx.purify.")
+
+
+def home(cls: type) -> str:
+    """The module that defines a class."""
+    # Past any metaclass.
+    name = type.__dict__["__module__"].__get__(cls)
+    return name if type(name) is str else ""
+
+
+class Record:
+    """A profile function that notes which code runs: `with Record() as record:`.
+
+    `ran` are the functions that did, without those of pure libraries: code and globals. `complete`
+    is False if a C function was called that may read what is neither an argument nor its object, or
+    if another profiler was running, so that nothing could be noted. `by_string` is True if names of
+    attributes were computed.
+    """
+
+    def __init__(self) -> None:
+        self.complete = self._installed = sys.getprofile() is None
+        self.by_string = False
+        self._ran: dict[tuple[int, int], tuple[types.CodeType, dict[str, Any]]] = {}
+        # The code objects are held, since the id of one that is gone is given to another.
+        self._kinds: dict[int, tuple[types.CodeType, str]] = {}
+
+    @property
+    def ran(self) -> list[tuple[types.CodeType, dict[str, Any]]]:
+        return list(self._ran.values())
+
+    def __enter__(self) -> Record:
+        if self._installed:
+            sys.setprofile(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._installed:
+            sys.setprofile(None)
+
+    def __call__(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "call":
+            if self._counts(frame):
+                code = frame.f_code
+                # A module by its name, which may be computed.
+                self.complete = self.complete and frame.f_globals.get("__name__") != "importlib"
+                self._ran[id(code), id(frame.f_globals)] = (code, frame.f_globals)
+        elif event == "c_call" and self._counts(frame):
+            self.complete = self.complete and _reads_arguments_only(arg)
+            self.by_string = self.by_string or arg.__name__ in _BY_STRING
+
+    def _counts(self, frame: types.FrameType | None) -> bool:
+        """Whether a frame runs the user's code, or Python's own for the user."""
+        while frame is not None:
+            code = frame.f_code
+            known = self._kinds.get(id(code))
+            if known is None:
+                known = self._kinds[id(code)] = (code, _kind(frame.f_globals.get("__name__")))
+            if known[1] != "shared":
+                return known[1] == "user"
+            # Python's library serves JAX too, and `refx` us.
+            frame = frame.f_back
+        return False
+
+
+def _kind(name: Any) -> str:
+    if is_pure(name) or name in _UNSEEN:
+        return "pure"
+    top = name.partition(".")[0] if type(name) is str else ""
+    in_python = top in sys.stdlib_module_names and top != "__main__"
+    return "shared" if in_python or top == "refx" else "user"
+
+
+def is_recording() -> bool:
+    """Whether the trace of another purified function is being recorded in this thread."""
+    return type(sys.getprofile()) is Record
+
+
+def _reads_arguments_only(fn: Any) -> bool:
+    owner = getattr(fn, "__self__", None)
+    if owner is None or isinstance(owner, types.ModuleType):
+        where = fn.__module__
+    else:
+        bases = [*type(owner).__mro__]
+        if isinstance(owner, type):
+            bases = [*owner.__mro__, *bases]
+        where = next((home(base) for base in bases if fn.__name__ in vars(base)), None)
+    return fn.__name__ not in _READ_ANYTHING and (where == "builtins" or is_pure(where))
