@@ -18,19 +18,20 @@ generator, a random stream), a module of nnx. Such a function is traced at every
 
 from __future__ import annotations
 
+import abc
 import builtins
-import collections
 import datetime
 import decimal
 import dis
 import functools
+import operator
 import re
 import sys
 import types
-from collections.abc import Callable
-from importlib.machinery import EXTENSION_SUFFIXES
+from collections import OrderedDict, defaultdict, deque, namedtuple
+from collections.abc import Callable, Iterable
 from operator import is_
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -42,13 +43,20 @@ __all__: list[str] = []
 
 # Compared by type and value; everything else by identity.
 _VALUES = frozenset({int, float, complex, bool, str, bytes})
-_IMMUTABLE = (
-    *(int, float, complex, bool, str, bytes, range, slice, object, np.generic, np.dtype, np.ufunc),
-    *(type(None), type(...), type(NotImplemented), types.CodeType, types.GenericAlias),
-    *(types.UnionType, types.GetSetDescriptorType, types.MemberDescriptorType),
-    *(types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType),
-    *(types.MethodWrapperType, datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo),
-    *(decimal.Decimal, re.Pattern),
+_IMMUTABLE: frozenset[type] = frozenset(
+    {int, float, complex, bool, str, bytes, range, slice, object, type(None), type(...)}
+    | {type(NotImplemented), types.CodeType, types.GenericAlias, types.UnionType}
+    | {types.GetSetDescriptorType, types.MemberDescriptorType, types.WrapperDescriptorType}
+    | {types.MethodDescriptorType, types.ClassMethodDescriptorType}
+    | {datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone}
+    | {
+        decimal.Decimal,
+        re.Pattern,
+        operator.itemgetter,
+        TypeVar,
+        type(vars(namedtuple("T", "x"))["x"]),
+    }
+    | {np.ufunc, type(np.sum)}
 )
 # Entries of a class that no program reads to compute something.
 _INERT = frozenset(
@@ -65,10 +73,16 @@ class _OutOfSight(Exception):
     """Something was read whose changes could not be seen."""
 
 
-def guard_of(fn: Callable[..., Any], record: Record) -> Guard | None:
-    """The guard of what `fn` read while it was recorded; None if some of it is out of sight."""
+def guard_of(fn: Callable[..., Any], classes: Iterable[type], record: Record) -> Guard | None:
+    """The guard of what `fn` read while it was recorded; None if some of it is out of sight.
+
+    Args:
+      fn: the function.
+      classes: what it has reached by its arguments.
+      record: of one trace of it.
+    """
     try:
-        return Guard(fn, record) if record.complete else None
+        return Guard([fn, *classes], record) if record.complete else None
     except _OutOfSight:
         return None
 
@@ -76,7 +90,7 @@ def guard_of(fn: Callable[..., Any], record: Record) -> Guard | None:
 class Guard:
     """What a function could read, as a list of objects, each with what it held."""
 
-    def __init__(self, fn: Callable[..., Any], record: Record):
+    def __init__(self, starts: list[Any], record: Record):
         self._looks: list[tuple[Callable[[Any], list[Any]], Any, list[Any]]] = []
         self._seen: dict[int, Any] = {}
         self._todo: list[Any] = []
@@ -88,7 +102,9 @@ class Guard:
         for code, _ in record.ran:
             names.update(dict.fromkeys(code.co_names))
         self._names = list(names)
-        self._visit(fn)
+        self._follow(starts)
+        # Counts the registrations of virtual subclasses.
+        self._look(_classes, None)
         for code, scope in record.ran:
             loaded, imported = _names_of(code)
             self._follow(self._look(functools.partial(_globals, loaded), scope))
@@ -97,11 +113,8 @@ class Guard:
                 self._follow(self._look(found, sys.modules))
         while self._todo:
             self._expand(self._todo.pop())
-        for code, _ in record.ran:
-            if id(code) not in self._known:
-                raise _OutOfSight(
-                    f"no step leads to {code.co_qualname} {code.co_filename}:{code.co_firstlineno}, which ran"
-                )
+        if not all(id(code) in self._known for code, _ in record.ran):
+            raise _OutOfSight
         del self._seen, self._todo, self._known, self._ran, self._names
 
     def stands(self) -> bool:
@@ -113,6 +126,17 @@ class Guard:
             if not all(map(is_, now, was)) and not all(map(_same, now, was)):
                 return False
         return True
+
+    def absorb(self) -> None:
+        """Take plain data that has changed for what was there: the function itself has changed it.
+
+        So a function that counts its traces is not traced again because another trace was counted.
+        """
+        for i, (held, x, was) in enumerate(self._looks):
+            now = held(x)
+            known = set(map(id, was))
+            if all(id(part) in known or type(part) in (*_VALUES, type(None)) for part in now):
+                self._looks[i] = (held, x, now)
 
     def _visit(self, x: Any) -> None:
         if id(x) not in self._seen:
@@ -128,21 +152,25 @@ class Guard:
         self._looks.append((held, x, content))
         return content
 
-    def _follow(self, content: list[Any], *, of_library: bool = False) -> None:
+    def _follow(self, content: list[Any], *, of_jax: bool = False) -> None:
         for part in content:
-            # What a library keeps in C is its own affair.
-            if not (of_library and _is_opaque(type(part))):
+            # What JAX keeps in C is its own affair.
+            if not (of_jax and _is_opaque(type(part))):
                 self._visit(part)
 
     def _expand(self, x: Any) -> None:
         kind = type(x)
         if issubclass(kind, Tracer):
             raise _OutOfSight
-        if issubclass(kind, jax.Array) or kind in _IMMUTABLE or x is _ABSENT:
+        if (
+            issubclass(kind, (jax.Array, np.generic, np.dtype))
+            or kind in _IMMUTABLE
+            or x is _ABSENT
+        ):
             return
         if kind is types.FunctionType:
             self._function(x)
-        elif kind is types.BuiltinFunctionType:
+        elif kind is types.BuiltinFunctionType or kind is types.MethodWrapperType:
             # A bound method of C code reads what it is bound to.
             if not isinstance(x.__self__, types.ModuleType):
                 self._visit(x.__self__)
@@ -164,12 +192,17 @@ class Guard:
 
     def _function(self, fn: types.FunctionType) -> None:
         self._know(fn.__code__)
-        if is_pure(fn.__globals__.get("__name__")):
+        where = fn.__globals__.get("__name__")
+        if is_pure(where):
             # A wrapper of a library leads to the user's function.
             if fn.__closure__ or fn.__defaults__ or fn.__kwdefaults__ or fn.__dict__:
-                self._follow(self._look(_function, fn), of_library=True)
+                self._follow(self._look(_function, fn), of_jax=_is_jax(where))
         elif id(fn.__code__) in self._ran:
             self._follow(self._look(_function, fn))
+        else:
+            # Its attributes may have been read, and that it did not run.
+            self._look(_shell, fn)
+            self._follow([*fn.__dict__.values()])
 
     def _know(self, code: types.CodeType) -> None:
         if id(code) not in self._known:
@@ -193,9 +226,9 @@ class Guard:
 
     def _class(self, cls: type) -> None:
         where = home(cls)
-        if where == "builtins" or is_pure(where):
+        if is_pure(where) or _is_compiled(cls):
             return
-        if _is_nnx(where) or _is_compiled(where):
+        if _is_nnx(where):
             raise _OutOfSight
         self._look(_namespace, cls)
         self._follow([x for name, x in vars(cls).items() if name not in _INERT])
@@ -203,27 +236,21 @@ class Guard:
 
     def _object(self, x: Any) -> None:
         kind = type(x)
-        if _is_opaque(kind) or issubclass(kind, np.ndarray):
+        if _is_opaque(kind):
             raise _OutOfSight
-        pure, nnx = is_pure(home(kind)), _is_nnx(home(kind))
-        visible = False
-        for looks in (_HELD, _FIXED):
-            content = next((looks[b] for b in kind.__mro__ if b in looks), None)
-            if content is not None:
-                self._follow(self._look(content, x))
-                visible = True
-        if nnx:
-            # Of a purified function what matters is the function.
+        for content in (_HELD, _FIXED):
+            base = next((b for b in kind.__mro__ if b in content), None)
+            if base is not None:
+                self._follow(self._look(content[base], x))
+        of_jax = _is_jax(home(kind))
+        if _is_nnx(home(kind)) or home(kind).startswith("jaxlib."):
+            # What matters of a purified or a jitted function is the function.
             self._follow(self._look(_wrapped, x))
         elif _has_dict(x):
-            self._follow(self._look(_instance, x), of_library=pure)
-        elif pure:
-            self._follow(self._look(_wrapped, x), of_library=True)
-        elif _slots_of(kind) or visible or issubclass(kind, _NUMBERS):
-            self._follow(self._look(_kind, x))
+            self._follow(self._look(_instance, x), of_jax=of_jax)
         else:
-            raise _OutOfSight
-        if not pure and _slots_of(kind):
+            self._follow(self._look(_kind, x))
+        if not of_jax and _slots_of(kind):
             self._follow(self._look(_slots, x))
 
 
@@ -238,6 +265,10 @@ def _same(a: Any, b: Any) -> bool:
 
 
 # What objects of each kind hold, as lists to be compared.
+
+
+def _classes(_: Any) -> list[Any]:
+    return [abc.get_cache_token()]
 
 
 def _globals(names: list[str], scope: dict[str, Any]) -> list[Any]:
@@ -255,7 +286,11 @@ def _attributes(names: list[str], module: Any) -> list[Any]:
 
 
 def _function(fn: types.FunctionType) -> list[Any]:
-    held = [fn.__code__, fn.__defaults__, fn.__kwdefaults__, *map(_cell, fn.__closure__ or ())]
+    return [*_shell(fn), *map(_cell, fn.__closure__ or ())]
+
+
+def _shell(fn: types.FunctionType) -> list[Any]:
+    held = [fn.__code__, fn.__name__, fn.__defaults__, fn.__kwdefaults__]
     return held + _dict(fn.__dict__) if fn.__dict__ else held
 
 
@@ -325,16 +360,16 @@ _FIXED: dict[type, Callable[[Any], list[Any]]] = {
 _HELD: dict[type, Callable[[Any], list[Any]]] = {
     list: _items(list),
     set: _items(set),
-    collections.deque: _items(collections.deque),
+    deque: _items(deque),
+    OrderedDict: lambda x: [*OrderedDict.keys(x), *OrderedDict.values(x)],
     dict: lambda x: [*dict.keys(x), *dict.values(x)],
-    collections.defaultdict: lambda x: [x.default_factory, *dict.keys(x), *dict.values(x)],
+    defaultdict: lambda x: [x.default_factory, *dict.keys(x), *dict.values(x)],
     bytearray: lambda x: [bytes(x)],
     types.MappingProxyType: _dict,
     types.SimpleNamespace: lambda x: _dict(vars(x)),
     functools.partial: lambda x: [x.func, x.args, *_dict(x.keywords), *_dict(vars(x))],
     functools.cached_property: lambda x: [x.func],  # pyright: ignore
 }
-_NUMBERS = (int, float, complex, str, bytes)
 
 
 def _has_dict(x: Any) -> bool:
@@ -346,37 +381,45 @@ def _has_dict(x: Any) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _is_opaque(kind: type) -> bool:
-    """Whether objects of this kind may hold what Python cannot show, or modules of nnx."""
-    if kind in _FIXED or kind in _HELD or kind in _IMMUTABLE or kind in _CODE:
-        return False
-    if kind is functools._lru_cache_wrapper:
-        # What it has computed before, it does not compute from what is there now.
-        return True
-    for base in kind.__mro__:
-        where = home(base)
-        if base is kind and where == "builtins":
-            return not issubclass(kind, type)
-        if where != "builtins" and not is_pure(where) and (_is_nnx(where) or _is_compiled(where)):
-            return True
-    return False
+    """Whether objects of this kind may hold what Python cannot show, or are modules of nnx."""
+    return any(
+        (_is_compiled(base) and not (base in _VISIBLE or _is_jax(home(base))))
+        or (_is_nnx(home(base)) and not is_pure(home(base)))
+        for base in kind.__mro__
+    )
 
 
-_CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, np.ndarray)
+_VISIBLE = frozenset(
+    {types.FunctionType, types.BuiltinFunctionType, types.MethodWrapperType, types.ModuleType, type}
+    | {np.generic, np.dtype, *_IMMUTABLE, *_FIXED, *_HELD}
+)
+
+
+def _is_compiled(cls: type) -> bool:
+    """Whether a class is of C: then it has methods of C, or a constructor, of its own."""
+    return any(
+        (type(x) in _OF_C and x.__objclass__ is cls)
+        or (name == "__new__" and type(x) is types.BuiltinFunctionType)
+        for name, x in vars(cls).items()
+    )
+
+
+_OF_C = (
+    *(types.MethodDescriptorType, types.WrapperDescriptorType),
+    types.ClassMethodDescriptorType,
+)
 
 
 def _origin(x: Any) -> Any:
     return None if type(x) is functools.partial else getattr(x, "__module__", None)
 
 
+def _is_jax(name: Any) -> bool:
+    return type(name) is str and name.partition(".")[0] in ("jax", "jaxlib")
+
+
 def _is_nnx(name: str) -> bool:
     return name.partition(".")[0] in ("nnx", "refx")
-
-
-def _is_compiled(name: str) -> bool:
-    """Whether classes of this module are of C, and may hold what Python cannot show."""
-    file = getattr(sys.modules.get(name), "__file__", None) or ""
-    compiled = name in sys.builtin_module_names or file.endswith(tuple(EXTENSION_SUFFIXES))
-    return name == "weakref" or (compiled and name != "builtins")
 
 
 def _names_of(code: types.CodeType) -> tuple[list[str], list[str]]:

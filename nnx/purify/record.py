@@ -15,10 +15,12 @@ _PURE = frozenset(
     | {"_functools", "functools", "itertools", "math", "numbers", "operator", "_operator", "re"}
     | {"string", "types", "typing", "typing_extensions"}
 )
+# Streams of random numbers, and files.
+_IMPURE = ("numpy.random.", "numpy.lib.npyio.", "numpy.lib._npyio_impl.")
 # C functions of Python itself that read what is not among their arguments.
 _READ_ANYTHING = frozenset(
     {"__import__", "breakpoint", "compile", "eval", "exec", "globals", "input", "locals", "open"}
-    | {"vars", "__subclasses__"}
+    | {"vars", "__subclasses__", "fromfile"}
 )
 _BY_STRING = frozenset({"getattr", "hasattr"})
 # Callbacks of weak references run at any time, and import statements are read from the code itself.
@@ -32,7 +34,7 @@ def is_pure(name: Any) -> bool:
     if type(name) is not str:
         return False
     if name.partition(".")[0] in _PURE:
-        return not f"{name}.".startswith("numpy.random.")
+        return not f"{name}.".startswith(_IMPURE)
     # The generated code of a namedtuple has a module of its own.
     return name.startswith("namedtuple_") or f"{name}.".startswith("nnx.purify.")
 
@@ -70,8 +72,10 @@ class Record:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._installed:
+        if self._installed and sys.getprofile() is self:
             sys.setprofile(None)
+        else:
+            self.complete = False
 
     def __call__(self, frame: types.FrameType, event: str, arg: Any) -> None:
         if event == "call":

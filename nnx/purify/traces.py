@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -51,6 +52,7 @@ class Traces(Generic[T]):
         self._fn = fn
         self._make = make
         self._kept: dict[Any, _Kept[T]] = {}
+        self._lock = threading.Lock()
         # How often there was no guard for arguments of these types.
         self._refused: collections.Counter[Any] = collections.Counter()
 
@@ -75,18 +77,25 @@ class Traces(Generic[T]):
         return trace if key in self._kept else None
 
     def _renew(self, key: Any, args: Any) -> T:
-        self._kept.pop(key, None)
+        with self._lock:
+            self._kept.pop(key, None)
         if self._refused[key] >= _ATTEMPTS:
             return self._make(args)
+        others = [kept.guard for kept in list(self._kept.values()) if kept.guard.stands()]
         with Record() as record:
             trace = self._make(args)
-        guard = None if trace.closes_over_tracers() else guard_of(self._fn, record)
-        while len(self._kept) >= _MOST:
-            self._kept.pop(next(iter(self._kept)), None)
-        if guard is not None:
-            self._kept[key] = _Kept(guard, trace)
-        elif len(self._refused) < _MOST:
-            self._refused[key] += 1
+        for guard in others:
+            guard.absorb()
+        if trace.closes_over_tracers():
+            return trace
+        guard = guard_of(self._fn, _classes_of(args), record)
+        with self._lock:
+            if guard is not None:
+                while len(self._kept) >= _MOST:
+                    del self._kept[next(iter(self._kept))]
+                self._kept[key] = _Kept(guard, trace)
+            elif len(self._refused) < _MOST:
+                self._refused[key] += 1
         return trace
 
 
@@ -110,11 +119,24 @@ def _signature(args: Any) -> Any:
 def _is_plain(x: Any) -> bool:
     """Whether the structure of `x` is what its treedef says and no more: no classes of a user's."""
     kind = type(x)
-    if kind is tuple or kind is list:
+    if kind is tuple or kind is list or _is_namedtuple(kind):
         return all(map(_is_plain, x))
     if kind is dict:
         return all(type(key) is str for key in x) and all(map(_is_plain, x.values()))
     return x is None or isinstance(x, jax.Array | np.ndarray | np.generic | int | float | complex)
+
+
+def _is_namedtuple(kind: type) -> bool:
+    return issubclass(kind, tuple) and hasattr(kind, "_fields")
+
+
+def _classes_of(x: Any) -> list[type]:
+    """The classes of the namedtuples in some arguments."""
+    found = [type(x)] if _is_namedtuple(type(x)) else []
+    if isinstance(x, tuple | list | dict):
+        for item in x.values() if isinstance(x, dict) else x:
+            found += _classes_of(item)
+    return found
 
 
 @jax.tree_util.register_static
