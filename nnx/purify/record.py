@@ -57,7 +57,7 @@ class Record:
 
     def __init__(self) -> None:
         self.complete = self._installed = sys.getprofile() is None
-        self.by_string = False
+        self.by_string = self._prints = False
         self._ran: dict[tuple[int, int], tuple[types.CodeType, dict[str, Any]]] = {}
         # The code objects are held, since the id of one that is gone is given to another.
         self._kinds: dict[int, tuple[types.CodeType, str]] = {}
@@ -78,13 +78,17 @@ class Record:
             self.complete = False
 
     def __call__(self, frame: types.FrameType, event: str, arg: Any) -> None:
-        if event == "call":
+        if self._prints:
+            # Whatever shows it, in a notebook or a test.
+            self._prints = arg is not print or event == "c_call"
+        elif event == "call":
             if self._counts(frame):
                 code = frame.f_code
                 # A module by its name, which may be computed.
                 self.complete = self.complete and frame.f_globals.get("__name__") != "importlib"
                 self._ran[id(code), id(frame.f_globals)] = (code, frame.f_globals)
         elif event == "c_call" and self._counts(frame):
+            self._prints = arg is print
             self.complete = self.complete and _reads_arguments_only(arg)
             self.by_string = self.by_string or arg.__name__ in _BY_STRING
 

@@ -648,6 +648,7 @@ def test_arguments_are_told_apart_by_type_and_structure():
     before = len(traces)
     for x in cases[:10]:
         model(p, x)
+    # Dictionaries whose keys are no strings are not kept.
     assert len(traces) == before
     Pair.scale = 5.0
     close(model(p, cases[-1]), 15.0)
