@@ -85,19 +85,19 @@ def instance(x: Any) -> list[Any]:
     return [type(x), *_dict(object.__getattribute__(x, "__dict__"))]
 
 
-def slots(x: Any) -> list[Any]:
-    return [_slot(slot, x) for slot in slots_of(type(x))]
+def slots(members: list[Any], x: Any) -> list[Any]:
+    return [_slot(member, x) for member in members]
 
 
-def _slot(slot: Any, x: Any) -> Any:
+def _slot(member: Any, x: Any) -> Any:
     try:
-        return slot.__get__(x)
+        return member.__get__(x)
     except AttributeError:
         return ABSENT
 
 
-@functools.lru_cache(maxsize=1024)
 def slots_of(kind: type) -> list[Any]:
+    """The descriptors of the `__slots__` of a class."""
     members = (v for base in kind.__mro__ for v in vars(base).values())
     return [v for v in members if type(v) is types.MemberDescriptorType]
 
@@ -151,7 +151,6 @@ def has_dict(x: Any) -> bool:
         return False
 
 
-@functools.lru_cache(maxsize=1024)
 def is_opaque(kind: type) -> bool:
     """Whether objects of this kind may hold what Python cannot show, or are modules of nnx."""
     return any(

@@ -232,8 +232,9 @@ class Guard:
             self._follow(self._look(contents.instance, x), of_jax=of_jax)
         else:
             self._follow(self._look(contents.kind_of, x))
-        if not of_jax and contents.slots_of(kind):
-            self._follow(self._look(contents.slots, x))
+        members = [] if of_jax else contents.slots_of(kind)
+        if members:
+            self._follow(self._look(functools.partial(contents.slots, members), x))
 
 
 def _same(a: Any, b: Any) -> bool:

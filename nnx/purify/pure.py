@@ -197,8 +197,8 @@ class Purified(Generic[T]):
         self._flat = ravel
         self._jit = jit
         self._traces = Traces(f, self._new_trace)
-        # For what cannot be guarded, with the semantics of `jax.jit`.
-        self._run_jitted = jax.jit(self._run_traced, static_argnums=0)
+        # For what cannot be kept, with the semantics of `jax.jit`.
+        self._fallback: Callable[..., Any] | None = None
         functools.update_wrapper(self, f, updated=())
 
     def _trace(self, args: Any) -> _Traced:
@@ -212,7 +212,10 @@ class Purified(Generic[T]):
             return self._run(self._trace(args), collect, params, args, fixed)
         traced = self._traces.get_kept(args)
         if traced is None:
-            return self._run_jitted(collect, params, args, fixed)
+            if self._fallback is None:
+                self._fallback = jax.jit(functools.partial(self._run_traced), static_argnums=0)
+            return self._fallback(collect, params, args, fixed)
+        self._fallback = None
         run = functools.partial(self._run, traced, collect)
         return traced.compiled(collect, run)(params, args, fixed)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 __all__: list[str] = []
@@ -56,67 +58,91 @@ class Record:
     """
 
     def __init__(self) -> None:
-        self.complete = self._installed = sys.getprofile() is None
+        self.complete = True
         self.by_string = self._prints = False
+        self._hook: Any = None
         self._ran: dict[tuple[int, int], tuple[types.CodeType, dict[str, Any]]] = {}
-        # The code objects are held, since the id of one that is gone is given to another.
-        self._kinds: dict[int, tuple[types.CodeType, str]] = {}
 
     @property
     def ran(self) -> list[tuple[types.CodeType, dict[str, Any]]]:
+        """The functions that ran, each as its code and its globals."""
         return list(self._ran.values())
 
     def __enter__(self) -> Record:
-        if self._installed:
-            sys.setprofile(self)
+        if sys.getprofile() is None:
+            self._hook = self._make_hook()
+            sys.setprofile(self._hook)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._installed and sys.getprofile() is self:
+        if self._hook is not None and sys.getprofile() is self._hook:
             sys.setprofile(None)
         else:
             self.complete = False
+        self._hook = None
 
-    def __call__(self, frame: types.FrameType, event: str, arg: Any) -> None:
-        if self._prints:
-            # Whatever shows it, in a notebook or a test.
-            self._prints = arg is not print or event == "c_call"
-        elif event == "call":
-            if self._counts(frame):
-                code = frame.f_code
-                # A module by its name, which may be computed.
-                self.complete = self.complete and frame.f_globals.get("__name__") != "importlib"
-                self._ran[id(code), id(frame.f_globals)] = (code, frame.f_globals)
-        elif event == "c_call" and self._counts(frame):
+    def _make_hook(self) -> Callable[..., None]:
+        # Called for everything that JAX does in the trace, so it is short where that is no matter.
+        kinds: dict[int, tuple[str, Any]] = {}
+
+        def hook(frame: types.FrameType, event: str, arg: Any) -> None:
+            if event == "call" or event == "c_call":
+                scope = frame.f_globals
+                known = kinds.get(id(scope))
+                if known is None:
+                    # The globals are held, since the id of what is gone is given to another.
+                    known = kinds[id(scope)] = (_kind_of(scope), scope)
+                if known[0] != "pure":
+                    self._note(frame, event, arg)
+            elif arg is print:
+                self._prints = False
+
+        hook.record = self  # pyright: ignore[reportFunctionMemberAccess]
+        return hook
+
+    def _note(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        # Whatever shows what is printed, in a notebook or a test, has no part in the program.
+        if self._prints or not _is_for_user(frame):
+            return
+        if event == "call":
+            code, scope = frame.f_code, frame.f_globals
+            self._ran[id(code), id(scope)] = (code, scope)
+            # It gives modules by their names, which may be computed.
+            self.complete = self.complete and scope.get("__name__") != "importlib"
+        else:
             self._prints = arg is print
             self.complete = self.complete and _reads_arguments_only(arg)
             self.by_string = self.by_string or arg.__name__ in _BY_STRING
 
-    def _counts(self, frame: types.FrameType | None) -> bool:
-        """Whether a frame runs the user's code, or Python's own for the user."""
-        while frame is not None:
-            code = frame.f_code
-            known = self._kinds.get(id(code))
-            if known is None:
-                known = self._kinds[id(code)] = (code, _kind(frame.f_globals.get("__name__")))
-            if known[1] != "shared":
-                return known[1] == "user"
-            # Python's library serves JAX too, and `refx` us.
-            frame = frame.f_back
-        return False
+
+def _is_for_user(frame: types.FrameType | None) -> bool:
+    """Whether a frame runs the user's code, or Python's own for the user."""
+    while frame is not None:
+        kind = _kind_of(frame.f_globals)
+        if kind != "shared":
+            return kind == "user"
+        # Python's library serves JAX too, and `refx` us.
+        frame = frame.f_back
+    return False
 
 
-def _kind(name: Any) -> str:
+def _kind_of(scope: dict[str, Any]) -> str:
+    name = scope.get("__name__")
+    return _kind(name) if type(name) is str else "user"
+
+
+@functools.lru_cache(maxsize=4096)
+def _kind(name: str) -> str:
     if is_pure(name) or name in _UNSEEN:
         return "pure"
-    top = name.partition(".")[0] if type(name) is str else ""
+    top = name.partition(".")[0]
     in_python = top in sys.stdlib_module_names and top != "__main__"
     return "shared" if in_python or top == "refx" else "user"
 
 
 def is_recording() -> bool:
     """Whether the trace of another purified function is being recorded in this thread."""
-    return type(sys.getprofile()) is Record
+    return hasattr(sys.getprofile(), "record")
 
 
 def _reads_arguments_only(fn: Any) -> bool:

@@ -6,11 +6,11 @@ settings of JAX that its own caches are keyed by. What goes into it otherwise is
 
 from __future__ import annotations
 
-import collections
 import itertools
 import threading
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ __all__: list[str] = []
 
 # So many traces are kept of one function.
 _MOST = 128
-# After so many traces without a guard, no other is expected.
+# After so many traces in vain, others are expected to be.
 _ATTEMPTS = 3
 
 
@@ -35,9 +35,17 @@ class Trace(Protocol):
 T = TypeVar("T", bound=Trace)
 
 
-class _Kept(NamedTuple, Generic[T]):
-    guard: Guard
-    trace: T
+@dataclass
+class _Entry(Generic[T]):
+    """What is known of arguments of some types: a trace with its guard, unless that was refused.
+
+    To record a trace makes it three times as slow. So `wait` says how many traces are not recorded
+    after a number of `vain` ones: refused, or outdated before they were used.
+    """
+
+    kept: tuple[Guard, T] | None = None
+    vain: int = 0
+    wait: int = 0
 
 
 class Traces(Generic[T]):
@@ -51,51 +59,68 @@ class Traces(Generic[T]):
     def __init__(self, fn: Callable[..., Any], make: Callable[[Any], T]):
         self._fn = fn
         self._make = make
-        self._kept: dict[Any, _Kept[T]] = {}
+        self._entries: dict[Any, _Entry[T]] = {}
         self._lock = threading.Lock()
-        # How often there was no guard for arguments of these types.
-        self._refused: collections.Counter[Any] = collections.Counter()
 
     def get(self, args: Any) -> T:
         """The trace for arguments of these types: a kept one if it still holds, otherwise new."""
         key = None if is_recording() else _signature(args)
         if key is None:
             return self._make(args)
-        kept = self._kept.get(key)
-        if kept is not None and kept.guard.stands():
-            return kept.trace
-        return self._renew(key, args)
+        entry = self._entry(key)
+        trace = self._kept(entry)
+        if trace is not None:
+            return trace
+        if entry.wait:
+            entry.wait -= 1
+            return self._make(args)
+        return self._renew(entry, args)
 
     def get_kept(self, args: Any) -> T | None:
         """The same for a trace that is compiled; None where it cannot be kept."""
         if is_recording():
             return self._make(args)
         key = _signature(args)
-        if key is None or self._refused[key] >= _ATTEMPTS:
+        if key is None:
             return None
-        trace = self.get(args)
-        return trace if key in self._kept else None
+        entry = self._entry(key)
+        trace = self._kept(entry)
+        if trace is not None:
+            return trace
+        if entry.kept is None and entry.vain >= _ATTEMPTS:
+            return None
+        trace = self._renew(entry, args)
+        return None if entry.kept is None else trace
 
-    def _renew(self, key: Any, args: Any) -> T:
-        with self._lock:
-            self._kept.pop(key, None)
-        if self._refused[key] >= _ATTEMPTS:
-            return self._make(args)
-        others = [kept.guard for kept in list(self._kept.values()) if kept.guard.stands()]
+    def _entry(self, key: Any) -> _Entry[T]:
+        entry = self._entries.get(key)
+        if entry is None:
+            with self._lock:
+                while len(self._entries) >= _MOST:
+                    del self._entries[next(iter(self._entries))]
+                entry = self._entries.setdefault(key, _Entry())
+        return entry
+
+    def _kept(self, entry: _Entry[T]) -> T | None:
+        kept = entry.kept
+        if kept is None or not kept[0].stands():
+            return None
+        entry.vain = 0
+        return kept[1]
+
+    def _renew(self, entry: _Entry[T], args: Any) -> T:
+        entry.kept = None
+        guards = [kept[0] for other in list(self._entries.values()) if (kept := other.kept)]
+        standing = [guard for guard in guards if guard.stands()]
         with Record() as record:
             trace = self._make(args)
-        for guard in others:
+        for guard in standing:
             guard.absorb()
-        if trace.closes_over_tracers():
-            return trace
-        guard = guard_of(self._fn, _classes_of(args), record)
-        with self._lock:
-            if guard is not None:
-                while len(self._kept) >= _MOST:
-                    del self._kept[next(iter(self._kept))]
-                self._kept[key] = _Kept(guard, trace)
-            elif len(self._refused) < _MOST:
-                self._refused[key] += 1
+        if not trace.closes_over_tracers():
+            guard = guard_of(self._fn, _classes_of(args), record)
+            entry.vain += 1
+            entry.wait = min(2**entry.vain, _MOST) if entry.vain >= _ATTEMPTS else 0
+            entry.kept = None if guard is None else (guard, trace)
         return trace
 
 

