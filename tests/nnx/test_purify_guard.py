@@ -569,7 +569,7 @@ def batched(model, w, x):
     return jax.vmap(lambda w: model({"w": w}, x))(jnp.array([w, w]))[1]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_programs_with_random_changes(seed):
     rng = random.Random(seed)
     places = {name: PLACES[name]() for name in rng.sample(sorted(PLACES.keys() - HIDDEN), 10)}
@@ -587,7 +587,7 @@ def test_random_programs_with_random_changes(seed):
     model = purify(f)
     # By length of the argument, the places that have changed since its last call.
     changed: dict[int, set[str]] = {}
-    for _ in range(20):
+    for _ in range(15):
         if rng.random() < 0.5:
             name = rng.choice(sorted(places))
             places[name][1](float(rng.randrange(9)))
