@@ -32,7 +32,7 @@ import numpy as np
 from jax.core import Tracer
 
 from nnx.purify import contents
-from nnx.purify.record import Record, home, is_pure
+from nnx.purify.record import Record, home, is_pure, reads_arguments_only
 
 __all__: list[str] = []
 
@@ -148,7 +148,10 @@ class Guard:
         if kind is types.FunctionType:
             self._function(x)
         elif kind is types.BuiltinFunctionType or kind is types.MethodWrapperType:
-            # A bound method of C code reads what it is bound to.
+            # It may be called where no call is seen, by other code of C.
+            if not reads_arguments_only(x):
+                raise _OutOfSight
+            # A bound method reads what it is bound to.
             if not isinstance(x.__self__, types.ModuleType):
                 self._visit(x.__self__)
         elif issubclass(kind, types.ModuleType):

@@ -36,9 +36,9 @@ class Purify:
     The function is traced as by `jax.jit`, with its side effects, and again only when something that
     it read has changed (see "When the function is traced" in the guide). Markers may stand inside
     `jit`, `vmap`, `grad`, `scan`, `cond`, `while_loop`, `remat`, `shard_map`, custom rules, and
-    functions called from there; a parameter in a loop or under `vmap` is one parameter. A function with a custom rule is
-    differentiated by its arguments as the rule says, and by its parameters as JAX differentiates its
-    body; a marker in a rule sees a parameter that the function itself has.
+    functions called from there; a parameter in a loop or under `vmap` is one parameter. A function
+    with a custom rule is differentiated by its arguments as the rule says, and by its parameters as
+    JAX differentiates its body; a marker in a rule sees a parameter that the function itself has.
 
     Names are declared once: two calls of a marker with one name are an error, also where JAX answers
     the second call of a jitted function from its cache. A function with a custom rule is excepted,

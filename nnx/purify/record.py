@@ -24,7 +24,10 @@ _READ_ANYTHING = frozenset(
     {"__import__", "breakpoint", "compile", "eval", "exec", "globals", "input", "locals", "open"}
     | {"vars", "__subclasses__", "fromfile"}
 )
-_BY_STRING = frozenset({"getattr", "hasattr"})
+# With these an attribute can be found whose name is not in the code.
+_BY_STRING = frozenset(
+    {"getattr", "hasattr", "attrgetter", "methodcaller", "__dict__", "__getattribute__"}
+)
 # Callbacks of weak references run at any time, and import statements are read from the code itself.
 _UNSEEN = frozenset(
     {"weakref", "_weakrefset"} | {"importlib._bootstrap", "importlib._bootstrap_external"}
@@ -107,11 +110,12 @@ class Record:
         if event == "call":
             code, scope = frame.f_code, frame.f_globals
             self._ran[id(code), id(scope)] = (code, scope)
+            self.by_string = self.by_string or not _BY_STRING.isdisjoint(code.co_names)
             # It gives modules by their names, which may be computed.
             self.complete = self.complete and scope.get("__name__") != "importlib"
         else:
             self._prints = arg is print
-            self.complete = self.complete and _reads_arguments_only(arg)
+            self.complete = self.complete and reads_arguments_only(arg)
             self.by_string = self.by_string or arg.__name__ in _BY_STRING
 
 
@@ -145,7 +149,8 @@ def is_recording() -> bool:
     return hasattr(sys.getprofile(), "record")
 
 
-def _reads_arguments_only(fn: Any) -> bool:
+def reads_arguments_only(fn: Any) -> bool:
+    """Whether a function of C reads nothing but its arguments and the object that it is bound to."""
     owner = getattr(fn, "__self__", None)
     if owner is None or isinstance(owner, types.ModuleType):
         where = fn.__module__

@@ -3,9 +3,11 @@
 import builtins
 import collections
 import contextvars
+import dataclasses
 import enum
 import functools
 import gc
+import operator
 import os
 import random
 import sys
@@ -31,6 +33,18 @@ def place(make):
     """A place that a function may read: `make` gives a function that reads it, and one that sets it."""
     PLACES[make.__name__] = make
     return make
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """What the places below change of Python's and JAX's own is put back."""
+    sinc = jnp.sinc
+    yield
+    jnp.sinc = sinc
+    vars(builtins).pop("purify_number", None)
+    os.environ.pop("PURIFY_NUMBER", None)
+    for name in ("tests_imported", "tests_imported_from"):
+        sys.modules.pop(name, None)
 
 
 def setting(x, name):
@@ -456,7 +470,160 @@ def a_virtual_subclass():
     return lambda: float(issubclass(Base, Protocol)), change
 
 
+@place
+def a_mutable_default():
+    def read(x=[1.0]):  # noqa: B006
+        return x[0]
+
+    return read, lambda v: read.__defaults__[0].__setitem__(0, v)
+
+
+@place
+def a_missing_key():
+    class Own(dict):
+        number = 1.0
+
+        def __missing__(self, key):
+            return self.number
+
+    x = Own()
+    return lambda: x["a"], setting(Own, "number")
+
+
+@place
+def a_descriptor():
+    class Descriptor:
+        number = 1.0
+
+        def __get__(self, instance, owner):
+            return self.number
+
+    d = Descriptor()
+    x = type("Own", (), {"field": d})()
+    return lambda: x.field, setting(d, "number")
+
+
+@place
+def a_partial_method():
+    class Own:
+        def add(self, a, b):
+            return a + b
+
+        method = functools.partialmethod(add, 1.0, b=1.0)
+
+    x = Own()
+    return lambda: x.method(), lambda v: Own.__dict__["method"].keywords.update(b=v)
+
+
+@place
+def an_operator():
+    class Own(Base):
+        def __add__(self, other):
+            return self.number + other
+
+    x = Own()
+    return lambda: x + 1.0, setting(x, "number")
+
+
+@place
+def a_dataclass():
+    @dataclasses.dataclass(frozen=True)
+    class Own:
+        number: float = 1.0
+
+    x = Own()
+    return lambda: dataclasses.astuple(x)[0], lambda v: object.__setattr__(x, "number", v)
+
+
+@place
+def a_function_of_jax():
+    module = sys.modules["jax.numpy"]
+    old = jnp.sinc
+
+    def change(v):
+        module.sinc = lambda x: v if v != 2.0 else old(x)
+
+    return lambda: jnp.sinc(0.0), change
+
+
+@place
+def a_module_that_is_imported():
+    module = sys.modules["tests_imported"] = types.ModuleType("tests_imported")
+    module.number = 1.0
+
+    def read():
+        import tests_imported
+
+        return tests_imported.number
+
+    return read, setting(module, "number")
+
+
+@place
+def a_name_of_a_module_that_is_imported():
+    module = sys.modules["tests_imported_from"] = types.ModuleType("tests_imported_from")
+    module.number = 1.0
+
+    def read():
+        from tests_imported_from import number
+
+        return number
+
+    return read, setting(module, "number")
+
+
+@place
+def a_jitted_function_bound_again():
+    x = [jax.jit(lambda: 1.0)]
+    return lambda: x[0](), lambda v: x.__setitem__(0, jax.jit(lambda: v))
+
+
 # What cannot be seen is traced at every call.
+
+
+@place
+def an_attribute_of_a_module_by_an_attrgetter():
+    x = types.ModuleType("tests_by_attrgetter")
+    x.number = 1.0
+    return lambda: operator.attrgetter("num" + "ber")(x), setting(x, "number")
+
+
+@place
+def an_attribute_of_a_module_by_its_dict():
+    x = types.ModuleType("tests_by_dict")
+    x.number = 1.0
+    return lambda: x.__dict__["num" + "ber"], setting(x, "number")
+
+
+@place
+def an_attribute_of_a_module_by_code_of_c():
+    x = types.ModuleType("tests_by_reduce")
+    x.number = 1.0
+    return lambda: functools.reduce(getattr, ["num" + "ber"], x), setting(x, "number")
+
+
+@place
+def what_an_evaluated_string_reads():
+    return (
+        lambda: sum(map(eval, ["GLOBAL"])),
+        functools.partial(globals().__setitem__, "GLOBAL"),
+    )
+
+
+class Flattened:
+    pass
+
+
+SCALE = {"value": 1.0}
+jax.tree_util.register_pytree_node(
+    Flattened, lambda x: ((SCALE["value"],), None), lambda _, children: Flattened()
+)
+
+
+@place
+def what_code_reads_to_which_no_step_leads():
+    x = Flattened()
+    return lambda: jax.tree.leaves(x)[0], lambda v: SCALE.update(value=v)
 
 
 @place
@@ -505,6 +672,11 @@ def a_module_of_nnx():
 
 
 HIDDEN = {
+    "an_attribute_of_a_module_by_an_attrgetter",
+    "an_attribute_of_a_module_by_its_dict",
+    "an_attribute_of_a_module_by_code_of_c",
+    "what_an_evaluated_string_reads",
+    "what_code_reads_to_which_no_step_leads",
     "a_context_variable",
     "a_weak_reference",
     "a_thread_local",
