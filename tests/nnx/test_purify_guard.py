@@ -431,9 +431,10 @@ def a_type():
     x = [1]
 
     class Kind(enum.IntEnum):
-        SEVEN = 7
+        ONE = 1
 
-    kinds = [1, True, 1.0, Kind.SEVEN, 7, np.float32(1), "1"]
+    # Equal, and of other types: 7 gives the first, 3 the fourth.
+    kinds = [1, 1.0, Kind.ONE, True, np.float32(1), "1", None]
     return (
         lambda: [float(type(k) is type(x[0]) and k == x[0]) for k in kinds].index(1.0),
         lambda v: x.__setitem__(0, kinds[int(v) % len(kinds)]),
@@ -464,7 +465,7 @@ def a_virtual_subclass():
         pass
 
     def change(v):
-        if v > 4:
+        if v == 3.0:
             Protocol.register(Base)
 
     return lambda: float(issubclass(Base, Protocol)), change
@@ -603,6 +604,13 @@ def an_attribute_of_a_module_by_code_of_c():
 
 
 @place
+def an_attribute_of_a_module_by_vars_called_from_c():
+    x = types.ModuleType("tests_by_vars")
+    x.number = 1.0
+    return lambda: next(map(vars, [x]))["num" + "ber"], setting(x, "number")
+
+
+@place
 def what_an_evaluated_string_reads():
     return (
         lambda: sum(map(eval, ["GLOBAL"])),
@@ -675,6 +683,7 @@ HIDDEN = {
     "an_attribute_of_a_module_by_an_attrgetter",
     "an_attribute_of_a_module_by_its_dict",
     "an_attribute_of_a_module_by_code_of_c",
+    "an_attribute_of_a_module_by_vars_called_from_c",
     "what_an_evaluated_string_reads",
     "what_code_reads_to_which_no_step_leads",
     "a_context_variable",
