@@ -611,6 +611,18 @@ def an_attribute_of_a_module_by_vars_called_from_c():
 
 
 @place
+def the_subclasses_of_a_class():
+    class Root:
+        pass
+
+    made = []
+    return (
+        lambda: float(len(Root.__subclasses__())),
+        lambda v: made.append(type("Own", (Root,), {})),
+    )
+
+
+@place
 def what_an_evaluated_string_reads():
     return (
         lambda: sum(map(eval, ["GLOBAL"])),
@@ -684,6 +696,7 @@ HIDDEN = {
     "an_attribute_of_a_module_by_its_dict",
     "an_attribute_of_a_module_by_code_of_c",
     "an_attribute_of_a_module_by_vars_called_from_c",
+    "the_subclasses_of_a_class",
     "what_an_evaluated_string_reads",
     "what_code_reads_to_which_no_step_leads",
     "a_context_variable",
@@ -817,7 +830,9 @@ def test_arguments_are_told_apart_by_type_and_structure():
     @purify
     def model(x):
         traces.append(None)
-        scale = x.scale if isinstance(x, Pair) else len(x) if isinstance(x, dict) else 1.0
+        scale = getattr(x, "scale", 1.0)
+        if isinstance(x, dict):
+            scale = len(x) + 2 * (type(next(iter(x))) is bool)
         return param((), "w") * scale * sum(map(jnp.sum, jax.tree.leaves(x)))
 
     p = {"w": 1.0}
@@ -858,6 +873,24 @@ def test_one_trace_serves_every_method():
         model.ravel(model.unravel(v)), jax.grad(model)(v), jax.jit(lambda v: model(v))(v)
         jax.vmap(model)(v[None]), jax.make_jaxpr(lambda v: model(v))(v)
     assert len(traces) == 1
+
+
+def test_a_function_that_counts_its_traces_is_not_traced_for_that():
+    count = {"traces": 0}
+
+    @purify
+    def model(x):
+        count["traces"] += 1
+        return param((), "w") * x.sum()
+
+    for _ in range(3):
+        for n in (1, 2):
+            close(model({"w": 2.0}, jnp.ones(n)), 2.0 * n)
+    assert count == {"traces": 2}
+    # What others change is another matter.
+    count["traces"] = 7
+    model({"w": 2.0}, jnp.ones(1))
+    assert count == {"traces": 8}
 
 
 def test_side_effects_are_those_of_a_trace(capsys):
