@@ -18,6 +18,7 @@ from benchmarks import (
     epoch,
     growth,
     memory,
+    purify,
     report,
     steps,
     transformer,
@@ -33,7 +34,7 @@ KINDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     names = ["steps", "eager", "compile", "epoch", "transformer", "pytrees", "memory", "growth"]
-    names += ["checkpoint"]
+    names += ["checkpoint", "purify"]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="few rounds, small sizes")
     parser.add_argument("--sizes", nargs="+", type=int, default=None)
@@ -103,6 +104,12 @@ def main() -> None:
     if "checkpoint" in only:
         files = checkpoint.measure(64 if arguments.quick else 1024)
         page("checkpoint", report.table("Saving and loading", files), files)
+    if "purify" in only:
+        rows = purify.measure(rounds)
+        base = {"by hand": "1"} | dict.fromkeys(("nnx.purify", "jaxpurify"), "-")
+        flat = {name: base | {k: str(r) for k, r in row.items()} for name, row in rows.items()}
+        title = "purify: ratios to the function by hand, and of shapes() to jaxpurify"
+        page("purify", report.table(title, flat), rows)
     report.write(arguments.out, "\n".join(pages), raw)
 
 

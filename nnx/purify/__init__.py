@@ -17,15 +17,16 @@ since what JAX keeps has the name in it and not a value. And more comes with it:
 trace, a value under `vmap` is never that of one lane, and a copy of a marker that a transformation
 makes is told from a second call of it, since every call has a number.
 
-The price is one trace of the function at every call that is not inside `jax.jit`, and nothing after
-`jax.jit`: the program that remains is the one that a person would have written, equation by equation.
+The price is one trace of the function, which is kept for as long as nothing that it read has changed
+(`guard`), and nothing after `jax.jit`: the program that remains is the one that a person would have
+written, equation by equation.
 
 `jax.ad_checkpoint.checkpoint_name` would spare the primitive. But it has room for a string alone, so
 that kind, number and shape would have to be written into it, and policies of `jax.checkpoint` that
 save by name would meet our names.
 """
 
-from nnx.purify import distributions, errors, markers
+from nnx.purify import custom, distributions, equations, errors, markers  # noqa: F401
 from nnx.purify.distributions import *  # noqa: F403
 from nnx.purify.errors import *  # noqa: F403
 from nnx.purify.markers import *  # noqa: F403

@@ -18,12 +18,13 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxpr_as_fun
 from jax.extend.core import primitives as jex
 
 from nnx.purify.errors import MarkerError
-from nnx.purify.rewrite import Key, Program, Rewriter, is_marked, rewrite
+from nnx.purify.rewrite import Key, Program, Rewriter, is_marked, rewrite, rule
 
 __all__: list[str] = []
 
 
-def pass_custom(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
+@rule(jex.custom_jvp_call_p.name, jex.custom_vjp_call_p.name)
+def _custom(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     """The call of a function with a rule, as one that takes its parameters in front."""
     closed: ClosedJaxpr = eqn.params["call_jaxpr"]
     program = r.inside(closed.jaxpr)

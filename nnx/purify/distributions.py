@@ -2,21 +2,96 @@
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from nnx.purify.errors import MarkerError
 from nnx.purify.markers import intermediate, param
 
 __all__ = [
     "log_normal",
     "log_normal_variable",
     "normal",
+    "normal_like",
     "normal_variable",
     "uniform",
     "uniform_variable",
+    "zeros_like",
 ]
+
+T = TypeVar("T")
+
+
+def zeros_like(tree: T) -> T:
+    """A pytree of zeros.
+
+    Args:
+      tree: a pytree of arrays, numbers or `jax.ShapeDtypeStruct`, whose shapes and dtypes are meant.
+
+    Raises:
+      MarkerError: a leaf is none of these, or of a dtype that has no zero, such as a random key.
+
+    >>> import jax
+    >>> from nnx.purify import zeros_like
+    >>> zeros_like({"w": jax.ShapeDtypeStruct((2,), "float32")})["w"].tolist()
+    [0.0, 0.0]
+    """
+    return _filled(
+        "zeros_like", tree, lambda _, shape, dtype: jnp.zeros(shape, dtype), (np.number, np.bool_)
+    )
+
+
+def normal_like(key: jax.Array, tree: T) -> T:
+    """A pytree of independent values from the standard normal distribution.
+
+    Args:
+      key: a random key. Each leaf depends on it and on its own path, not on what else is there.
+      tree: a pytree of arrays, numbers or `jax.ShapeDtypeStruct`, whose shapes and dtypes are meant;
+        the dtypes floating or complex.
+
+    Raises:
+      MarkerError: a leaf is none of these.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from nnx.purify import normal_like
+    >>> drawn = normal_like(jax.random.key(0), {"w": jnp.zeros(3), "b": 0.0})
+    >>> {name: x.shape for name, x in drawn.items()}
+    {'b': (), 'w': (3,)}
+    """
+
+    def draw(path: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        digest = hashlib.sha256(jax.tree_util.keystr(path).encode()).digest()
+        own = key
+        for start in (0, 4):
+            own = jax.random.fold_in(own, int.from_bytes(digest[start : start + 4], "little"))
+        return jax.random.normal(own, shape, dtype)
+
+    return _filled("normal_like", tree, draw, (np.inexact,))
+
+
+def _filled(name: str, tree: T, make: Any, kinds: Any) -> T:
+    def fill(path: Any, x: Any) -> jax.Array:
+        where = (
+            f"{name} got a leaf{jax.tree_util.keystr(path) and ' at '}{jax.tree_util.keystr(path)}"
+        )
+        try:
+            t = jax.typeof(x) if not isinstance(x, jax.ShapeDtypeStruct) else x
+            dtype: Any = jax.dtypes.canonicalize_dtype(t.dtype, allow_extended_dtype=True)
+        except (TypeError, AttributeError):
+            raise MarkerError(
+                f"{where} that is {x!r}, a {type(x).__name__}. It takes a pytree of arrays, numbers or "
+                f"jax.ShapeDtypeStruct."
+            ) from None
+        if not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+            what = "normal distribution" if kinds == (np.inexact,) else "zero"
+            raise MarkerError(f"{where} of dtype {dtype}, which has no {what}. Leave it out.")
+        return make(path, t.shape, dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, tree)
 
 
 def normal(x: Any, *, mean: Any = 0.0, sigma: Any = 1.0) -> jax.Array:

@@ -3,50 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Primitive, Var, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 from jax.extend.core import primitives as jex
 
-from nnx.purify.custom import pass_custom
-from nnx.purify.errors import MarkerError
 from nnx.purify.markers import prefix_of
-from nnx.purify.rewrite import Call, Program, Rewriter, renewed
+from nnx.purify.rewrite import Call, Program, Rewriter, renewed, rule
 
 __all__: list[str] = []
-
-
-def pass_on(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
-    """The equation with the programs in it rewritten, and what they need as inputs."""
-    handler = _HANDLERS.get(eqn.primitive) or _BY_NAME.get(eqn.primitive.name)
-    if handler is None:
-        names = sorted(
-            key.call
-            for jaxpr in jaxprs_in_params(eqn.params)
-            for program in [r.inside(jaxpr, shared=True)]
-            for key in [*program.sources, *program.sinks]
-        )
-        raise MarkerError(
-            f"{', '.join(names)} stands inside {eqn.primitive.name}, which cannot be given further "
-            f"inputs. Call the marker before it and pass the value in."
-        )
-    for jaxpr in jaxprs_in_params(eqn.params):
-        # An effect that counts inputs, as those of JAX have done, would count ours.
-        if any(hasattr(effect, "input_index") for effect in jaxpr.effects):
-            raise MarkerError(
-                f"A marker stands inside {eqn.primitive.name} together with a write to a jax.Ref. "
-                f"Call the marker before it and pass the value in."
-            )
-    return handler(r, eqn)
 
 
 # What jit says of an input and an output about which nothing was said.
 _blank = jax.make_jaxpr(jax.jit(lambda x: x))(0.0).eqns[0].params
 
 
+@rule(jex.jit_p.name)
 def _jit(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     closed, name = eqn.params["jaxpr"], eqn.params["name"]
     program = r.inside(closed.jaxpr, prefix_of(name), collect=r.collect)
@@ -66,6 +41,7 @@ def _jit(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     return _extended(eqn, ins, outs, params)
 
 
+@rule(jex.scan_p.name)
 def _scan(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     closed = eqn.params["jaxpr"]
     body = closed.jaxpr
@@ -111,6 +87,7 @@ def _scan_numbers(constant: int, carried: int, divided: int, stacked: int) -> di
 _NUMBERS = ("num_consts", "num_carry", "ft_in", "ft_out")
 
 
+@rule(jex.while_p.name)
 def _while(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     p = eqn.params
     test, body = (r.inside(p[k].jaxpr) for k in ("cond_jaxpr", "body_jaxpr"))
@@ -133,6 +110,7 @@ def _while(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     return eqn.replace(invars=invars, params=params)
 
 
+@rule(jex.cond_p.name)
 def _cond(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     branches = eqn.params["branches"]
     programs = [r.inside(b.jaxpr) for b in branches]
@@ -161,6 +139,7 @@ def _widened(program: Program, shared: Program) -> Any:
     return renewed(program.jaxpr, [*front, *own])
 
 
+@rule(jex.remat_p.name)
 def _remat(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     program = r.inside(eqn.params["jaxpr"], collect=r.collect)
     # The backward pass has a copy of the forward one.
@@ -170,6 +149,7 @@ def _remat(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     return _extended(eqn, ins, outs, dict(eqn.params, jaxpr=program.jaxpr))
 
 
+@rule(jex.closed_call_p.name)
 def _call(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     closed = eqn.params["call_jaxpr"]
     program = r.inside(closed.jaxpr, collect=r.collect)
@@ -179,6 +159,7 @@ def _call(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     return _extended(eqn, ins, outs, dict(eqn.params, call_jaxpr=program.closed(closed.consts)))
 
 
+@rule(jex.linear_solve_p.name)
 def _linear_solve(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     lengths, jaxprs = eqn.params["const_lengths"], eqn.params["jaxprs"]
     rest = list(eqn.invars)
@@ -201,6 +182,8 @@ def _linear_solve(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     return eqn.replace(invars=[*invars, *rest], params=params)
 
 
+# JAX has no public name for the primitive.
+@rule("shard_map")
 def _shard_map(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     program = r.inside(eqn.params["jaxpr"])
     r.inherit(program, where="shard_map")
@@ -212,19 +195,3 @@ def _shard_map(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
 
 def _extended(eqn: JaxprEqn, ins: list[Any], outs: list[Any], params: dict[str, Any]) -> JaxprEqn:
     return eqn.replace(invars=[*ins, *eqn.invars], outvars=[*eqn.outvars, *outs], params=params)
-
-
-_HANDLERS: dict[Primitive, Callable[[Rewriter, JaxprEqn], JaxprEqn]] = {
-    jex.jit_p: _jit,
-    jex.scan_p: _scan,
-    jex.while_p: _while,
-    jex.cond_p: _cond,
-    jex.remat_p: _remat,
-    jex.closed_call_p: _call,
-    jex.custom_jvp_call_p: pass_custom,
-    jex.custom_vjp_call_p: pass_custom,
-    jex.linear_solve_p: _linear_solve,
-}
-
-# JAX has no public name for these.
-_BY_NAME: dict[str, Callable[[Rewriter, JaxprEqn], JaxprEqn]] = {"shard_map": _shard_map}

@@ -21,7 +21,7 @@ from jax.interpreters import ad, batching, mlir
 from nnx.purify.errors import MarkerError
 from refx.trace import Frame, trace_ref
 
-__all__ = ["fixed", "intermediate", "param", "prefix"]
+__all__ = ["fixed", "intermediate", "param", "prefix", "trivialize"]
 
 T = TypeVar("T")
 
@@ -75,15 +75,59 @@ def _source_types(*, spec: Spec, **_: Any) -> list[Any]:
 source_p.def_impl(_zeros)
 mlir.register_lowering(source_p, mlir.lower_fun(_zeros, multiple_results=True))
 
+
+def trivialize(primitive: Primitive) -> Primitive:
+    """Make a primitive the identity, so that it does nothing but mark a place in a program.
+
+    For markers of your own, and programs that look for them as `purify` looks for its.
+
+    Args:
+      primitive: a `jax.extend.core.Primitive`, with one result or, where its `multiple_results` is
+        True, as many as arguments. Its parameters may be anything that can be hashed.
+
+    Returns:
+      The primitive, which can be evaluated, traced, compiled, batched, differentiated and transposed.
+
+    >>> import jax
+    >>> from jax.extend.core import Primitive
+    >>> from nnx.purify import trivialize
+    >>> mark_p = trivialize(Primitive("mark"))
+    >>> f = lambda x: mark_p.bind(x, name="here") ** 2
+    >>> float(jax.grad(f)(3.0))
+    6.0
+    >>> [e.params["name"] for e in jax.make_jaxpr(f)(3.0).eqns if e.primitive is mark_p]
+    ['here']
+    """
+    several = primitive.multiple_results
+
+    def same(*values: Any, **_: Any) -> Any:
+        return list(values) if several else values[0]
+
+    def batch(values: Any, axes: Any, **params: Any) -> Any:
+        return primitive.bind(*values, **params), list(axes) if several else axes[0]
+
+    def push(primals: Any, tangents: Any, **params: Any) -> Any:
+        return primitive.bind(*primals, **params), list(tangents) if several else tangents[0]
+
+    def pull(cotangents: Any, *values: Any, **_: Any) -> Any:
+        return list(cotangents) if several else [cotangents]
+
+    primitive.def_impl(same)
+    primitive.def_abstract_eval(same)
+    mlir.register_lowering(primitive, mlir.lower_fun(same, multiple_results=several))
+    batching.primitive_batchers[primitive] = batch
+    ad.primitive_jvps[primitive] = push
+    ad.primitive_transposes[primitive] = pull
+    return primitive
+
+
 sink_p = Primitive("purify_sink")
 sink_p.multiple_results = True
-
-
-def _same(*values: Any, **_: Any) -> list[Any]:
-    return list(values)
+trivialize(sink_p)
 
 
 def _batch_sink(values: Any, axes: Any, **params: Any) -> Any:
+    # Intermediates are reported with the lanes in front.
     moved = [
         v if axis is None else jnp.moveaxis(v, axis, 0)
         for v, axis in zip(values, axes, strict=True)
@@ -91,15 +135,7 @@ def _batch_sink(values: Any, axes: Any, **params: Any) -> Any:
     return sink_p.bind(*moved, **params), [None if axis is None else 0 for axis in axes]
 
 
-def _push_sink(primals: Any, tangents: Any, **params: Any) -> Any:
-    return sink_p.bind(*primals, **params), list(tangents)
-
-
-sink_p.def_impl(_same)
-sink_p.def_abstract_eval(_same)
-mlir.register_lowering(sink_p, mlir.lower_fun(_same, multiple_results=True))
 batching.primitive_batchers[sink_p] = _batch_sink
-ad.primitive_jvps[sink_p] = _push_sink
 
 
 def param(shape: Any = (), name: str | None = None, dtype: Any = None) -> Any:
@@ -242,7 +278,7 @@ def prefix(name: str, f: Callable[..., T]) -> Callable[..., T]:
     ...     hidden = jnp.tanh(prefix("hidden", dense)(jnp.ones(4), 8))
     ...     return prefix("out", dense)(hidden, 1)
     >>> list(net.shapes())
-    ['hidden.w', 'hidden.b', 'out.w', 'out.b']
+    ['hidden.b', 'hidden.w', 'out.b', 'out.w']
     """
     _check_name("prefix", name)
 

@@ -20,31 +20,33 @@ class Purify:
     Args:
       f: a function. Its positional arguments, if it has any, are arguments of the result too.
       ravel: whether parameters are one flat array in place of a dictionary.
-      jit: whether to compile the result with `jax.jit`.
+      jit: whether to compile the result, for as long as nothing that it read has changed. Where that
+        cannot be told, what it reads is a constant, as under `jax.jit`.
 
     Returns:
       A `Purified`, called as `model(params, *args, **fixed)`, to which all of `jax.*` applies. Its
       methods take the function's arguments last, where it has any:
 
       - `shapes()`, `zeros()`, `normal(key)`: the parameters as `jax.ShapeDtypeStruct`, zero, or
-        standard normal;
+        standard normal, ordered by name like every dictionary here;
       - `fixed_shapes()`: what must be given by keyword;
       - `intermediates(params, **fixed)`: the marked values by name;
       - `ravel(params)`, `unravel(flat)`: between the dictionary and one flat array, sorted by name.
 
-    The function is traced as by `jax.jit`. Markers may stand inside `jit`, `vmap`, `grad`, `scan`,
-    `cond`, `while_loop`, `remat`, `shard_map`, custom rules, and functions called from there; a
-    parameter in a loop or under `vmap` is one parameter. A function with a custom rule is
-    differentiated by its arguments as the rule says, and by its parameters as JAX differentiates its
-    body; a marker in a rule sees a parameter that the function itself has.
+    The function is traced as by `jax.jit`, with its side effects, and again only when something that
+    it read has changed (see "When the function is traced" in the guide). Markers may stand inside
+    `jit`, `vmap`, `grad`, `scan`, `cond`, `while_loop`, `remat`, `shard_map`, custom rules, and
+    functions called from there; a parameter in a loop or under `vmap` is one parameter. A function
+    with a custom rule is differentiated by its arguments as the rule says, and by its parameters as
+    JAX differentiates its body; a marker in a rule sees a parameter that the function itself has.
 
     Names are declared once: two calls of a marker with one name are an error, also where JAX answers
     the second call of a jitted function from its cache. A function with a custom rule is excepted,
     since JAX calls it and its rules as often as it needs: all its calls share its parameters.
 
     Modules may be made or used inside; those of outside are constants, as all that a function closes
-    over. That holds for an eager call, which traces the function anew: where JAX would keep the
-    program, in `jax.jit(model)`, with `jit=True`, and in a `jax.jit` or `lax.scan` inside the
+    over. That holds for an eager call, which traces such a function each time: where JAX would keep
+    the program, in `jax.jit(model)`, with `jit=True`, and in a `jax.jit` or `lax.scan` inside the
     function, reading a module of outside is a `refx.ClosureError`. To learn a module's parameters,
     make them one parameter: `m["params"] = param(m["params"], "m")` for a module `m` made inside.
 
@@ -73,6 +75,9 @@ class Purify:
     fixed = staticmethod(markers.fixed)
     intermediate = staticmethod(markers.intermediate)
     prefix = staticmethod(markers.prefix)
+    trivialize = staticmethod(markers.trivialize)
+    zeros_like = staticmethod(distributions.zeros_like)
+    normal_like = staticmethod(distributions.normal_like)
     normal = staticmethod(distributions.normal)
     log_normal = staticmethod(distributions.log_normal)
     uniform = staticmethod(distributions.uniform)

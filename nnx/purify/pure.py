@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend.core import jaxpr_as_fun
 
+from nnx.purify.distributions import normal_like, zeros_like
 from nnx.purify.errors import (
     DuplicateNameError,
     MarkerError,
@@ -22,6 +23,7 @@ from nnx.purify.errors import (
 )
 from nnx.purify.markers import Spec, isolated
 from nnx.purify.rewrite import Key, Program, rewrite
+from nnx.purify.traces import Traces
 from refx import DtypeError, ShapeError
 
 __all__ = ["Purified"]
@@ -32,35 +34,56 @@ T = TypeVar("T")
 class _Traced:
     """A function, traced for arguments of certain shapes, and what its markers declare."""
 
-    def __init__(self, name: str, f: Callable[..., Any], args: Any, collect: bool = False):
+    def __init__(self, name: str, f: Callable[..., Any], args: Any):
         self.name = name
         traced = jax.make_jaxpr(isolated(f"purify({name})")(f), return_shape=True)
-        closed, shape = traced(*args)
-        self.consts = closed.consts
+        self._closed, shape = traced(*args)
         self.treedef = jax.tree.structure(shape)
-        self.program: Program = rewrite(closed.jaxpr, collect=collect)
-        self.names = _names(self.program)
+        # Without the intermediates, and with them.
+        self._programs: dict[bool, tuple[Program, Callable[..., Any]]] = {}
+        self._compiled: dict[bool, Callable[..., Any]] = {}
+        program, _ = self.program(False)
+        self.names = _names(program)
+        self._inputs = [(key.kind, self.names[key], s.spec) for key, s in program.sources.items()]
         self.params = self._of_kind("param")
         self.fixed = self._of_kind("fixed")
 
     def _of_kind(self, kind: str) -> dict[str, Spec]:
-        sources = self.program.sources
-        return {self.names[k]: site.spec for k, site in sources.items() if k.kind == kind}
+        # By name, since that is how JAX orders a dictionary.
+        return dict(sorted((name, spec) for k, name, spec in self._inputs if k == kind))
 
-    def run(self, params: Mapping[str, Any], fixed: Mapping[str, Any], args: Any) -> list[Any]:
+    def program(self, collect: bool) -> tuple[Program, Callable[..., Any]]:
+        """The function without markers, and as a function of leaves."""
+        if collect not in self._programs:
+            program = rewrite(self._closed.jaxpr, collect=collect)
+            self._programs[collect] = program, jaxpr_as_fun(program.closed(self._closed.consts))
+        return self._programs[collect]
+
+    def closes_over_tracers(self) -> bool:
+        """Whether this holds for one trace around it alone."""
+        return any(isinstance(x, Tracer) for x in self._closed.consts)
+
+    def run(self, collect: bool, params: Any, fixed: Mapping[str, Any], args: Any) -> list[Any]:
         """The outputs, and after them the intermediates where they are collected."""
         self._check_names("parameter", self.params, params, self.fixed)
         self._check_names("fixed value", self.fixed, fixed, self.params)
         given = {"param": params, "fixed": fixed}
         leaves = []
-        for key, site in self.program.sources.items():
-            name = self.names[key]
-            leaves += self._leaves(key.kind, name, site.spec, given[key.kind][name])
-        closed = self.program.closed(self.consts)
+        for kind, name, spec in self._inputs:
+            leaves += self._leaves(kind, name, spec, given[kind][name])
+        outs = self.program(collect)[1](*leaves, *jax.tree.leaves(args))
         # A constant of the program comes out as a number.
-        return list(map(jnp.asarray, jaxpr_as_fun(closed)(*leaves, *jax.tree.leaves(args))))
+        return [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in outs]
+
+    def compiled(self, collect: bool, f: Callable[..., Any]) -> Callable[..., Any]:
+        """`f`, which runs this, under `jax.jit`: made once, and dropped with this."""
+        if collect not in self._compiled:
+            self._compiled[collect] = jax.jit(f)
+        return self._compiled[collect]
 
     def _check_names(self, what: str, known: Any, given: Any, others: Any) -> None:
+        if known.keys() == given.keys():
+            return
         for name in known:
             if name not in given:
                 how = "in the dictionary" if what == "parameter" else "by keyword"
@@ -105,6 +128,9 @@ _LEAF = jax.tree.structure(0)
 
 def _fitted(what: str, value: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """The value as an array of this shape and dtype, or an error."""
+    if isinstance(value, jax.Array) and value.shape == shape and value.dtype == dtype:
+        if not getattr(value, "weak_type", False):
+            return value
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError):
@@ -169,38 +195,60 @@ class Purified(Generic[T]):
         self._f = f
         self._name = getattr(f, "__qualname__", None) or repr(f)
         self._flat = ravel
-        self._run = jax.jit(self._evaluate, static_argnums=0) if jit else self._evaluate
+        self._jit = jit
+        self._traces = Traces(f, self._new_trace)
+        # For what cannot be kept, with the semantics of `jax.jit`.
+        self._fallback: Callable[..., Any] | None = None
         functools.update_wrapper(self, f, updated=())
 
-    def _trace(self, args: Any, collect: bool = False) -> _Traced:
-        return _Traced(self._name, self._f, args, collect)
+    def _trace(self, args: Any) -> _Traced:
+        return self._traces.get(args)
+
+    def _new_trace(self, args: Any) -> _Traced:
+        return _Traced(self._name, self._f, args)
 
     def _evaluate(self, collect: bool, params: Any, args: Any, fixed: Any) -> Any:
-        traced = self._trace(args, collect)
-        out = traced.run(self._as_dict(traced, params), fixed, args)
+        if not self._jit:
+            return self._run(self._trace(args), collect, params, args, fixed)
+        traced = self._traces.get_kept(args)
+        if traced is None:
+            if self._fallback is None:
+                self._fallback = jax.jit(functools.partial(self._run_traced), static_argnums=0)
+            return self._fallback(collect, params, args, fixed)
+        self._fallback = None
+        run = functools.partial(self._run, traced, collect)
+        return traced.compiled(collect, run)(params, args, fixed)
+
+    def _run_traced(self, collect: bool, params: Any, args: Any, fixed: Any) -> Any:
+        return self._run(self._new_trace(args), collect, params, args, fixed)
+
+    def _run(self, traced: _Traced, collect: bool, params: Any, args: Any, fixed: Any) -> Any:
+        out = traced.run(collect, self._as_dict(traced, params), fixed, args)
         if not collect:
             return jax.tree.unflatten(traced.treedef, out)
-        if traced.program.hidden:
-            key, where = next(iter(traced.program.hidden.items()))
+        program, _ = traced.program(True)
+        if program.hidden:
+            key, where = next(iter(program.hidden.items()))
             raise MarkerError(
                 f"{key.call} of purify({self._name}) stands inside {where}, so there is no one value "
                 f"to report. Return the value from it and mark it outside."
             )
         rest = iter(out[traced.treedef.num_leaves :])
-        return {
+        found = {
             str(key): jax.tree.unflatten(
                 site.spec.treedef, [next(rest) for _ in range(site.spec.treedef.num_leaves)]
             )
-            for key, site in traced.program.sinks.items()
+            for key, site in program.sinks.items()
         }
+        return dict(sorted(found.items()))
 
     def __call__(self, params: Any, /, *args: Any, **fixed: Any) -> T:
         """What the function returns for these parameters, arguments and fixed values."""
-        return self._run(False, params, args, fixed)
+        return self._evaluate(False, params, args, fixed)
 
     def intermediates(self, params: Any, /, *args: Any, **fixed: Any) -> dict[str, Any]:
         """The intermediates by name, for the same arguments as a call."""
-        return self._run(True, params, args, fixed)
+        return self._evaluate(True, params, args, fixed)
 
     def shapes(self, *args: Any) -> Any:
         """The parameters as `jax.ShapeDtypeStruct`, by name."""
@@ -218,24 +266,15 @@ class Purified(Generic[T]):
 
     def zeros(self, *args: Any) -> Any:
         """Parameters that are zero."""
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.shapes(*args))
+        return zeros_like(self.shapes(*args))
 
     def normal(self, key: jax.Array, *args: Any) -> Any:
         """Parameters from a standard normal distribution.
 
         Each depends on `key` and on its own name alone, not on which others there are.
         """
-        drawn = {}
-        for name, spec in self._trace(args).params.items():
-            digest = hashlib.sha256(name.encode()).digest()
-            own = key
-            for start in (0, 4):
-                own = jax.random.fold_in(own, int.from_bytes(digest[start : start + 4], "little"))
-            leaves = [
-                jax.random.normal(jax.random.fold_in(own, i), shape, dtype)
-                for i, (shape, dtype) in enumerate(zip(spec.shapes, spec.dtypes, strict=True))
-            ]
-            drawn[name] = jax.tree.unflatten(spec.treedef, leaves)
+        params = self._trace(args).params
+        drawn = normal_like(key, {name: spec.tree() for name, spec in params.items()})
         return self.ravel(drawn, *args) if self._flat else drawn
 
     def ravel(self, params: Mapping[str, Any], *args: Any) -> jax.Array:
@@ -244,7 +283,7 @@ class Purified(Generic[T]):
         traced._check_names("parameter", traced.params, params, traced.fixed)
         leaves = [
             leaf
-            for name in sorted(traced.params)
+            for name in traced.params
             for leaf in traced._leaves("param", name, traced.params[name], params[name])
         ]
         if not leaves:
@@ -271,13 +310,13 @@ class Purified(Generic[T]):
         size = sum(spec.size for spec in traced.params.values())
         if isinstance(flat, Mapping) or jnp.shape(flat) != (size,):
             got = "a dictionary" if isinstance(flat, Mapping) else f"shape {jnp.shape(flat)}"
-            parts = ", ".join(f"{name}: {traced.params[name]}" for name in sorted(traced.params))
+            parts = ", ".join(f"{name}: {traced.params[name]}" for name in traced.params)
             raise ShapeError(
                 f"The parameters of purify({self._name}) in one flat array have shape ({size},), but "
                 f"got {got}. They are {parts or 'none'}; .ravel(params) makes it of a dictionary."
             )
         flat, start, out = jnp.asarray(flat), 0, {}
-        for name in sorted(traced.params):
+        for name in traced.params:
             spec, leaves = traced.params[name], []
             for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True):
                 stop = start + math.prod(shape)

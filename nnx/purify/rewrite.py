@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxprs_in_params
 from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p
 
-from nnx.purify.errors import DuplicateNameError
+from nnx.purify.errors import DuplicateNameError, MarkerError
 from nnx.purify.markers import Spec, sink_p, source_p
 
 __all__: list[str] = []
@@ -227,10 +227,31 @@ class Rewriter:
         """An equation that is no marker, with the programs inside it."""
         eqn = eqn.replace(invars=[self.now(v) for v in eqn.invars])
         if has_rule(eqn) or any(map(is_marked, jaxprs_in_params(eqn.params))):
-            from nnx.purify.equations import pass_on  # it is built on this file
-
-            eqn = pass_on(self, eqn)
+            eqn = self.pass_on(eqn)
         self.eqns.append(eqn)
+
+    def pass_on(self, eqn: JaxprEqn) -> JaxprEqn:
+        """The equation with the programs in it rewritten, and what they need as inputs."""
+        handler = _rules.get(eqn.primitive.name)
+        if handler is None:
+            names = sorted(
+                key.call
+                for jaxpr in jaxprs_in_params(eqn.params)
+                for program in [self.inside(jaxpr, shared=True)]
+                for key in [*program.sources, *program.sinks]
+            )
+            raise MarkerError(
+                f"{', '.join(names)} stands inside {eqn.primitive.name}, which cannot be given "
+                f"further inputs. Call the marker before it and pass the value in."
+            )
+        for jaxpr in jaxprs_in_params(eqn.params):
+            # An effect that counts inputs, as those of JAX have done, would count ours.
+            if any(hasattr(effect, "input_index") for effect in jaxpr.effects):
+                raise MarkerError(
+                    f"A marker stands inside {eqn.primitive.name} together with a write to a "
+                    f"jax.Ref. Call the marker before it and pass the value in."
+                )
+        return handler(self, eqn)
 
     def inherit(
         self, *programs: Program, calls: bool = True, rules: bool = False, where: str | None = None
@@ -292,6 +313,20 @@ class Rewriter:
                 site = self.program.sinks[key]
                 site.spec = _spec(site.spec.treedef, outs)
         return made
+
+
+Rule = Callable[[Rewriter, JaxprEqn], JaxprEqn]
+_rules: dict[str, Rule] = {}
+
+
+def rule(*primitives: str) -> Callable[[Rule], Rule]:
+    """Say how equations of these primitives pass parameters in and intermediates out."""
+
+    def register(handler: Rule) -> Rule:
+        _rules.update(dict.fromkeys(primitives, handler))
+        return handler
+
+    return register
 
 
 _ADVICE = (

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from jax.extend.core import Primitive
 from jax.sharding import PartitionSpec
 
 import nnx
@@ -182,7 +183,7 @@ def test_reuse_by_a_name_argument_and_in_python_loops():
             x = jax.nn.relu(jax.jit(layer(a, b, f"layer_{i}"))(x))
         return jax.nn.softmax(x)
 
-    assert list(model.shapes()) == [f"layer_{i}_{k}" for i in range(3) for k in "wb"]
+    assert list(model.shapes()) == [f"layer_{i}_{k}" for i in range(3) for k in "bw"]
     assert model(model.normal(jax.random.key(0)), x=jnp.ones(4)).shape == (2,)
 
 
@@ -272,6 +273,94 @@ def test_random_values_depend_on_key_and_name_alone():
     values = jnp.stack(list(many.values()))
     assert abs(values.mean()) < 0.05 and abs(values.std() - 1) < 0.05
     assert np.abs(np.corrcoef(values) - np.eye(8)).max() < 0.15
+
+
+def test_every_dictionary_is_ordered_by_name():
+    def f():
+        z, a = param(2, "z"), prefix("m", lambda: param(2, "a"))()
+        return intermediate(z, "late") + intermediate(a, "early") * fixed((), "y") + fixed((), "x")
+
+    key = jax.random.key(0)
+    for model in (purify(f), purify(f, jit=True)):
+        params, data = model.normal(key), {"y": 1.0, "x": 2.0}
+        assert list(model.shapes()) == list(model.zeros()) == list(params) == ["m.a", "z"]
+        assert list(model.fixed_shapes()) == ["x", "y"]
+        assert list(model.intermediates(params, **data)) == ["early", "late"]
+        assert list(jax.grad(lambda p: model(p, **data).sum())(params)) == ["m.a", "z"]
+        flat = model.ravel(params)
+        assert list(model.unravel(flat)) == ["m.a", "z"]
+        close(flat, jnp.concatenate([params["m.a"], params["z"]]))
+
+
+def test_pytrees_like_others():
+    tree = {
+        "a": [np.ones((2, 3)), jnp.ones(3, jnp.bfloat16)],
+        "b": (jax.ShapeDtypeStruct((2, 3), jnp.complex64), 1.5, None),
+    }
+    zeros, drawn = purify.zeros_like(tree), purify.normal_like(jax.random.key(0), tree)
+    for made in (zeros, drawn):
+        types = jax.tree.map(lambda x: (x.shape, x.dtype), made)
+        assert types == {
+            "a": [((2, 3), jnp.float32), ((3,), jnp.bfloat16)],
+            "b": (((2, 3), jnp.complex64), ((), jnp.float32), None),
+        }
+    assert not any(x.any() for x in jax.tree.leaves(zeros))
+    assert purify.zeros_like([3, True, np.arange(2)])[2].dtype == jnp.int32
+    # Leaves are independent, of each other and of what else is there.
+    first = purify.normal_like(jax.random.key(0), {"a": [np.ones((2, 3))], "c": np.ones((2, 3))})
+    close(first["a"][0], drawn["a"][0])
+    assert not np.allclose(first["a"][0], first["c"])
+    many = purify.normal_like(jax.random.key(1), [np.ones(20_000), np.ones(20_000)])
+    assert abs(np.mean(many)) < 0.02 and abs(np.std(many) - 1) < 0.02
+    assert abs(np.corrcoef(*many)[0, 1]) < 0.03
+    # What a model draws is this, by the same names.
+    model = purify(lambda: (param({"u": 3}, "w"), param((), "b")))
+    close(model.normal(jax.random.key(2)), purify.normal_like(jax.random.key(2), model.shapes()))
+    close(model.zeros(), purify.zeros_like(model.shapes()))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: purify.zeros_like({"a": ["text"]}),
+            r"zeros_like got a leaf at \['a'\]\[0\] that is 'text', a str. It takes a pytree of arrays",
+        ),
+        (
+            lambda: purify.zeros_like(jax.random.key(0)),
+            r"zeros_like got a leaf of dtype key<fry>, which has no zero. Leave it out.",
+        ),
+        (
+            lambda: purify.normal_like(jax.random.key(0), {"n": np.arange(3)}),
+            r"normal_like got a leaf at \['n'\] of dtype int32, which has no normal distribution. Leave",
+        ),
+    ],
+)
+def test_what_has_no_zero_or_no_normal_distribution(call, message):
+    with pytest.raises(purify.MarkerError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_markers_of_your_own(several):
+    mark_p = Primitive("mark")
+    mark_p.multiple_results = several
+    assert purify.trivialize(mark_p) is mark_p
+
+    def mark(x):
+        out = mark_p.bind(x, name="here", why=("any", "thing"))
+        return out[0] if several else out
+
+    f = lambda x: mark(jnp.sin(x)) * x
+    hand = lambda x: jnp.sin(x) * x
+    for g in (lambda f: f, jax.jit, jax.vmap, lambda f: jax.vmap(jax.grad(f))):
+        close(g(f)(X), g(hand)(X))
+    close(jax.jacfwd(jax.jacrev(f))(X), jax.jacfwd(jax.jacrev(hand))(X))
+    close(jax.vmap(f, 1, 1)(jnp.ones((2, 3))), hand(jnp.ones((2, 3))))
+    close(jax.linear_transpose(lambda x: mark(2 * x), X)(X)[0], 2 * X)
+    close(jax.vjp(lambda x: mark(3 * x), X)[1](X)[0], 3 * X)
+    found = [e.params for e in jax.make_jaxpr(f)(X).eqns if e.primitive is mark_p]
+    assert found == [{"name": "here", "why": ("any", "thing")}]
 
 
 def test_jit_true_compiles_once():
