@@ -293,11 +293,11 @@ def until_lifted(attempt: Callable[[Roots], Any]) -> Any:
                 raise shortened(error)  # noqa: B904 — it is the same one
 
 
-def abstractly(fn: Callable[..., Any], *args: Any) -> Any:
-    """What `fn` returns, as `jax.eval_shape` gives it; what it raises is raised outside of the trace.
+def to_its_end(transform: Callable[[Callable[..., Any]], Any], fn: Callable[..., Any]) -> Any:
+    """`transform(fn)`, where what `fn` raises is raised when `transform` has come to its end.
 
-    JAX keeps the constants and the tracers of a trace that an exception ends, for ever. So the trace
-    is let come to its end.
+    JAX keeps the constants and the tracers of a trace that an exception ends, for ever. So the
+    trace goes on, without an output, and nobody uses what comes of it.
     """
     raised: list[Exception] = []
 
@@ -308,10 +308,15 @@ def abstractly(fn: Callable[..., Any], *args: Any) -> Any:
             raised.append(error)
             return None
 
-    shapes = jax.eval_shape(pure, *args)
+    out = transform(pure)
     if raised:
         raise raised.pop()
-    return shapes
+    return out
+
+
+def abstractly(fn: Callable[..., Any], *args: Any) -> Any:
+    """What `fn` returns, as `jax.eval_shape` gives it."""
+    return to_its_end(lambda pure: jax.eval_shape(pure, *args), fn)
 
 
 def check_lifted(call: Call) -> None:

@@ -58,7 +58,8 @@ def cond(
         choose = lambda fns, *args: jax.lax.cond(pred, *fns, *args)  # noqa: E731
         return _branch(name, branches, tuple(operands), choose)
 
-    return compiled_once(impl, name, (true_fun, false_fun), (pred, *operands), None)
+    plain = lambda: (true_fun if pred else false_fun)(*operands)  # noqa: E731
+    return compiled_once(impl, name, (true_fun, false_fun), (pred, *operands), None, plain)
 
 
 def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
@@ -81,7 +82,8 @@ def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any) -
         choose = lambda fns, *args: jax.lax.switch(index, fns, *args)  # noqa: E731
         return _branch(name, branches, tuple(operands), choose)
 
-    return compiled_once(impl, name, tuple(branches), (index, *operands), None)
+    plain = lambda: branches[min(max(int(index), 0), len(branches) - 1)](*operands)  # noqa: E731
+    return compiled_once(impl, name, tuple(branches), (index, *operands), None, plain)
 
 
 def _branch(

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from nnx.transforms.closure import Closure
 from nnx.transforms.jit import Jit
@@ -96,7 +97,11 @@ class _Parts:
         if kind is types.FunctionType:
             return self._take_function(x)
         if kind is types.MethodType:
-            return "method", self._take(x.__func__, counts=True), self._take(x.__self__, counts=True)
+            return (
+                "method",
+                self._take(x.__func__, counts=True),
+                self._take(x.__self__, counts=True),
+            )
         if kind is functools.partial:
             parts = (x.func, x.args, x.keywords)
             return ("partial", *[self._take(part, counts=True) for part in parts])
@@ -124,7 +129,10 @@ class _Parts:
                 cells.append("set")
             else:
                 cells.append(self._take(content, counts=name not in names.sinks))
-        defaults = self._take(fn.__defaults__, counts=True), self._take(fn.__kwdefaults__, counts=True)
+        defaults = (
+            self._take(fn.__defaults__, counts=True),
+            self._take(fn.__kwdefaults__, counts=True),
+        )
         return "function", Same(fn.__code__), Same(fn.__globals__), tuple(cells), defaults
 
     def _take_object(self, x: Any) -> Any:
@@ -251,7 +259,9 @@ def _is_opaque(x: Any) -> bool:
 def _holds_dynamic(x: Any) -> bool:
     leaves = jax.tree.leaves(x, is_leaf=lambda y: is_identity(y) or _is_opaque(y))
     return any(
-        is_identity(y) or _is_opaque(y) or isinstance(y, jax.Array | np.ndarray | types.FunctionType)
+        is_identity(y)
+        or _is_opaque(y)
+        or isinstance(y, jax.Array | np.ndarray | types.FunctionType)
         for y in leaves
     )
 
@@ -308,6 +318,7 @@ def compiled_once(
     fns: tuple[Callable[..., Any], ...],
     args: tuple[Any, ...],
     settings: Any,
+    plain: Callable[[], Any],
 ) -> Any:
     """`impl(fns, args)`, outside of compiled code by a program that is kept.
 
@@ -317,7 +328,10 @@ def compiled_once(
       fns: the user's functions.
       args: the arguments that may hold Refs.
       settings: what else the program depends on.
+      plain: the same in plain Python, where `jax.disable_jit()` asks for that.
     """
+    if jax.config.jax_disable_jit and not any(isinstance(x, Tracer) for x in jax.tree.leaves(args)):
+        return plain()
     if in_program():
         return impl(fns, args)
     parts = _Parts(fns)

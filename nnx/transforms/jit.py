@@ -203,6 +203,8 @@ class Jit:
                 else:
                     call = self._open(args, kwargs)
                 if not call.layout.traced:
+                    if jax.config.jax_disable_jit:
+                        return self._uncompiled(args, kwargs)
                     call = self._prepared(args, kwargs)
                 layout = call.layout
                 # The function may be traced for new shapes, and then needs to know its call.
@@ -227,6 +229,24 @@ class Jit:
                 return close_call(call, packed)
         except Exception as error:
             raise shortened(error)  # noqa: B904 — it is the same one
+
+    def _uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call without a program, as `jax.disable_jit()` asks for: the body sees numbers."""
+        outer = local.call
+        while True:
+            call = self._open(args, kwargs)
+            local.call = call
+            try:
+                packed = self._run(call.layout, call.values, call.leaves, call.others)
+            except Exception:
+                if not call.found:
+                    raise
+            else:
+                if not call.found:
+                    return close_call(call, packed)
+            finally:
+                local.call = outer
+            self._closure.add(call, self._name)
 
     def trace(self, *args: Any, **kwargs: Any) -> Traced:
         """Trace for these arguments, as `jax.jit(f).trace`: has `.jaxpr` and `.lower()`."""

@@ -13,12 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nnx.transforms import plain
 from nnx.transforms.axes import AxisError, ByFilter, Specs, assign, length
 from nnx.transforms.boundary import abstractly, close_call, run
 from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.carry import CARRY, Loop, run_loop
 from nnx.transforms.eager import compiled_once
 from nnx.transforms.jit import function_name
+from nnx.transforms.vmap import vmap
 from refx import Filter, StructureError
 from refx.node import is_identity
 
@@ -84,6 +86,7 @@ def scan(
         (f,),
         (init, xs),
         settings,
+        lambda: _plain_scan(name, f, init, xs, length, reverse, rules),
     )
 
 
@@ -128,6 +131,25 @@ def _scan(
     return run_loop(init, attempt)
 
 
+def _plain_scan(
+    name: str,
+    f: Any,
+    init: Any,
+    xs: Any,
+    length: int | None,
+    reverse: bool,
+    axes: dict[Filter, Any],
+) -> tuple[Any, Any]:
+    call = open_call((init, xs), {}, None)
+    given = (ByFilter({}, CARRY), ByFilter(axes, 0))
+    carried = lambda path, ref: CARRY  # noqa: E731
+    specs = assign(call, (init, xs), {}, given, name=name, keyword=None, ambient=carried)
+    size = _length(call, specs, length, name)
+    if size == 0:
+        return _scan(name, f, init, xs, length, reverse, 1, axes)
+    return plain.scan(f, init, xs, size, reverse, plain.carried_by(axes, CARRY))
+
+
 def _length(call: Call, specs: Specs, given: int | None, name: str) -> int:
     return length(call, specs, given, name, lambda spec: None if spec is CARRY else spec)
 
@@ -154,7 +176,12 @@ def while_loop(
     """
     name = f"nnx.while_loop({function_name(body_fun)})"
     return compiled_once(
-        lambda fns, args: _while_loop(name, *fns, *args), name, (cond_fun, body_fun), (init_val,), None
+        lambda fns, args: _while_loop(name, *fns, *args),
+        name,
+        (cond_fun, body_fun),
+        (init_val,),
+        None,
+        lambda: plain.while_loop(cond_fun, body_fun, init_val),
     )
 
 
@@ -221,7 +248,12 @@ def fori_loop(
         return _fori_loop(name, *fns, low, high, init, unroll)
 
     return compiled_once(
-        impl, name, (body_fun,), (*arrays, init_val), (tuple(given.items()), unroll)
+        impl,
+        name,
+        (body_fun,),
+        (*arrays, init_val),
+        (tuple(given.items()), unroll),
+        lambda: plain.fori_loop(lower, upper, body_fun, init_val),
     )
 
 
@@ -278,31 +310,66 @@ def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> A
         Refs then.
 
     Raises:
-      AxisError: `batch_size` with Refs in `xs`, and what `nnx.scan` raises.
+      AxisError: leading axes of different sizes, or none; `batch_size` that is no positive int, or
+        with Refs in `xs`; and what `nnx.scan` raises.
 
     >>> import jax.numpy as jnp, nnx
     >>> nnx.map(lambda x: x * 2, jnp.arange(3)).tolist()
     [0, 2, 4]
     """
+    name = f"nnx.map({function_name(f)})"
+    sizes = _sizes(name, xs)
     if batch_size is None:
-        return scan(lambda _, x: (None, f(x)), None, xs)[1]
-    from nnx.transforms.vmap import vmap
-
+        return _mapped(name, f, xs)
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise AxisError(f"{name} got batch_size={batch_size!r}, but it must be a positive int.")
     if any(is_identity(x) for x in jax.tree.leaves(xs, is_leaf=is_identity)):
         raise AxisError(
-            "nnx.map with batch_size= takes no modules or Refs in xs. Leave batch_size out, or "
-            "let f close over the module."
+            f"{name} with batch_size= takes no modules or Refs in xs. Leave batch_size out, or "
+            f"let f close over the module."
         )
-    size = {x.shape[0] for x in jax.tree.leaves(xs)}.pop()
+    (size,) = sizes
     whole = size - size % batch_size
     parts = []
     if whole:
         batches = jax.tree.map(lambda x: x[:whole].reshape(-1, batch_size, *x.shape[1:]), xs)
-        stacked = scan(lambda _, x: (None, vmap(f)(x)), None, batches)[1]
+        stacked = _mapped(name, vmap(f), batches)
         parts.append(jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), stacked))
     if size % batch_size or not parts:
         parts.append(vmap(f)(jax.tree.map(lambda x: x[whole:], xs)))
     return jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
+
+
+def _mapped(name: str, f: Callable[[Any], Any], xs: Any) -> Any:
+    body = lambda _, x: (None, f(x))  # noqa: E731
+    return compiled_once(
+        lambda fns, args: _scan(name, *fns, None, *args, None, False, 1, {}),
+        name,
+        (body,),
+        (xs,),
+        "map",
+        lambda: _plain_scan(name, body, None, xs, None, False, {}),
+    )[1]
+
+
+def _sizes(name: str, xs: Any) -> set[int]:
+    """The size of the leading axis, which all arrays have; that of modules is looked at later."""
+    sizes: dict[int, str] = {}
+    for path, x in jax.tree_util.tree_flatten_with_path(xs, is_leaf=is_identity)[0]:
+        if is_identity(x):
+            continue
+        where = "xs" + jax.tree_util.keystr(path)
+        shape = jnp.shape(x)
+        if not shape:
+            raise AxisError(
+                f"{name} maps over the leading axis, but {where} is a scalar and has none."
+            )
+        sizes.setdefault(shape[0], f"{shape[0]} of {where}")
+    if len(sizes) > 1:
+        raise AxisError(f"{name} got two sizes to map over: {' and '.join(sizes.values())}.")
+    if not sizes and not jax.tree.leaves(xs, is_leaf=is_identity):
+        raise AxisError(f"{name} has nothing to map over: xs has no arrays.")
+    return set(sizes)
 
 
 def _all_carried(call: Call) -> Specs:

@@ -12,10 +12,10 @@ from jax.experimental import checkify as jax_checkify
 from nnx.transforms.boundary import (
     Packed,
     abstractly,
-    check_lifted,
     close_call,
     fresh_output,
     run,
+    to_its_end,
     until_lifted,
 )
 from nnx.transforms.call import Call, Roots, open_call
@@ -66,8 +66,11 @@ def remat(
         return functools.partial(remat, prevent_cse=prevent_cse, policy=policy)
 
     def transform(call: Call, pure: Callable[..., Packed]) -> Any:
-        again = jax.checkpoint(pure, prevent_cse=prevent_cse, policy=policy)
-        return close_call(call, again(call.values, call.leaves, call.others))
+        def again(pure: Callable[..., Packed]) -> Packed:
+            checkpointed = jax.checkpoint(pure, prevent_cse=prevent_cse, policy=policy)
+            return checkpointed(call.values, call.leaves, call.others)
+
+        return close_call(call, to_its_end(again, pure))
 
     return _transformed("nnx.remat", fn, transform)
 
@@ -141,10 +144,10 @@ def checkify(fn: Callable[..., Any], errors: Any = jax_checkify.user_checks) -> 
     """
 
     def transform(call: Call, pure: Callable[..., Packed]) -> Any:
-        abstractly(pure, call.values, call.leaves, call.others)
-        check_lifted(call)
-        checked = jax_checkify.checkify(pure, errors)
-        error, packed = checked(call.values, call.leaves, call.others)
+        def checked(pure: Callable[..., Packed]) -> Any:
+            return jax_checkify.checkify(pure, errors)(call.values, call.leaves, call.others)
+
+        error, packed = to_its_end(checked, pure)
         return error, close_call(call, packed)
 
     return _transformed("nnx.checkify", fn, transform)
