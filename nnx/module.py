@@ -31,11 +31,13 @@ from refx.partition import dotted
 from refx.selection import check_selection
 from refx.static import TRUSTED
 from refx.structure import scan
+from refx.trace import ALTERNATIVES
 
 __all__ = ["Module", "dataclass", "param", "ref", "static"]
 
 # Objects of ours among a module's attributes count by their identity.
 TRUSTED.add("nnx")
+ALTERNATIVES.update(clone="an nnx.clone", frozen="nnx.frozen")
 
 M = TypeVar("M", bound="Module")
 T = TypeVar("T")

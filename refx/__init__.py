@@ -6,7 +6,7 @@ again. Everything else here follows from those two.
 """
 
 from refx import filters, pytree  # noqa: F401
-from refx.dag import clone, get_partition, merge, mutable, refs, split, update
+from refx.dag import clone, frozen, get_partition, merge, mutable, refs, split, update
 from refx.errors import (
     ClosureError,
     DtypeError,
@@ -67,6 +67,7 @@ __all__ = [
     "ValueTypeError",
     "clone",
     "filters",
+    "frozen",
     "get_partition",
     "get_ref",
     "merge",

@@ -25,10 +25,10 @@ from refx.partition import Partition, Path, as_path, dotted, listed
 from refx.ref import Ref, check_type
 from refx.selection import check_selection, follow
 from refx.snapshot import Snapshot, snapshot
-from refx.structure import DagDef, build
+from refx.structure import DagDef, build, frozen_def
 from refx.trace import check_value, fresh, local, put, read, writable
 
-__all__ = ["clone", "get_partition", "merge", "mutable", "refs", "split", "update"]
+__all__ = ["clone", "frozen", "get_partition", "merge", "mutable", "refs", "split", "update"]
 
 T = TypeVar("T")
 
@@ -136,7 +136,29 @@ def clone(tree: T) -> T:
     >>> a.value
     1.0
     """
-    return merge(*split(tree))
+    dagdef, values = split(tree)
+    return merge(frozen_def(dagdef, False), values)
+
+
+def frozen(tree: T) -> T:
+    """A copy that nobody can write, so that any program may take it as a constant.
+
+    The arrays are those of the tree; a later write of the tree does not reach the copy. What is
+    made of it by tree operations (`jax.tree.map`, a plain `jax.jit`) is frozen, too; `clone` gives
+    one that can be written.
+
+    >>> import jax, refx
+    >>> tree = refx.frozen({"w": refx.Ref(3.0, "params")})
+    >>> float(jax.jit(lambda x: x * tree["w"].value)(2.0))
+    6.0
+    >>> try:
+    ...     tree["w"].value = 1.0
+    ... except refx.ReadOnlyError as error:
+    ...     print(str(error)[:65])
+    A Ref (collection 'params', 3.0) was written, but it is frozen, s
+    """
+    dagdef, values = split(tree)
+    return merge(frozen_def(dagdef, True), values)
 
 
 def refs(tree: Any) -> dict[Path, Ref[Any]]:

@@ -16,9 +16,9 @@ from typing import Any
 
 import jax
 
-from refx.node import Node, attributes, book, class_changes, is_exposed
+from refx.node import Node, book, class_changes, is_exposed
 from refx.ref import Ref
-from refx.structure import DagDef, Scan, is_array, scan
+from refx.structure import DagDef, Scan, contents, is_array, scan
 from refx.trace import EVAL, LABEL, current_trace, local, read, trace_ref
 
 __all__: list[str] = []
@@ -138,10 +138,9 @@ def _comparisons(found: Scan) -> tuple[Any, ...]:
     plain: list[Any] = list(found.contents)
     parts: list[Any] = [_Opaque(*o) for o in found.opaque]
     for container in found.containers:
-        if isinstance(container, Node):
-            if not is_exposed(container):
-                continue
-            container = attributes(container)
+        if isinstance(container, Node) and not is_exposed(container):
+            continue
+        container = contents(container)
         values = container.values() if isinstance(container, dict) else container
         if any(map(is_array, values)):
             parts.append(_WithArrays(container))

@@ -23,7 +23,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from refx.errors import StructureError, UnhashableStaticError
 from refx.node import LEAVES, Node, attributes, book, is_identity, tell
@@ -32,7 +31,7 @@ from refx.partition import Path, dotted
 from refx.ref import Ref
 from refx.ref import make as make_ref
 from refx.static import Static
-from refx.trace import local, trace_ref
+from refx.trace import FROZEN, local, trace_ref
 
 __all__ = ["DagDef"]
 
@@ -56,6 +55,7 @@ class RefDef(NamedTuple):
 
     collection: Static
     metadata: tuple[tuple[str, Static], ...]
+    frozen: bool = False
 
 
 class NodeDef(NamedTuple):
@@ -70,6 +70,7 @@ class NodeDef(NamedTuple):
     children: tuple[Any, ...]
     types: tuple[type, ...] = ()
     revision: int = 0
+    frozen: bool = False
 
 
 class DagDef:
@@ -185,6 +186,15 @@ def intern(root: Any, nodes: tuple[Any, ...]) -> DagDef:
         return dagdef
 
 
+def frozen_def(dagdef: DagDef, frozen: bool) -> DagDef:
+    """The same structure, of which nothing may be written, or everything."""
+    nodes = [
+        n._replace(frozen=frozen and (type(n) is RefDef or issubclass(n.kind, Node)))
+        for n in dagdef.nodes
+    ]
+    return intern(dagdef.root, tuple(nodes))
+
+
 def _restore(root: Any, nodes: tuple[Any, ...]) -> DagDef:
     now = [n._replace(revision=revision_of(n.kind)) if type(n) is NodeDef else n for n in nodes]
     return intern(root, tuple(now))
@@ -256,7 +266,7 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             found.places.append((holder, link[1] if link is not None else None))
         elif kind in _STATIC:
             place[position] = Static(obj)
-        elif kind is Ref or kind is list or kind is dict or isinstance(obj, Node):
+        elif kind is Ref or kind is list or kind is dict or isinstance(obj, Node) or _hides(obj):
             number = numbers.get(id(obj))
             if number is not None:
                 place[position] = number
@@ -265,10 +275,12 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             found.objects.append(obj)
             if kind is Ref:
                 found.refs.append(obj)
-                nodes.append(ref_def(obj._collection, obj._metadata.items()))
+                definition = ref_def(obj._collection, obj._metadata.items())
+                frozen = obj._trace is FROZEN
+                nodes.append(definition._replace(frozen=True) if frozen else definition)
                 continue
-            is_node = kind is not list and kind is not dict
-            content = attributes(obj) if is_node else obj
+            is_node = isinstance(obj, Node)
+            content = contents(obj)
             found.containers.append(obj)
             names = tuple(range(len(content))) if kind is list else tuple(content)
             values = list(content) if kind is list else list(content.values())
@@ -276,7 +288,8 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             if is_node:
                 mark = obj._book.marks if obj._book is not None else None
             children: list[Any] = [None] * len(names)
-            nodes.append((kind, names, children, obj._revision if is_node else 0))
+            frozen = is_node and obj._trace is FROZEN
+            nodes.append((kind, names, children, obj._revision if is_node else 0, frozen))
             for i in range(len(names) - 1, -1, -1):
                 field = fields.get(names[i])  # pyright: ignore
                 if field is not None and not field.is_ref:
@@ -304,10 +317,48 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
     frozen = tuple(
         n
         if type(n) is RefDef
-        else NodeDef(n[0], n[1], tuple(map(_freeze, n[2])), _types(*n[:2]), n[3])
+        else NodeDef(n[0], n[1], tuple(map(_freeze, n[2])), _types(*n[:2]), *n[3:])
         for n in nodes
     )
     return found._replace(dagdef=intern(_freeze(result[0]), frozen))
+
+
+def contents(container: Any) -> Any:
+    """The list, or the dict of items or attributes, of what has an identity and holds others."""
+    if isinstance(container, Node):
+        return attributes(container)
+    return container if isinstance(container, list | dict) else vars(container)
+
+
+def _hides(obj: Any) -> bool:
+    """Whether `obj` is a pytree whose class takes apart the modules or Refs that it holds.
+
+    Its leaves would be the values of their Refs, so a copy of it would have Refs of its own, that
+    nobody trains. So it is walked as an object: by its attributes.
+    """
+    kind = type(obj)
+    if isinstance(obj, tuple) or kind in _STATIC or kind in _NO_PYTREES or is_array(obj):
+        return False
+    held = getattr(obj, "__dict__", None)
+    if type(held) is not dict or not held or isinstance(obj, type | types.ModuleType):
+        return False
+    outer, local.peeking = local.peeking, True
+    try:
+        leaves = jax.tree.leaves(obj, is_leaf=is_identity)
+    finally:
+        local.peeking = outer
+    if len(leaves) == 1 and leaves[0] is obj:
+        return False
+    seen = set(map(id, leaves))
+    return any(id(x) not in seen for x in _identities(held.values()))
+
+
+_NO_PYTREES = frozenset({types.FunctionType, types.MethodType, functools.partial})
+
+
+def _identities(items: Iterable[Any]) -> list[Any]:
+    """The Refs and Nodes in some objects and in their lists, tuples and dicts."""
+    return [x for x in jax.tree.leaves(list(items), is_leaf=is_identity) if is_identity(x)]
 
 
 def ref_def(collection: Any, metadata: Iterable[tuple[str, Any]]) -> RefDef:
@@ -405,6 +456,15 @@ def _static(obj: Any, link: Any, skip: int, found: Scan) -> Static:
         held = [*held, *jax.tree.leaves(parts, is_leaf=is_identity)]
     if not isinstance(obj, type | types.FunctionType | types.ModuleType):
         held = [*held, *getattr(obj, "__dict__", {}).values()]
+    if isinstance(obj, types.FunctionType):
+        closed_over = _identities(_closed_over(obj))
+        if closed_over:
+            raise StructureError(
+                f"{where} is a function that closes over a {type(closed_over[0]).__name__}. A copy of "
+                f"the tree, as jax.grad or a compiled function makes one, would go on with the old "
+                f"one, whose gradients are lost. Make the function a method, or write it where it is "
+                f"called; to keep it, give it what it needs as an argument."
+            )
     if hasattr(obj, "__wrapped__") and not isinstance(obj, type):
         held = [*held, *jax.tree.leaves(_wrapped(obj), is_leaf=is_identity)]
     if any(map(is_identity, held)):
@@ -416,6 +476,24 @@ def _static(obj: Any, link: Any, skip: int, found: Scan) -> Static:
             f"nnx.Grad or nnx.Remat; make a class of your own an nnx.Module or a registered pytree."
         )
     return static
+
+
+def _closed_over(fn: types.FunctionType) -> list[Any]:
+    """What a function holds in its variables and defaults, and what functions in there hold."""
+    found: list[Any] = []
+    todo, seen = [fn], set()
+    while todo:
+        at = todo.pop()
+        if id(at) in seen:
+            continue
+        seen.add(id(at))
+        cells = [getattr(c, "cell_contents", None) for c in at.__closure__ or ()]
+        for x in (*cells, *(at.__defaults__ or ()), *(at.__kwdefaults__ or {}).values()):
+            if isinstance(x, types.FunctionType):
+                todo.append(x)
+            else:
+                found.append(x)
+    return found
 
 
 def _holds_arrays(static: Static) -> bool:
@@ -471,15 +549,18 @@ def build(
         if existing is not None and i in existing:
             objects.append(existing[i])
         elif type(node) is RefDef:
+            at = FROZEN if node.frozen else trace
             objects.append(
-                make_ref(next(todo), node.collection.value, dagdef.metadata[i], frame, trace)
+                make_ref(next(todo), node.collection.value, dagdef.metadata[i], frame, at)
             )
         elif node.kind is list:
             objects.append([])
         elif node.kind is dict:
             objects.append({})
+        elif issubclass(node.kind, Node):
+            objects.append(make_node(node.kind, frame, FROZEN if node.frozen else trace))
         else:
-            objects.append(make_node(node.kind, frame, trace))
+            objects.append(object.__new__(node.kind))
 
     def get(child: Any) -> Any:
         kind = type(child)
@@ -498,12 +579,12 @@ def build(
         if node.kind is list:
             obj[:] = map(get, node.children)
             continue
-        content = obj if node.kind is dict else attributes(obj)
+        content = contents(obj)
         if known:
             content.clear()
         for name, child in zip(node.names, node.children, strict=True):
             content[name] = objects[child] if type(child) is int else get(child)
-        if known and node.kind is not dict:
+        if known and isinstance(obj, Node):
             tell(obj)
     if leaves and not all(map(is_array, leaves)):
         mark(dagdef, objects, leaves)

@@ -65,6 +65,13 @@ def in_program() -> bool:
     return _program_between(EVAL, current_trace(()))
 
 
+ALTERNATIVES = {
+    "clone": "a refx.clone",
+    "frozen": "refx.frozen",
+}
+"""What messages advise, by what it does. A library on top of this one puts its own names here."""
+
+
 class _Marker:
     """Stands in for a trace reference in Refs that may not be written at all."""
 
@@ -81,6 +88,8 @@ CONSTANT = _Marker("constant")
 # Of a Ref that JAX rebuilt around what is no array: a bool of a mask, an axis, a shape, a sharding.
 # It may be read anywhere, as a constant of the program, and written where no program runs.
 LABEL = _Marker("label")
+# Of a Ref of a frozen tree: any program may read it as a constant, and nobody may write it.
+FROZEN = _Marker("frozen")
 
 
 _uids = itertools.count()
@@ -217,6 +226,8 @@ class _Local(threading.local):
     scope: Any
     # The call that a compiled function is being traced for.
     call: Any
+    # Whether a walk looks at what a pytree class makes of a module: no Ref counts as read.
+    peeking: bool
 
     def __init__(self) -> None:
         # Runs in each thread. As attributes of the instance they are found faster.
@@ -224,6 +235,7 @@ class _Local(threading.local):
         self.allowed = None
         self.scope = None
         self.call = None
+        self.peeking = False
 
 
 local = _Local()
@@ -245,6 +257,11 @@ def seen_from(frame: Frame | None, ref: Ref[Any], owner: Any = None) -> Any:
 def read(ref: Ref[Any], owner: Any = None) -> Any:
     """The value of `ref` here, for every case: the callers have the common one inlined."""
     frame = local.frame
+    if local.peeking:
+        return ref._value
+    if ref._trace is FROZEN:
+        # As an input, where the program around has it as one: as a constant it may be large.
+        return (ref if frame is None else frame.shadow.get(ref, ref))._value
     if ref._frame is not frame:
         _check_reachable(ref, owner)
         value = seen_from(frame, ref, owner)
@@ -283,13 +300,16 @@ def is_label(value: Any) -> bool:
 def label(refs: Iterable[Ref[Any]]) -> None:
     """Make labels of those Refs that hold no array."""
     for ref in refs:
-        if not isinstance(ref._value, jax.Array) and not holds_array(ref._value):
+        known = isinstance(ref._value, jax.Array) or ref._trace is FROZEN
+        if not known and not holds_array(ref._value):
             ref._trace = LABEL
 
 
 def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
     """The Ref to write when `ref` is written here: itself or its stand-in. Raises if none may be."""
     frame = local.frame
+    if ref._trace is FROZEN:
+        raise ReadOnlyError(_frozen_message(describe(ref, owner)))
     if ref._frame is not frame:
         _check_reachable(ref, owner)
         assert frame is not None
@@ -347,6 +367,8 @@ def check_structure(node: Any, what: str) -> None:
     if node._frame is local.frame and node._trace() is current_trace(()):
         return
     name = type(node).__name__
+    if node._trace is FROZEN:
+        raise ReadOnlyError(_frozen_message(f"{what} of a {name}"))
     if node._trace is READ_ONLY:
         raise ReadOnlyError(_read_only_message(f"{what} of a {name}", transformation()))
     if node._frame is not None and not node._frame.open:
@@ -412,9 +434,9 @@ def _check_not_baked(ref: Ref[Any], owner: Any, frame: Frame | None, trace: Any)
     raise ClosureError(
         f"{describe(ref, owner)} was read by closure inside {kind_of(trace)}. Its value would "
         f"become a constant of the compiled program, and later updates would never reach it. "
-        f"Pass the module as an argument, as in jax.jit(lambda m, x: m(x))(model, x), or use "
-        f"the nnx transformation of the same name (nnx.jit, nnx.scan, nnx.remat, ...), which "
-        f"lifts closed-over Refs to inputs."
+        f"Pass the module as an argument, as in jax.jit(lambda m, x: m(x))(model, x), use the "
+        f"nnx transformation of the same name (nnx.jit, nnx.scan, nnx.remat, ...), which makes "
+        f"inputs of closed-over Refs, or close over {ALTERNATIVES['frozen']}(model), a constant."
     )
 
 
@@ -473,6 +495,13 @@ def _read_only_message(what: str, where: str) -> str:
         f"and a plain jax transformation cannot write back, so the update would be lost. Use "
         f"nnx.jit (updates propagate to the caller), nnx.jit_filter (modules in, modules out), or "
         f"change an nnx.clone of the module and return that."
+    )
+
+
+def _frozen_message(what: str) -> str:
+    return (
+        f"{what} was written, but it is frozen, so that any program may take it as a constant. "
+        f"Write {ALTERNATIVES['clone']} of it instead."
     )
 
 

@@ -14,6 +14,7 @@ from nnx.transforms.filtered import (
     jit_filter,
     value_and_grad_filter,
 )
+from nnx.transforms.functional import functional
 from nnx.transforms.grad import grad, value_and_grad
 from nnx.transforms.jit import jit
 from nnx.transforms.loops import fori_loop, map, scan, while_loop
@@ -37,6 +38,7 @@ __all__ = [
     "custom_vjp",
     "eval_shape",
     "fori_loop",
+    "functional",
     "grad",
     "grad_filter",
     "hessian",

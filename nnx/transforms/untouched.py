@@ -14,11 +14,11 @@ import jax
 from jax.core import Tracer
 
 from nnx.transforms.call import Call, Layout
-from refx import Node
+from refx import Node, Ref
 from refx.errors import StructureError
-from refx.node import attributes, is_identity
+from refx.node import is_identity
 from refx.snapshot import snapshot
-from refx.structure import DagDef, scan
+from refx.structure import DagDef, contents, scan
 from refx.trace import Frame, writable
 
 __all__: list[str] = []
@@ -47,9 +47,9 @@ class Untouched:
         # What stands for them, which is an argument, too, where the caller passes one of them.
         closed = reachable(layout.dagdef, range(start, start + layout.closed))
         self._stand_ins = [
-            (objects[n], content, content.copy())
+            (objects[n], contents(objects[n]), contents(objects[n]).copy())
             for n in closed
-            if (content := _content(objects[n])) is not None
+            if type(objects[n]) is not Ref
         ]
         self._roots = call.roots[start : start + layout.closed]
         self._snapshots = call.snapshots[start : start + layout.closed]
@@ -57,8 +57,7 @@ class Untouched:
             (root, content, content.copy())
             for root in self._roots
             for container in scan(root).containers
-            for content in [_content(container)]
-            if content is not None
+            for content in [contents(container)]
         ]
 
     def restore(self) -> Any:
@@ -125,12 +124,6 @@ def check_arguments(frame: Frame, arguments: Any, roots: tuple[Any, ...]) -> Non
             f"changed inside it, and the change would be lost: such a container is a value there. "
             f"Keep it in an attribute of a module, where changes propagate, or return it."
         )
-
-
-def _content(x: Any) -> Any:
-    if isinstance(x, Node):
-        return attributes(x)
-    return x if isinstance(x, list | dict) else None
 
 
 def _same(content: Any, was: Any) -> bool:

@@ -1,0 +1,97 @@
+"""`nnx.functional`: a function over Refs as a pure function, with the state in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from nnx.transforms.jit import function_name, unbound
+from refx import DagDef, Partition, StructureError, TraceLevelError, merge, split
+from refx.dag import refs
+from refx.node import is_identity
+from refx.trace import Frame, describe
+
+__all__ = ["functional"]
+
+
+def functional(
+    fn: Callable[..., Any], *trees: Any
+) -> tuple[Callable[..., tuple[Any, Partition]], Partition]:
+    """A function that reads and writes Refs, as a pure function of their values.
+
+    For solvers, samplers and any library that wants a function of arrays: the state goes in and
+    comes out, and nothing of the caller's changes.
+
+    Args:
+      fn: a function that uses the modules and Refs of `trees` by closure; or a module or a bound
+        method of one, which then is one of the trees.
+      *trees: the modules and Refs whose values are the state.
+
+    Returns:
+      `(pure, state)`: `pure(state, *args, **kwargs)` gives `(out, new_state)`, where `out` is what
+      `fn(*args, **kwargs)` returns. `state` is a Partition of the values that the Refs of the trees
+      have now; plain arrays are constants. `nnx.update(trees, new_state)` writes one back.
+
+    Raises:
+      TraceLevelError: `fn` writes a Ref that is in none of the trees.
+      StructureError: `fn` returns a module or a Ref; it can return their values.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> count = nnx.Ref(jnp.array(0.0))
+    >>> def add(x):
+    ...     count.value += x
+    ...     return count.value * 2
+    >>> pure, state = nnx.functional(add, count)
+    >>> out, state = jax.jit(pure)(state, 3.0)
+    >>> float(out), float(state["0"]), float(count.value)
+    (6.0, 3.0, 0.0)
+    """
+    inner, bound = unbound(fn)
+    trees = (*bound, *trees)
+    name = f"nnx.functional({function_name(fn)})"
+    dagdef, values = split(trees)
+    cells = list(refs(trees).values())
+    # Plain arrays are read where they are, so they are constants.
+    constants = {path: values[path] for path in dagdef.leaf_paths}
+
+    def pure(state: Partition, *args: Any, **kwargs: Any) -> tuple[Any, Partition]:
+        frame = Frame(name)
+        with frame:
+            try:
+                copies = merge(dagdef, state, constants)
+                stand_ins = list(refs(copies).values())
+                frame.shadow.update(zip(cells, stand_ins, strict=True))
+                out = inner(*copies[: len(bound)], *args, **kwargs)
+                _check(name, frame, out)
+                after, new = split(copies)
+                if after is not dagdef:
+                    raise StructureError(
+                        f"{name} changed the structure of a module: an attribute, a list or a Ref "
+                        f"was added, removed or replaced. The state has values only; make the "
+                        f"change before nnx.functional."
+                    )
+                return out, _of_refs(new, dagdef)
+            finally:
+                frame.close()
+
+    return pure, _of_refs(values, dagdef)
+
+
+def _of_refs(values: Partition, dagdef: DagDef) -> Partition:
+    return Partition({path: values[path] for path in dagdef.ref_paths})
+
+
+def _check(name: str, frame: Frame, out: Any) -> None:
+    for ref, owner in frame.found.items():
+        if frame.shadow[ref] in frame.assigned or frame.entered[ref].changed(frame.shadow[ref]._value):
+            raise TraceLevelError(
+                f"{describe(ref, owner)} was written in {name}, but it is not part of the state. "
+                f"Give its module to nnx.functional, too: nnx.functional(fn, model, other)."
+            )
+    if any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity))):
+        raise StructureError(
+            f"{name} returns a module or a Ref, which a pure function cannot. Return the values: "
+            f"nnx.get_partition(model), or model['params']."
+        )

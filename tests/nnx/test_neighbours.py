@@ -1,0 +1,290 @@
+"""What other libraries do to a module as a pytree is right, or an error that says what to do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+from jax.sharding import PartitionSpec
+
+import nnx
+
+X = jnp.ones((3, 2))
+
+
+class Net(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(2, 2)
+        self.table = jnp.arange(4.0)
+        self.tables = [jnp.ones(2), (jnp.zeros(1), {"a": jnp.ones(3)})]
+        self.k = 2.0
+
+    def __call__(self, x):
+        return self.linear(x) * self.k + self.table[:2]
+
+
+@pytest.fixture
+def net():
+    return Net.init(0)()
+
+
+LEAVES = {
+    "bools": lambda i: i % 2 == 0,
+    "numbers": lambda i: i,
+    "texts": str,
+    "none": lambda i: ...,
+    "objects": lambda i: object(),
+    "specs": lambda i: PartitionSpec("x"),
+    "shapes": lambda i: jax.ShapeDtypeStruct((i,), jnp.float32),
+    "numpy": lambda i: np.float32(i),
+    "functions": lambda i: lambda: i,
+}
+
+
+@pytest.mark.parametrize("kind", LEAVES)
+@pytest.mark.parametrize("how", ["flatten", "clone", "deepcopy", "submodule", "surgery"])
+def test_a_tree_of_anything_flattens_to_what_it_was_made_of(net, kind, how):
+    import copy
+
+    leaves, treedef = jax.tree.flatten(net)
+    others = [LEAVES[kind](i) for i in range(len(leaves))]
+    tree = jax.tree.unflatten(treedef, others)
+    if how == "clone":
+        tree = nnx.clone(tree)
+    if how == "deepcopy":
+        if kind in ("objects", "functions"):
+            others = [0] * len(leaves)
+            tree = jax.tree.unflatten(treedef, others)
+        tree = copy.deepcopy(tree)
+    if how == "submodule":
+        assert jax.tree.leaves(tree.linear) == others[:2]
+        return
+    if how == "surgery":
+        tree.table = others[0]
+        others[[x is net.table for x in leaves].index(True)] = others[0]
+    now, again = jax.tree.flatten(tree)
+    assert again == treedef
+    assert all(a is b or a == b for a, b in zip(now, others, strict=True))
+
+
+def test_trees_of_trees(net):
+    nested = jax.tree.map(lambda x: [x, (x + 1,)], net)
+    expected = [y for x in jax.tree.leaves(net) for y in (x, x + 1)]
+    assert all(map(jnp.array_equal, jax.tree.leaves(nested), expected))
+    rows = jax.hessian(lambda m: (m.linear.kernel**2).sum() * m.table.sum())(net)
+    flat, unravel = jax.flatten_util.ravel_pytree(net)
+    plain = jax.hessian(lambda v: (lambda m: (m.linear.kernel**2).sum() * m.table.sum())(unravel(v)))
+    assert sum(x.size for x in jax.tree.leaves(rows)) == plain(flat).size
+
+
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.jit_filter, jax.jit])
+def test_a_mask_is_a_constant_that_is_never_stale(net, transform):
+    mask = jax.tree.map(lambda x: x.ndim == 2, net)
+    masked = lambda m: jax.tree.map(lambda x, on: x * 2 if on else x, m, mask)
+    f = transform(lambda m: jax.tree.leaves(masked(m)))
+    assert jnp.array_equal(f(net)[0], net.linear.kernel * 2)
+    if transform is jax.jit:
+        with pytest.raises(nnx.ClosureError, match="written after it was read by closure"):
+            mask.linear.kernel = False
+        return
+    mask.linear.kernel = False
+    assert jnp.array_equal(f(net)[0], net.linear.kernel)
+    mask.table = True
+    assert jnp.array_equal(jax.tree.leaves(f(net))[2], net.table * 2)
+
+
+@pytest.mark.parametrize("transform", [nnx.jit, jax.jit])
+def test_axes_shapes_labels_and_shardings_made_of_a_module(net, transform):
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), net)
+    axes = jax.tree.map(lambda x: 0, net)
+    out = transform(lambda m: jax.vmap(lambda m: m(X), in_axes=(axes,))(m))(stacked)
+    assert jnp.allclose(out[1], net(X))
+    shapes = jax.eval_shape(lambda m: m, net)
+    zeros = transform(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))()
+    assert zeros.linear.kernel.shape == (2, 2) and not zeros.table.any()
+    labels = jax.tree.map(lambda x: "big" if x.size > 3 else "small", net)
+    sizes = transform(lambda: jax.tree.map(lambda n: {"big": 1.0, "small": 0.0}[n], labels))()
+    assert jax.tree.leaves(sizes)[0] == 1
+    filled = jax.eval_shape(lambda: Net.init(0)())
+    nnx.update(filled, {p: v for p, v in net["params"].items()})
+    assert jnp.allclose(nnx.jit(lambda: filled.linear(X))(), net.linear(X))
+    with pytest.raises(nnx.ClosureError, match=r"nnx\.frozen\(model\), a constant"):
+        jax.jit(lambda: filled.linear(X))()
+
+
+def test_partition_and_combine(net):
+    """The idiom of Equinox, written out."""
+    is_none = lambda x: x is None
+    params = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, net)
+    static = jax.tree.map(lambda x: None if jnp.issubdtype(x.dtype, jnp.floating) else x, net)
+    combine = lambda p: jax.tree.map(
+        lambda a, b: b if a is None else a, p, static, is_leaf=is_none
+    )
+    assert jnp.allclose(jax.jit(lambda p: combine(p)(X))(params), net(X))
+    grads = jax.grad(lambda p: combine(p)(X).sum())(params)
+    assert jnp.allclose(grads.table, jnp.array([3.0, 3.0, 0, 0]))
+
+
+class Affine:
+    def __init__(self, net):
+        self.net = net
+
+    def __call__(self, x):
+        return x * self.net(x)
+
+
+def _unflatten(treedef, leaves):
+    new = object.__new__(Affine)
+    new.__dict__.update(jax.tree.unflatten(treedef, leaves))
+    return new
+
+
+jax.tree_util.register_pytree_node(Affine, lambda a: jax.tree.flatten(a.__dict__), _unflatten)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: [net], lambda net: {"a": (net,)}])
+def test_a_pytree_that_flattens_a_module_itself(wrap):
+    class Flow(nnx.Module):
+        def __init__(self):
+            self.net = nnx.Linear(2, 2)
+            self.bijector = Affine(wrap(self.net))
+
+        def inner(self):
+            return next(x for x in [self.bijector.net] if True)
+
+        def __call__(self, x):
+            held = self.bijector.net
+            while not isinstance(held, nnx.Module):
+                held = held[0] if isinstance(held, list | tuple) else held["a"]
+            return (x * held(x)).sum()
+
+    flow = Flow.init(0)()
+    for grads in (
+        nnx.grad(lambda m: m(X))(flow)["net.kernel"],
+        nnx.jit(nnx.grad(lambda m: m(X)))(flow)["net.kernel"],
+        jax.grad(lambda m: m(X))(flow).net.kernel,
+        jax.jit(jax.grad(lambda m: m(X)))(flow).net.kernel,
+    ):
+        assert (grads == 3).all()
+    copy = nnx.clone(flow)
+    assert len(nnx.refs(copy)) == 2 and copy.bijector is not flow.bijector
+    step = nnx.jit(lambda m: m(X))
+    step(flow)
+    flow.bijector.net = wrap(nnx.Linear.init(1)(2, 2))
+    assert jnp.allclose(step(flow), flow(X))
+
+
+def test_a_function_that_closes_over_its_module_is_an_error():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.net = nnx.Linear(2, 2)
+            self.fn = lambda x: self.net(x)
+
+    net = Net.init(0)()
+    message = r"(?s)Attribute 'fn' is a function that closes over a Net.*Make the function a method"
+    for use in (jax.tree.leaves, nnx.split, nnx.jit(lambda m: m.net(X))):
+        with pytest.raises(nnx.StructureError, match=message):
+            use(net)
+
+
+class TestFrozen:
+    def test_any_program_takes_it_as_a_constant(self, net):
+        frozen = nnx.frozen(net)
+        expected = net(X)
+        model_of = lambda x: frozen(x)
+        assert jnp.allclose(jax.jit(model_of)(X), expected)
+        assert jnp.allclose(nnx.jit(model_of)(X), expected)
+        assert jnp.allclose(jax.lax.map(model_of, X), expected)
+        assert jnp.allclose(jax.vmap(model_of)(X), expected)
+        error, out = checkify.checkify(model_of)(X)
+        assert jnp.allclose(out, expected) and error.get() is None
+        assert jnp.allclose(nnx.scan(lambda c, x: (c, frozen(x)), None, X)[1], expected)
+        net.linear.bias = net.linear.bias + 1
+        assert jnp.allclose(frozen(X), expected)
+
+    def test_nobody_writes_it(self, net):
+        frozen = nnx.frozen(net)
+        kernel = frozen.linear.kernel
+
+        def write():
+            frozen.linear.kernel = kernel + 1
+
+        def attribute():
+            frozen.k = 3.0
+
+        writes = [
+            write, attribute, nnx.jit(write), frozen.train and (lambda: setattr(frozen, "new", 1)),
+            lambda: nnx.update(frozen, net["params"]),
+            lambda: nnx.jit(lambda m: setattr(m.linear, "kernel", kernel + 1))(frozen),
+            lambda: setattr(jax.tree.map(lambda x: x, frozen).linear, "kernel", kernel),
+        ]  # fmt: skip
+        for wrong in writes:
+            with pytest.raises(nnx.ReadOnlyError, match=r"frozen.*nnx\.clone of it"):
+                wrong()
+        assert frozen.linear.kernel is kernel and frozen.k == 2
+
+    def test_tree_operations_leave_it_frozen_and_clone_does_not(self, net):
+        frozen = nnx.frozen(net)
+        leaves, treedef = jax.tree.flatten(frozen)
+        assert treedef == jax.tree.structure(jax.tree.map(lambda x: x * 2, frozen))
+        grads = jax.jit(jax.grad(lambda m: m(X).sum()))(frozen)
+        with pytest.raises(nnx.ReadOnlyError):
+            grads.linear.bias = leaves[0]
+        free = nnx.clone(frozen)
+        free.linear.bias = free.linear.bias + 1
+        assert jax.tree.structure(free) == jax.tree.structure(net) != treedef
+        assert nnx.frozen(frozen).linear.kernel is net.linear.kernel
+
+
+class TestFunctional:
+    def test_the_state_goes_in_and_comes_out(self, net):
+        class Counter(nnx.Module):
+            n: jax.Array = nnx.ref("counters")
+
+            def __init__(self):
+                self.n = jnp.zeros(())
+
+        counter = Counter()
+
+        def fn(x, scale=1.0):
+            counter.n = counter.n + x.sum()
+            return net(x) * scale
+
+        pure, state = nnx.functional(fn, net, counter)
+        for transform in (lambda f: f, jax.jit):
+            out, new = transform(pure)(state, X, scale=2.0)
+            assert jnp.allclose(out, net(X) * 2)
+            assert new["1.n"] == 6 and state["1.n"] == 0 and counter.n == 0
+        grads = jax.grad(lambda s: pure(s, X)[0].sum())(state)
+        assert grads["0.linear.bias"].tolist() == [6, 6] and "0.table" not in state
+        many = jax.vmap(lambda x: pure(state, x[None])[1])(X)
+        assert many["1.n"].tolist() == [2, 2, 2]
+        final, outs = jax.lax.scan(lambda s, x: pure(s, x[None])[::-1], state, X)
+        assert final["1.n"] == 6 and outs.shape == (3, 1, 2)
+        nnx.update((net, counter), {p: v for p, v in final.items() if p[0] == "1"})
+        assert counter.n == 6
+
+    def test_modules_and_methods_are_trees_themselves(self, net):
+        pure, state = nnx.functional(net)
+        assert jnp.allclose(pure(state, X)[0], net(X))
+        doubled = jax.tree.map(lambda v: v * 2, state)
+        assert jnp.allclose(pure(doubled, X)[0], net(X) * 2 - net.table[:2])
+
+    def test_what_is_not_in_the_state(self, net):
+        other = nnx.Ref(jnp.zeros(()))
+
+        def fn(x):
+            other.value = other.value + 1
+            return net(x)
+
+        pure, state = nnx.functional(fn, net)
+        with pytest.raises(nnx.TraceLevelError, match=r"not part of the state.*nnx\.functional\(fn"):
+            pure(state, X)
+        assert other.value == 0
+        pure, state = nnx.functional(lambda: net.linear, net)
+        with pytest.raises(nnx.StructureError, match="returns a module"):
+            pure(state)
+        pure, state = nnx.functional(lambda: setattr(net, "k", 3.0), net)
+        with pytest.raises(nnx.RefError):
+            pure(state)
+        assert net.k == 2
