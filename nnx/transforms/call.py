@@ -7,6 +7,7 @@ is remembered (`refx.snapshot`), and so is how the structures of several roots g
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from typing import Any, NamedTuple
 
 import jax
@@ -98,6 +99,9 @@ class Plans:
 
     def __init__(self) -> None:
         self.by_call: dict[Any, Plan] = {}
+        # The last calls that looked new. One that comes again is worth knowing; a model that is made
+        # for each call is not.
+        self._seen: deque[Any] = deque(maxlen=8)
         self.layouts: dict[Any, Layout] = {}
 
     def layout(self, dagdef: DagDef, parts: tuple[Any, ...]) -> Layout:
@@ -112,8 +116,11 @@ class Plans:
             layout = self.layouts.setdefault(key, Layout(dagdef, *parts))
         return layout
 
-    def keep(self, key: Any, plan: Plan) -> None:
-        """Know the plan from now on."""
+    def keep(self, key: Any, plan: Plan, *, again: bool = False) -> None:
+        """Know the plan from now on; with `again`, only if there was such a call before."""
+        if again and key not in self._seen:
+            self._seen.append(key)
+            return
         if len(self.by_call) >= _MOST:
             self.by_call.clear()
         self.by_call[key] = plan
@@ -227,7 +234,7 @@ def open_call(
         parts = (form, len(closed), constants, scope is not None, statics)
         plan = _plan(parts, roots, snapshots, plans, alias)
         if plans is not None:
-            plans.keep(key, plan)
+            plans.keep(key, plan, again=not single)
     at_once = snapshots[0].writable() if single else all([s.writable() for s in snapshots])
     if single and alias is None:
         kept = snapshots[0]

@@ -14,6 +14,7 @@ import functools
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from itertools import repeat
 from operator import call as call_it
@@ -173,12 +174,20 @@ class Closure:
         self._tokens: dict[Any, int] = {}
         self._next_token = 0
         # The arrays and containers that are constants, by the path to them, each with a number.
-        self._constants: dict[tuple[Any, ...], tuple[Any, int]] = {}
+        self._constants: dict[tuple[Any, ...], tuple[Callable[[], Any], int]] = {}
         self._next_constant = 0
         self._traced = False
         self._arrays: dict[Any, list[Any]] = {}
         # The snapshots of roots that are no modules and so do not keep one themselves.
         self._kept: dict[int, tuple[Any, Snapshot]] = {}
+
+    def forget(self, *, only_roots: bool = False) -> None:
+        """Forget what was found, or only if modules were; the next call looks again."""
+        state = self._state
+        if state is not None and (state.roots or not only_roots):
+            with _lock:
+                self._state = None
+                self._kept = {}
 
     def snapshot(self, root: Any) -> Snapshot:
         """The snapshot of one of the roots."""
@@ -272,7 +281,7 @@ class Closure:
             source = graph.objects[edge.source]
             by_name = type(source) in (types.FunctionType, types.ModuleType)
             counts = n not in selected and _counts(edge, source, graph)
-            if counts:
+            if counts and edge.key not in DEFAULTS:
                 read.append((edge.path, self._constant(edge)))
             if (
                 (edge.source in watched and not edge.data)
@@ -321,18 +330,18 @@ class Closure:
         value = edge.value
         if value is ABSENT or type(value) in SCALARS or isinstance(value, enum.Enum | type):
             return Static(value)
-        if is_container(value) and is_data(value) and edge.key not in DEFAULTS:
+        if is_container(value) and is_data(value):
             return type(value), len(value)
         if is_user_object(value):
             # Its class, since steps of its own say what it holds.
             return type(value)
         # By a number, so that nothing of an earlier call is kept.
         known = self._constants.get(edge.path)
-        if known is None or known[0] is not value:
+        if known is None or known[0]() is not value:
             self._next_constant += 1
             if len(self._constants) >= _MOST:
                 self._constants = {}
-            known = self._constants[edge.path] = (value, self._next_constant)
+            known = self._constants[edge.path] = (_reference(value), self._next_constant)
         return known[1]
 
     def _warn_of_arrays(self, layout: Any) -> None:
@@ -382,6 +391,14 @@ def _sources(edges: list[Edge], found: set[int]) -> set[int]:
     return found
 
 
+def _reference(x: Any) -> Callable[[], Any]:
+    """A weak reference where there is one."""
+    try:
+        return weakref.ref(x)
+    except TypeError:
+        return lambda: x
+
+
 def _counts(edge: Edge, source: Any, graph: Graph) -> bool:
     """Whether a program depends on what this step leads to, though it leads to no module.
 
@@ -389,14 +406,14 @@ def _counts(edge: Edge, source: Any, graph: Graph) -> bool:
     code does not bind them while it runs: as defaults, in partials, and as attributes that no
     reached code sets. As variables they are constants of the program, as they are to `jax.jit`.
     """
-    if edge.way is None or edge.candidate is not None:
+    default = type(edge.key) is tuple and edge.key[0] == "default"
+    if edge.candidate is not None or (edge.way is None and not default):
         return False
     kind = type(source)
     if issubclass(kind, functools.partial):
         return True
     leads = edge.target is not None and not is_container(edge.value)
     if kind is types.FunctionType:
-        default = type(edge.key) is tuple and edge.key[0] == "default"
         return leads or edge.key in DEFAULTS or (edge.data and default)
     if edge.key == "type" or kind is types.ModuleType:
         return leads

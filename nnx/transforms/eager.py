@@ -10,6 +10,7 @@ looking, as for `nnx.jit`.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import types
 import weakref
@@ -133,12 +134,15 @@ class _Parts:
             self._take(fn.__defaults__, counts=True),
             self._take(fn.__kwdefaults__, counts=True),
         )
-        return "function", Same(fn.__code__), Same(fn.__globals__), tuple(cells), defaults
+        # The globals are those of the code, or looking finds other ones at their address.
+        return "function", self._weakly(fn.__code__), id(fn.__globals__), tuple(cells), defaults
 
     def _take_object(self, x: Any) -> Any:
-        if isinstance(x, type | types.ModuleType | types.BuiltinFunctionType):
-            return Same(x)
-        self.opaque.append(x)
+        if not isinstance(x, type | types.ModuleType | types.BuiltinFunctionType):
+            self.opaque.append(x)
+        return self._weakly(x)
+
+    def _weakly(self, x: Any) -> Any:
         try:
             weak = _Weak(x)
         except TypeError:
@@ -266,6 +270,12 @@ def _holds_dynamic(x: Any) -> bool:
     )
 
 
+def _lasts(fn: types.FunctionType) -> bool:
+    """Whether the globals of a function are those of an imported module."""
+    module = sys.modules.get(fn.__globals__.get("__name__", ""))
+    return module is not None and vars(module) is fn.__globals__
+
+
 class _Current(threading.local):
     """The call that a program is run or traced for."""
 
@@ -360,6 +370,7 @@ def compiled_once(
     finally:
         _current.__dict__.clear()
         _current.__dict__.update(outer)
+        program.forget(only_roots=all(map(_lasts, parts.functions)))
     # The body needs a value while it is traced, or reads what looking cannot find, or is wrong. Its
     # variables as they are decide which, and give the error that speaks of them.
     out = impl(fns, args)

@@ -85,7 +85,9 @@ def _of_refs(values: Partition, dagdef: DagDef) -> Partition:
 
 def _check(name: str, frame: Frame, out: Any) -> None:
     for ref, owner in frame.found.items():
-        if frame.shadow[ref] in frame.assigned or frame.entered[ref].changed(frame.shadow[ref]._value):
+        if frame.shadow[ref] in frame.assigned or frame.entered[ref].changed(
+            frame.shadow[ref]._value
+        ):
             raise TraceLevelError(
                 f"{describe(ref, owner)} was written in {name}, but it is not part of the state. "
                 f"Give its module to nnx.functional, too: nnx.functional(fn, model, other)."

@@ -81,6 +81,10 @@ class Jit:
         """Be called `name` in messages, and look for what is closed over as `closure` does."""
         self._name, self._closure = name, closure
 
+    def forget(self, *, only_roots: bool) -> None:
+        """Forget what looking found, so that it is not kept alive; the programs stay."""
+        self._closure.forget(only_roots=only_roots)
+
     _given: tuple[Any, ...]
     __qualname__: str
 

@@ -164,7 +164,8 @@ class Graph:
                 Edge(source, key, value, way, None, None, path, far, hopeful=True, data=False)
             )
             return
-        data = way is not None and is_data(value)
+        default = type(key) is tuple and key[0] == "default"
+        data = (way is not None or default) and is_data(value)
         hopeful = value is None or type(value) is bool
         if is_module(value):
             candidate = value

@@ -206,6 +206,7 @@ def _while_loop(
                 )
             return packed.out
 
+        abstractly(condition, loop.first())
         last = jax.lax.while_loop(
             condition, lambda carry: loop.step(carry, nothing)[0], loop.first()
         )

@@ -73,7 +73,9 @@ def test_trees_of_trees(net):
     assert all(map(jnp.array_equal, jax.tree.leaves(nested), expected))
     rows = jax.hessian(lambda m: (m.linear.kernel**2).sum() * m.table.sum())(net)
     flat, unravel = jax.flatten_util.ravel_pytree(net)
-    plain = jax.hessian(lambda v: (lambda m: (m.linear.kernel**2).sum() * m.table.sum())(unravel(v)))
+    plain = jax.hessian(
+        lambda v: (lambda m: (m.linear.kernel**2).sum() * m.table.sum())(unravel(v))
+    )
     assert sum(x.size for x in jax.tree.leaves(rows)) == plain(flat).size
 
 
@@ -117,9 +119,7 @@ def test_partition_and_combine(net):
     is_none = lambda x: x is None
     params = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, net)
     static = jax.tree.map(lambda x: None if jnp.issubdtype(x.dtype, jnp.floating) else x, net)
-    combine = lambda p: jax.tree.map(
-        lambda a, b: b if a is None else a, p, static, is_leaf=is_none
-    )
+    combine = lambda p: jax.tree.map(lambda a, b: b if a is None else a, p, static, is_leaf=is_none)
     assert jnp.allclose(jax.jit(lambda p: combine(p)(X))(params), net(X))
     grads = jax.grad(lambda p: combine(p)(X).sum())(params)
     assert jnp.allclose(grads.table, jnp.array([3.0, 3.0, 0, 0]))
@@ -278,7 +278,9 @@ class TestFunctional:
             return net(x)
 
         pure, state = nnx.functional(fn, net)
-        with pytest.raises(nnx.TraceLevelError, match=r"not part of the state.*nnx\.functional\(fn"):
+        with pytest.raises(
+            nnx.TraceLevelError, match=r"not part of the state.*nnx\.functional\(fn"
+        ):
             pure(state, X)
         assert other.value == 0
         pure, state = nnx.functional(lambda: net.linear, net)

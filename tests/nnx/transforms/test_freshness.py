@@ -357,7 +357,9 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("cls", [L, Own])
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda p: f"{type(p[0]).__name__}-{type(p[1]).__name__}")
+@pytest.mark.parametrize(
+    "pair", PAIRS, ids=lambda p: f"{type(p[0]).__name__}-{type(p[1]).__name__}"
+)
 def test_a_static_value_counts_by_type_and_content(cls, pair):
     def code(m):
         x = m.mode
