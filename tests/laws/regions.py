@@ -1,0 +1,404 @@
+"""The transformations of a random program: for each, a function, its arguments, and the call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.laws.bodies import Bodies, Options, Scope
+from tests.laws.program import Block, Line, Node
+from tests.laws.world import number
+
+_CARRY = "a carried module that comes back at another place, or a new one, has no fixed identity"
+
+
+def _take(bodies: Bodies, scope: Scope, inner: Scope, most: int = 2) -> list[tuple[str, str]]:
+    """Choose modules to pass: pairs of a parameter and an argument. They are added to the inner scope."""
+    rng = bodies.rng
+    pairs = []
+    for expression, world in rng.sample(scope.modules, min(len(scope.modules), rng.randint(0, most))):
+        name = bodies.name("m")
+        pairs.append((name, expression))
+        inner.scalars += [f"{name}{end}" for end in bodies.world.scalars[world]]
+        inner.modules.append((name, world))
+        if (expression, world) in scope.owned:
+            inner.owned.append((name, world))
+    return pairs
+
+
+def _result(bodies: Bodies, scope: Scope, inner: Scope, modules: bool = True) -> tuple[str, str]:
+    """What a function returns, and the names that take it."""
+    rng = bodies.rng
+    number_ = bodies.expression(inner)
+    kind = rng.randrange(4)
+    if kind == 0:
+        return "None", ""
+    name = bodies.name("v")
+    if kind == 1 and modules and inner.modules:
+        module = rng.choice(inner.modules)[0]
+        back = bodies.name("k")
+        target = f"{name}, {back} = "
+        text = f"{number_}, {module}"
+    elif kind == 2:
+        second = bodies.name("v")
+        target, text = f"{name}, {second} = ", f"{number_}, {bodies.expression(inner)}"
+        (scope.varying if scope.mapped else scope.numbers).append(second)
+    else:
+        target, text = f"{name} = ", number_
+    (scope.varying if scope.mapped else scope.numbers).append(name)
+    return text, target
+
+
+def plain(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
+    """`jit`, `remat` or `checkify` of a function, with arguments by each way there is."""
+    rng = bodies.rng
+    kind = rng.choice(["jit", "jit", "jit", "remat", "checkify"])
+    inner = scope.inner()
+    pairs = _take(bodies, scope, inner)
+    params, keywords, call = [], [], []
+    if rng.random() < 0.5:
+        name = bodies.name("x")
+        params.append(name)
+        call.append(bodies.read(scope))
+        (inner.varying if scope.mapped else inner.numbers).append(name)
+    partial = ""
+    for name, argument in pairs:
+        way = rng.choice(["position", "position", "keyword", "default", "kwdefault", "partial"])
+        if way in ("default", "kwdefault", "partial"):
+            # Not an argument of the call, so its structure is not the function's to change.
+            inner.owned = [(m, w) for m, w in inner.owned if m != name]
+        if way == "position" and not keywords:
+            params.append(name)
+            call.append(argument)
+        elif way == "default" and not keywords:
+            keywords.append(f"{name}={argument}")
+        elif way == "kwdefault":
+            keywords += [] if "*" in keywords else ["*"]
+            keywords.append(f"{name}={argument}")
+        elif way == "partial":
+            keywords += [] if "*" in keywords else ["*"]
+            keywords.append(name)
+            partial += f", {name}={argument}"
+        else:
+            keywords += [] if "*" in keywords else ["*"]
+            keywords.append(name)
+            call.append(f"{name}={argument}")
+    body = bodies.body(inner, depth + 1, rng.randint(1, 3))
+    text, target = _result(bodies, scope, inner)
+    fn = bodies.name("f")
+    nodes: list[Node] = [
+        Block(f"def {fn}({', '.join(params + keywords)}):", (*body, Line(f"return {text}")))
+    ]
+    target = target if not text.startswith("None") else ""
+    made = f"partial({fn}{partial})" if partial else fn
+    if depth == 0 and kind == "jit":
+        compiled = bodies.name("j")
+        nodes.append(Line(f"{compiled} = jit({made})", (f"{compiled} = {made}",)))
+        again = f"{compiled}({', '.join(call)})"
+        bodies.calls.append(target + again)
+        if partial:
+            bodies.routes.append(("partial", compiled))
+        if any("=" in k for k in keywords):
+            bodies.routes.append(("default", fn))
+        nodes.append(Line(target + again))
+    else:
+        arguments = ", ".join(call)
+        nodes.append(Line(f"{target}{kind}({made})({arguments})", (f"{target}{made}({arguments})",)))
+    return nodes
+
+
+def method(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
+    """A bound method, or a module as a function."""
+    if not scope.modules or scope.locked:
+        return bodies.simple(scope)
+    rng = bodies.rng
+    module, world = rng.choice(scope.modules)
+    if world in bodies.world.leaves and ".c" not in bodies.world.scalars[world]:
+        return bodies.simple(scope)
+    kind = rng.choice(["jit", "remat"])
+    fn = rng.choice([f"{module}.step", module])
+    value = bodies.read(scope, varying=False)
+    name = bodies.name("v")
+    scope.numbers.append(name)
+    if depth == 0 and kind == "jit":
+        compiled = bodies.name("j")
+        bodies.calls.append(f"{name} = {compiled}({value})")
+        bodies.routes.append(("method", world))
+        return [
+            Line(f"{compiled} = jit({fn})", (f"{compiled} = {fn}",)),
+            Line(f"{name} = {compiled}({value})"),
+        ]
+    return [Line(f"{name} = {kind}({fn})({value})", (f"{name} = {fn}({value})",))]
+
+
+def branch(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
+    """`cond` or `switch`."""
+    rng = bodies.rng
+    count = 2 if rng.random() < 0.7 else 3
+    nodes: list[Node] = []
+    names = []
+    shape = rng.choice(["none", "one", "two"])
+    passed = rng.choice(scope.modules) if scope.modules and rng.random() < 0.4 else None
+    for _ in range(count):
+        inner = scope.inner()
+        x, params = bodies.name("x"), []
+        params.append(x)
+        (inner.varying if scope.mapped else inner.numbers).append(x)
+        if passed:
+            name = bodies.name("m")
+            params.append(name)
+            inner.scalars += [f"{name}{end}" for end in bodies.world.scalars[passed[1]]]
+            inner.modules.append((name, passed[1]))
+            if passed in scope.owned and rng.random() < 0.2:
+                inner.owned.append((name, passed[1]))
+                bodies.may["BranchError"] = "branches that leave different structures behind"
+        body = bodies.body(inner, depth + 1, rng.randint(0, 2))
+        out = {
+            "none": "None",
+            "one": f"mix({x}, {bodies.read(inner)})",
+            "two": f"mix({x}, {bodies.read(inner)}), mix({x}, {bodies.read(inner)})",
+        }[shape]
+        fn = bodies.name("f")
+        names.append(fn)
+        nodes.append(Block(f"def {fn}({', '.join(params)}):", (*body, Line(f"return {out}"))))
+    operands = [bodies.read(scope), *([passed[0]] if passed else [])]
+    targets = [bodies.name("v") for _ in range({"none": 0, "one": 1, "two": 2}[shape])]
+    (scope.varying if scope.mapped else scope.numbers).extend(targets)
+    target = ", ".join(targets) + (" = " if targets else "")
+    operands_ = ", ".join(operands)
+    if count == 2:
+        call = f"cond({bodies.predicate(scope)}, {', '.join(names)}, {operands_})"
+    elif bodies.real:
+        pred = bodies.predicate(scope)
+        call = f"switch({rng.choice(['0', '1', '2', '5'])}, [{', '.join(names)}], {operands_})"
+        del pred
+    else:
+        call = f"switch({bodies.read(scope, varying=False)} % 4, [{', '.join(names)}], {operands_})"
+    simpler = tuple(f"{target}{fn}({operands_})" for fn in names)
+    if depth == 0:
+        bodies.calls.append(target + call)
+    return [*nodes, Line(target + call, simpler)]
+
+
+def _carry(bodies: Bodies, scope: Scope, inner: Scope) -> tuple[str, list[str], str, list[str]]:
+    """A carry: its first value, lines that take it apart, what the body returns, the names that take it."""
+    rng = bodies.rng
+    c = bodies.name("c")
+    kind = rng.randrange(8)
+    mapped = scope.mapped
+    (inner.varying if mapped else inner.numbers).append(c)
+    start = bodies.read(scope)
+    if kind <= 3 or not scope.modules:
+        return start, [c], c, [bodies.name("v")]
+    if kind == 4:
+        inner.numbers.remove(c) if not mapped else inner.varying.remove(c)
+        return "None", [], "None", []
+    module, world = rng.choice(scope.modules)
+    name = bodies.name("m")
+    inner.scalars += [f"{name}{end}" for end in bodies.world.scalars[world]]
+    inner.modules.append((name, world))
+    if kind <= 6:
+        return f"({start}, {module})", [c, name], f"{c}, {name}", [bodies.name("v"), bodies.name("k")]
+    alike = [(m, w) for m, w in scope.modules if w in bodies.world.leaves and m != module]
+    if world in bodies.world.leaves and alike and rng.random() < 0.5:
+        bodies.may["CarryError"] = _CARRY
+        second, w2 = rng.choice(alike)
+        other = bodies.name("m")
+        inner.modules.append((other, w2))
+        return f"({module}, {second})", [name, other], f"{other}, {name}", [
+            bodies.name("k"),
+            bodies.name("k"),
+        ]
+    bodies.may["CarryError"] = _CARRY
+    fresh = f"clone({name})"
+    return f"({start}, {module})", [c, name], f"{c}, {fresh}", [bodies.name("v"), bodies.name("k")]
+
+
+def _loop_body(
+    bodies: Bodies, inner: Scope, depth: int, parts: list[str], carry: str, c: str
+) -> tuple[list[Node], str]:
+    nodes: list[Node] = []
+    if len(parts) > 1:
+        nodes.append(Line(f"{', '.join(parts)} = {c}"))
+    elif parts:
+        nodes.append(Line(f"{parts[0]} = {c}"))
+    nodes += bodies.body(inner, depth + 1, bodies.rng.randint(1, 3))
+    pieces = carry.split(", ")
+    if parts and pieces[0].startswith("c") and not pieces[0].startswith("clone"):
+        pieces[0] = f"mix({pieces[0]}, {bodies.read(inner)})"
+    return nodes, f"({', '.join(pieces)})" if len(pieces) > 1 else pieces[0]
+
+
+def scan(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
+    """`scan`, or `map`, over an array, a stack of modules, or nothing."""
+    rng = bodies.rng
+    inner = scope.inner()
+    start, parts, carry, targets = _carry(bodies, scope, inner)
+    x = bodies.name("x")
+    values = ", ".join(number(rng, bodies.real) for _ in range(3))
+    kind = rng.choice(["array", "array", "none", "stack"])
+    stack = bodies.world.stacks and not scope.mapped and not scope.locked
+    xs = f"array([{values}])"
+    tail = ""
+    if kind == "stack" and stack and not any(m.startswith("s") for m, _ in scope.modules):
+        xs = bodies.world.stacks[0]
+        inner.scalars += [f"{x}.w", f"{x}.c"]
+        inner.modules.append((x, xs))
+        bodies.may.setdefault("AxisError", "a stack that is sliced and read whole by closure")
+    elif kind == "none":
+        xs, tail = "None", ", length=3"
+    else:
+        (inner.varying if scope.mapped else inner.numbers).append(x)
+    nodes, back = _loop_body(bodies, inner, depth, parts, carry, "c")
+    y = rng.choice(["None", bodies.expression(inner), bodies.expression(inner)])
+    fn = bodies.name("f")
+    if not parts and rng.random() < 0.5 and xs != "None":
+        ys = bodies.name("ys")
+        nodes.append(Line(f"return {y}"))
+        call = f"{ys} = map_({fn}, {xs})"
+        if depth == 0:
+            bodies.calls.append(call)
+        return [Block(f"def {fn}({x}):", tuple(nodes)), Line(call)]
+    nodes.append(Line(f"return {back}, {y}"))
+    ys = bodies.name("ys")
+    left = "_" if not targets else targets[0] if len(targets) == 1 else f"({', '.join(targets)})"
+    _count_numbers(scope, targets)
+    call = f"{left}, {ys} = scan({fn}, {start}, {xs}{tail})"
+    first = "None" if xs == "None" else f"{xs}[0]"
+    simpler = (f"{left}, {ys} = {fn}({start}, {first})",) if "s0" not in xs else ()
+    if depth == 0:
+        bodies.calls.append(call)
+    return [Block(f"def {fn}(c, {x}):", tuple(nodes)), Line(call, simpler)]
+
+
+def _count_numbers(scope: Scope, targets: list[str]) -> None:
+    found = [t for t in targets if t.startswith("v")]
+    (scope.varying if scope.mapped else scope.numbers).extend(found)
+
+
+def fori(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
+    """`fori_loop`."""
+    rng = bodies.rng
+    inner = scope.inner()
+    start, parts, carry, targets = _carry(bodies, scope, inner)
+    i = bodies.name("i")
+    inner.numbers.append(i)
+    nodes, back = _loop_body(bodies, inner, depth, parts, carry, "c")
+    nodes.append(Line(f"return {back}"))
+    fn = bodies.name("f")
+    left = "" if not targets else f"{', '.join(targets)} = "
+    _count_numbers(scope, targets)
+    steps = rng.choice(["1", "3", "3", "4", "0"])
+    call = f"{left}fori_loop(0, {steps}, {fn}, {start})"
+    if depth == 0:
+        bodies.calls.append(call)
+    return [Block(f"def {fn}({i}, c):", tuple(nodes)), Line(call, (f"{left}{fn}(array(0), {start})",))]
+
+
+def while_(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
+    """`while_loop`, which counts in its carry."""
+    rng = bodies.rng
+    inner = scope.inner()
+    n = bodies.name("n")
+    inner.numbers.append(n)
+    nodes: list[Node] = []
+    module = rng.choice(scope.modules) if scope.modules and rng.random() < 0.4 else None
+    parts = [n]
+    if module:
+        name = bodies.name("m")
+        parts.append(name)
+        inner.scalars += [f"{name}{end}" for end in bodies.world.scalars[module[1]]]
+        inner.modules.append((name, module[1]))
+    nodes.append(Line(f"{', '.join(parts)} = c" if module else f"{n} = c"))
+    nodes += bodies.body(inner, depth + 1, rng.randint(1, 3))
+    nodes.append(Line(f"return {', '.join([f'{n} + 1', *parts[1:]])}"))
+    fn, test = bodies.name("f"), bodies.name("t")
+    count = rng.randint(1, 3)
+    condition = f"{'c[0]' if module else 'c'} < {count}"
+    if rng.random() < 0.4:
+        condition = f"({condition}) & ({bodies.read(scope, varying=False)} < 96)"
+    start = f"(array(0), {module[0]})" if module else "array(0)"
+    targets = [bodies.name("v"), bodies.name("k")][: len(parts)]
+    _count_numbers(scope, targets)
+    call = f"{', '.join(targets)} = while_loop({test}, {fn}, {start})"
+    if depth == 0:
+        bodies.calls.append(call)
+    return [
+        Block(f"def {test}(c):", (Line(f"return {condition}"),)),
+        Block(f"def {fn}(c):", tuple(nodes)),
+        Line(call, (f"{', '.join(targets)} = {fn}({start})",)),
+    ]
+
+
+def lanes(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
+    """`vmap` over an array, with a stack of modules and modules that all lanes share."""
+    rng = bodies.rng
+    inner = scope.inner()
+    inner.mapped = True
+    x = bodies.name("x")
+    inner.varying.append(x)
+    values = ", ".join(number(rng, bodies.real) for _ in range(3))
+    params, call, axes = [x], [f"array([{values}])"], ["0"]
+    if bodies.world.stacks and not scope.locked and rng.random() < 0.6:
+        name = bodies.name("m")
+        params.append(name)
+        call.append(bodies.world.stacks[0])
+        axes.append("0")
+        inner.lanes += [f"{name}.w", f"{name}.c"]
+    for name, argument in _take(bodies, scope, inner, 1):
+        params.append(name)
+        call.append(argument)
+        axes.append("None")
+    inner.owned = []
+    body = bodies.body(inner, depth + 1, rng.randint(1, 3))
+    fn, out = bodies.name("f"), bodies.name("ys")
+    result = f"mix({x}, {bodies.read(inner)})"
+    call_ = f"{out} = vmap({fn}, in_axes=({', '.join(axes)},))({', '.join(call)})"
+    if depth == 0:
+        bodies.calls.append(call_)
+    return [
+        Block(f"def {fn}({', '.join(params)}):", (*body, Line(f"return {result}"))),
+        Line(call_),
+    ]
+
+
+def slope(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
+    """`grad` with respect to the parameters of a module, or to a number."""
+    rng = bodies.rng
+    inner = scope.inner()
+    # What is closed over is a constant.
+    inner.locked = inner.locked + inner.scalars or ["array(0.5)"]
+    inner.scalars = []
+    leaves = [(m, w) for m, w in scope.modules if w in bodies.world.leaves]
+    name = bodies.name("m")
+    if leaves and rng.random() < 0.8:
+        module, world = rng.choice(leaves)
+        inner.modules = [(name, world)]
+        inner.scalars = [f"{name}{end}" for end in bodies.world.scalars[world]]
+        read = f"{name}.w"
+    else:
+        module, read = bodies.read(scope), name
+        inner.modules = []
+        inner.numbers.append(name)
+    body = bodies.body(inner, depth + 1, rng.randint(1, 3))
+    fn, out = bodies.name("f"), bodies.name("g")
+    call = f"{out} = as_dict(grad({fn})({module}))"
+    if depth == 0:
+        bodies.calls.append(call)
+    return [
+        Block(f"def {fn}({name}):", (*body, Line(f"return mix({bodies.read(inner)}, {read})"))),
+        Line(call),
+    ]
+
+
+def kinds(options: Options, scope: Scope, real: bool) -> dict[Any, float]:
+    """What may stand at a place, and how likely it is."""
+    return {
+        plain: options.plain * 2,
+        method: options.plain * 0.3,
+        branch: options.branches,
+        scan: options.loops,
+        fori: options.loops * 0.7,
+        while_: options.loops * 0.5,
+        lanes: 0 if scope.mapped else options.lanes,
+        slope: options.lanes * 2 if real and not scope.locked else 0,
+    }
