@@ -53,7 +53,7 @@ def _variants(nodes: Nodes) -> Iterator[Nodes]:
     for i, node in enumerate(nodes):
         before, after = nodes[:i], nodes[i + 1 :]
         if isinstance(node, Line):
-            for text in node.simpler:
+            for text in (*node.simpler, *_shorter(node.text)):
                 yield (*before, Line(text), *after)
             continue
         for body in _chunks(node.body):
@@ -62,7 +62,7 @@ def _variants(nodes: Nodes) -> Iterator[Nodes]:
             yield (*before, Block(node.head, body), *after)
         if not node.head.startswith("def "):
             yield (*before, *node.body, *after)
-        elif "():" in node.head or True:
+        else:
             name = node.head[4:].split("(")[0]
             body = tuple(
                 n for n in node.body if not (isinstance(n, Line) and n.text.startswith("return"))
@@ -70,3 +70,32 @@ def _variants(nodes: Nodes) -> Iterator[Nodes]:
             rest = tuple(n for n in after if not (isinstance(n, Line) and name in n.text))
             if len(rest) < len(after):
                 yield (*before, *body, *rest)
+
+
+def _shorter(text: str) -> Iterator[str]:
+    """The line with one call of `mix`, `total` or `tag` replaced by a part of it."""
+    for call in ("mix(", "total(", "tag("):
+        at = text.find(call)
+        while at >= 0:
+            end, commas = _close(text, at + len(call))
+            inside = text[at + len(call) : end]
+            parts = [inside]
+            if commas:
+                parts = [inside[: commas[0]], inside[commas[0] + 1 :].strip()]
+            for part in parts if call == "mix(" else ["1", "array(1)"]:
+                yield text[:at] + part + text[end + 1 :]
+            at = text.find(call, at + 1)
+    if text.startswith("return ") and text != "return None":
+        yield "return None"
+
+
+def _close(text: str, start: int) -> tuple[int, list[int]]:
+    """Where the bracket ends that was opened before `start`, and its commas, from `start` on."""
+    depth, commas = 1, []
+    for i in range(start, len(text)):
+        depth += (text[i] in "([{") - (text[i] in ")]}")
+        if depth == 0:
+            return i, commas
+        if depth == 1 and text[i] == ",":
+            commas.append(i - start)
+    return len(text), commas

@@ -189,6 +189,9 @@ def define(lib: Any) -> dict[str, type]:
             lib.bump(self)
             return lib.mix(lib.total(self), x)
 
+        def __call__(self, x: Any) -> Any:
+            return self.step(x)
+
     class Box:
         """A plain object, which is no module."""
 
