@@ -10,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import argparse
 import collections
+import gc
 import sys
 import time
 
@@ -29,6 +30,8 @@ def main() -> int:
     laws = [options.law] if options.law else list(LAWS)
     counts: dict[int, collections.Counter[str]] = {law: collections.Counter() for law in laws}
     failures = 0
+    forget()
+    gc.freeze()
     start = time.monotonic()
     for i in range(options.programs):
         law = laws[i % len(laws)]

@@ -30,17 +30,20 @@ class Scope:
     varying: list[str] = field(default_factory=list)
     mapped: bool = False
 
+    # Whether functions close over no numbers, which are new arrays at each call.
+    typed: bool = False
+
     def inner(self) -> Scope:
         """The same names in a function that closes over them."""
         return replace(
             self,
             scalars=list(self.scalars),
             locked=list(self.locked),
-            numbers=list(self.numbers),
+            numbers=[] if self.typed else list(self.numbers),
             modules=list(self.modules),
             owned=[],
             lanes=list(self.lanes),
-            varying=list(self.varying),
+            varying=[] if self.typed else list(self.varying),
         )
 
 
@@ -54,6 +57,8 @@ class Options:
     branches: float = 1.0
     plain: float = 1.0
     lanes: float = 0.5
+    # Whether every value keeps its dtype, weak or not, and nothing is closed over but modules.
+    typed: bool = False
 
 
 class Bodies:
@@ -91,16 +96,17 @@ class Bodies:
         scalars = [f"{r}.value" for r in world.refs]
         scalars += [f"{m}{end}" for m in world.modules for end in world.scalars[m]]
         modules = [(m, m) for m in world.modules]
-        return Scope(scalars, modules=modules, owned=list(modules))
+        return Scope(scalars, modules=modules, owned=list(modules), typed=self.options.typed)
 
     # Expressions
 
     def read(self, scope: Scope, *, varying: bool = True) -> str:
         """Something that can be read."""
         rng = self.rng
-        if scope.modules and rng.random() < 0.15:
+        typed = self.options.typed
+        if scope.modules and not typed and rng.random() < 0.15:
             return f"total({rng.choice(scope.modules)[0]})"
-        if self.world.settings and rng.random() < 0.1:
+        if self.world.settings and not typed and rng.random() < 0.1:
             found = [m for m, w in scope.modules if w in self.world.settings]
             if found:
                 return f"tag({rng.choice(found)}.mode){' / 100' if self.real else ''}"
@@ -203,5 +209,11 @@ class Bodies:
     def region(self, scope: Scope, depth: int) -> list[Node]:
         """A function and a call of it in a transformation."""
         kinds = self.kinds(self.options, scope, self.real)
+        make = self.rng.choices(list(kinds), list(kinds.values()))[0]
+        return make(self, scope, depth)
+
+    def loop(self, scope: Scope, depth: int) -> list[Node]:
+        """A loop or a branch."""
+        kinds = self.kinds(Options(plain=0, lanes=0), scope, False)
         make = self.rng.choices(list(kinds), list(kinds.values()))[0]
         return make(self, scope, depth)

@@ -8,15 +8,17 @@ code with what it judges.
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 
 import nnx
 from tests.laws import reference
-from tests.laws.things import NAMES, SETTINGS, define
+from tests.laws.things import NAMES, SETTINGS, Boom, define
 
 MISSING = object()
 
@@ -128,7 +130,7 @@ class Library:
         """The names for one run of a program."""
         names = ["Ref", "mix", "total", "bump", "array", "cell", "clone", "as_dict", "where"]
         names += ["jit", "remat", "checkify", "cond", "switch", "scan", "fori_loop", "while_loop"]
-        names += ["map_", "vmap", "grad", "number"]
+        names += ["map_", "vmap", "grad", "number", "fail"]
         own = {name: getattr(self, name) for name in names}
         return {
             "__name__": "program",
@@ -138,6 +140,14 @@ class Library:
             **self.classes,
             **own,
         }
+
+
+def _boom() -> None:
+    raise Boom
+
+
+# JAX logs what a callback raises, beside raising it.
+logging.getLogger("jax._src.callback").setLevel(logging.CRITICAL)
 
 
 class Nnx(Library):
@@ -159,6 +169,10 @@ class Nnx(Library):
     map_ = staticmethod(nnx.map)
     vmap = staticmethod(nnx.vmap)
     grad = staticmethod(nnx.grad)
+
+    def fail(self) -> None:
+        """Raise when the program runs, and not when it is traced."""
+        jax.experimental.io_callback(_boom, None, ordered=True)
 
     def array(self, x: Any) -> Any:
         return jnp.asarray(np.asarray(x, np.float32 if self.real else np.int32))
@@ -197,6 +211,9 @@ class Python(Library):
 
     param = staticmethod(lambda: reference.Field("params"))
     ref = staticmethod(reference.Field)
+
+    def fail(self) -> None:
+        raise Boom
 
     def array(self, x: Any) -> Any:
         kind = np.float64 if self.real else np.int64

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-import linecache
 import types
 import warnings
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -85,8 +85,10 @@ class Result:
     began: bool = False
 
 
-def execute(program: Program, lib: Library) -> Result:
-    """Run a program with one of the libraries."""
+def execute(
+    program: Program, lib: Library, watched: list[weakref.ref[Any]] | None = None
+) -> Result:
+    """Run a program with one of the libraries; `watched` gets what it made at the start, by weak references."""
     result = Result()
     lib.real = program.real
     names = lib.namespace()
@@ -100,17 +102,27 @@ def execute(program: Program, lib: Library) -> Result:
             mine = {k: v for k, v in found.items() if k not in builtin and k != "main"}
             if not result.states:
                 _label(lib, mine, labels, keep)
+                if watched is not None:
+                    watched += _watch(lib, keep)
             result.began = True
-            result.states.append(_state(lib, mine, labels))
+            result.states.append(state_of(lib, mine, labels))
             last = mine
     except Exception as error:
         result.error = error
         if result.began:
-            result.after_error = _state(lib, last, labels)
+            result.after_error = state_of(lib, last, labels)
     finally:
         lib.restore()
         running.close()
     return result
+
+
+def _watch(lib: Library, objects: list[Any]) -> Iterator[weakref.ref[Any]]:
+    for x in objects:
+        if isinstance(x, (lib.Module, lib.Ref)):
+            yield weakref.ref(x)
+        if isinstance(x, lib.Ref) and isinstance(x.value, jax.Array):
+            yield weakref.ref(x.value)
 
 
 def _globals(program: Program, names: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -132,9 +144,6 @@ def _cells(program: Program, names: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield dict(main.gi_frame.f_locals)
 
 
-_sources = 0
-
-
 def _compiled(source: str) -> types.CodeType:
     return compile(source, "<program>", "exec")
 
@@ -154,7 +163,7 @@ def _label(lib: Library, names: dict[str, Any], labels: dict[int, str], keep: li
         todo += [(part, f"{name}.{key}") for key, part in reversed(parts or [])]
 
 
-def _state(lib: Library, names: dict[str, Any], labels: dict[int, str]) -> dict[str, Any]:
+def state_of(lib: Library, names: dict[str, Any], labels: dict[int, str]) -> dict[str, Any]:
     """All that can be seen, as plain data: every name, every object once, and what classes hold."""
     seen: dict[int, str] = {}
     state: dict[str, Any] = {}
@@ -198,6 +207,12 @@ def value_of(lib: Library, x: Any) -> Any:
         return ("dual", x.value)
     if isinstance(x, jax.core.Tracer):
         return "a tracer"
+    if type(x) in (tuple, list):
+        return type(x)(value_of(lib, part) for part in x)
+    if type(x) is dict:
+        return {text(key): value_of(lib, part) for key, part in x.items()}
+    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return ("key", jax.random.key_data(x).ravel().tolist())
     if isinstance(x, (jax.Array, np.ndarray)) and x.dtype != object:
         array = np.asarray(x)
         return float(array) if array.ndim == 0 else [float(v) for v in array.ravel()]
@@ -245,23 +260,27 @@ class Verdict:
         return self.kind not in ("ok", "raised", "void")
 
 
-def judge(program: Program) -> Verdict:
-    """Run a program with both libraries, and compare."""
+def expected_of(program: Program) -> tuple[Program, Result | None]:
+    """What a program means, and the part of it that means something; None if nothing does."""
     expected = execute(program, PYTHON)
     if not expected.began or (
         expected.error is not None and not isinstance(expected.error, (Boom, Differs))
     ):
-        # What means nothing in Python cannot be compared from there on.
-        error = expected.error
         cut = len(expected.states) - 1
         if cut <= 0:
-            return Verdict("void", f"{type(error).__name__}: {error}")
-        program = Program(
-            program.law, program.prelude, program.steps[:cut], program.may, program.real, program.cells
-        )
+            return program, None
+        program = replace(program, steps=program.steps[:cut])
         expected.error = None
     if not all(finite(state) for state in expected.states):
-        return Verdict("void", "not finite")
+        return program, None
+    return program, expected
+
+
+def judge(program: Program) -> Verdict:
+    """Run a program with both libraries, and compare."""
+    program, expected = expected_of(program)
+    if expected is None:
+        return Verdict("void")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         got = execute(program, NNX)
@@ -287,7 +306,8 @@ def compare(program: Program, expected: Result, got: Result) -> Verdict:
             )
         name = type(got.error).__name__
         if len(expected.states) == step and isinstance(expected.error, (Boom, Differs)):
-            right = isinstance(got.error, nnx.RefError) or isinstance(got.error, Boom)
+            # An error of a callback comes as one of JAX's runtime.
+            right = isinstance(got.error, (nnx.RefError, Boom, jax.errors.JaxRuntimeError))
             if right:
                 return Verdict("raised", name, step)
         if name in dict(program.may):
