@@ -15,7 +15,9 @@ def _take(bodies: Bodies, scope: Scope, inner: Scope, most: int = 2) -> list[tup
     """Choose modules to pass: pairs of a parameter and an argument. They are added to the inner scope."""
     rng = bodies.rng
     pairs = []
-    for expression, world in rng.sample(scope.modules, min(len(scope.modules), rng.randint(0, most))):
+    count = rng.randint(0, most) if scope.modules else 0
+    # The same module may be passed twice.
+    for expression, world in rng.choices(scope.modules, k=count) if count else []:
         name = bodies.name("m")
         pairs.append((name, expression))
         inner.scalars += [f"{name}{end}" for end in bodies.world.scalars[world]]
@@ -25,16 +27,36 @@ def _take(bodies: Bodies, scope: Scope, inner: Scope, most: int = 2) -> list[tup
     return pairs
 
 
+def _others(bodies: Bodies, call: list[str]) -> list[str]:
+    """The arguments of a call with other modules of the same kind in them."""
+    found = []
+    for argument in call:
+        start, _, name = argument.rpartition("=")
+        alike = [
+            m for m, ends in bodies.world.scalars.items() if ends == bodies.world.scalars.get(name)
+        ]
+        found.append(f"{start}{'=' if start else ''}{bodies.rng.choice(alike) if alike else name}")
+    return found
+
+
 def _result(bodies: Bodies, scope: Scope, inner: Scope, modules: bool = True) -> tuple[str, str]:
     """What a function returns, and the names that take it."""
     rng = bodies.rng
     number_ = bodies.expression(inner)
-    kind = rng.randrange(4)
+    kind = rng.randrange(6)
     if kind == 0:
         return "None", ""
     name = bodies.name("v")
-    if kind == 1 and modules and inner.modules:
+    if kind in (1, 4) and modules and inner.modules:
         module = rng.choice(inner.modules)[0]
+        if kind == 4:
+            # A container, a new module, or a Ref of one that came in.
+            new = f"Leaf({number_}, array({number(rng, bodies.real)}))"
+            second = rng.choice(inner.modules)[0]
+            leaves = [f'cell({m}, "w")' for m, w in inner.modules if w in bodies.world.leaves]
+            module = rng.choice(
+                [new, f"[{module}, {new}]", f'{{"a": {module}, "b": ({second}, {module})}}', *leaves[:1]]
+            )
         back = bodies.name("k")
         target = f"{name}, {back} = "
         text = f"{number_}, {module}"
@@ -51,7 +73,7 @@ def _result(bodies: Bodies, scope: Scope, inner: Scope, modules: bool = True) ->
 def plain(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
     """`jit`, `remat` or `checkify` of a function, with arguments by each way there is."""
     rng = bodies.rng
-    kind = rng.choice(["jit", "jit", "jit", "remat", "checkify"])
+    kind = rng.choice(["jit", "jit", "jit", "remat", "checkify", ""])
     inner = scope.inner()
     pairs = _take(bodies, scope, inner)
     params, keywords, call = [], [], []
@@ -95,6 +117,8 @@ def plain(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
         nodes.append(Line(f"{compiled} = jit({made})", (f"{compiled} = {made}",)))
         again = f"{compiled}({', '.join(call)})"
         bodies.calls.append(target + again)
+        for _ in range(2 if pairs else 0):
+            bodies.calls.append(f"{target}{compiled}({', '.join(_others(bodies, call))})")
         if partial:
             bodies.routes.append(("partial", compiled))
         if any("=" in k for k in keywords):
@@ -102,7 +126,8 @@ def plain(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
         nodes.append(Line(target + again))
     else:
         arguments = ", ".join(call)
-        nodes.append(Line(f"{target}{kind}({made})({arguments})", (f"{target}{made}({arguments})",)))
+        called = f"{kind}({made})" if kind else made
+        nodes.append(Line(f"{target}{called}({arguments})", (f"{target}{made}({arguments})",)))
     return nodes
 
 
@@ -161,18 +186,15 @@ def branch(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
         names.append(fn)
         nodes.append(Block(f"def {fn}({', '.join(params)}):", (*body, Line(f"return {out}"))))
     operands = [bodies.read(scope), *([passed[0]] if passed else [])]
+    pred = bodies.predicate(scope)
+    which = f"{bodies.read(scope, varying=False)} % 4" if not bodies.real else rng.choice("0125")
     targets = [bodies.name("v") for _ in range({"none": 0, "one": 1, "two": 2}[shape])]
     (scope.varying if scope.mapped else scope.numbers).extend(targets)
     target = ", ".join(targets) + (" = " if targets else "")
     operands_ = ", ".join(operands)
+    call = f"switch({which}, [{', '.join(names)}], {operands_})"
     if count == 2:
-        call = f"cond({bodies.predicate(scope)}, {', '.join(names)}, {operands_})"
-    elif bodies.real:
-        pred = bodies.predicate(scope)
-        call = f"switch({rng.choice(['0', '1', '2', '5'])}, [{', '.join(names)}], {operands_})"
-        del pred
-    else:
-        call = f"switch({bodies.read(scope, varying=False)} % 4, [{', '.join(names)}], {operands_})"
+        call = f"cond({pred}, {', '.join(names)}, {operands_})"
     simpler = tuple(f"{target}{fn}({operands_})" for fn in names)
     if depth == 0:
         bodies.calls.append(target + call)
@@ -398,7 +420,8 @@ def kinds(options: Options, scope: Scope, real: bool) -> dict[Any, float]:
         branch: options.branches,
         scan: options.loops,
         fori: options.loops * 0.7,
-        while_: options.loops * 0.5,
+        # JAX has no reverse derivative of a `while`.
+        while_: 0 if scope.locked else options.loops * 0.5,
         lanes: 0 if scope.mapped else options.lanes,
         slope: options.lanes * 2 if real and not scope.locked else 0,
     }
