@@ -57,6 +57,8 @@ class Options:
     branches: float = 1.0
     plain: float = 1.0
     lanes: float = 0.5
+    # Whether functions may be called without a transformation, too.
+    direct: bool = True
     # Whether every value keeps its dtype, weak or not, and nothing is closed over but modules.
     typed: bool = False
 

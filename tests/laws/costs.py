@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ def _listen(name: str, seconds: float, **_: Any) -> None:
 
 jax.monitoring.register_event_duration_secs_listener(_listen)
 
-_WARM, _CALLS = 3, 3
+_WARM, _CALLS = 3, 4
 
 
 def make(seed: int) -> Program:
@@ -76,17 +77,22 @@ def judge(program: Program) -> Verdict:
         # Whether it may raise is not the question here.
         NNX.restore()
         return Verdict("void", f"{type(error).__name__}: {error}")
-    before = census()
     ticks[0] = _compiled[0] = 0
+    counts = []
     try:
-        for _ in range(_CALLS):
-            names["step"]()
+        for _ in range(3):
+            counts.append(census((object,)))
+            for _ in range(_CALLS):
+                names["step"]()
+        counts.append(census((object,)))
     except Exception as error:
         return Verdict(f"raised {type(error).__name__}", str(error))
     finally:
         NNX.restore()
     if ticks[0] or _compiled[0]:
         kind = "compiled again" if _compiled[0] else "traced again"
-        return Verdict(kind, f"{_CALLS} calls: {ticks[0]} traces, {_compiled[0]} compilations")
-    grown = census() - before
-    return Verdict("grew", str(dict(grown))) if grown else Verdict("ok")
+        return Verdict(kind, f"{3 * _CALLS} calls: {ticks[0]} traces, {_compiled[0]} compilations")
+    # What every call leaves behind is there after each round of calls.
+    rounds = [after - before for before, after in pairwise(counts)]
+    grown = {k: n for k, n in rounds[-1].items() if all(r[k] >= _CALLS for r in rounds)}
+    return Verdict("grew", f"by {grown} in {_CALLS} calls") if grown else Verdict("ok")

@@ -30,9 +30,10 @@ from tests.laws.program import (
 def make(seed: int) -> Program:
     """A program of law 3 or 4 in which a function raises somewhere."""
     rng = random.Random(f"7 {seed}")
-    program = programs.make(rng.choice([3, 4]), seed)
-    places = list(_places(program.steps, ()))
-    steps = program.steps
+    program = programs.general(rng.choice([3, 4]), rng, seed, direct=False)
+    # What ordinary Python did before it raised stays done, so no call may lose its transformation.
+    steps = tuple(Line(x.text) if isinstance(x, Line) else x for x in program.steps)
+    places = list(_places(steps, ()))
     if places and rng.random() < 0.85:
         line = rng.choice(["raise Boom()", "raise Boom()", "fail()"])
         steps = _insert(steps, rng.choice(places), line)
@@ -60,13 +61,16 @@ def _insert(nodes: tuple[Node, ...], path: tuple[int, ...], text: str) -> tuple[
     return (*nodes[:at], new, *nodes[at + 1 :])
 
 
-def census() -> collections.Counter[str]:
-    """How many Refs, modules and tracers are alive; `gc.freeze` takes out what was there before."""
+_OURS = (nnx.Ref, nnx.Module, jax.core.Tracer)
+
+
+def census(kinds: tuple[type, ...] = _OURS) -> collections.Counter[str]:
+    """How many objects of these classes are alive; `gc.freeze` takes out what was there before."""
     gc.collect()
     counts: collections.Counter[str] = collections.Counter()
     for x in gc.get_objects():
         kind = type(x)
-        if issubclass(kind, (nnx.Ref, nnx.Module, jax.core.Tracer)):
+        if issubclass(kind, kinds):
             counts[kind.__name__] += 1
     return counts
 
@@ -84,7 +88,8 @@ def judge(program: Program) -> Verdict:
     grown = census() - before
     alive = [type(x).__name__ for w in watched if (x := w()) is not None]
     if grown or alive:
-        return Verdict("leak", f"{verdict.kind} {verdict.detail}; alive: {dict(grown)}, {alive}")
+        detail = f"{verdict.kind} {verdict.detail}; alive: {dict(grown)}, {alive}"
+        return Verdict("leak", detail, error=verdict.error)
     return verdict
 
 

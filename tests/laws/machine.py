@@ -53,7 +53,8 @@ def run_one(law: int, seed: int, seconds: float = 30.0) -> Outcome:
         # What earlier programs left in caches must not decide.
         if law not in _TREES:
             forget()
-        return judge(smaller).kind == verdict.kind
+        found = judge(smaller)
+        return (found.kind, found.error) == (verdict.kind, verdict.error)
 
     if not fails(program):
         note = "\n(It goes right by itself: something that ran before it was taken for it.)"

@@ -40,11 +40,20 @@ def _module(tree: Any, rng: random.Random) -> Any:
     return rng.choice([x for x in found if isinstance(x, (nnx.Module, nnx.Ref))])
 
 
+def _arrays_only(tree: Any) -> bool:
+    """Whether plain JAX can compile for the leaves."""
+    return all(isinstance(x, (jax.Array, np.ndarray)) for x in jax.tree.leaves(tree))
+
+
 def _numbers(leaves: list[Any]) -> Any:
     """One number of the arrays among some leaves."""
     found = jnp.float32(0)
     for i, x in enumerate(leaves):
-        if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.number):
+        # A number in a Ref is an array in a compiled program.
+        numeric = type(x) in (int, float)
+        if isinstance(x, (jax.Array, np.ndarray)):
+            numeric = jnp.issubdtype(x.dtype, jnp.number)
+        if numeric:
             found = found + (i + 1) * jnp.sum(jnp.asarray(x, jnp.float32))
     return found
 
@@ -141,6 +150,8 @@ def kept_for_later(tree: Any, rng: random.Random) -> str | None:
 
 def held_by_another(tree: Any, rng: random.Random) -> str | None:
     """A pytree that flattens a module itself, as an argument, by closure, and in an attribute."""
+    if not _arrays_only(tree):
+        return None
     holder = Holder(tree)
     expected = _numbers(jax.tree.leaves(tree))
     way = rng.randrange(4)
@@ -200,7 +211,7 @@ def shapes_only(tree: Any, rng: random.Random) -> str | None:
 
 def axes_as_tree(tree: Any, rng: random.Random) -> str | None:
     """`jax.vmap` over a stack of the tree, with a tree of axes."""
-    if not jax.tree.leaves(tree):
+    if not _arrays_only(tree) or not jax.tree.leaves(tree):
         return None
     stacked = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * 2), tree)
     axes = jax.tree.map(lambda _: 0, tree) if rng.random() < 0.7 else 0
@@ -211,6 +222,8 @@ def axes_as_tree(tree: Any, rng: random.Random) -> str | None:
 
 def ahead_of_time(tree: Any, rng: random.Random) -> str | None:
     """`lower().compile()`, `eval_shape` and `custom_vjp` of JAX over the tree."""
+    if not _arrays_only(tree):
+        return None
 
     def f(tree: Any) -> Any:
         return _numbers(jax.tree.leaves(tree))
@@ -254,6 +267,9 @@ def second_derivative(tree: Any, rng: random.Random) -> str | None:
 
 def split_under_jax(tree: Any, rng: random.Random) -> str | None:
     """A DagDef crosses plain JAX as a pytree without leaves."""
+    tree = _module(tree, rng)
+    if not _arrays_only(tree):
+        return None
     dagdef, part = nnx.split(tree)
     expected = _numbers(list(jax.tree.leaves(part)))
     way = rng.randrange(4)

@@ -254,6 +254,8 @@ class Verdict:
     kind: str
     detail: str = ""
     step: int = 0
+    # The name of the error that nnx raised, if any.
+    error: str = ""
 
     @property
     def wrong(self) -> bool:
@@ -298,21 +300,16 @@ def compare(program: Program, expected: Result, got: Result) -> Verdict:
             return Verdict("wrong", difference(a, b), i)
     step = len(got.states)
     if got.error is not None:
-        if not same(got.states[-1], got.after_error):
-            return Verdict(
-                "changed by an error",
-                f"{type(got.error).__name__}: {got.error}\n{difference(got.states[-1], got.after_error)}",
-                step,
-            )
         name = type(got.error).__name__
-        if len(expected.states) == step and isinstance(expected.error, (Boom, Differs)):
-            # An error of a callback comes as one of JAX's runtime.
-            right = isinstance(got.error, (nnx.RefError, Boom, jax.errors.JaxRuntimeError))
-            if right:
-                return Verdict("raised", name, step)
-        if name in dict(program.may):
-            return Verdict("raised", name, step)
-        return Verdict(f"raised {name}", str(got.error), step)
+        if not same(got.states[-1], got.after_error):
+            changes = difference(got.states[-1], got.after_error)
+            return Verdict("changed by an error", f"{name}: {got.error}\n{changes}", step, name)
+        # An error of a callback comes as one of JAX's runtime.
+        kinds = (nnx.RefError, Boom, jax.errors.JaxRuntimeError)
+        meant = len(expected.states) == step and isinstance(expected.error, (Boom, Differs))
+        if (meant and isinstance(got.error, kinds)) or name in dict(program.may):
+            return Verdict("raised", name, step, name)
+        return Verdict(f"raised {name}", str(got.error), step, name)
     if len(expected.states) < step or expected.error is not None:
         return Verdict("no error", f"Python raised {type(expected.error).__name__}", step)
     return Verdict("ok")

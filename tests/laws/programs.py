@@ -26,12 +26,11 @@ _SURGERY = {
 def make(law: int, seed: int) -> Program:
     """The program of one law with one seed; the same each time."""
     rng = random.Random(f"{law} {seed}")
-    if law in (3, 4):
-        return _general(law, rng, seed)
-    return _calls(law, rng, seed)
+    return general(law, rng, seed) if law in (3, 4) else _calls(law, rng, seed)
 
 
-def _general(law: int, rng: random.Random, seed: int) -> Program:
+def general(law: int, rng: random.Random, seed: int, *, direct: bool = True) -> Program:
+    """A program of law 3 or 4. Without `direct`, every function is called by a transformation."""
     real = rng.random() < 0.3
     loops = law == 4
     options = Options(
@@ -41,6 +40,7 @@ def _general(law: int, rng: random.Random, seed: int) -> Program:
         branches=0.5 if loops else 1.0,
         plain=0.7 if loops else 1.5,
         lanes=0.4,
+        direct=direct,
     )
     world = make_world(rng, real=real)
     bodies = Bodies(rng, world, options, kinds, real=real)

@@ -73,7 +73,7 @@ def _result(bodies: Bodies, scope: Scope, inner: Scope, modules: bool = True) ->
 def plain(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
     """`jit`, `remat` or `checkify` of a function, with arguments by each way there is."""
     rng = bodies.rng
-    kind = rng.choice(["jit", "jit", "jit", "remat", "checkify", ""])
+    kind = rng.choice(["jit", "jit", "jit", "remat", "checkify", *([""] if bodies.options.direct else [])])
     inner = scope.inner()
     pairs = _take(bodies, scope, inner)
     params, keywords, call = [], [], []

@@ -153,7 +153,11 @@ def trees_as_leaves(tree: Any, rng: random.Random) -> str | None:
     _, treedef = jax.tree.flatten(tree)
     makers: list[Callable[[], Any]] = [
         lambda: (1, 2), lambda: None, lambda: [1], dict, lambda: {"a": object()}, lambda: 5,
+        lambda: nnx.Ref(jnp.ones(2)), lambda: NNX.classes["Leaf"](object(), 2),
+        lambda: nnx.split(NNX.classes["Leaf"](1, 2))[1],
     ]  # fmt: skip
+    if rng.random() < 0.5:
+        makers = [rng.choice(makers)]
     objects = [rng.choice(makers)() for _ in range(treedef.num_leaves)]
     made = jax.tree.unflatten(treedef, objects)
     ids = {id(x) for x in objects}
@@ -242,7 +246,7 @@ CHECKS: dict[int, tuple[Any, ...]] = {
 }
 # The errors that are right for a check, and why.
 MAY: dict[str, dict[str, str]] = {
-    "all_or_nothing": {},
+    "held_by_another": {"ClosureError": "what the other library hides cannot be an input"},
 }
 
 __all__ = ["CHECKS", "Line", "judge", "make", "replace"]
