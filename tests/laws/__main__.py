@@ -40,7 +40,9 @@ def main() -> int:
         counts[law][found.kind] += 1
         if found.wrong:
             failures += 1
-            print(f"=== law {law}, seed {seed}: {found.kind}\n{found.program}\n--- {found.detail}\n")
+            print(
+                f"=== law {law}, seed {seed}: {found.kind}\n{found.program}\n--- {found.detail}\n"
+            )
             sys.stdout.flush()
             if failures >= options.failures:
                 break

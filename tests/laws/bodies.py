@@ -164,7 +164,9 @@ class Bodies:
             found = [m for m, w in scope.modules if w in self.world.settings]
             if found:
                 setting = rng.choice(rng.choice(TWINS[:5]))
-                line = Line(f"{rng.choice(scope.scalars)} = {self.expression(scope, varying=False)}")
+                line = Line(
+                    f"{rng.choice(scope.scalars)} = {self.expression(scope, varying=False)}"
+                )
                 return [Block(f"if {rng.choice(found)}.mode == {setting}:", (line,))]
         if kind == "read" or not scope.scalars:
             name = self.name("v")

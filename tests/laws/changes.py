@@ -80,7 +80,9 @@ class Routes:
             self.changes.append(f'if "net" in vars({owner}): del {owner}.net')
         self.changes.append(f"{box}.__class__ = {rng.choice(['SubBox', 'OtherBox', 'Box'])}")
         self.changes.append(f"{box}.late = {self.anything()}")
-        self.changes.append(f"{rng.choice(['Box', 'SubBox'])}.pick = lambda self: {self.any_module()}")
+        self.changes.append(
+            f"{rng.choice(['Box', 'SubBox'])}.pick = lambda self: {self.any_module()}"
+        )
         self.changes.append(f'{box}.__dict__["net"] = {self.anything()}')
         reads = [f'getattr({box}, "net", None)', f"{box}.pick()"]
         if cls == "SubBox":
@@ -141,7 +143,7 @@ class Routes:
         if rng.random() < 0.6:
             self.prelude.append(Line(f'{name}["net"] = {self.module()}'))
         self.changes += [f'{name}["net"] = {self.anything()}', f'{name}.pop("net", None)']
-        self.changes.append(f'{name}.update(net={self.anything()}, other=1)')
+        self.changes.append(f"{name}.update(net={self.anything()}, other=1)")
         return "", f'{name}.get("net")', "{}"
 
     def default(self) -> tuple[str, str, str]:
@@ -215,14 +217,18 @@ def fresh(bodies: Bodies) -> tuple[list[Node], list[Node]]:
     inner = scope.inner()
     inner.owned = []
     body: list[Node] = [Line(f"{net} = {read}")]
-    write = rng.choice([f"bump({net})", f"{net}.step(array(1)) if hasattr({net}, 'step') else None"])
+    write = rng.choice(
+        [f"bump({net})", f"{net}.step(array(1)) if hasattr({net}, 'step') else None"]
+    )
     if rng.random() < 0.5:
         write = _nested(rng, write)
     if rng.random() < 0.8:
         body += _lines(write)
     if rng.random() < 0.3:
         body += bodies.simple(inner)
-    body.append(Line(f"return mix(total({net}), {bodies.expression(inner) if rng.random() < 0.3 else 1})"))
+    body.append(
+        Line(f"return mix(total({net}), {bodies.expression(inner) if rng.random() < 0.3 else 1})")
+    )
     arguments = ""
     if rng.random() < 0.25:
         params = f"x, {params}" if params else "x"
@@ -306,8 +312,13 @@ def settings(bodies: Bodies) -> tuple[list[Node], list[Node]]:
         if place == "pair":
             return [Line(f"{name}.pair = ({setting}, 1)")]
         if place == "meta":
-            return [Line(f"{name}.x = Ref(array(1), {setting})" if i == 0 or rng.random() < 0.7 else
-                         f"{name}.x = Ref(array(2), {setting})")]
+            return [
+                Line(
+                    f"{name}.x = Ref(array(1), {setting})"
+                    if i == 0 or rng.random() < 0.7
+                    else f"{name}.x = Ref(array(2), {setting})"
+                )
+            ]
         return [Line(f"setting = {setting}")]
 
     if place == "meta":

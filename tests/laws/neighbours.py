@@ -77,7 +77,10 @@ def partition_under_jit(tree: Any, rng: random.Random) -> str | None:
     kind = rng.choice([jax.jit, nnx.jit_filter, nnx.jit, lambda f: f])
     # A Ref that holds an array may not become a constant of a program that `jax.jit` keeps.
     all_arrays = kind is jax.jit
-    marks = [isinstance(x, (jax.Array, np.ndarray)) and (all_arrays or rng.random() < 0.5) for x in leaves]
+    marks = [
+        isinstance(x, (jax.Array, np.ndarray)) and (all_arrays or rng.random() < 0.5)
+        for x in leaves
+    ]
     treedef = jax.tree.structure(tree)
     first = jax.tree.unflatten(treedef, [x if k else None for x, k in zip(leaves, marks)])
     second = jax.tree.unflatten(treedef, [None if k else x for x, k in zip(leaves, marks)])
@@ -187,7 +190,8 @@ def _is_plain_number(x: Any) -> bool:
 def shapes_only(tree: Any, rng: random.Random) -> str | None:
     """A tree of ShapeDtypeStructs can be read where it was made, and in any transformation."""
     shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(getattr(x, "shape", ()), getattr(x, "dtype", np.float32)), tree
+        lambda x: jax.ShapeDtypeStruct(getattr(x, "shape", ()), getattr(x, "dtype", np.float32)),
+        tree,
     )
     expected = sum(int(np.prod(x.shape)) + i for i, x in enumerate(jax.tree.leaves(shapes)))
 
@@ -250,14 +254,14 @@ def second_derivative(tree: Any, rng: random.Random) -> str | None:
     leaves, treedef = jax.tree.flatten(tree)
     if not leaves:
         return None
-    if not all(
-        isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves
-    ):
+    if not all(isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves):
         leaves = [jnp.float32(i + 1) for i in range(len(leaves))]
         tree = jax.tree.unflatten(treedef, leaves)
 
     def f(tree: Any) -> Any:
-        return sum([jnp.sum(x * x) * (i + 1) for i, x in enumerate(jax.tree.leaves(tree))], jnp.float32(0))
+        return sum(
+            [jnp.sum(x * x) * (i + 1) for i, x in enumerate(jax.tree.leaves(tree))], jnp.float32(0)
+        )
 
     kind = rng.choice([jax.grad, jax.hessian, jax.jacfwd])
     got, expected = jax.tree.leaves(kind(f)(tree)), jax.tree.leaves(kind(f)(leaves))

@@ -57,9 +57,7 @@ class Program:
     seed: Any = None
 
     def __str__(self) -> str:
-        return "\n".join(
-            [*render(self.prelude, 0), "# ---", *render(self.steps, 0)]
-        )
+        return "\n".join([*render(self.prelude, 0), "# ---", *render(self.steps, 0)])
 
 
 def render(nodes: tuple[Node, ...], depth: int) -> Iterator[str]:

@@ -55,7 +55,12 @@ def _result(bodies: Bodies, scope: Scope, inner: Scope, modules: bool = True) ->
             second = rng.choice(inner.modules)[0]
             leaves = [f'cell({m}, "w")' for m, w in inner.modules if w in bodies.world.leaves]
             module = rng.choice(
-                [new, f"[{module}, {new}]", f'{{"a": {module}, "b": ({second}, {module})}}', *leaves[:1]]
+                [
+                    new,
+                    f"[{module}, {new}]",
+                    f'{{"a": {module}, "b": ({second}, {module})}}',
+                    *leaves[:1],
+                ]
             )
         back = bodies.name("k")
         target = f"{name}, {back} = "
@@ -73,7 +78,9 @@ def _result(bodies: Bodies, scope: Scope, inner: Scope, modules: bool = True) ->
 def plain(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
     """`jit`, `remat` or `checkify` of a function, with arguments by each way there is."""
     rng = bodies.rng
-    kind = rng.choice(["jit", "jit", "jit", "remat", "checkify", *([""] if bodies.options.direct else [])])
+    kind = rng.choice(
+        ["jit", "jit", "jit", "remat", "checkify", *([""] if bodies.options.direct else [])]
+    )
     inner = scope.inner()
     pairs = _take(bodies, scope, inner)
     params, keywords, call = [], [], []
@@ -219,17 +226,27 @@ def _carry(bodies: Bodies, scope: Scope, inner: Scope) -> tuple[str, list[str], 
     inner.scalars += [f"{name}{end}" for end in bodies.world.scalars[world]]
     inner.modules.append((name, world))
     if kind <= 6:
-        return f"({start}, {module})", [c, name], f"{c}, {name}", [bodies.name("v"), bodies.name("k")]
+        return (
+            f"({start}, {module})",
+            [c, name],
+            f"{c}, {name}",
+            [bodies.name("v"), bodies.name("k")],
+        )
     alike = [(m, w) for m, w in scope.modules if w in bodies.world.leaves and m != module]
     if world in bodies.world.leaves and alike and rng.random() < 0.5:
         bodies.may["CarryError"] = _CARRY
         second, w2 = rng.choice(alike)
         other = bodies.name("m")
         inner.modules.append((other, w2))
-        return f"({module}, {second})", [name, other], f"{other}, {name}", [
-            bodies.name("k"),
-            bodies.name("k"),
-        ]
+        return (
+            f"({module}, {second})",
+            [name, other],
+            f"{other}, {name}",
+            [
+                bodies.name("k"),
+                bodies.name("k"),
+            ],
+        )
     bodies.may["CarryError"] = _CARRY
     fresh = f"clone({name})"
     return f"({start}, {module})", [c, name], f"{c}, {fresh}", [bodies.name("v"), bodies.name("k")]
@@ -313,7 +330,10 @@ def fori(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
     call = f"{left}fori_loop(0, {steps}, {fn}, {start})"
     if depth == 0:
         bodies.calls.append(call)
-    return [Block(f"def {fn}({i}, c):", tuple(nodes)), Line(call, (f"{left}{fn}(array(0), {start})",))]
+    return [
+        Block(f"def {fn}({i}, c):", tuple(nodes)),
+        Line(call, (f"{left}{fn}(array(0), {start})",)),
+    ]
 
 
 def while_(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:

@@ -29,4 +29,6 @@ def _frozen():
 def test_law(law, first):
     for seed in range(first, min(first + PART, COUNTS[law])):
         found = run_one(law, seed, seconds=5)
-        assert not found.wrong, f"law {law}, seed {seed}: {found.kind}\n{found.program}\n--- {found.detail}"
+        assert not found.wrong, (
+            f"law {law}, seed {seed}: {found.kind}\n{found.program}\n--- {found.detail}"
+        )

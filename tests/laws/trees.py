@@ -50,7 +50,9 @@ def make(law: int, seed: int) -> Program:
             world.add(f"{name}.kids = [{rng.choice(_VALUES)}, {rng.choice(world.leaves)}]")
         if rng.random() < 0.3:
             odd = rng.choice(_ODD if law == 2 else _ODD[:3])
-            world.add(f'{name}.extra = Ref({odd}, {rng.choice(["None", chr(34) + "params" + chr(34)])})')
+            world.add(
+                f"{name}.extra = Ref({odd}, {rng.choice(['None', chr(34) + 'params' + chr(34)])})"
+            )
         if rng.random() < 0.1:
             world.add(f"{name}.late = jax.ShapeDtypeStruct((2,), jnp.float32)")
     world.add(f"tree = {_tree(rng, world.modules, world.refs, 2)}")
@@ -59,7 +61,9 @@ def make(law: int, seed: int) -> Program:
 
 def _tree(rng: random.Random, modules: list[str], refs: list[str], depth: int) -> str:
     kind = rng.randrange(8) if depth else 0
-    parts = [_tree(rng, modules, refs, depth - 1) for _ in range(rng.randint(1, 3))] if kind > 3 else []
+    parts = (
+        [_tree(rng, modules, refs, depth - 1) for _ in range(rng.randint(1, 3))] if kind > 3 else []
+    )
     if kind <= 2:
         # Modules with more in them come last.
         return rng.choice(modules[len(modules) // 2 :])
@@ -94,7 +98,10 @@ def judge(program: Program) -> Verdict:
     if problem:
         return Verdict(check.__name__, problem)
     if check not in CHANGING and not same(before, state_of(NNX, {"tree": tree}, {})):
-        return Verdict(f"{check.__name__} changed the tree", difference(before, state_of(NNX, {"tree": tree}, {})))
+        return Verdict(
+            f"{check.__name__} changed the tree",
+            difference(before, state_of(NNX, {"tree": tree}, {})),
+        )
     return Verdict("ok", check.__name__)
 
 
@@ -141,9 +148,9 @@ def objects_as_leaves(tree: Any, rng: random.Random) -> str | None:
         keyed = jax.tree_util.tree_flatten_with_path(again)[0]
         if any(a is not b for (_, a), b in zip(keyed, objects)) or len(keyed) != len(objects):
             return f"with paths, leaves {objects} came back as {keyed}"
-        if [p for p, _ in keyed] != [p for p, _ in jax.tree_util.tree_leaves_with_path(tree)] and all(
-            x is not None for x in jax.tree.leaves(tree)
-        ):
+        if [p for p, _ in keyed] != [
+            p for p, _ in jax.tree_util.tree_leaves_with_path(tree)
+        ] and all(x is not None for x in jax.tree.leaves(tree)):
             return f"the paths of leaves {objects} are {[p for p, _ in keyed]}"
     return None
 
@@ -191,7 +198,9 @@ def _alike(tree: Any, made: Any) -> str | None:
 
 def split_and_merge(tree: Any, rng: random.Random) -> str | None:
     """merge(split(t)) is t with fresh Refs."""
-    filters = rng.choice([(), ("params", ...), ("counters", None, ...), (lambda path, ref: len(path) > 1, ...)])
+    filters = rng.choice(
+        [(), ("params", ...), ("counters", None, ...), (lambda path, ref: len(path) > 1, ...)]
+    )
     dagdef, *parts = nnx.split(tree, *filters)
     made = nnx.merge(dagdef, *parts)
     if set(map(id, NNX.refs(tree))) & set(map(id, NNX.refs(made))):
@@ -212,7 +221,9 @@ def all_or_nothing(tree: Any, rng: random.Random) -> str | None:
     """An update writes all that it is given, or raises and writes nothing."""
     cells = nnx.refs(tree)
     arrays = {p: r for p, r in cells.items() if isinstance(r.value, jax.Array)}
-    new: dict[Any, Any] = {p: jnp.zeros_like(r.value) for p, r in arrays.items() if r.value.dtype.kind in "if"}
+    new: dict[Any, Any] = {
+        p: jnp.zeros_like(r.value) for p, r in arrays.items() if r.value.dtype.kind in "if"
+    }
     wrong = rng.choice([None, "path", "shape", "dtype", "type"]) if new else "path"
     path = rng.choice(list(new)) if new else ()
     if wrong == "path":
@@ -232,10 +243,17 @@ def all_or_nothing(tree: Any, rng: random.Random) -> str | None:
         after = state_of(NNX, {"tree": tree}, {})
         if wrong is None:
             raise
-        return None if same(before, after) else f"a failed update ({wrong}): {difference(before, after)}"
+        return (
+            None
+            if same(before, after)
+            else f"a failed update ({wrong}): {difference(before, after)}"
+        )
     if wrong is not None:
         return f"no error for a wrong {wrong}"
-    return next((f"{p} was not written" for p, r in arrays.items() if p in new and r.value is not new[p]), None)
+    return next(
+        (f"{p} was not written" for p, r in arrays.items() if p in new and r.value is not new[p]),
+        None,
+    )
 
 
 CHANGING = {all_or_nothing}
