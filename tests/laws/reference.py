@@ -176,7 +176,7 @@ def grad(lib: Any, f: Callable[..., Any], *args: Any) -> Any:
             ref.value = value
         return np.float64(slope(out))
 
-    if lib.is_array(args[0]):
+    if lib.is_array(args[0]) or isinstance(args[0], float):
         result: Any = run(Dual(args[0], 1.0), *args[1:])
     else:
         result = {}

@@ -235,6 +235,7 @@ def _carry(bodies: Bodies, scope: Scope, inner: Scope) -> tuple[str, list[str], 
     alike = [(m, w) for m, w in scope.modules if w in bodies.world.leaves and m != module]
     if world in bodies.world.leaves and alike and rng.random() < 0.5:
         bodies.may["CarryError"] = _CARRY
+        (inner.varying if mapped else inner.numbers).remove(c)
         second, w2 = rng.choice(alike)
         other = bodies.name("m")
         inner.modules.append((other, w2))
