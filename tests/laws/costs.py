@@ -40,11 +40,15 @@ def make(seed: int) -> Program:
     # Not compiled, `vmap`, `grad`, `remat` and a new `jit` run their function at each call, as JAX's do.
     body = bodies.region(scope.inner(), 0) if compiled else bodies.loop(scope.inner(), 0)
     body = [*body, *bodies.simple(scope.inner())]
-    step: list[Node] = [Block("def step():", tuple(body))]
+    if compiled:
+        body.append(Line("bump(m)"))
+    step: list[Node] = [Block("def step(m):", tuple(body))]
     if compiled:
         step.append(Line("step = jit(step)"))
+    # Another module of the same structure, a new one in each call, is like the first.
+    call = rng.choice(["step(l0)", "step(clone(l0))"]) if compiled else "step(None)"
     return Program(
-        8, (*world.lines, *step), (Line("step()"),), tuple(bodies.may.items()), real, seed=seed
+        8, (*world.lines, *step), (Line(call),), tuple(bodies.may.items()), real, seed=seed
     )
 
 
@@ -71,8 +75,9 @@ def judge(program: Program) -> Verdict:
     names = NNX.namespace() | {"tick": tick}
     try:
         exec("\n".join(render(_ticking(program.prelude), 0)), names)
+        call = compile("\n".join(render(program.steps, 0)), "<call>", "exec")
         for _ in range(_WARM):
-            names["step"]()
+            exec(call, names)
     except Exception as error:
         # Whether it may raise is not the question here.
         NNX.restore()
@@ -83,7 +88,7 @@ def judge(program: Program) -> Verdict:
         for _ in range(3):
             counts.append(census((object,)))
             for _ in range(_CALLS):
-                names["step"]()
+                exec(call, names)
         counts.append(census((object,)))
     except Exception as error:
         return Verdict(f"raised {type(error).__name__}", str(error))
