@@ -23,6 +23,11 @@ from tests.laws.things import NAMES, SETTINGS, Boom, define
 MISSING = object()
 
 
+def _own(cls: type) -> dict[str, Any]:
+    """The attributes of a class that a program can mean; what a library keeps there is its own."""
+    return {k: v for k, v in vars(cls).items() if not k.startswith("_") or k == "__call__"}
+
+
 class Library:
     """What both libraries have: functions over modules that are written in ordinary Python."""
 
@@ -31,7 +36,7 @@ class Library:
         # Programs compute with whole numbers, exactly, or with small real ones where they differentiate.
         self.real = False
         self.classes = define(self)
-        self._pristine = {cls: dict(vars(cls)) for cls in self.classes.values()}
+        self._pristine = {cls: _own(cls) for cls in self.classes.values()}
 
     Ref: Any
     Module: Any
@@ -39,7 +44,7 @@ class Library:
     def restore(self) -> None:
         """Undo what a program did to the classes."""
         for cls, was in self._pristine.items():
-            for name in [n for n in vars(cls) if n not in was]:
+            for name in _own(cls).keys() - was.keys():
                 delattr(cls, name)
             for name, value in was.items():
                 if vars(cls).get(name) is not value:
@@ -49,8 +54,8 @@ class Library:
         """The attributes of classes that a program has set, with None for those that it deleted."""
         found = {}
         for cls, was in self._pristine.items():
-            now = vars(cls)
-            for name in {*now, *was} - {"__static_attributes__"}:
+            now = _own(cls)
+            for name in sorted({*now, *was}):
                 if now.get(name) is not was.get(name):
                     found[f"{cls.__name__}.{name}"] = now.get(name)
         return found
