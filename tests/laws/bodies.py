@@ -163,7 +163,9 @@ class Bodies:
         if kind == "if" and scope.scalars and self.world.settings:
             found = [m for m, w in scope.modules if w in self.world.settings]
             if found:
-                setting = rng.choice(rng.choice(TWINS[:5]))
+                group = rng.choice(TWINS[:5])
+                # What numpy compares with a tuple is an array.
+                setting = rng.choice([x for x in group if "np." not in x])
                 line = Line(
                     f"{rng.choice(scope.scalars)} = {self.expression(scope, varying=False)}"
                 )
