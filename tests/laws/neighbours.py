@@ -98,6 +98,8 @@ def partition_under_jit(tree: Any, rng: random.Random) -> str | None:
 
 def mask_closed_over(tree: Any, rng: random.Random) -> str | None:
     """A tree of bools, made by `jax.tree.map` and closed over; then another one by the same name."""
+    if not all(isinstance(x, (jax.Array, np.ndarray, float, int)) for x in jax.tree.leaves(tree)):
+        return None
     kind = rng.choice([jax.jit, nnx.jit, nnx.jit_filter])
     label = rng.choice([bool, lambda k: "yes" if k else "no", int])
 
