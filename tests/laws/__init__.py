@@ -36,12 +36,13 @@ clone and update, with one wrong entry; and what other libraries do (`neighbours
 that are closed over, axes as a tree, leaves kept for later, a pytree that flattens a module itself, `jax.hessian`, `lower().compile()`.
 
 3, 4. `world.py` makes modules that share Refs, arrays and each other, with cycles, lists, dicts, tuples and settings. `bodies.py` makes
-statements: reads, writes, swaps, surgery. `regions.py` puts them into transformations of transformations: `jit`, `remat`, `checkify`,
+statements: reads, writes, swaps, surgery. `regions.py` and `loops.py` put them into transformations of transformations: `jit`, `remat`, `checkify`,
 methods, `cond`, `switch`, `scan`, `map`, `fori_loop`, `while_loop`, `vmap`, `grad`, with modules passed by position, keyword, default
 and partial, carried, sliced and closed over. Between calls plain Python changes the modules. Law 4 has more loops.
 
-5. `changes.py` makes a compiled function that finds a module by some steps (a cell, a global, an attribute of an object, its class or a
-base of that, a list, a dict, a default, a partial, a helper, a method), and changes those steps between calls.
+5. `changes.py` makes a function, compiled or a loop or branch by itself, that finds a module by some steps (`routes.py`: a cell, a
+global, an attribute of an object, its class or a base of that, a list, a dict, a default, a partial, a helper, a method), and
+changes those steps between calls.
 
 6. `changes.py` replaces settings by their twins: values that Python calls equal, listed in `things.TWINS`.
 

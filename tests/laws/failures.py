@@ -15,7 +15,6 @@ import nnx
 from tests.laws import programs
 from tests.laws.program import (
     NNX,
-    PYTHON,
     Block,
     Line,
     Node,
@@ -91,6 +90,3 @@ def judge(program: Program) -> Verdict:
         detail = f"{verdict.kind} {verdict.detail}; alive: {dict(grown)}, {alive}"
         return Verdict("leak", detail, error=verdict.error)
     return verdict
-
-
-__all__ = ["PYTHON", "census", "judge", "make"]

@@ -6,7 +6,7 @@ import random
 
 from tests.laws.bodies import Bodies, Options
 from tests.laws.changes import between, fresh, settings
-from tests.laws.program import Line, Node, Program
+from tests.laws.program import Node, Program
 from tests.laws.regions import kinds
 from tests.laws.world import make_world
 
@@ -80,6 +80,3 @@ def _program(
         rng.random() < 0.4,
         seed,
     )
-
-
-__all__ = ["MAY", "Line", "make"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 
 import nnx
 from tests.laws.neighbours import NEIGHBOURS
-from tests.laws.program import NNX, Line, Program, Verdict, difference, render, same, state_of
+from tests.laws.program import NNX, Program, Verdict, difference, render, same, state_of
 from tests.laws.world import make_world
 
 _VALUES = (
@@ -266,5 +265,3 @@ CHECKS: dict[int, tuple[Any, ...]] = {
 MAY: dict[str, dict[str, str]] = {
     "held_by_another": {"ClosureError": "what the other library hides cannot be an input"},
 }
-
-__all__ = ["CHECKS", "Line", "judge", "make", "replace"]
