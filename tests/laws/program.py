@@ -112,6 +112,8 @@ def execute(
     finally:
         lib.restore()
         running.close()
+        # As if each name was deleted: what a program still keeps then is a leak.
+        names.clear()
     return result
 
 
