@@ -33,21 +33,24 @@ def main() -> int:
     forget()
     gc.freeze()
     start = time.monotonic()
-    for i in range(options.programs):
-        law = laws[i % len(laws)]
-        seed = options.seed + i // len(laws)
-        found = run_one(law, seed, seconds=options.shrink)
-        counts[law][found.kind] += 1
-        if found.wrong:
-            failures += 1
-            print(
-                f"=== law {law}, seed {seed}: {found.kind}\n{found.program}\n--- {found.detail}\n"
-            )
-            sys.stdout.flush()
-            if failures >= options.failures:
-                break
-        if i % 200 == 199:
-            forget()
+    try:
+        for i in range(options.programs):
+            law = laws[i % len(laws)]
+            seed = options.seed + i // len(laws)
+            found = run_one(law, seed, seconds=options.shrink)
+            counts[law][found.kind] += 1
+            if found.wrong:
+                failures += 1
+                print(
+                    f"=== law {law}, seed {seed}: {found.kind}\n{found.program}\n--- {found.detail}\n"
+                )
+                sys.stdout.flush()
+                if failures >= options.failures:
+                    break
+            if i % 200 == 199:
+                forget()
+    except KeyboardInterrupt:
+        print("stopped")
     seconds = time.monotonic() - start
     for law, count in counts.items():
         parts = ", ".join(f"{n} {kind}" for kind, n in count.most_common())
