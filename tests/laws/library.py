@@ -206,7 +206,7 @@ class Python(Library):
     Ref = reference.Ref
     Module = reference.Module
     clone = staticmethod(reference.clone)
-    jit = staticmethod(lambda f: f)
+    jit = staticmethod(lambda f, **_: f)
     remat = staticmethod(lambda f: f)
     checkify = staticmethod(lambda f: f)
     cond = staticmethod(reference.cond)
