@@ -35,7 +35,8 @@ def from_state_dict(
     have a `scale`; `running_mean` and `running_var` are `mean` and `var`. The joint input
     projection of PyTorch's `MultiheadAttention` is divided, its `out_proj` is `out`, and the layers
     of a PyTorch `Sequential` are those in `layers`. A name that ends as ours do (`kernel`, `scale`)
-    is taken as it is. Values are cast to the dtypes that our model has.
+    is taken as it is. Values are cast to the dtypes that our model has, and go to the devices that
+    its values are on or its shapes name.
 
     An `nnx.RNN` takes the weights of PyTorch's `LSTM`, `GRU` or `RNN` (of `SimpleCell`, with
     `activation_fn=nnx.relu` for its `nonlinearity="relu"`), an `nnx.Bidirectional` also those in
@@ -48,7 +49,8 @@ def from_state_dict(
     Args:
       state_dict: a mapping from name to array: NumPy, JAX or torch (bfloat16 too); or the path of a
         safetensors file, or several.
-      ours: the model to write. Its Refs in `"params"` and `"batch_stats"` must all get a value.
+      ours: the model to write; it may be one of shapes alone, which `nnx.eval_shape` made. Its
+        Refs in `"params"` and `"batch_stats"` must all get a value.
       names: a dict from name to our path, where a name may be a prefix (`{"fc": "head"}` maps
         `fc.weight` too, and the longest prefix wins); a function `name -> path`; or a list of
         `(regex, template)`, of which the first that matches the whole name is expanded, as with
