@@ -27,14 +27,15 @@ from nnx.serialize.classes import fields_of, why_not
 from nnx.serialize.encode import dtype_name
 from nnx.serialize.errors import LoadError
 from nnx.serialize.grammar import Check, Damaged, check, check_distinct, check_header, clip, kind_of
+from nnx.serialize.paths import check_paths
 from nnx.serialize.registry import Classes, find, registered_name
 from refx import Node, Partition, Ref
 from refx.node import attributes, expose
 from refx.node import make as make_node
-from refx.partition import Path, dotted, listed
+from refx.partition import Path, listed
 from refx.ref import check_type
 from refx.ref import make as make_ref
-from refx.structure import Leaf, NodeDef, RefDef, Scan, Tree, scan
+from refx.structure import scan
 from refx.trace import local, trace_ref
 
 __all__: list[str] = []
@@ -57,9 +58,7 @@ def decode(structure: Any, names: Collection[str], read_array: ReadArray) -> Any
     return guarded(lambda: _Decoder(structure, read_array).tree(names))
 
 
-def decode_state(
-    structure: Any, names: Collection[str], read_array: ReadArray
-) -> dict[Path, Any]:
+def decode_state(structure: Any, names: Collection[str], read_array: ReadArray) -> dict[Path, Any]:
     """The values by path: of the Refs of what was saved or, if it is a Partition, of that.
 
     The classes of modules are not needed, so a file whose classes have changed can be read too.
@@ -102,7 +101,14 @@ class _Decoder:
         tree = self.value(self._structure["root"])
         self._check_used(names)
         # What a walk cannot enter, no program could have saved.
-        self._check_paths(scan(tree))
+        found = scan(tree)
+        paths = {
+            id(obj): spec["path"]
+            for obj, (kind, spec) in zip(self._objects, self._specs, strict=True)
+            if kind == "ref"
+        }
+        leaves = [(path, self.value(code)) for path, code in self._structure["leaves"]]
+        check_paths(found, paths, leaves)
         return tree
 
     def by_path(self, names: Collection[str]) -> dict[Path, Any]:
@@ -177,26 +183,6 @@ class _Decoder:
             raise Damaged(f"nothing refers to its array {clip(name)}")
         for name in sorted(self._facts.arrays.keys() - given):
             raise LoadError(f"its array {clip(name)} is missing")
-
-    def _check_paths(self, found: Scan) -> None:
-        """Raise if the file has other paths than the tree: `load_state` would read another model."""
-        numbers = {id(obj): i for i, obj in enumerate(self._objects)}
-        refs, leaves = links(found.dagdef)
-        kinds = [kind for kind, _ in self._specs]
-        if len(found.refs) != kinds.count("ref"):
-            raise Damaged("a Ref of it is nowhere in the tree")
-        claimed = [self._specs[numbers[id(ref)]][1]["path"] for ref in found.refs]
-        for path, link in zip(claimed, refs, strict=True):
-            if not leads(path, link):
-                raise Damaged(f"the path {clip(dotted(path))} is not that of its Ref")
-        listed_leaves = self._structure["leaves"]
-        if len(listed_leaves) != len(leaves):
-            raise Damaged("its list of arrays is not that of the tree")
-        for (path, code), link, leaf in zip(listed_leaves, leaves, found.leaves, strict=True):
-            if not leads(path, link) or not _same(self.value(code), leaf):
-                raise Damaged(f"the path {clip(dotted(path))} is not that of its array")
-        paths = [tuple(path) for path in (*claimed, *(path for path, _ in listed_leaves))]
-        check_distinct(paths, "the list of its paths")
 
     def _class(self, name: str) -> type[Node]:
         if name not in self._checked:
@@ -417,48 +403,8 @@ def _key_shape(impl: str) -> tuple[int, ...]:
     return like.shape
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two arrays are one, or equal, as where `load` of a `saveable` class has made another."""
-    if a is b:
-        return True
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    a, b = (jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in (a, b))
-    return np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
 def _data(x: str) -> bytes:
     data = base64.b64decode(x, validate=True)
     if base64.b64encode(data).decode() != x:
         raise Damaged(f"{clip(x)} is not as base64 writes it")
     return data
-
-
-def links(dagdef: Any) -> tuple[list[Any], list[Any]]:
-    """The paths of Refs and of plain arrays, as linked lists: all the tuples could be quadratic."""
-    todo: list[tuple[Any, Any]] = [(dagdef.root, None)]
-    found: dict[int, Any] = {}
-    leaves: dict[int, Any] = {}
-    while todo:
-        child, link = todo.pop()
-        if type(child) is int:
-            if child in found:
-                continue
-            found[child] = link
-            child = dagdef.nodes[child]
-        elif type(child) is Leaf:
-            leaves[child.number] = link
-        if isinstance(child, NodeDef | Tree):
-            pairs = zip(reversed(child.names), reversed(child.children), strict=True)
-            todo += [(c, (link, str(name))) for name, c in pairs]
-    refs = [found[i] for i, node in enumerate(dagdef.nodes) if type(node) is RefDef]
-    return refs, [leaves[i] for i in range(len(leaves))]
-
-
-def leads(path: list[str], link: Any) -> bool:
-    """Whether a path is the one of a linked list."""
-    for name in reversed(path):
-        if link is None or link[1] != name:
-            return False
-        link = link[0]
-    return link is None

@@ -219,7 +219,9 @@ class _Encoder:
         return self._other(x, path)
 
     def _object(self, x: Any, path: Path) -> int:
-        kind = "ref" if isinstance(x, Ref) else "module" if isinstance(x, Node) else type(x).__name__
+        kind = (
+            "ref" if isinstance(x, Ref) else "module" if isinstance(x, Node) else type(x).__name__
+        )
         if f"object {kind}" not in CONTEXTS[self._context]:
             raise SaveError(
                 f"{_at(path)} holds a {type(x).__name__} in a key, in metadata or in the value of a "
@@ -321,7 +323,9 @@ class _Encoder:
                     f"{_at(path)} is a NumPy array with named fields. Save a dict of its fields."
                 )
             if x.dtype.itemsize == 0:
-                raise SaveError(f"{_at(path)} is a NumPy array of empty texts; save a list of them.")
+                raise SaveError(
+                    f"{_at(path)} is a NumPy array of empty texts; save a list of them."
+                )
             return code | {"dtype": dtype_name(x.dtype), "numpy": True}
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return code | {"key": str(jax.random.key_impl(x))}
@@ -342,7 +346,10 @@ _Kind = Callable[[_Encoder, Any, Path], Any]
 _KINDS: dict[type, tuple[str, _Kind]] = {
     tuple: ("tuple", _Encoder._all),
     PartitionSpec: ("spec", _Encoder._all),
-    frozenset: ("frozenset", lambda e, x, path: sorted((e._within("key", v, path) for v in x), key=repr)),
+    frozenset: (
+        "frozenset",
+        lambda e, x, path: sorted((e._within("key", v, path) for v in x), key=repr),
+    ),
     complex: ("complex", lambda e, x, path: e._all((x.real, x.imag), path)),
     bytes: ("bytes", lambda e, x, path: _text(x)),
     type(...): ("ellipsis", lambda e, x, path: None),

@@ -77,7 +77,8 @@ class Fitting:
         for path in (*self._old, *self._arrays):
             self._by_dots.setdefault(dotted(path), path)
         self._ref_numbers = {
-            n: i for i, n in enumerate(i for i, d in enumerate(self._dagdef.nodes) if type(d) is RefDef)
+            n: i
+            for i, n in enumerate(i for i, d in enumerate(self._dagdef.nodes) if type(d) is RefDef)
         }
         self._children: dict[int, dict[str, Any]] = {}
         # Where each value came from, and which it was, also one that does not fit.

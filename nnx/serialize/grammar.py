@@ -101,7 +101,7 @@ class Record(NamedTuple):
     """A JSON object with these names, and perhaps those."""
 
     required: dict[str, Any]
-    optional: dict[str, Any] = {}  # noqa: RUF012
+    optional: dict[str, Any] = {}
 
 
 class Names(NamedTuple):
@@ -132,7 +132,7 @@ TYPE = Literal(str, "a dtype", lambda x: len(x) <= NAME)
 
 def is_attribute(name: str) -> bool:
     """Whether a program may give an attribute this name, so that a path can lead through it."""
-    return 0 < len(name) and "." not in name and not (name[:2] == name[-2:] == "__")
+    return name != "" and "." not in name and not (name[:2] == name[-2:] == "__")
 
 
 def _is_size(n: Any) -> bool:
@@ -167,7 +167,9 @@ KINDS: dict[str, Any] = {
     "saved": Row((SHORT, Value("inner"))),
 }
 
-ARRAY = Record({"array": SHORT, "shape": SHAPE, "dtype": TYPE}, {"numpy": Literal(bool, "true", bool)})
+ARRAY = Record(
+    {"array": SHORT, "shape": SHAPE, "dtype": TYPE}, {"numpy": Literal(bool, "true", bool)}
+)
 RANDOM_KEYS = Record({"array": SHORT, "shape": SHAPE, "key": SHORT})
 
 # What is referred to by number.
@@ -316,7 +318,9 @@ class Check:
                     part = rule.required.get(name) or rule.optional[name]
                     todo.append((part, x, context, depth, walked))
 
-    def _value(self, code: Any, context: str, depth: int, walked: bool, owner: int, todo: Any) -> None:
+    def _value(
+        self, code: Any, context: str, depth: int, walked: bool, owner: int, todo: Any
+    ) -> None:
         allowed = CONTEXTS[context]
         if code is None or type(code) in (bool, str, int, float):
             if "literal" not in allowed or (context == "number" and type(code) is not float):

@@ -1,4 +1,4 @@
-"""Where a file is written to and read from: a path, of which a save takes the place at once, or an open file."""
+"""Where a file is written to and read from: a path, whose place a save takes at once, or an open file."""
 
 from __future__ import annotations
 

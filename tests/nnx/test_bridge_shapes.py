@@ -23,7 +23,9 @@ def test_from_flax():
     assert from_flax(theirs, ours) is ours
     ours.eval(), theirs.eval()
     close(ours(DIGITS), theirs(DIGITS))
-    assert not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(ours["batch_stats"]))
+    assert not any(
+        isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(ours["batch_stats"])
+    )
 
 
 def test_from_linen_variables():

@@ -115,5 +115,7 @@ class Small(Box[int], typing.Generic[T]):
 def test_a_generic_class_with_parameters_has_the_same_structure():
     for plain, made in [(Box(), Box[int]()), (Small(), Small[str]()), (Box(2), Box[T][int](2))]:
         assert refx.split(plain)[0] is refx.split(made)[0]
-        assert list(vars(made)) == ["n", "w"] and jax.tree.structure(plain) == jax.tree.structure(made)
+        assert list(vars(made)) == ["n", "w"] and jax.tree.structure(plain) == jax.tree.structure(
+            made
+        )
     assert trip(refx.split(Box[int]()))[0] is refx.split(Box())[0]
