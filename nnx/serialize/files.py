@@ -66,12 +66,8 @@ def save(path: Any, tree: Any, *, progress: Progress | None = None) -> None:
             if hasattr(path, "flush"):
                 path.flush()
             return
-        with replacing(os.fsdecode(path)) as temporary:
-            if container is tensors:
-                tensors.write(None, encoded, progress, temporary)
-            else:
-                with open(temporary, "wb") as file:
-                    npz.write(file, encoded, progress)
+        with replacing(os.fsdecode(path)) as file:
+            container.write(file, encoded, progress)
     except OSError as error:
         raise save_error(error, shown(path)) from error
 

@@ -9,7 +9,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from nnx.serialize.errors import LoadError, SaveError
 
@@ -38,8 +38,8 @@ def shown(path: Any) -> str:
 
 
 @contextlib.contextmanager
-def replacing(path: str) -> Iterator[str]:
-    """A temporary name beside `path`, which takes its place if nothing is raised.
+def replacing(path: str) -> Iterator[BinaryIO]:
+    """A file under a temporary name beside `path`, which takes its place if nothing is raised.
 
     Raises:
       OSError: what the system says, or what `path` is that is no file.
@@ -57,51 +57,37 @@ def replacing(path: str) -> Iterator[str]:
         raise OSError(errno.EINVAL, "it is no ordinary file, whose place another could take")
     prefix = f".nnx.{zlib.crc32(os.fsencode(name)):08x}."
     _remove_stale(folder, prefix)
-    number: int | None
-    number, temporary = _create(folder, prefix)
+    file, temporary = _create(folder, prefix)
     try:
-        yield temporary
-        # What is not on the disk when the name changes may be lost with the power, and the old file
-        # with it.
-        with open(temporary, "rb+") as file:
+        with file:
+            yield file
+            # What is not on the disk when the name changes may be lost with the power, and the old
+            # file with it.
+            file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, _mode(path))
-        if fcntl is None:
-            number = _closed(number)
-        os.replace(temporary, path)
+            os.chmod(temporary, _mode(path))
+            if fcntl is None:
+                file.close()
+            os.replace(temporary, path)
     except BaseException:
-        number = _closed(number)
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    finally:
-        _closed(number)
     # The new file is there by now, so that this is no reason to say that it is not.
     with contextlib.suppress(OSError):
         _sync_folder(folder)
 
 
-def _create(folder: str, prefix: str) -> tuple[int, str]:
-    """A new file that is locked for as long as it is open: its number, and its name."""
+def _create(folder: str, prefix: str) -> tuple[BinaryIO, str]:
+    """A new file, which is locked for as long as it is open, and its name."""
     while True:
         number, temporary = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
-        try:
-            _lock(number)
-            # Another save may have taken it for stale before it was locked.
-            if os.path.exists(temporary):
-                return number, temporary
-        except BaseException:
-            os.close(number)
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-        os.close(number)
-
-
-def _closed(number: int | None) -> None:
-    """Close a file, once."""
-    if number is not None:
-        os.close(number)
+        file = open(number, "wb")
+        _lock(number)
+        # Another save may have taken it for stale before it was locked.
+        if os.path.exists(temporary):
+            return file, temporary
+        file.close()
 
 
 def _lock(number: int) -> bool:
@@ -125,14 +111,12 @@ def _remove_stale(folder: str, prefix: str) -> None:
     for name in names:
         stale = os.path.join(folder, name)
         with contextlib.suppress(OSError):
-            number: int | None = os.open(stale, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-            try:
+            number = os.open(stale, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+            with open(number, "rb") as file:
                 if _lock(number):
                     if fcntl is None:
-                        number = _closed(number)
+                        file.close()
                     os.unlink(stale)
-            finally:
-                _closed(number)
 
 
 def _mode(path: str) -> int:

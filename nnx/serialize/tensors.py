@@ -1,19 +1,17 @@
 """The other container: `.safetensors`, which other tools read too.
 
-The structure is in the metadata, so that a file is complete. What the format's NumPy side does not know
+The structure is in the metadata, so that a file is complete. What NumPy does not know there
 (float8, int4, complex128) is written as bytes along one more axis, and read back by its own dtype here.
-Files are written by the library of that name, and read here, where every size and name is checked.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import re
 import zlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,50 +38,55 @@ _CODES = {
     **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"},
     "C64": "complex64",
 }
+_NAMES = {name: code for code, name in _CODES.items()}
 
 
-def _library() -> Any:
-    try:
-        import safetensors.numpy
-    except ImportError:
-        raise ImportError(
-            "A file whose name ends in .safetensors needs the package of that name: pip install "
-            "'nnx[safetensors]'. An .npz needs nothing."
-        ) from None
-    return safetensors
-
-
-def write(file: Any, encoded: Encoded, progress: Progress | None, path: str | None = None) -> None:
-    """Write a tree into an open file; with `path`, by its name, which needs no copy in memory."""
-    library = _library()
-    parts: dict[str, Any] = {}
+def write(file: Any, encoded: Encoded, progress: Progress | None) -> None:
+    """Write a tree into an open file."""
+    # Those of the largest items first, so that each is aligned.
+    names = sorted(encoded.arrays, key=lambda name: -_facts(encoded.arrays[name])[1])
+    header: dict[str, Any] = {}
     sums: dict[str, int] = {}
-    for name, array in encoded.arrays.items():
-        host = to_host(array)
-        exact = np.asarray(array).dtype if host.dtype.name not in _KNOWN else host.dtype
-        bits = str(getattr(array, "dtype", exact))
-        if bits in _KNOWN and host.dtype.name != bits:
-            host = host.view(dtype_of(bits))
-        elif bits not in _KNOWN and not bits.startswith("key<"):
-            host = np.frombuffer(host.tobytes(), np.uint8).reshape(*host.shape, host.itemsize)
-        parts[name] = host
-        sums[name] = _sum(host)
+    total = 0
+    for name in names:
+        array = encoded.arrays[name]
+        dtype, itemsize, shape = _facts(array)
+        size = math.prod(shape) * itemsize
+        code = _NAMES[dtype]
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [total, total + size]}
+        sums[name] = zlib.crc32(_bytes(array))
+        total += size
     text = json.dumps({**encoded.structure, "sums": sums})
     metadata = {STRUCTURE: text, CHECKSUM: _text_sum(text)}
-    try:
-        if path is None:
-            file.write(library.numpy.save(parts, metadata))
-        else:
-            library.numpy.save_file(parts, path, metadata)
-    except library.SafetensorError as error:
-        # The library says what the system said in words only.
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-    if progress is not None:
-        total = sum(x.nbytes for x in parts.values())
-        progress(total, total)
+    head = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    file.write(len(head).to_bytes(8, "little"))
+    file.write(head)
+    done = 0
+    for name in names:
+        data = _bytes(encoded.arrays[name])
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+            file.write(piece)
+            done += len(piece)
+            if progress is not None:
+                progress(done, total)
+
+
+def _facts(array: Any) -> tuple[str, int, list[int]]:
+    """The dtype, the size of an item and the shape that stand in the file."""
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = jax.eval_shape(jax.random.key_data, array)
+        return "uint32", 4, list(data.shape)
+    dtype = np.dtype(array.dtype)
+    # Another order of bytes has another name in the structure only.
+    if dtype.name in _KNOWN and dtype.isnative:
+        return dtype.name, dtype.itemsize, list(array.shape)
+    return "uint8", 1, [*array.shape, dtype.itemsize]
+
+
+def _bytes(array: Any) -> memoryview:
+    return memoryview(to_host(array).reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
 
 
 class Reader:

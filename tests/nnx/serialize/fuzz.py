@@ -35,7 +35,7 @@ from nnx.serialize.encode import encode
 from tests.models import Dense, Net
 
 # Bytes of memory, and calls of functions, beyond those of an empty file, for each byte of a file.
-BYTES_EACH, BYTES = 100, 3_000_000
+BYTES_EACH, BYTES = 100, 1_000_000
 CALLS_EACH, CALLS = 20, 20_000
 
 
@@ -307,7 +307,8 @@ def hostile(rng: random.Random) -> tuple[str, bytes, bytes | None]:
         # A structure that is nested very deep by now cannot be copied.
         with contextlib.suppress(RecursionError):
             change_structure(rng, structure)
-    return kind, packed(kind, json.dumps(structure), parts), None
+            text = json.dumps(structure)
+    return kind, packed(kind, text, parts), None
 
 
 # ---- what must hold
@@ -349,8 +350,32 @@ def measured(function: Any) -> tuple[Any, Cost]:
 def content(tree: Any) -> tuple[Any, Any]:
     """What `save` says of a tree: the structure with arrays by number, and their bits."""
     encoded = encode(tree)
-    bits = [_bits(x) for x in encoded.arrays.values()]
-    return _by_number(encoded.structure, {}), bits
+    numbers: dict[str, int] = {}
+    structure = _by_number(_in_order(encoded.structure), numbers)
+    return structure, [_bits(encoded.arrays[name]) for name in numbers]
+
+
+def _in_order(structure: Any) -> Any:
+    """The structure with its objects in the order in which they are met."""
+    new: dict[int, int] = {}
+    order: list[int] = []
+
+    def renumbered(code: Any) -> Any:
+        if isinstance(code, list):
+            return [renumbered(x) for x in code]
+        if not isinstance(code, dict):
+            return code
+        if code.keys() == {"object"}:
+            number = code["object"]
+            if number not in new:
+                new[number] = len(new)
+                order.append(number)
+            return {"object": new[number]}
+        return {k: renumbered(v) for k, v in code.items()}
+
+    root = renumbered(structure["root"])
+    objects = [renumbered(structure["objects"][number]) for number in order]
+    return structure | {"root": root, "objects": objects}
 
 
 def _by_number(code: Any, numbers: dict[str, int]) -> Any:
@@ -379,7 +404,18 @@ def fresh() -> Any:
 def structure_in(kind: str, data: bytes) -> Any:
     structure = json.loads(unpacked(kind, data)[0])
     structure.pop("sums", None)
-    return _by_number(structure, {})
+    return _by_number(_in_order(structure), {})
+
+
+def difference(a: Any, b: Any, at: str = "") -> str:
+    """Where two structures differ first, or nothing."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        pairs = [(str(k), a[k], b[k]) for k in a]
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        pairs = [(str(i), x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
+    else:
+        return "" if a == b else f"at {at}: {a!r:.200} and {b!r:.200}"
+    return next((found for k, x, y in pairs if (found := difference(x, y, f"{at}.{k}"))), "")
 
 
 def check(kind: str, data: bytes, same_as: bytes | None = None) -> tuple[bool, Cost]:
@@ -411,13 +447,15 @@ def check(kind: str, data: bytes, same_as: bytes | None = None) -> tuple[bool, C
     now = content(loaded)
     if same_as is not None and now != content(nnx.load(Named(same_as, kind))):
         raise Fault("another tree than that of the file that was changed")
-    if same_as is None and now[0] != structure_in(kind, data):
-        raise Fault("save says something else of the tree than the file")
+    if same_as is None:
+        said = difference(now[0], structure_in(kind, data))
+        if said:
+            raise Fault(f"save says something else of the tree than the file: {said}")
     return True, cost
 
 
-def run(files: int, seed: int, report: Any = None) -> dict[str, Any]:
-    """Try that many files; what came of it."""
+def run(files: int, seed: int, report: Any = None, fault: Any = None) -> dict[str, Any]:
+    """Try that many files; what came of it. `fault` gets the text of a fault, which is raised without."""
     worst = Cost(0.0, 0, 0)
     accepted = 0
     tracemalloc.start()
@@ -428,7 +466,11 @@ def run(files: int, seed: int, report: Any = None) -> dict[str, Any]:
             try:
                 done, cost = check(kind, data, same_as)
             except Exception as error:
-                raise Fault(f"file {number} of seed {seed}: {type(error).__name__}: {error}") from error
+                text = f"file {number} of seed {seed}: {type(error).__name__}: {error}"
+                if fault is None:
+                    raise Fault(text) from error
+                fault(text)
+                continue
             accepted += done
             worst = Cost(*map(max, worst, cost))
             if report is not None and (number + 1) % 1000 == 0:
@@ -444,6 +486,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep-on", action="store_true", help="list every fault, and go on")
     given = parser.parse_args()
 
     def report(done: int, accepted: int, worst: Cost) -> None:
@@ -453,8 +496,9 @@ def main() -> None:
             flush=True,
         )
 
-    found = run(given.files, given.seed, report)
-    print(f"{found['files']} files, {found['accepted']} accepted, no fault")
+    faults: list[str] = []
+    found = run(given.files, given.seed, report, faults.append if given.keep_on else None)
+    print("\n".join([*faults, f"{given.files} files, {found['accepted']} accepted, {len(faults)} faults"]))
 
 
 if __name__ == "__main__":
