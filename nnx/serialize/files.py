@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from nnx.serialize import npz, tensors
 from nnx.serialize.decode import decode, decode_state
 from nnx.serialize.encode import encode
@@ -28,10 +30,11 @@ def save(path: Any, tree: Any, *, progress: Progress | None = None) -> None:
     """Write a model, or any tree of modules, Refs and arrays, into one file.
 
     The file is an `.npz`, which `numpy.load` opens without pickle, with the structure as JSON beside
-    the arrays; or, if the name ends in `.safetensors`, one of that kind (extra `safetensors`). It
-    holds the classes by name, hyperparameters, arrays of every dtype, random keys, collections,
-    metadata, sharing and cycles. It is written under another name, flushed to the disk, and then
-    takes its place: a program that fails or stops half-way leaves what was there before.
+    the arrays; or, if the name ends in `.safetensors`, one of that kind. It holds the classes by
+    name, hyperparameters, arrays of every dtype, random keys, collections, metadata, sharing and
+    cycles. It is written under another name, flushed to the disk, and then takes its place: a
+    program that fails or stops half-way leaves what was there before. What a saver that was killed
+    has left, the next save to that path removes.
 
     A class of a script is called `__main__.Net` in the file, which another program does not have: define
     models in a module that is imported, or name them, `@nnx.saveable(name="project.Net")`. What holds
@@ -40,14 +43,15 @@ def save(path: Any, tree: Any, *, progress: Progress | None = None) -> None:
     `nnx.load_state(path, into=(model, optimizer, stream))`.
 
     Args:
-      path: the file.
+      path: the path of the file, or a file that is open for bytes, such as an `io.BytesIO`.
       tree: a module, or a tuple, list or dict of modules, Refs and arrays, or a Partition.
       progress: called as `progress(bytes_done, bytes_in_all)` now and then.
 
     Raises:
       SaveError: the tree holds something that a file cannot, such as a function that is not
-        registered (see `nnx.saveable`); the message has its path, and nothing is written.
-      FileNotFoundError: the folder of the file does not exist.
+        registered (see `nnx.saveable`); the message has its path, and nothing is written. Where
+        the system says no, as with a full disk or without permission, it is also the `OSError` that
+        it is, and what was at the path is as it was.
 
     >>> import jax, nnx, tempfile, os
     >>> model = nnx.Linear.init(jax.random.key(0))(3, 2)
@@ -73,12 +77,12 @@ def save(path: Any, tree: Any, *, progress: Progress | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _reading(path: Any, progress: Progress | None) -> Iterator[Any]:
+def _reading(path: Any, progress: Progress | None, container: Any = None) -> Iterator[Any]:
     """Open a file; whatever is wrong with it becomes one LoadError that names it."""
     name = shown(path)
     try:
         with reading(path) as (file, size):
-            yield _container(path).Reader(file, size, progress)
+            yield (container or _container(path)).Reader(file, size, progress)
     except LoadError as error:
         raise LoadError(f"{name} cannot be loaded: {error}.") from error.__cause__
     except (RefError, ImportError):
@@ -101,13 +105,13 @@ def load(path: Any, *, progress: Progress | None = None) -> Any:
     not run: an attribute that it sets by now, and that is no field of the class, is not there.
 
     Args:
-      path: the file.
+      path: the path of the file, or a file that is open for bytes, read from where it is.
       progress: called as `progress(bytes_done, bytes_in_all)` now and then.
 
     Raises:
       LoadError: the file is damaged, cut short, foreign or newer, or a class is not imported or its
-        fields have changed; the message names the file and the part.
-      FileNotFoundError: there is no such file.
+        fields have changed; the message names the file and the part. Where there is no such file,
+        or it may not be read, it is also the `OSError` that it is.
 
     >>> import jax, jax.numpy as jnp, nnx, tempfile, os
     >>> shared = nnx.Ref(jnp.ones(3), "params")
@@ -134,10 +138,11 @@ def load_state(
 
     The file may be one of a whole model, of a Partition (`nnx.save(path, model["params"])`), or an
     uncompressed `.npz` or a `.safetensors` of another tool whose names are paths joined by dots.
-    Values go to where the model's own values are, shardings included.
+    Values go to where the model's own values are, shardings included. A tied weight is loaded by any
+    of its paths; if the file has several, they must agree.
 
     Args:
-      path: the file.
+      path: the path of the file, or a file that is open for bytes, read from where it is.
       into: the model, or another tree that holds Refs.
       strict: whether it is an error if a path is missing, unexpected, or of another shape or
         dtype. Without it, what fits is read, and the report says what did not.
@@ -147,8 +152,9 @@ def load_state(
       A LoadReport.
 
     Raises:
-      LoadError: the file cannot be read or, with `strict`, does not fit; the call is inside a
-        transformation. Nothing is changed then.
+      LoadError: the file cannot be read or, with `strict`, does not fit (an array in a tuple does
+        not, since a tuple cannot change); the call is inside a transformation. Nothing is changed
+        then.
 
     >>> import jax, nnx, tempfile, os
     >>> path = os.path.join(tempfile.mkdtemp(), "weights.npz")
@@ -173,3 +179,10 @@ def load_state(
         )
     fitting.write()
     return report
+
+
+def arrays_of(path: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The name and the array of each part of a safetensors file, whoever wrote it."""
+    with _reading(path, None, tensors) as reader:
+        for name in reader.array_names:
+            yield name, reader.read(name, None, None)

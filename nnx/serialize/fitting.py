@@ -216,7 +216,7 @@ def _equal(a: Any, b: Any) -> bool:
 def _equal_leaves(a: Any, b: Any) -> bool:
     if _text([a]) != _text([b]):
         return False
-    if jnp.issubdtype(getattr(a, "dtype", None), jax.dtypes.prng_key):
+    if hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
         a, b = jax.random.key_data(a), jax.random.key_data(b)
     a, b = np.asarray(a), np.asarray(b)
     # By the bits, so that NaN is itself.

@@ -329,7 +329,9 @@ class Check:
         if depth > DEPTH:
             raise Damaged(f"its values are nested more than {DEPTH} deep")
         if isinstance(code, dict) and "array" in code:
-            kind, rule, content = "array", RANDOM_KEYS if "key" in code else ARRAY, code
+            kind: str = "array"
+            rule: Any = RANDOM_KEYS if "key" in code else ARRAY
+            content: Any = code
             self._note_array(code)
         else:
             kind, content = kind_of(code, "a value")

@@ -30,7 +30,7 @@ def shown(path: Any) -> str:
     """A path, or an open file, as a message names it."""
     if is_path(path):
         return os.fsdecode(path)
-    name = getattr(path, "name", None)
+    name: Any = getattr(path, "name", None)
     return os.fsdecode(name) if is_path(name) else f"the {type(path).__name__}"
 
 
@@ -82,7 +82,7 @@ def _create(folder: str, prefix: str) -> tuple[BinaryIO, str]:
     """A new file, which is locked for as long as it is open, and its name."""
     while True:
         number, temporary = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
-        file = open(number, "wb")
+        file = open(number, "wb")  # noqa: SIM115 — it stays open
         _lock(number)
         # Another save may have taken it for stale before it was locked.
         if os.path.exists(temporary):

@@ -156,7 +156,8 @@ class Reader:
         self._file.seek(self._start + start)
         at = 0
         while at < size:
-            count = self._file.readinto(memoryview(flat[at : at + PIECE]))
+            piece: Any = flat[at : at + PIECE]
+            count = self._file.readinto(memoryview(piece))
             if not count:
                 raise LoadError(f"its array {name!r} ends too early")
             at += count

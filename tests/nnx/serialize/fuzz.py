@@ -62,7 +62,10 @@ class Everything(nnx.Module):
         self.w = jnp.arange(3.0)
         self.tied = nnx.get_ref(self, "w")
         self.texts = ("a", b"bytes", None, True, -3, 1.5, float("inf"), 2 + 3j, ...)
-        self.keys = {1: "a", (2, "b"): [nnx.Ref({"a": [jnp.ones(2), 3]}, ("x", 1), axes=("in", None))]}
+        self.keys = {
+            1: "a",
+            (2, "b"): [nnx.Ref({"a": [jnp.ones(2), 3]}, ("x", 1), axes=("in", None))],
+        }
         self.more = [slice(1, None, 2), range(3), frozenset({1, "a"}), np.dtype("bfloat16")]
         self.more += [np.float32(1.5), jax.lax.Precision.HIGHEST, Point(1, (2,)), Dense, jnp.tanh]
         self.more += [jax.sharding.PartitionSpec("a", None), collections.OrderedDict(z=1, a=2)]
@@ -131,10 +134,48 @@ def packed(kind: str, text: str, parts: dict[str, Any]) -> bytes:
 
 LITERALS = [
     *(None, True, False, 0, 1, -1, 7, 2**31, 2**63, 10**30, 0.0, -0.0, 1e-300, 1.0, "", "w", "a.b"),
-    *("train", "apply", "init", "__class__", "__init__", "_dict", "_fields", "_snapshot", "__call__"),
-    *("rate", "net", "x", "nan", "float32", "<U3", "|V4", "object", "int4", "threefry2x32", "jax.jit"),
-    *("builtins.tuple", "builtins.int", "jax.nn.relu", "jax.numpy.save", "tests.models.Dense", "é\0"),
-    *("\ud800", "nnx.Linear", "nnx.load", "params", "numpy.float32", "x" * 2000, "a." * 400, "AAA="),
+    *(
+        "train",
+        "apply",
+        "init",
+        "__class__",
+        "__init__",
+        "_dict",
+        "_fields",
+        "_snapshot",
+        "__call__",
+    ),
+    *(
+        "rate",
+        "net",
+        "x",
+        "nan",
+        "float32",
+        "<U3",
+        "|V4",
+        "object",
+        "int4",
+        "threefry2x32",
+        "jax.jit",
+    ),
+    *(
+        "builtins.tuple",
+        "builtins.int",
+        "jax.nn.relu",
+        "jax.numpy.save",
+        "tests.models.Dense",
+        "é\0",
+    ),
+    *(
+        "\ud800",
+        "nnx.Linear",
+        "nnx.load",
+        "params",
+        "numpy.float32",
+        "x" * 2000,
+        "a." * 400,
+        "AAA=",
+    ),
     *([], {}, [[]], ["a"], [0, 0], {"object": 0}, {"object": 1}, {"tuple": []}, {"list": []}),
     *({"dict": []}, {"ellipsis": None}, {"float": "nan"}, {"named": "jax.nn.relu"}),
 ]
@@ -197,7 +238,18 @@ def change_structure(rng: random.Random, structure: Any) -> None:
         holder[key] = rng.choice(["", "\u0130", old, None]) if isinstance(old, str) else old
 
 
-WORDS = ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 2000, "1" * 5000, "-0", "1E5", "0.1e-5"]
+WORDS = [
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e999",
+    "-1e999",
+    "9" * 2000,
+    "1" * 5000,
+    "-0",
+    "1E5",
+    "0.1e-5",
+]
 
 
 def change_text(rng: random.Random, text: str) -> str:
@@ -241,7 +293,9 @@ def change_bytes(rng: random.Random, data: bytes) -> bytes:
             raw[at:at] = raw[at:end] * rng.choice([1, 1, 300])
         elif way == 4:
             size = rng.choice([2, 4, 8])
-            number = rng.choice([0, 1, 255, 2**15, 2**16 - 1, 2**31, 2**32 - 1, 2**63]) % 2 ** (8 * size)
+            number = rng.choice([0, 1, 255, 2**15, 2**16 - 1, 2**31, 2**32 - 1, 2**63]) % 2 ** (
+                8 * size
+            )
             raw[at : at + size] = number.to_bytes(size, "little")
         else:
             del raw[at:]
@@ -264,9 +318,13 @@ def change_parts(rng: random.Random, kind: str, text: str, parts: dict[str, Any]
             i = rng.randrange(2)
             facts["data_offsets"][i] = rng.choice([0, -1, 4, 2**40, 1.5, True, "0", 10**25])
         elif way == 2:
-            facts["shape"] = rng.choice([[], [0], [2**40], [-1], [2**62, 4], [1] * 70, "3", [True], [1.0]])
+            facts["shape"] = rng.choice(
+                [[], [0], [2**40], [-1], [2**62, 4], [1] * 70, "3", [True], [1.0]]
+            )
         elif way == 3:
-            facts["dtype"] = rng.choice(["F64", "U8", "BF16", "F4", "I2", "", None, "F8_E5M2", "C64"])
+            facts["dtype"] = rng.choice(
+                ["F64", "U8", "BF16", "F4", "I2", "", None, "F8_E5M2", "C64"]
+            )
         else:
             header[rng.choice(["extra", "nnx.json", ""])] = facts
         return packed(kind, text, parts)
@@ -279,7 +337,9 @@ def change_parts(rng: random.Random, kind: str, text: str, parts: dict[str, Any]
             if way == 1 and rng.random() < 0.5:
                 continue
             if way == 2:
-                shape = rng.choice(["(1099511627776,)", "(-1, -3)", "(True,)", "(3, 0)", "()", "(3.0,)"])
+                shape = rng.choice(
+                    ["(1099511627776,)", "(-1, -3)", "(True,)", "(3, 0)", "()", "(3.0,)"]
+                )
                 start, end = content.find(b"(") + 1, content.find(b")")
                 content = content[: start - 1] + shape.encode() + content[end + 1 :]
             if way == 3:
@@ -498,7 +558,11 @@ def main() -> None:
 
     faults: list[str] = []
     found = run(given.files, given.seed, report, faults.append if given.keep_on else None)
-    print("\n".join([*faults, f"{given.files} files, {found['accepted']} accepted, {len(faults)} faults"]))
+    print(
+        "\n".join(
+            [*faults, f"{given.files} files, {found['accepted']} accepted, {len(faults)} faults"]
+        )
+    )
 
 
 if __name__ == "__main__":

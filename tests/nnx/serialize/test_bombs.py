@@ -220,7 +220,9 @@ def test_bombs_of_the_container():
         "as large as the file": tensors({"a": one}, b"\0" * 9),
         "ends too early|as large as the file": tensors({"a": one}, b"\0" * 7),
         "not as large as its shape": tensors({"a": {**one, "shape": [2**62, 8]}}, b"\0" * 8),
-        "a name is given twice": tensors(b'{"a": %s, "a": %s}' % ((json.dumps(none).encode(),) * 2)),
+        "a name is given twice": tensors(
+            b'{"a": %s, "a": %s}' % ((json.dumps(none).encode(),) * 2)
+        ),
         "larger than the file": struct.pack("<Q", 2**63) + b"{}",
         "which NumPy has not": tensors({"a": {**one, "dtype": "F4"}}, b"\0" * 8),
         "holds arrays .*more": tensors({str(i): none for i in range(N)}),

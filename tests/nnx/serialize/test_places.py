@@ -69,7 +69,9 @@ except nnx.SaveError as error:
 def test_an_open_file_on_a_full_disk():
     for buffering in (0, -1):
         file = open("/dev/full", "wb", buffering=buffering)  # noqa: SIM115
-        with pytest.raises(nnx.SaveError, match="^/dev/full cannot be saved: No space left") as error:
+        with pytest.raises(
+            nnx.SaveError, match="^/dev/full cannot be saved: No space left"
+        ) as error:
             nnx.save(file, Table())
         assert isinstance(error.value, OSError) and error.value.errno == errno.ENOSPC
         os.close(file.fileno())
@@ -150,9 +152,13 @@ def test_folders_and_files_that_are_in_the_way(tmp_path, path):
 
 @pytest.mark.parametrize("wrong", [3, None, Dense, "a\0b.npz", b"\0"])
 def test_what_is_no_path(wrong):
-    with pytest.raises(nnx.SaveError, match="cannot be saved: there is a null|takes a path or an open"):
+    with pytest.raises(
+        nnx.SaveError, match="cannot be saved: there is a null|takes a path or an open"
+    ):
         nnx.save(wrong, Dense())
-    with pytest.raises(nnx.LoadError, match="cannot be loaded: there is a null|takes a path or an open"):
+    with pytest.raises(
+        nnx.LoadError, match="cannot be loaded: there is a null|takes a path or an open"
+    ):
         nnx.load(wrong)
 
 
@@ -232,7 +238,9 @@ def test_open_files_that_cannot_serve(tmp_path):
         nnx.load(file)
     memory = io.BytesIO()
     nnx.save(memory, Dense())
-    with pytest.raises(nnx.LoadError, match=r"the BytesIO cannot be loaded: nothing .*file\.seek\(0\)"):
+    with pytest.raises(
+        nnx.LoadError, match=r"the BytesIO cannot be loaded: nothing .*file\.seek\(0\)"
+    ):
         nnx.load(memory)
     with pytest.raises(nnx.LoadError, match="the BytesIO cannot be loaded: it is damaged"):
         nnx.load(io.BytesIO(b"nonsense"))
@@ -331,5 +339,3 @@ def test_without_locks_nothing_is_said_to_be_stale(path, monkeypatch):
     nnx.save(path, Dense(seed=1))
     assert jnp.array_equal(nnx.load(path).w, Dense(seed=1).w)
     assert len(os.listdir(path.parent)) == 2
-
-
