@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from nnx.serialize.classes import fields_of, why_not
-from nnx.serialize.encode import dtype_name
+from nnx.serialize.dtypes import dtype_of, has_bad_bits
 from nnx.serialize.errors import LoadError
 from nnx.serialize.grammar import Check, Damaged, check, check_distinct, check_header, clip, kind_of
 from nnx.serialize.paths import check_paths
@@ -255,6 +255,8 @@ class _Decoder:
             return jax.random.wrap_key_data(jnp.asarray(data), impl=impl)
         dtype_of(code["dtype"])
         host = self._read_array(name, code["dtype"], shape)
+        if has_bad_bits(host):
+            raise Damaged(f"its array {name!r} has bits that are no {host.dtype}")
         if "numpy" in code:
             return host
         # Nobody else has the buffer, so the array may be made of it.
@@ -303,6 +305,8 @@ class _Decoder:
                 f"it names {name!r}, a function or class that is not registered. Import the Python "
                 f"module that registers it with nnx.saveable before nnx.load"
             )
+        if isinstance(found, type) and issubclass(found, Node):
+            raise Damaged(f"it says of the module class {name!r} that it is another class")
         return found
 
     def _namedtuple(self, content: Any) -> Any:
@@ -351,7 +355,10 @@ class _Decoder:
         dtype, data = dtype_of(content[0]), _data(content[1])
         if dtype.itemsize != len(data):
             raise Damaged(f"a number of the dtype {dtype} has {len(data)} bytes")
-        return np.frombuffer(data, dtype)[0]
+        number = np.frombuffer(data, dtype)
+        if has_bad_bits(number):
+            raise Damaged(f"a number has bits that are no {dtype}")
+        return number[0]
 
     def _partition(self, content: Any) -> Partition:
         pairs = [(tuple(path), self.value(v)) for path, v in content]
@@ -385,16 +392,6 @@ _KINDS: dict[str, Callable[[_Decoder, Any], Any]] = {
     "list": lambda d, x: d._all(x),
     "dict": lambda d, x: dict(d._pairs(x, "a dict")),
 }
-
-
-def dtype_of(name: str) -> np.dtype:
-    """The dtype of a name that `encode.dtype_name` gave."""
-    dtype = jnp.dtype(name)
-    if dtype.hasobject:
-        raise Damaged(f"the dtype {name!r} is one of Python objects")
-    if dtype_name(dtype) != name:
-        raise Damaged(f"the dtype {clip(name)} has another name")
-    return dtype
 
 
 @functools.lru_cache(maxsize=64)

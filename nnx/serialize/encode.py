@@ -28,6 +28,7 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from nnx.serialize.classes import fields_of, why_not
+from nnx.serialize.dtypes import dtype_name, has_bad_bits
 from nnx.serialize.errors import SaveError
 from nnx.serialize.grammar import (
     CONTEXTS,
@@ -322,6 +323,7 @@ class _Encoder:
                 raise SaveError(
                     f"{_at(path)} is a NumPy array with named fields. Save a dict of its fields."
                 )
+            self._check_bits(x, path)
             if x.dtype.itemsize == 0:
                 raise SaveError(
                     f"{_at(path)} is a NumPy array of empty texts; save a list of them."
@@ -329,7 +331,12 @@ class _Encoder:
             return code | {"dtype": dtype_name(x.dtype), "numpy": True}
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return code | {"key": str(jax.random.key_impl(x))}
+        self._check_bits(x, path)
         return code | {"dtype": dtype_name(x.dtype)}
+
+    def _check_bits(self, x: Any, path: Path) -> None:
+        if np.dtype(x.dtype).kind in "bUV" and has_bad_bits(np.asarray(x)):
+            raise SaveError(f"{_at(path)} has bits that are no {x.dtype}. Make the array anew.")
 
     def _member(self, path: Path) -> str:
         # A name that every file system takes, should somebody unpack the file.
@@ -360,15 +367,6 @@ _KINDS: dict[type, tuple[str, _Kind]] = {
     functools.partial: ("partial", _Encoder._partial),
     jax.tree_util.Partial: ("Partial", _Encoder._partial),
 }
-
-
-def dtype_name(dtype: Any) -> str:
-    """A dtype as text: its name where that says all."""
-    name = dtype.name
-    try:
-        return name if jnp.dtype(name) == dtype else dtype.str
-    except TypeError:
-        return dtype.str
 
 
 def _has_names(x: enum.Enum) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,14 +42,26 @@ class LoadReport:
     def __repr__(self) -> str:
         lines = [f"{len(self.loaded)} loaded"]
         if self.missing:
-            lines.append(f"missing in the file: {listed(self.missing)}")
+            lines.append(f"missing in the file: {_named(self.missing)}")
         if self.unexpected:
-            lines.append(f"unexpected in the file: {listed(self.unexpected)}")
+            lines.append(f"unexpected in the file: {_named(self.unexpected)}")
         lines += [
-            f"{dotted(path)!r} is {there} in the file and {here} in the model"
-            for path, (there, here) in self.mismatched.items()
+            f"{_short(dotted(path))!r} is {_short(there, 150)} in the file and {_short(here, 150)} in "
+            f"the model"
+            for path, (there, here) in itertools.islice(self.mismatched.items(), 8)
         ]
+        if len(self.mismatched) > 8:
+            lines.append(f"and {len(self.mismatched) - 8} more that differ")
         return f"LoadReport({'; '.join(lines)})"
+
+
+def _named(paths: tuple[Path, ...]) -> str:
+    # A file may have any number of names, of any length.
+    return listed([_short(dotted(path)) for path in paths[:8]] + list(paths[8:]))
+
+
+def _short(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 class Fitting:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from nnx.serialize.errors import LoadError
@@ -256,76 +256,59 @@ class Check:
                 raise Damaged(f"object {i} is a {clip(kind)}")
         self.arrays: dict[str, Any] = {}
         self._classes: set[str] = set()
-        # By number, the objects that an object refers to; the last list is of the root.
+        # By number, the objects that an object refers to.
         self._mentions: list[list[int]] = [[] for _ in range(len(objects) + 1)]
         # The objects that a value without identity refers to: JAX walks them as often as it meets them.
         self._walked: list[int] = []
         self._codes = 0
+        # How many objects were met, and the first that was there before it was met.
+        self._met = 0
+        self._lost: int | None = None
         self._against(FILE, structure, "free", -1)
         for i, (kind, spec) in enumerate(zip(self._kinds, objects, strict=True)):
+            if i >= self._met and self._lost is None:
+                self._lost = i
             self._against(OBJECTS[kind], spec[kind], "free", i)
             if kind == "module":
                 self._classes.add(spec[kind]["class"])
         self._check_walks()
 
     def check_used(self) -> None:
-        """Raise if the file has something that nothing refers to."""
-        reached: set[int] = set()
-        todo = list(self._mentions[-1])
-        while todo:
-            number = todo.pop()
-            if number not in reached:
-                reached.add(number)
-                todo += self._mentions[number]
-        lost = next((i for i in range(len(self._kinds)) if i not in reached), None)
-        if lost is not None:
-            raise Damaged(f"its object {lost} belongs to nothing")
+        """Raise if the file has something that nothing refers to, or in another order than `save`."""
+        if self._lost is not None:
+            raise Damaged(f"its object {self._lost} belongs to nothing that comes before it")
         if self._classes != self._structure["classes"].keys():
             raise Damaged("its classes are not those of its objects")
 
     def _against(self, rule: Any, code: Any, context: str, owner: int) -> None:
         """Compare a part with a rule. What is found in it belongs to the object of number `owner`."""
-        # Without recursion, since a file may be nested as it likes.
-        todo = [(rule, code, context, 0, False)]
+        # Without recursion, since a file may be nested as it likes, and in order.
+        todo: list[Iterator[Any]] = [iter([(rule, code, context, 0, False)])]
         while todo:
-            rule, code, context, depth, walked = todo.pop()
+            part = next(todo[-1], None)
+            if part is None:
+                todo.pop()
+                continue
+            rule, code, context, depth, walked = part
             kind = type(rule)
             self._codes += 1
             if kind is Value:
-                context = entered(context, rule.context)
-                self._value(code, context, depth, walked, owner, todo)
+                inner = self._value(code, entered(context, rule.context), depth, walked, owner)
+                if inner is not None:
+                    todo.append(iter([inner]))
             elif kind is Literal:
                 if type(code) is not rule.kind or not rule.test(code):
                     raise Damaged(f"{clip(code)} should be {rule.what}")
-            elif kind is Each:
-                for x in _list(code):
-                    todo.append((rule.item, x, context, depth, walked))
-            elif kind is Row:
-                if len(_list(code)) != len(rule.items):
-                    raise Damaged(f"{clip(code)} should have {len(rule.items)} parts")
-                for part, x in zip(rule.items, code, strict=True):
-                    todo.append((part, x, context, depth, walked))
-            elif kind is Names:
-                for x in _dict(code).values():
-                    todo.append((rule.item, x, context, depth, walked))
             else:
-                given = _dict(code)
-                for name in given.keys() - rule.required.keys() - rule.optional.keys():
-                    raise Damaged(f"it has a {clip(name)}, which is not of the format")
-                for name in rule.required.keys() - given.keys():
-                    raise Damaged(f"{clip(code)} has no {name!r}")
-                for name, x in given.items():
-                    part = rule.required.get(name) or rule.optional[name]
-                    todo.append((part, x, context, depth, walked))
+                todo.append(_parts(rule, code, context, depth, walked))
 
-    def _value(
-        self, code: Any, context: str, depth: int, walked: bool, owner: int, todo: Any
-    ) -> None:
+    def _value(self, code: Any, context: str, depth: int, walked: bool, owner: int) -> Any:
+        """Check a value itself; what is left to compare is returned."""
         allowed = CONTEXTS[context]
         if code is None or type(code) in (bool, str, int, float):
             if "literal" not in allowed or (context == "number" and type(code) is not float):
                 raise Damaged(f"{clip(code)} cannot stand where it does")
-            return
+            return None
         if depth > DEPTH:
             raise Damaged(f"its values are nested more than {DEPTH} deep")
         if isinstance(code, dict) and "array" in code:
@@ -342,6 +325,10 @@ class Check:
         if kind == "object":
             named = f"object {self._kinds[self._number(content)]}"
             self._mentions[owner].append(content)
+            if content == self._met:
+                self._met += 1
+            elif content > self._met and self._lost is None:
+                self._lost = content
             if walked:
                 self._walked.append(content)
         if named not in allowed:
@@ -349,7 +336,7 @@ class Check:
         if kind == "class" and isinstance(content, str):
             self._classes.add(content)
         walked = walked or kind in ("partial", "Partial", "partition")
-        todo.append((rule, content, context, depth + 1, walked))
+        return rule, content, context, depth + 1, walked
 
     def _number(self, number: Any) -> int:
         if type(number) is not int or not 0 <= number < len(self._kinds):
@@ -374,6 +361,24 @@ class Check:
                 raise Damaged("its lists hold each other over and over where they have no identity")
             if self._kinds[number] in ("list", "dict"):
                 todo += self._mentions[number]
+
+
+def _parts(rule: Any, code: Any, context: str, depth: int, walked: bool) -> Iterator[Any]:
+    """The parts of a list or an object with their rules."""
+    if isinstance(rule, Each):
+        return ((rule.item, x, context, depth, walked) for x in _list(code))
+    if isinstance(rule, Row):
+        if len(_list(code)) != len(rule.items):
+            raise Damaged(f"{clip(code)} should have {len(rule.items)} parts")
+        return ((part, x, context, depth, walked) for part, x in zip(rule.items, code, strict=True))
+    if isinstance(rule, Names):
+        return ((rule.item, x, context, depth, walked) for x in _dict(code).values())
+    parts = rule.required | rule.optional
+    for name in _dict(code).keys() - parts.keys():
+        raise Damaged(f"it has a {clip(name)}, which is not of the format")
+    for name in rule.required.keys() - code.keys():
+        raise Damaged(f"{clip(code)} has no {name!r}")
+    return ((parts[name], x, context, depth, walked) for name, x in code.items())
 
 
 def kind_of(code: Any, what: str) -> tuple[str, Any]:

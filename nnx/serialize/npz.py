@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx.serialize.decode import dtype_of, guarded
+from nnx.serialize.decode import guarded
+from nnx.serialize.dtypes import dtype_of
 from nnx.serialize.encode import Encoded
 from nnx.serialize.errors import LoadError
 from nnx.serialize.grammar import clip, parse

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import operator
 import sys
 import types
 from collections.abc import Callable
@@ -253,15 +254,31 @@ def _local_classes() -> dict[str, type[Node]]:
     return latest
 
 
-saveable(type(CARRY), name="nnx.CARRY", save=lambda _: None, load=lambda _: CARRY)
+def _exactly(kind: Any, make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A `load` for what `save` has made a value of this type of."""
+
+    def load(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise TypeError(f"{value!r:.80} is none of these: {kind}")
+        return make(value)
+
+    return load
+
+
+_NONE = type(None)
+saveable(type(CARRY), name="nnx.CARRY", save=lambda _: None, load=_exactly(_NONE, lambda _: CARRY))
 # Filters are attributes of modules too.
-saveable(PathContains, name="refx.PathContains", save=lambda f: f.part, load=PathContains)
-saveable(PathMatches, name="refx.PathMatches", save=lambda f: f.glob, load=PathMatches)
-saveable(OfType, name="refx.OfType", save=lambda f: f.kind, load=OfType)
+for _kind, _name in ((PathContains, "part"), (PathMatches, "glob"), (OfType, "kind")):
+    saveable(
+        _kind,
+        name=f"refx.{_kind.__name__}",
+        save=operator.attrgetter(_name),
+        load=_exactly(type | tuple if _kind is OfType else str, _kind),
+    )
 for _kind in (All, Any_, Not):
     saveable(
         _kind,
         name=f"refx.{_kind.__name__}",
         save=lambda f: f.filters,
-        load=lambda filters, kind=_kind: kind(*filters),
+        load=_exactly(tuple, lambda filters, kind=_kind: kind(*filters)),
     )
