@@ -105,10 +105,12 @@ def _lock(number: int) -> bool:
 def _remove_stale(folder: str, prefix: str) -> None:
     """Remove what savers of this name have left behind that were killed."""
     try:
-        names = [name for name in os.listdir(folder) if name.startswith(prefix)]
+        names = os.listdir(folder)
     except OSError:
         return
     for name in names:
+        if not (name.startswith(prefix) and name.endswith(".tmp")):
+            continue
         stale = os.path.join(folder, name)
         with contextlib.suppress(OSError):
             number = os.open(stale, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))

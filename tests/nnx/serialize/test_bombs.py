@@ -263,6 +263,6 @@ def test_every_value_may_be_as_deep_as_the_grammar_says_and_no_deeper(tmp_path):
 
 def test_the_fuzzer_finds_no_fault():
     tracemalloc.stop()
-    found = fuzz.run(250, seed=0)
-    assert 5 < found["accepted"] < 125
+    found = fuzz.run(150, seed=0)
+    assert 5 < found["accepted"] < 75
     tracemalloc.start()

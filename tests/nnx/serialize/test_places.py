@@ -43,29 +43,36 @@ def unchanged(path):
 # ---- what the system says
 
 
-def test_a_disk_that_is_full(path):
-    # A limit on the size of files is what the disk says when it is full: writing a part fails.
-    code = f"""
+FULL = """
 import resource, signal, sys
-import jax.numpy as jnp
 import nnx
 from tests.nnx.serialize.test_places import Table
 model = Table()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    nnx.save({str(path)!r}, model)
-except nnx.SaveError as error:
-    print(type(error).__mro__[2] is not None, isinstance(error, OSError), error.errno, error)
+for path in sys.argv[1:]:
+    try:
+        nnx.save(path, model)
+    except nnx.SaveError as error:
+        print(isinstance(error, OSError), error.errno, error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    is_known, is_os, number, text = done.stdout.split(" ", 3)
-    assert (is_known, is_os, int(number)) == ("True", "True", errno.EFBIG)
-    assert text.strip() == f"{path} cannot be saved: File too large"
-    unchanged(path)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_disk_that_is_full(tmp_path):
+    # A limit on the size of files is what a full disk is to who writes: a part is written, and no more.
+    paths = [tmp_path / kind / f"model.{kind}" for kind in KINDS]
+    for path in paths:
+        path.parent.mkdir()
+        nnx.save(path, Dense())
+    command = [sys.executable, "-c", FULL, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        f"True {errno.EFBIG} {path} cannot be saved: File too large" for path in paths
+    ]
+    for path in paths:
+        unchanged(path)
+
+
 def test_an_open_file_on_a_full_disk():
     for buffering in (0, -1):
         file = open("/dev/full", "wb", buffering=buffering)  # noqa: SIM115
@@ -261,25 +268,37 @@ nnx.save(sys.argv[1], Dense(seed=5), progress=lambda *_: os.kill(os.getpid(), si
 """
 
 
-def killed(path):
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """What a saver of `model.npz` that was killed leaves: its name and its content."""
+    path = tmp_path_factory.mktemp("killed") / "model.npz"
+    nnx.save(path, Dense())
     done = subprocess.run([sys.executable, "-c", KILLED, str(path)])
     assert done.returncode == -signal.SIGKILL
+    unharmed = jnp.array_equal(nnx.load(path).w, Dense().w)
+    (left,) = set(os.listdir(path.parent)) - {path.name}
+    assert unharmed and left.endswith(".tmp")
+    return left, (path.parent / left).read_bytes()
 
 
-def test_a_later_save_removes_what_a_killed_one_left(path):
-    other = path.with_name(f"other{path.suffix}")
-    killed(path)
-    killed(path)
-    killed(other)
-    left = set(os.listdir(path.parent)) - {path.name}
-    # The second one has removed what the first one left, and is killed itself.
-    assert len(left) == 2 and all(name.endswith(".tmp") for name in left)
-    assert jnp.array_equal(nnx.load(path).w, Dense().w)
-    nnx.save(path, Dense(seed=1))
-    # What belongs to another name is left to the next save of that.
-    assert len(os.listdir(path.parent)) == 2
+@pytest.fixture
+def littered(tmp_path, killed):
+    """A path beside which two savers were killed."""
+    path = tmp_path / "model.npz"
+    nnx.save(path, Dense())
+    for name in (killed[0], killed[0].replace(".tmp", "x.tmp")):
+        (tmp_path / name).write_bytes(killed[1])
+    return path
+
+
+def test_a_later_save_removes_what_a_killed_one_left(littered):
+    other = littered.with_name("other.npz")
     nnx.save(other, Dense())
-    assert sorted(os.listdir(path.parent)) == sorted([path.name, other.name])
+    # What belongs to another name is left to the next save of that.
+    assert len(os.listdir(littered.parent)) == 4
+    nnx.save(littered, Dense(seed=1))
+    assert sorted(os.listdir(littered.parent)) == [littered.name, other.name]
+    assert jnp.array_equal(nnx.load(littered).w, Dense(seed=1).w)
 
 
 def test_a_saver_that_is_alive_keeps_its_file(path):
@@ -316,26 +335,22 @@ def test_savers_of_one_path_at_the_same_time(path):
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_files_of_others_are_left_alone(path):
-    folder = path.parent
-    (folder / ".nnx.tmp").write_bytes(b"x")
-    (folder / ".nnx.notes.tmp").write_bytes(b"x")
-    killed(path)
-    left = next(name for name in os.listdir(folder) if name.count(".") == 4)
-    (folder / left).unlink()
+def test_files_of_others_are_left_alone(littered, killed):
+    folder = littered.parent
+    for name in (".nnx.tmp", ".nnx.notes.tmp", ".nnx.0.tmp", killed[0].removesuffix(".tmp")):
+        (folder / name).write_bytes(b"x")
     # A link by such a name leads to what is somebody's.
-    (folder / left).symlink_to(folder / ".nnx.tmp")
-    nnx.save(path, Dense())
-    assert {".nnx.tmp", ".nnx.notes.tmp"} <= set(os.listdir(folder))
+    (folder / killed[0]).unlink()
+    (folder / killed[0]).symlink_to(folder / ".nnx.tmp")
+    nnx.save(littered, Dense())
+    assert len(os.listdir(folder)) == 6 and (folder / ".nnx.tmp").read_bytes() == b"x"
 
 
-def test_without_locks_nothing_is_said_to_be_stale(path, monkeypatch):
-    killed(path)
-
+def test_without_locks_nothing_is_said_to_be_stale(littered, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(places.fcntl, "flock", refuse)
-    nnx.save(path, Dense(seed=1))
-    assert jnp.array_equal(nnx.load(path).w, Dense(seed=1).w)
-    assert len(os.listdir(path.parent)) == 2
+    nnx.save(littered, Dense(seed=1))
+    assert jnp.array_equal(nnx.load(littered).w, Dense(seed=1).w)
+    assert len(os.listdir(littered.parent)) == 3
