@@ -30,7 +30,7 @@ from nnx.serialize.grammar import Check, Damaged, check, check_distinct, check_h
 from nnx.serialize.paths import check_paths
 from nnx.serialize.registry import Classes, find, registered_name
 from refx import Node, Partition, Ref
-from refx.node import attributes, expose
+from refx.node import attributes, tell
 from refx.node import make as make_node
 from refx.partition import Path, listed
 from refx.ref import check_type
@@ -169,7 +169,7 @@ class _Decoder:
             if field is not None and field.is_ref and not isinstance(value, Ref | None):
                 raise Damaged(f"the field {name!r} of a {cls.__name__} holds no Ref")
         attributes(node).update(own)
-        expose(node)
+        tell(node)
 
     def _pairs(self, content: Any, what: str) -> list[tuple[Any, Any]]:
         pairs = [(self.value(k), self.value(v)) for k, v in content]

@@ -46,6 +46,7 @@ from refx import EndedTraceError, Node, Partition, Ref
 from refx.node import attributes
 from refx.partition import Path, dotted
 from refx.snapshot import snapshot
+from refx.structure import is_array
 from refx.trace import EVAL, current_trace
 
 __all__: list[str] = []
@@ -101,6 +102,12 @@ class _Encoder:
         # The list of objects grows while it is walked.
         for obj, path in zip(self._objects, self._paths, strict=False):
             specs.append(self._spec(obj, path))
+        for path, x in self._leaves:
+            if not is_array(x):
+                raise SaveError(
+                    f"{_at(path)} is a {type(x).__name__} in the place of an array, as jax.tree.map puts "
+                    f"it there. Save the model that it was made of, or a dict of what it says."
+                )
         # For those who want the values by path and not the tree.
         leaves = [[list(path), self._code(x, path)] for path, x in self._leaves]
         structure = {

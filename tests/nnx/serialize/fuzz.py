@@ -142,7 +142,7 @@ LITERALS = [
         "__init__",
         "_dict",
         "_fields",
-        "_snapshot",
+        "_book",
         "__call__",
     ),
     *(

@@ -65,7 +65,7 @@ def test_the_file_itself_is_accepted(good):
 IMPOSSIBLE = [
     *("train", "eval", "apply", "init", "make_rng", "get_flag", "_fields", "_defaults", "_dict"),
     *(
-        "_snapshot",
+        "_book",
         "_frame",
         "_is_node",
         "__class__",
@@ -314,3 +314,9 @@ nnx.saveable(Numbers, save=lambda n: n.x.tolist(), load=lambda x: Numbers(x))
 
 def test_a_class_that_makes_its_arrays_anew():
     assert saved([Numbers([1.0, 2.0])])[0].x.tolist() == [1.0, 2.0]
+
+
+def test_a_mask_that_was_mapped_from_a_model_has_no_arrays_to_save():
+    mask = jax.tree.map(lambda x: isinstance(x, int), [1, Deep(jnp.ones(2))])
+    with pytest.raises(nnx.SaveError, match="'1.x' is a bool in the place of an array"):
+        nnx.save(fuzz.Named(b"", "npz"), [1, mask[1]])
