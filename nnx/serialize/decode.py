@@ -79,7 +79,7 @@ def guarded(make: Callable[[], Any]) -> Any:
     except RecursionError:
         raise LoadError("its structure is damaged: it is nested without end") from None
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
+        text = " ".join(f"{type(error).__name__}: {error}".split())
         raise LoadError(f"its structure is damaged: {text:.300}") from error
 
 

@@ -90,7 +90,7 @@ def _reading(path: Any, progress: Progress | None, container: Any = None) -> Ite
     except OSError as error:
         raise load_error(error, name) from error
     except Exception as error:
-        text = str(error) or type(error).__name__
+        text = " ".join(str(error).split()) or type(error).__name__
         raise LoadError(
             f"{name} cannot be loaded: it is damaged, cut short, or no file of nnx.save at all "
             f"({text:.200})."
