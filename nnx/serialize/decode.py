@@ -349,6 +349,8 @@ class _Decoder:
     def _frozenset(self, content: Any) -> frozenset[Any]:
         items = self._all(content)
         check_distinct(items, "a frozenset")
+        if content != sorted(content, key=repr):
+            raise Damaged("the items of a frozenset are in another order than save has them")
         return frozenset(items)
 
     def _scalar(self, content: Any) -> Any:
