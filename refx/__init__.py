@@ -5,7 +5,7 @@ A `Ref` is a cell with an identity. `split` takes a tree that holds Refs apart i
 again. Everything else here follows from those two.
 """
 
-from refx import filters, pytree  # noqa: F401
+from refx import filters, pickling, pytree  # noqa: F401 — they tell pickle and JAX about trees
 from refx.dag import clone, frozen, get_partition, merge, mutable, refs, split, update
 from refx.errors import (
     ClosureError,
@@ -23,6 +23,7 @@ from refx.errors import (
     UnhashableStaticError,
     UnknownPathError,
     UnmatchedPathError,
+    UnpicklableStaticError,
     UnsetFieldError,
     ValueTypeError,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "UnhashableStaticError",
     "UnknownPathError",
     "UnmatchedPathError",
+    "UnpicklableStaticError",
     "UnsetFieldError",
     "ValueTypeError",
     "clone",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 __all__ = [
     "ClosureError",
     "DtypeError",
@@ -18,6 +20,7 @@ __all__ = [
     "UnhashableStaticError",
     "UnknownPathError",
     "UnmatchedPathError",
+    "UnpicklableStaticError",
     "UnsetFieldError",
     "ValueTypeError",
 ]
@@ -65,6 +68,10 @@ class StructureError(RefError):
 
 class UnhashableStaticError(RefError, TypeError):
     """A static value cannot be hashed, so it cannot be part of a compiled program's key."""
+
+
+class UnpicklableStaticError(RefError, pickle.PicklingError):
+    """A static value that pickle cannot write, such as a lambda, is part of a pickled structure."""
 
 
 class UnknownPathError(RefError, KeyError):

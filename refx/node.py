@@ -183,6 +183,10 @@ class Node(_HasDict, metaclass=NodeType):
         if field is not None and field.is_ref:
             field.__set__(self, value)
             return
+        if name == "__orig_class__":
+            # `G[int]()` notes its alias so, unless that is an AttributeError. It says nothing of the
+            # object, and as an attribute it would make `G[int]()` another structure than `G()`.
+            raise AttributeError(f"{type(self).__name__} does not keep {name}.")
         check_structure(self, f"Attribute {name!r}")
         if isinstance(value, Tracer):
             check_value(None, value)

@@ -170,6 +170,12 @@ class DagDef:
         nodes = [n._replace(revision=0) if type(n) is NodeDef else n for n in self.nodes]
         return _restore, (self.root, tuple(nodes))
 
+    def __copy__(self) -> DagDef:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> DagDef:
+        return self
+
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 import refx
-from refx import Partition, Ref, RefError, UnknownPathError
+from refx import Partition, RefError, UnknownPathError
 from refx.dag import find_ref
 from refx.partition import Path, dotted
 
@@ -53,6 +55,9 @@ class Mover:
             return
         first = self._from.setdefault(found, name)
         old = self.cells[found].value
+        if isinstance(value, jax.ShapeDtypeStruct):
+            self.wrong.append(f"{dotted(found)} gets a shape without values from {name}")
+            return
         if np.shape(value) != np.shape(old):
             self.wrong.append(
                 f"{dotted(found)} has shape {np.shape(old)}, but {name} gives {np.shape(value)}"
@@ -61,7 +66,7 @@ class Mover:
         cast = convert(value, old)
         if cast is None:
             self.wrong.append(
-                f"{dotted(found)} has dtype {jnp.asarray(old).dtype}, but {name} has "
+                f"{dotted(found)} has dtype {dtype_of(old)}, but {name} has "
                 f"{np.asarray(value).dtype}"
             )
             return
@@ -104,18 +109,29 @@ def message(model: str, sections: list[tuple[str, list[str]]]) -> str:
 
 
 def convert(value: Any, like: Any) -> Any:
-    """`value` in the dtype of `like`, or None where another kind of number would be needed."""
-    if isinstance(like, Ref):
-        like = like.value
-    target = jnp.asarray(like).dtype
+    """`value` in the dtype and on the devices of `like`, or None where the kind of number differs.
+
+    `like` may be a `jax.ShapeDtypeStruct`, as in a model that `nnx.eval_shape` made.
+    """
+    target = dtype_of(like)
     given = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
-    if given == target:
-        return jnp.array(value, copy=True)
-    same = any(
+    same = given == target or any(
         jnp.issubdtype(given, kind) and jnp.issubdtype(target, kind)
         for kind in (jnp.floating, jnp.integer, jnp.complexfloating)
     )
-    return jnp.array(value, dtype=target) if same else None
+    return _placed(jnp.array(value, dtype=target, copy=True), like) if same else None
+
+
+def dtype_of(x: Any) -> Any:
+    """The dtype of an array, of a number, or of the shape that stands for one."""
+    return x.dtype if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x).dtype
+
+
+def _placed(array: jax.Array, like: Any) -> jax.Array:
+    committed = isinstance(like, jax.Array) and not isinstance(like, Tracer) and like.committed
+    if not committed and not isinstance(like, jax.ShapeDtypeStruct):
+        return array
+    return array if like.sharding is None else jax.device_put(array, like.sharding)
 
 
 def nested(flat: Mapping[Path, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 __all__: list[str] = []
@@ -69,9 +68,9 @@ def _linear(layer: Any, leaf: str) -> list[Place] | None:
 
 def _linear_general(layer: Any, leaf: str) -> list[Place] | None:
     if leaf == "weight":
-        return [Place("kernel", lambda a: a.T.reshape(jnp.shape(layer.kernel)))]
+        return [Place("kernel", lambda a: a.T.reshape(np.shape(layer.kernel)))]
     if leaf == "bias" and layer.bias is not None:
-        return [Place("bias", lambda a: a.reshape(jnp.shape(layer.bias)))]
+        return [Place("bias", lambda a: a.reshape(np.shape(layer.bias)))]
     return None
 
 
@@ -104,14 +103,14 @@ def _renaming(names: dict[str, str | None]) -> Rule:
 def _prelu(layer: Any, leaf: str) -> list[Place] | None:
     if leaf != "weight":
         return None
-    return [Place("negative_slope", lambda a: a.reshape(jnp.shape(layer.negative_slope)))]
+    return [Place("negative_slope", lambda a: a.reshape(np.shape(layer.negative_slope)))]
 
 
 def _attention(layer: Any, leaf: str) -> list[Place] | None:
     parts = ("query", "key", "value")
     if leaf in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
         part = parts["qkv".index(leaf[0])]
-        shape = jnp.shape(getattr(layer, part).kernel)
+        shape = np.shape(getattr(layer, part).kernel)
         return [Place(f"{part}.kernel", lambda a: a.T.reshape(shape))]
     if leaf not in ("in_proj_weight", "in_proj_bias"):
         return None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
-from nnx.bridge._move import BridgeError, Mover, convert, message, nested
+from nnx.bridge._move import BridgeError, Mover, convert, dtype_of, message, nested
 from nnx.bridge._names import NO_RULE, Names, renamer
 from refx.partition import Path, dotted
 
@@ -23,13 +23,14 @@ def from_flax(theirs: Any, ours: Any, names: Names | None = None) -> Any:
 
     Layers of nnx have the attribute names and shapes of their `flax.nnx` namesakes, so a model of
     ours with the attributes of the flax model takes its weights as they are. Values are cast to the
-    dtypes that our model has.
+    dtypes that our model has, and go to the devices that its values are on or its shapes name.
 
     Args:
       theirs: a `flax.nnx` module or its `State`; or the variables of a Linen module, which are
         nested dicts with `"params"` (and `"batch_stats"`) at the top; or `"params"` alone.
-      ours: the model to write. Its Refs in `"params"` and `"batch_stats"` must all get a value; a
-        shared Ref may have any of its paths on the other side.
+      ours: the model to write; it may be one of shapes alone, which `nnx.eval_shape` made. Its
+        Refs in `"params"` and `"batch_stats"` must all get a value; a shared Ref may have any of
+        its paths on the other side.
       names: what is called differently, such as `{"Dense_0": "head"}` for a Linen module: from
         their path to ours, as for `from_state_dict`.
 
@@ -95,6 +96,9 @@ def to_flax(ours: Any, theirs: Any, names: Names | None = None) -> Any:
             missing += [dotted(path)] if needed else []
             continue
         new = mover.cells[found].value
+        if isinstance(new, jax.ShapeDtypeStruct):
+            mover.wrong.append(f"{dotted(path)} gets a shape without values from {dotted(found)}")
+            continue
         cast = convert(new, old) if np.shape(new) == np.shape(old) else None
         if cast is None:
             mover.wrong.append(
@@ -118,7 +122,7 @@ def to_flax(ours: Any, theirs: Any, names: Names | None = None) -> Any:
 
 
 def _short(x: Any) -> str:
-    return f"{jnp.asarray(x).dtype}{list(np.shape(x))}"
+    return f"{dtype_of(x)}{list(np.shape(x))}"
 
 
 def _flat(theirs: Any, mover: Mover) -> Iterator[tuple[Path, Any, bool]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,8 @@ import numpy as np
 from nnx.bridge._move import BridgeError, Mover
 from nnx.bridge._names import NO_RULE, Names, renamer
 from nnx.bridge._torch_layers import NoPlaceError, Place, layer_rule
+from nnx.serialize.files import arrays_of
+from nnx.serialize.places import is_path
 from refx import Node
 from refx.node import attributes
 
@@ -35,7 +36,8 @@ def from_state_dict(
     have a `scale`; `running_mean` and `running_var` are `mean` and `var`. The joint input
     projection of PyTorch's `MultiheadAttention` is divided, its `out_proj` is `out`, and the layers
     of a PyTorch `Sequential` are those in `layers`. A name that ends as ours do (`kernel`, `scale`)
-    is taken as it is. Values are cast to the dtypes that our model has.
+    is taken as it is. Values are cast to the dtypes that our model has, and go to the devices that
+    its values are on or its shapes name.
 
     An `nnx.RNN` takes the weights of PyTorch's `LSTM`, `GRU` or `RNN` (of `SimpleCell`, with
     `activation_fn=nnx.relu` for its `nonlinearity="relu"`), an `nnx.Bidirectional` also those in
@@ -48,7 +50,8 @@ def from_state_dict(
     Args:
       state_dict: a mapping from name to array: NumPy, JAX or torch (bfloat16 too); or the path of a
         safetensors file, or several.
-      ours: the model to write. Its Refs in `"params"` and `"batch_stats"` must all get a value.
+      ours: the model to write; it may be one of shapes alone, which `nnx.eval_shape` made. Its
+        Refs in `"params"` and `"batch_stats"` must all get a value.
       names: a dict from name to our path, where a name may be a prefix (`{"fc": "head"}` maps
         `fc.weight` too, and the longest prefix wins); a function `name -> path`; or a list of
         `(regex, template)`, of which the first that matches the whole name is expanded, as with
@@ -63,7 +66,7 @@ def from_state_dict(
 
     Raises:
       BridgeError: what is missing, unexpected, or of another shape; the message lists all.
-      ImportError: a path was given and safetensors is not installed.
+      LoadError: a path was given, and there is no safetensors file, or one that is damaged.
 
     >>> import numpy as np, nnx
     >>> ours = nnx.Sequential(nnx.Linear.init(0)(2, 1))
@@ -134,23 +137,14 @@ def _arrays(source: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(source, Mapping):
         yield from source.items()
         return
-    paths = [source] if isinstance(source, str | os.PathLike) else list(source)
-    if not all(isinstance(path, str | os.PathLike) for path in paths):
+    paths = [source] if is_path(source) else list(source)
+    if not all(map(is_path, paths)):
         raise TypeError(
             f"from_state_dict takes a mapping from name to array or the path of a safetensors "
             f"file, but got a {type(source).__name__}. Of a torch module, pass module.state_dict()."
         )
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError(
-            "Reading a safetensors file needs the safetensors package. Install it with "
-            "`pip install safetensors`, or pass a mapping from name to array."
-        ) from error
     for path in paths:
-        with safe_open(os.fspath(path), framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 — it is no mapping
-                yield name, file.get_tensor(name)
+        yield from arrays_of(path)
 
 
 def _places(ours: Any, path: str) -> list[Place]:

@@ -1,7 +1,8 @@
 """Saving and loading: a model in one file that holds names and numbers, never code."""
 
 from nnx.serialize.errors import LoadError, SaveError
-from nnx.serialize.files import LoadReport, load, load_state, save
+from nnx.serialize.files import load, load_state, save
+from nnx.serialize.fitting import LoadReport
 from nnx.serialize.registry import saveable
 
 __all__ = ["LoadError", "LoadReport", "SaveError", "load", "load_state", "save", "saveable"]

@@ -12,6 +12,8 @@ import base64
 import dataclasses
 import enum
 import functools
+import inspect
+import json
 import math
 import re
 import types
@@ -25,17 +27,29 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
+from nnx.serialize.classes import fields_of, why_not
+from nnx.serialize.dtypes import dtype_name, has_bad_bits
 from nnx.serialize.errors import SaveError
+from nnx.serialize.grammar import (
+    CONTEXTS,
+    DEPTH,
+    DIGITS,
+    FORMAT,
+    VERSION,
+    Damaged,
+    check,
+    check_distinct,
+    entered,
+)
 from nnx.serialize.registry import name_of, registered
-from refx import Node, Partition, Ref
+from refx import EndedTraceError, Node, Partition, Ref
 from refx.node import attributes
 from refx.partition import Path, dotted
 from refx.snapshot import snapshot
+from refx.structure import is_array
+from refx.trace import EVAL, current_trace
 
 __all__: list[str] = []
-
-FORMAT = "nnx"
-VERSION = 1
 
 
 class Encoded(NamedTuple):
@@ -70,7 +84,10 @@ class _Encoder:
         # The names of the arrays, without regard to case: some file systems have none.
         self._taken: set[str] = set()
         self._classes: dict[str, Any] = {}
-        self._in_place = False
+        self._class_names: dict[type, str] = {}
+        # Where in the grammar the value is that is written, and how deep in others.
+        self._context = "free"
+        self._depth = 0
         try:
             kept = snapshot(tree)
         except Exception as error:
@@ -85,6 +102,12 @@ class _Encoder:
         # The list of objects grows while it is walked.
         for obj, path in zip(self._objects, self._paths, strict=False):
             specs.append(self._spec(obj, path))
+        for path, x in self._leaves:
+            if not is_array(x):
+                raise SaveError(
+                    f"{_at(path)} is a {type(x).__name__} in the place of an array, as jax.tree.map puts "
+                    f"it there. Save the model that it was made of, or a dict of what it says."
+                )
         # For those who want the values by path and not the tree.
         leaves = [[list(path), self._code(x, path)] for path, x in self._leaves]
         structure = {
@@ -95,72 +118,145 @@ class _Encoder:
             "leaves": leaves,
             "classes": self._classes,
         }
+        try:
+            check(structure).check_used()
+        except Damaged as error:
+            raise SaveError(f"The tree cannot be saved: {error}.") from None
         return Encoded(structure, self._arrays)
 
     def _spec(self, obj: Any, path: Path) -> dict[str, Any]:
         if isinstance(obj, Ref):
-            path = self._canonical[id(obj)]
-            return {
-                "ref": {
-                    "path": list(path),
-                    "collection": self._code(obj.collection, path),
-                    "metadata": self._pairs(obj.metadata, path),
-                    "value": self._inline(obj.value, path),
-                }
-            }
+            return {"ref": self._ref(obj, path)}
         if type(obj) is list:
-            return {"list": [self._code(x, (*path, str(i))) for i, x in enumerate(obj)]}
+            return {"list": self._all(obj, path)}
         if type(obj) is dict:
             return {"dict": self._pairs(obj, path)}
+        for name in attributes(obj):
+            reason = why_not(type(obj), name)
+            if reason is not None:
+                raise SaveError(
+                    f"{_at(path)} has the attribute {name!r}, {reason}. Give it another name."
+                )
         name = self._class(type(obj), path)
-        return {"module": {"class": name, "attributes": self._pairs(attributes(obj), path)}}
+        named = [[k, self._code(v, (*path, k))] for k, v in attributes(obj).items()]
+        return {"module": {"class": name, "attributes": named}}
+
+    def _ref(self, ref: Ref[Any], path: Path) -> dict[str, Any]:
+        path = self._canonical.get(id(ref), path)
+        if id(ref) not in self._canonical:
+            raise SaveError(f"{_at(path)} holds a Ref that is no part of the tree.")
+        try:
+            value = ref.value
+        except EndedTraceError as error:
+            raise SaveError(f"{_at(path)} cannot be saved. {error}") from error
+        facts = ref.metadata.items()
+        return {
+            "path": list(path),
+            "collection": self._within("key", ref.collection, path),
+            "metadata": [[k, self._within("key", v, (*path, k))] for k, v in facts],
+            "value": self._within("content", value, path),
+        }
 
     def _class(self, cls: type[Node], path: Path) -> str:
-        name = name_of(cls)
-        assert name is not None
-        self._classes.setdefault(name, fields_of(cls))
+        name = self._class_names.get(cls)
+        if name is None:
+            name = name_of(cls)
+            assert name is not None
+            self._class_names[cls] = name
+            self._classes[name] = fields_of(cls)
         return name
 
     def _pairs(self, mapping: Any, path: Path) -> list[Any]:
-        return [[self._code(k, path), self._code(v, (*path, str(k)))] for k, v in mapping.items()]
+        try:
+            check_distinct(mapping, "it")
+        except Damaged as error:
+            raise SaveError(f"{_at(path)} cannot be saved: {error}.") from None
+        return [
+            [self._within("key", k, path), self._code(v, (*path, str(k)))]
+            for k, v in mapping.items()
+        ]
 
     def _all(self, items: Any, path: Path) -> list[Any]:
         return [self._code(x, (*path, str(i))) for i, x in enumerate(items)]
 
+    def _within(self, slot: str, x: Any, path: Path) -> Any:
+        """The code of a value in another context of the grammar."""
+        outer, self._context = self._context, entered(self._context, slot)
+        try:
+            return self._code(x, path)
+        finally:
+            self._context = outer
+
     def _code(self, x: Any, path: Path) -> Any:
         kind = type(x)
-        if x is None or kind is bool or kind is str or kind is int:
+        if x is None or kind is bool:
+            return x
+        if kind is int:
+            if x.bit_length() > 3 * DIGITS:
+                raise SaveError(f"{_at(path)} is an integer of more than {DIGITS} digits.")
+            return x
+        if kind is str:
+            # Two halves of one character, side by side, are that character when they are read.
+            if not x.isascii() and json.loads(json.dumps(x)) != x:
+                raise SaveError(f"{_at(path)} is a text that is not valid Unicode: {x!r:.80}.")
             return x
         if kind is float:
             return x if math.isfinite(x) else {"float": repr(x)}
-        if self._in_place and kind in (list, dict):
-            return {"list": self._all(x, path)} if kind is list else {"dict": self._pairs(x, path)}
+        if self._depth > DEPTH:
+            raise SaveError(
+                f"{_at(path)[:200]} is in values that are nested more than {DEPTH} deep. Use a list in "
+                f"the place of some of the tuples."
+            )
+        self._depth += 1
+        try:
+            return self._part(x, path)
+        finally:
+            self._depth -= 1
+
+    def _part(self, x: Any, path: Path) -> Any:
+        kind = type(x)
+        allowed = CONTEXTS[self._context]
+        if kind is list and "list" in allowed:
+            return {"list": self._all(x, path)}
+        if kind is dict and "dict" in allowed:
+            return {"dict": self._pairs(x, path)}
         if is_identity(x):
-            number = self._numbers.get(id(x))
-            if number is None:
-                number = self._numbers[id(x)] = len(self._objects)
-                self._objects.append(x)
-                self._paths.append(path)
-            return {"object": number}
+            return {"object": self._object(x, path)}
         if isinstance(x, jax.Array | np.ndarray):
             return self._array(x, path)
         return self._other(x, path)
+
+    def _object(self, x: Any, path: Path) -> int:
+        kind = (
+            "ref" if isinstance(x, Ref) else "module" if isinstance(x, Node) else type(x).__name__
+        )
+        if f"object {kind}" not in CONTEXTS[self._context]:
+            raise SaveError(
+                f"{_at(path)} holds a {type(x).__name__} in a key, in metadata or in the value of a "
+                f"Ref, which can be saved only in an attribute, a list, a tuple or a dict."
+            )
+        number = self._numbers.get(id(x))
+        if number is None:
+            number = self._numbers[id(x)] = len(self._objects)
+            self._objects.append(x)
+            self._paths.append(path)
+        return number
 
     def _other(self, x: Any, path: Path) -> Any:
         kind: type = type(x)
         known = registered(kind)
         if known is not None and not isinstance(x, enum.Enum):
             value = known.save(x) if known.save is not None else _fields(x)
-            return {"saved": [known.name, self._inline(value, path)]}
+            return {"saved": [known.name, self._within("inner", value, path)]}
         exact = _KINDS.get(kind)
         if exact is not None:
             return {exact[0]: exact[1](self, x, path)}
         if isinstance(x, np.dtype):
-            return {"dtype": dtype_name(x)}
+            return {"dtype": self._dtype(x, path)}
         if isinstance(x, np.generic):
-            return {"scalar": [dtype_name(x.dtype), _text(x.tobytes())]}
+            return {"scalar": [self._dtype(x.dtype, path), _text(x.tobytes())]}
         if isinstance(x, types.MethodType) and isinstance(x.__self__, Node):
-            return {"method": [self._code(x.__self__, path), x.__func__.__name__]}
+            return {"method": self._method(x, path)}
         if isinstance(x, type) and issubclass(x, Node):
             return {"class": self._class(x, path)}
         name = name_of(x if callable(x) else kind)
@@ -168,31 +264,40 @@ class _Encoder:
             raise _unsaveable(x, path)
         if callable(x):
             return {"named": name}
-        if isinstance(x, enum.Enum) and x.name is not None:
+        if isinstance(x, enum.Enum) and _has_names(x):
             return {"enum": [name, x.name]}
         if isinstance(x, tuple) and hasattr(kind, "_fields"):
             return {"namedtuple": [name, self._all(x, path)]}
         raise _unsaveable(x, path)
 
     def _partition(self, x: Partition, path: Path) -> Any:
-        return [[list(p), self._code(v, (*path, *p))] for p, v in x.items()]
+        # Like the value of a Ref, one of a Partition has no identity inside it.
+        return [[list(p), self._within("content", v, (*path, *p))] for p, v in x.items()]
 
     def _partial(self, x: Any, path: Path) -> Any:
-        return [self._code(x.func, path), self._all(x.args, path), self._pairs(x.keywords, path)]
+        named = [[k, self._code(v, (*path, k))] for k, v in x.keywords.items()]
+        return [self._code(x.func, path), self._all(x.args, path), named]
 
-    def _inline(self, x: Any, path: Path) -> Any:
-        """The code of a value in which lists and dicts are written in place.
+    def _method(self, x: types.MethodType, path: Path) -> Any:
+        name = x.__func__.__name__
+        if inspect.getattr_static(type(x.__self__), name, None) is not x.__func__:
+            raise SaveError(
+                f"{_at(path)} is a method {name!r} that its class {type(x.__self__).__name__} does not "
+                f"have by that name. Define it in the class."
+            )
+        return [self._within("node", x.__self__, path), name]
 
-        The value of a Ref has no identity inside it, and can be read without what is around it.
-        What `load` gets must be complete when it is called.
-        """
-        outer, self._in_place = self._in_place, True
-        try:
-            return self._code(x, path)
-        finally:
-            self._in_place = outer
+    def _dtype(self, dtype: np.dtype, path: Path) -> str:
+        if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None:
+            raise SaveError(f"{_at(path)} has a dtype with parts or of Python objects: {dtype}.")
+        return dtype_name(dtype)
 
     def _array(self, x: Any, path: Path) -> Any:
+        if isinstance(x, Tracer) and current_trace(()) is EVAL:
+            raise SaveError(
+                f"{_at(path)} is a tracer of a transformation that has ended, and means nothing any "
+                f"more. Return the value, or its module, from the function that was transformed."
+            )
         if isinstance(x, Tracer):
             raise SaveError(
                 f"{_at(path)} is a tracer: nnx.save was called inside a transformation. Call it "
@@ -225,10 +330,20 @@ class _Encoder:
                 raise SaveError(
                     f"{_at(path)} is a NumPy array with named fields. Save a dict of its fields."
                 )
+            self._check_bits(x, path)
+            if x.dtype.itemsize == 0:
+                raise SaveError(
+                    f"{_at(path)} is a NumPy array of empty texts; save a list of them."
+                )
             return code | {"dtype": dtype_name(x.dtype), "numpy": True}
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return code | {"key": str(jax.random.key_impl(x))}
+        self._check_bits(x, path)
         return code | {"dtype": dtype_name(x.dtype)}
+
+    def _check_bits(self, x: Any, path: Path) -> None:
+        if np.dtype(x.dtype).kind in "bUV" and has_bad_bits(np.asarray(x)):
+            raise SaveError(f"{_at(path)} has bits that are no {x.dtype}. Make the array anew.")
 
     def _member(self, path: Path) -> str:
         # A name that every file system takes, should somebody unpack the file.
@@ -245,7 +360,10 @@ _Kind = Callable[[_Encoder, Any, Path], Any]
 _KINDS: dict[type, tuple[str, _Kind]] = {
     tuple: ("tuple", _Encoder._all),
     PartitionSpec: ("spec", _Encoder._all),
-    frozenset: ("frozenset", lambda e, x, path: sorted(e._all(x, path), key=repr)),
+    frozenset: (
+        "frozenset",
+        lambda e, x, path: sorted((e._within("key", v, path) for v in x), key=repr),
+    ),
     complex: ("complex", lambda e, x, path: e._all((x.real, x.imag), path)),
     bytes: ("bytes", lambda e, x, path: _text(x)),
     type(...): ("ellipsis", lambda e, x, path: None),
@@ -258,23 +376,11 @@ _KINDS: dict[type, tuple[str, _Kind]] = {
 }
 
 
-def fields_of(cls: type[Node]) -> dict[str, Any]:
-    """What a class declares of its instances, to notice when it has changed."""
-    fields = {
-        name: f"ref {f.collection!r}" if f.is_ref else "static" for name, f in cls._fields.items()
-    }
-    if dataclasses.is_dataclass(cls):
-        fields |= {f.name: "attribute" for f in dataclasses.fields(cls) if f.name not in fields}
-    return fields
-
-
-def dtype_name(dtype: Any) -> str:
-    """A dtype as text: its name where that says all."""
-    name = dtype.name
-    try:
-        return name if jnp.dtype(name) == dtype else dtype.str
-    except TypeError:
-        return dtype.str
+def _has_names(x: enum.Enum) -> bool:
+    """Whether its name says which member it is, or the names of which members a flag is made."""
+    members = type(x).__members__
+    parts = x.name.split("|") if isinstance(x, enum.Flag) and x.name else [x.name]
+    return x.name in members or all(part in members for part in parts)
 
 
 def _fields(x: Any) -> dict[str, Any]:

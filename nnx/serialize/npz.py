@@ -7,21 +7,21 @@ the file before anything is allocated.
 
 from __future__ import annotations
 
-import io
 import json
-import os
+import math
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx.serialize.decode import dtype_of
+from nnx.serialize.decode import guarded
+from nnx.serialize.dtypes import dtype_of
 from nnx.serialize.encode import Encoded
 from nnx.serialize.errors import LoadError
+from nnx.serialize.grammar import clip, parse
 
 __all__: list[str] = []
 
@@ -85,13 +85,18 @@ def aligned(size: int) -> np.ndarray:
 
 
 class Reader:
-    """An open file: its structure, and its arrays one by one."""
+    """An open file: its structure, and its arrays one by one.
 
-    def __init__(self, file: io.BufferedReader, progress: Progress | None):
+    Args:
+      file: a binary file that can seek.
+      size: how many bytes it has.
+      progress: called as `progress(bytes_done, bytes_in_all)`.
+    """
+
+    def __init__(self, file: Any, size: int, progress: Progress | None):
         self._archive = zipfile.ZipFile(file)
-        size = os.fstat(file.fileno()).st_size
-        self._members = {info.filename: info for info in self._archive.infolist()}
         infos = self._archive.infolist()
+        self._members = {info.filename: info for info in infos}
         if len(self._members) != len(infos):
             raise LoadError("two of its parts have the same name")
         if any(i.compress_type != zipfile.ZIP_STORED or i.flag_bits & 1 for i in infos):
@@ -115,7 +120,10 @@ class Reader:
         """The parsed JSON, or None if this is an `.npz` of somebody else."""
         if STRUCTURE not in self._members:
             return None
-        return json.loads(self._archive.read(STRUCTURE).decode())
+        for name in self._members:
+            if name != STRUCTURE and not name.endswith(".npy"):
+                raise LoadError(f"it has a part {clip(name)}, which nnx.save does not write")
+        return guarded(lambda: parse(self._archive.read(STRUCTURE)))
 
     def read(self, name: str, dtype: str | None, shape: tuple[int, ...] | None) -> np.ndarray:
         """An array. `dtype` and `shape`, where they are known, must be those of the array."""
@@ -134,10 +142,10 @@ class Reader:
                     f"its array {name!r} is {found}{list(found_shape)}, but should be "
                     f"{stored}{list(shape or found_shape)}"
                 )
-            count = int(np.prod(found_shape, dtype=object))
-            if count < 0 or count * found.itemsize > info.file_size:
+            size = math.prod(found_shape) * found.itemsize
+            if size > info.file_size:
                 raise LoadError(f"its array {name!r} is shorter than its shape {found_shape}")
-            flat = aligned(count * found.itemsize)
+            flat = aligned(size)
             self._fill(member, name, flat)
         if ours:
             return flat.view(wanted).reshape(found_shape)
@@ -151,6 +159,8 @@ class Reader:
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
         if dtype.hasobject:
             raise LoadError(f"its array {name!r} is one of Python objects")
+        if dtype.itemsize == 0 or any(type(n) is not int or n < 0 for n in shape):
+            raise LoadError(f"its array {name!r} has the dtype {dtype} and the shape {shape}")
         return shape, fortran, dtype
 
     def _fill(self, member: Any, name: str, data: Any) -> None:
@@ -166,10 +176,3 @@ class Reader:
         # The end of a part is where its checksum is compared.
         if member.read(1):
             raise LoadError(f"its array {name!r} is longer than its shape")
-
-
-@contextmanager
-def opened(path: Any, progress: Progress | None) -> Iterator[Reader]:
-    """Open a file for reading."""
-    with open(path, "rb") as file:
-        yield Reader(file, progress)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import operator
 import sys
 import types
 from collections.abc import Callable
@@ -205,6 +206,9 @@ def find(name: str) -> Any:
 
 def _walk(name: str) -> Any:
     parts = name.split(".")
+    # Every beginning of a name may be that of a Python module, so a long one would be much work.
+    if len(parts) > 50:
+        return None
     for i in range(len(parts) - 1, 0, -1):
         module = sys.modules.get(".".join(parts[:i]))
         if module is not None:
@@ -216,13 +220,28 @@ def _walk(name: str) -> Any:
     return None
 
 
-def find_module_class(name: str) -> type[Node] | None:
-    """The module class of this name, one that was made in a function included; the latest wins."""
-    found = find(name)
-    if isinstance(found, type) and issubclass(found, Node):
-        return found
+class Classes:
+    """The module classes of this program by name, those that were made in functions included.
+
+    The latest of a name wins. It is as of the first one that was not found otherwise.
+    """
+
+    def __init__(self) -> None:
+        self._local: dict[str, type[Node]] | None = None
+
+    def find(self, name: str) -> type[Node] | None:
+        """The class of this name, or None."""
+        found = find(name)
+        if isinstance(found, type) and issubclass(found, Node):
+            return found
+        if self._local is None:
+            self._local = _local_classes()
+        return self._local.get(name)
+
+
+def _local_classes() -> dict[str, type[Node]]:
     todo: list[type[Node]] = [Node]
-    latest = None
+    latest: dict[str, type[Node]] = {}
     seen: set[type] = set()
     while todo:
         for cls in todo.pop().__subclasses__():
@@ -230,20 +249,36 @@ def find_module_class(name: str) -> type[Node] | None:
                 seen.add(cls)
                 todo.append(cls)
                 # A class that stands for another one while `nnx.capture` runs has its name.
-                if _public_or_own(cls) == name and "_stands_for" not in vars(cls):
-                    latest = cls
+                if "_stands_for" not in vars(cls):
+                    latest[_public_or_own(cls)] = cls
     return latest
 
 
-saveable(type(CARRY), name="nnx.CARRY", save=lambda _: None, load=lambda _: CARRY)
+def _exactly(kind: Any, make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A `load` for what `save` has made a value of this type of."""
+
+    def load(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise TypeError(f"{value!r:.80} is none of these: {kind}")
+        return make(value)
+
+    return load
+
+
+_NONE = type(None)
+saveable(type(CARRY), name="nnx.CARRY", save=lambda _: None, load=_exactly(_NONE, lambda _: CARRY))
 # Filters are attributes of modules too.
-saveable(PathContains, name="refx.PathContains", save=lambda f: f.part, load=PathContains)
-saveable(PathMatches, name="refx.PathMatches", save=lambda f: f.glob, load=PathMatches)
-saveable(OfType, name="refx.OfType", save=lambda f: f.kind, load=OfType)
+for _kind, _name in ((PathContains, "part"), (PathMatches, "glob"), (OfType, "kind")):
+    saveable(
+        _kind,
+        name=f"refx.{_kind.__name__}",
+        save=operator.attrgetter(_name),
+        load=_exactly(type | tuple if _kind is OfType else str, _kind),
+    )
 for _kind in (All, Any_, Not):
     saveable(
         _kind,
         name=f"refx.{_kind.__name__}",
         save=lambda f: f.filters,
-        load=lambda filters, kind=_kind: kind(*filters),
+        load=_exactly(tuple, lambda filters, kind=_kind: kind(*filters)),
     )

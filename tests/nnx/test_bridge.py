@@ -11,7 +11,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 import nnx
-from nnx.bridge import BridgeError, from_flax, from_state_dict, to_flax
+from nnx.bridge import BridgeError, from_flax, to_flax
 
 DIGITS = (load_digits().images[:8, ..., None] / 16).astype(np.float32)
 
@@ -197,14 +197,11 @@ def test_dtypes_are_ours_and_kinds_do_not_change():
     )
 
 
-def test_without_flax_or_safetensors_the_error_says_what_to_install(monkeypatch, tmp_path):
+def test_without_flax_the_error_says_what_to_install(monkeypatch):
     theirs = trained()
     monkeypatch.setitem(sys.modules, "flax", None)
     with pytest.raises(ImportError, match="pip install flax"):
         from_flax(theirs, Ours.init(0)())
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match="pip install safetensors"):
-        from_state_dict(tmp_path / "model.safetensors", Ours.init(0)())
 
 
 def test_weight_and_spectral_norm_move_by_path():

@@ -1,5 +1,7 @@
 """Weights of PyTorch state dicts and safetensors files, against NumPy in float64."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -129,6 +131,22 @@ def test_a_safetensors_file_and_several(tmp_path):
     close(from_state_dict(path, OursAsTorch.init(1)()).fc.kernel, half["fc.weight"].T)
     with pytest.raises(TypeError, match=r"got a list.*module.state_dict\(\)"):
         from_state_dict([1, 2], ours)
+
+
+def test_a_safetensors_file_that_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    path = tmp_path / "model.bin"
+    ours = nnx.Linear.init(0)(2, 3)
+    state = {"weight": np.ones((3, 2), np.float32), "bias": np.ones(3, np.float32)}
+    save_file(state, path)
+    assert (from_state_dict(bytes(path), ours).kernel == 1).all()
+    ours = nnx.Linear.init(0)(2, 3)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(nnx.LoadError, match=f"^{path} cannot be loaded: .*as large as the file"):
+        from_state_dict([path], ours)
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path}/none cannot be loaded: No such file"):
+        from_state_dict(tmp_path / "none", ours)
+    assert (ours.bias == 0).all()
 
 
 class Tensor:

@@ -1,5 +1,6 @@
 """Every error class, provoked as a user would, with a message that says where and what to do."""
 
+import pickle
 import threading
 
 import jax
@@ -90,6 +91,11 @@ PROVOKED = [
     (errors.StructureError, _hidden_in_frozenset, ["parts", "frozenset", "Use a list"]),
     (errors.UnhashableStaticError, _unhashable, ["blocks.1.options", "set", "Use a tuple"]),
     (
+        errors.UnpicklableStaticError,
+        lambda: pickle.dumps(nnx.split([Dense(), {"act": lambda x: x}])),
+        ["'1.act'", "<lambda>", "`def`"],
+    ),
+    (
         errors.UnknownPathError,
         lambda: nnx.update(Net(), {"blocks.7.w": jnp.ones(1)}),
         ["blocks.7.w", "blocks.0.w"],
@@ -157,6 +163,7 @@ def test_every_class_is_provoked():
         (errors.DtypeError, TypeError),
         (errors.UnsetFieldError, AttributeError),
         (errors.UnhashableStaticError, TypeError),
+        (errors.UnpicklableStaticError, pickle.PicklingError),
     ],
 )
 def test_errors_are_caught_as_the_builtin_that_they_are(cls, builtin):

@@ -191,6 +191,19 @@ def _set(*keys, value):
     return change
 
 
+def _everywhere(name, value):
+    """Change what the structure says of an array, at each of its mentions."""
+
+    def changed(code):
+        if isinstance(code, list):
+            return [changed(x) for x in code]
+        if isinstance(code, dict):
+            return value if code.get("array") == name else {k: changed(v) for k, v in code.items()}
+        return code
+
+    return lambda structure, members: changed(structure)
+
+
 NAME = "tests.nnx.serialize.test_bad_files.Small"
 
 
@@ -222,17 +235,18 @@ NAME = "tests.nnx.serialize.test_bad_files.Small"
         (_set("root", value={"method": [{"object": 0}, "__init_subclass__"]}), "has no method '__init_subclass__'"),
         (_set("root", value={"partial": [3, [], []]}), "a partial holds no function"),
         (_set("root", value={"array": "gone", "shape": [], "dtype": "int32"}), "array 'gone' is missing"),
-        (_set("root", value={"array": "w", "shape": [4], "dtype": "float32"}), r"'w' is float32\[3\], but should be float32\[4\]"),
-        (_set("root", value={"array": "w", "shape": [3], "dtype": "int32"}), r"'w' is float32\[3\], but should be int32"),
-        (_set("root", value={"array": "w", "shape": [3], "key": "nothing"}), "damaged"),
+        (_set("root", value={"array": "w", "shape": [4], "dtype": "float32"}), "says two things of its array 'w'"),
+        (_everywhere("w", {"array": "w", "shape": [4], "dtype": "float32"}), r"'w' is float32\[3\], but should be float32\[4\]"),
+        (_everywhere("w", {"array": "w", "shape": [3], "dtype": "int32"}), r"'w' is float32\[3\], but should be int32"),
+        (_everywhere("w", {"array": "w", "shape": [3], "key": "nothing"}), "damaged"),
         (_set("objects", 0, value={"module": {"class": "no.such.Class", "attributes": []}}), "'no.such.Class', a module class that this program has not imported"),
         (_set("classes", NAME, value={"w": "static"}), f"class {NAME!r} has changed.*'w' was static and is ref 'params'"),
         (_set("classes", NAME, value={"w": "ref 'params'", "v": "static"}), "'v' is gone.*load_state"),
         (_set("classes", NAME, value={}), "'w' is new"),
         (_set("objects", 0, "module", "attributes", value=[["w", 3.0]]), "the field 'w' of a Small holds no Ref"),
-        (_set("objects", 0, "module", "attributes", value=[[1, 3.0]]), "1 should be a string"),
+        (_set("objects", 0, "module", "attributes", value=[[1, 3.0]]), "1 should be the name of an attribute"),
         (_set("objects", 1, value={"ref": {"path": [], "collection": {"list": []}, "metadata": [], "value": 1}}), "damaged"),
-        (_set("objects", 1, "ref", "value", value={"object": 0}), "damaged.*ValueTypeError"),
+        (_set("objects", 1, "ref", "value", value={"object": 0}), "the kind 'object module' cannot stand where it does"),
         (_set("objects", 1, value={"set": []}), "object 1 is a 'set'"),
         (_set("objects", 0, value={"dict": [["a", 1], ["a", 2]]}), "damaged"),
     ],
@@ -240,6 +254,9 @@ NAME = "tests.nnx.serialize.test_bad_files.Small"
 def test_a_structure_that_is_not_ours(good, tmp_path, change, message):
     import re
 
+    # JAX imports something at the first array that is made.
+    (tmp_path / "m.npz").write_bytes(good["npz"])
+    nnx.load(tmp_path / "m.npz")
     loaded = set(sys.modules)
     text = fails(tmp_path / "m.npz", changed(good, change))
     assert re.search(message, text), text

@@ -1,0 +1,40 @@
+"""What a class says of its instances: the fields that it declares, and what attributes they may have."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from nnx.module import Module
+from nnx.serialize.grammar import is_attribute
+from refx import Node
+
+__all__: list[str] = []
+
+# What every module has. A subclass may declare a public one anew, as in `train: bool = True`.
+_OURS = frozenset(name for base in Module.__mro__ for name in vars(base))
+
+
+def fields_of(cls: type[Node]) -> dict[str, Any]:
+    """What a class declares of its instances, to notice when it has changed."""
+    fields = {
+        name: f"ref {f.collection!r}" if f.is_ref else "static" for name, f in cls._fields.items()
+    }
+    if dataclasses.is_dataclass(cls):
+        fields |= {f.name: "attribute" for f in dataclasses.fields(cls) if f.name not in fields}
+    return fields
+
+
+def why_not(cls: type[Node], name: str) -> str | None:
+    """Why an instance of a class cannot have an attribute of this name, or None if it can."""
+    if not is_attribute(name):
+        return "which is no name of an attribute"
+    owner = next((base for base in cls.__mro__ if name in vars(base)), None)
+    if owner is None:
+        return None
+    if name in _OURS and (name.startswith("_") or owner in Module.__mro__):
+        return "which every module has for itself"
+    found = vars(owner)[name]
+    if hasattr(type(found), "__set__") and not hasattr(found, "is_field"):
+        return f"which is a {type(found).__name__} of the class"
+    return None

@@ -1,0 +1,263 @@
+"""Values by path into a tree that is there: what fits, what does not, and then all of it or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from nnx.serialize.errors import LoadError
+from refx import EndedTraceError, Ref
+from refx.dag import dtype_of, update
+from refx.node import Node, attributes
+from refx.partition import Path, dotted, listed
+from refx.structure import Leaf, NodeDef, RefDef, Tree, scan
+from refx.trace import EVAL, current_trace
+
+__all__ = ["LoadReport"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What `load_state` found.
+
+    Attributes:
+      loaded: the paths that were read; of a shared Ref its canonical path.
+      missing: paths of the model that the file does not have.
+      unexpected: paths of the file that the model does not have.
+      mismatched: paths with the shape and dtype in the file and in the model, where they differ.
+    """
+
+    loaded: tuple[Path, ...]
+    missing: tuple[Path, ...]
+    unexpected: tuple[Path, ...]
+    mismatched: dict[Path, tuple[str, str]]
+
+    def __repr__(self) -> str:
+        lines = [f"{len(self.loaded)} loaded"]
+        if self.missing:
+            lines.append(f"missing in the file: {_named(self.missing)}")
+        if self.unexpected:
+            lines.append(f"unexpected in the file: {_named(self.unexpected)}")
+        lines += [
+            f"{_short(dotted(path))!r} is {_short(there, 150)} in the file and {_short(here, 150)} in "
+            f"the model"
+            for path, (there, here) in itertools.islice(self.mismatched.items(), 8)
+        ]
+        if len(self.mismatched) > 8:
+            lines.append(f"and {len(self.mismatched) - 8} more that differ")
+        return f"LoadReport({'; '.join(lines)})"
+
+
+def _named(paths: tuple[Path, ...]) -> str:
+    # A file may have any number of names, of any length.
+    return listed([_short(dotted(path)) for path in paths[:8]] + list(paths[8:]))
+
+
+def _short(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+class Fitting:
+    """What of a file's values fits into a tree.
+
+    Raises:
+      LoadError: the tree holds tracers.
+    """
+
+    def __init__(self, tree: Any):
+        self._tree = tree
+        found = scan(tree)
+        self._dagdef = found.dagdef
+        self._refs: list[Ref[Any]] = found.refs
+        self._ref_paths = found.dagdef.ref_paths
+        self._old: dict[Path, Any] = {
+            path: _outside(path, ref) for path, ref in zip(self._ref_paths, found.refs, strict=True)
+        }
+        self._arrays = dict(zip(found.dagdef.leaf_paths, found.leaves, strict=True))
+        self._places = dict(zip(found.dagdef.leaf_paths, found.places, strict=True))
+        for path, x in self._arrays.items():
+            _check_outside(path, x)
+        # A Node's attributes are set by the Node, not in their dict.
+        self._nodes = {id(attributes(x)): x for x in found.containers if isinstance(x, Node)}
+        self._by_dots: dict[str, Path] = {}
+        for path in (*self._old, *self._arrays):
+            self._by_dots.setdefault(dotted(path), path)
+        self._ref_numbers = {
+            n: i
+            for i, n in enumerate(i for i, d in enumerate(self._dagdef.nodes) if type(d) is RefDef)
+        }
+        self._children: dict[int, dict[str, Any]] = {}
+        # Where each value came from, and which it was, also one that does not fit.
+        self._given: dict[Path, tuple[Path, Any]] = {}
+        self._new: dict[Path, Any] = {}
+        self._unexpected: list[Path] = []
+        self._mismatched: dict[Path, tuple[str, str]] = {}
+
+    def add_all(self, values: dict[Path, Any]) -> None:
+        """Take the values of a file; canonical paths first, then those that lead to the same."""
+        for given in sorted(values, key=lambda path: path not in self._old):
+            self._add(given, values[given])
+
+    def _add(self, given: Path, value: Any) -> None:
+        path = self._find(given)
+        if path is None:
+            self._unexpected.append(given)
+        elif path not in self._given:
+            self._given[path] = (given, value)
+            self._compare(path, value)
+        elif not _equal(self._given[path][1], value):
+            # All the names of a tied weight load the one Ref, so they must agree.
+            first = self._given[path][0]
+            there = f"{_text(jax.tree.leaves(value))} with other values than {dotted(first)!r}"
+            self._mismatched[given] = (there, f"tied to {dotted(path)!r}")
+
+    def _find(self, given: Path) -> Path | None:
+        """The canonical path of what is at a path."""
+        if given in self._old or given in self._arrays:
+            return given
+        name = dotted(given)
+        if name in self._by_dots:
+            return self._by_dots[name]
+        child = self._dagdef.root
+        for part in name.split("."):
+            child = self._parts(child).get(part)
+            if child is None:
+                return None
+        if type(child) is int and child in self._ref_numbers:
+            return self._ref_paths[self._ref_numbers[child]]
+        return self._dagdef.leaf_paths[child.number] if type(child) is Leaf else None
+
+    def _parts(self, child: Any) -> dict[str, Any]:
+        if type(child) is int:
+            child = self._dagdef.nodes[child]
+        if not isinstance(child, NodeDef | Tree):
+            return {}
+        if id(child) not in self._children:
+            names = map(str, child.names)
+            self._children[id(child)] = dict(zip(names, child.children, strict=True))
+        return self._children[id(child)]
+
+    def _compare(self, path: Path, value: Any) -> None:
+        is_array = path in self._arrays
+        old = self._arrays[path] if is_array else self._old[path]
+        new_leaves, new_tree = jax.tree.flatten(value)
+        old_leaves, old_tree = jax.tree.flatten(old)
+        there, here = _text(new_leaves), _text(old_leaves)
+        fits = there in (here, _text(map(_canonical, old_leaves)))
+        if new_tree != old_tree and fits:
+            there, here = str(new_tree), str(old_tree)
+        elif fits and is_array and self._places[path][0] is None:
+            here += ", but in a tuple, which cannot change (keep it in a list, or in a Ref),"
+            fits = False
+        if new_tree != old_tree or not fits:
+            self._mismatched[path] = (there, here)
+            return
+        placed = [_like(a, b) for a, b in zip(new_leaves, old_leaves, strict=True)]
+        self._new[path] = jax.tree.unflatten(old_tree, placed)
+
+    def report(self) -> LoadReport:
+        """What was found."""
+        return LoadReport(
+            tuple(self._new),
+            tuple(p for p in (*self._old, *self._arrays) if p not in self._given),
+            tuple(self._unexpected),
+            self._mismatched,
+        )
+
+    def write(self) -> None:
+        """Write what fits."""
+        done: list[tuple[Any, Any, Any]] = []
+        try:
+            for path, value in self._new.items():
+                if path in self._arrays:
+                    content, name = self._places[path]
+                    done.append((content, name, self._arrays[path]))
+                    self._set(content, name, value)
+            update(self._tree, {p: v for p, v in self._new.items() if p in self._old})
+        except BaseException:
+            for content, name, value in reversed(done):
+                self._set(content, name, value)
+            raise
+
+    def _set(self, content: Any, name: Any, value: Any) -> None:
+        node = self._nodes.get(id(content))
+        if node is not None:
+            setattr(node, name, value)
+        else:
+            content[name] = value
+
+
+def _outside(path: Path, ref: Ref[Any]) -> Any:
+    try:
+        value = ref.value
+    except EndedTraceError as error:
+        raise LoadError(f"Nothing can be read into the Ref at {dotted(path)!r}. {error}") from error
+    for x in jax.tree.leaves(value):
+        _check_outside(path, x)
+    return value
+
+
+def _check_outside(path: Path, x: Any) -> None:
+    if not isinstance(x, Tracer):
+        return
+    if current_trace(()) is EVAL:
+        raise LoadError(
+            f"The value at {dotted(path)!r} is a tracer of a transformation that has ended, so nothing "
+            f"can be read into it. Return the model from the function that was transformed, or make "
+            f"it again."
+        )
+    raise LoadError(
+        f"The value at {dotted(path)!r} is a tracer: nnx.load_state was called inside a "
+        f"transformation, which would keep what the file has now. Call it outside, before "
+        f"the step."
+    )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    a_leaves, a_tree = jax.tree.flatten(a)
+    b_leaves, b_tree = jax.tree.flatten(b)
+    return a_tree == b_tree and all(map(_equal_leaves, a_leaves, b_leaves))
+
+
+def _equal_leaves(a: Any, b: Any) -> bool:
+    if _text([a]) != _text([b]):
+        return False
+    if hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+    a, b = np.asarray(a), np.asarray(b)
+    # By the bits, so that NaN is itself.
+    return a.tobytes() == b.tobytes() if not a.dtype.hasobject else bool((a == b).all())
+
+
+def _canonical(x: Any) -> Any:
+    # A step would make it that: NumPy's float64 becomes float32.
+    return jax.ShapeDtypeStruct(x.shape, dtype_of(x)) if isinstance(x, np.ndarray) else x
+
+
+def _text(leaves: Iterable[Any]) -> str:
+    shapes = []
+    for x in leaves:
+        if isinstance(x, int | float | complex):
+            # It is what JAX would make of it: a counter may begin as a Python number.
+            shapes.append(f"{jnp.result_type(x)}[]")
+        elif hasattr(x, "dtype"):
+            shapes.append(f"{x.dtype}[{','.join(map(str, np.shape(x)))}]")
+        else:
+            shapes.append(type(x).__name__)
+    return ", ".join(shapes) or "nothing"
+
+
+def _like(new: Any, old: Any) -> Any:
+    """The new value where the old one is: on its devices, or in NumPy."""
+    if isinstance(old, jax.Array):
+        return jax.device_put(new, old.sharding if old.committed else None)
+    if isinstance(old, jax.ShapeDtypeStruct) and old.sharding is not None:
+        return jax.device_put(new, old.sharding)
+    return np.asarray(new) if isinstance(old, np.ndarray) else new
