@@ -220,8 +220,8 @@ class Scan(NamedTuple):
 
     `places` has, for each plain array, the dict or list that holds it and its key there, or a None
     where a tuple or another pytree holds it. `containers` are the Nodes, lists, dicts and objects
-    that were walked, `opaque` the pytrees of other classes, and `contents` the dicts and lists that
-    static values were read from.
+    that were walked, `opaque` the pytrees of other classes, `contents` the dicts and lists that
+    static values were read from, and `functions` the modules and Refs that functions close over.
     """
 
     dagdef: DagDef
@@ -232,6 +232,7 @@ class Scan(NamedTuple):
     containers: list[Any]
     opaque: list[Any]
     contents: list[Any]
+    functions: list[tuple[str, Any]]
 
 
 def is_array(x: Any) -> bool:
@@ -256,7 +257,7 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
     """
     nodes: list[Any] = []
     numbers: dict[int, int] = {}
-    found = Scan(None, [], [], [], [], [], [], [])  # pyright: ignore[reportArgumentType]
+    found = Scan(None, [], [], [], [], [], [], [], [])  # pyright: ignore[reportArgumentType]
     result: list[Any] = [None]
     # Each entry is an object, its path as a linked list, the place where its code is to go, the
     # container that holds it directly, and its mark.
@@ -320,6 +321,14 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             for i in range(len(keyed) - 1, -1, -1):
                 inner = mark.get(names[i]) if type(mark) is dict else None
                 todo.append((keyed[i][1], (link, names[i]), children, i, None, inner))
+    for where, x in found.functions:
+        if id(x) in numbers:
+            raise StructureError(
+                f"{where} is a function that closes over a {type(x).__name__} of the same tree. A "
+                f"copy of the tree, as jax.grad or a compiled function makes one, would go on with "
+                f"the old one, whose gradients are lost. Make the function a method, or write it "
+                f"where it is called; to keep it, give it what it needs as an argument."
+            )
     frozen = tuple(
         n
         if type(n) is RefDef
@@ -463,14 +472,7 @@ def _static(obj: Any, link: Any, skip: int, found: Scan) -> Static:
     if not isinstance(obj, type | types.FunctionType | types.ModuleType):
         held = [*held, *getattr(obj, "__dict__", {}).values()]
     if isinstance(obj, types.FunctionType):
-        closed_over = _identities(_closed_over(obj))
-        if closed_over:
-            raise StructureError(
-                f"{where} is a function that closes over a {type(closed_over[0]).__name__}. A copy of "
-                f"the tree, as jax.grad or a compiled function makes one, would go on with the old "
-                f"one, whose gradients are lost. Make the function a method, or write it where it is "
-                f"called; to keep it, give it what it needs as an argument."
-            )
+        found.functions.extend((where, x) for x in _identities(_closed_over(obj)))
     if hasattr(obj, "__wrapped__") and not isinstance(obj, type):
         held = [*held, *jax.tree.leaves(_wrapped(obj), is_leaf=is_identity)]
     if any(map(is_identity, held)):
