@@ -19,7 +19,7 @@ from refx.errors import (
     UnmatchedPathError,
     ValueTypeError,
 )
-from refx.filters import Filter, reads_paths, to_predicate
+from refx.filters import Filter, reads_paths, to_predicate, to_predicates
 from refx.node import Node
 from refx.partition import Partition, Path, as_path, dotted, listed
 from refx.ref import Ref, check_type
@@ -46,7 +46,8 @@ def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
 
     Raises:
       UnmatchedPathError: a value that no filter selects; `...` as the last filter takes the rest.
-      FilterError: a filter that selects nothing is a mistake; see `get_partition`.
+      FilterError: a filter that selects nothing is a mistake; see `get_partition`. One that can
+        never select anything, such as a filter after `...`, always is.
       UnhashableStaticError: a static value cannot be hashed; the message has its path.
 
     >>> import refx
@@ -59,7 +60,7 @@ def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
     if not filters:
         values = kept.values() + kept.leaves()
         return kept.dagdef, Partition._of(dict(zip(kept.dagdef.paths, values, strict=True)))
-    predicates = [to_predicate(f) for f in filters]
+    predicates = to_predicates(filters)
     parts: list[dict[Path, Any]] = [{} for _ in filters]
     unmatched: list[Path] = []
     for path, cell, value in _items(kept):

@@ -18,7 +18,7 @@ from refx import Node, Ref
 from refx.node import attributes, expose, is_identity
 from refx.partition import Path
 from refx.static import Static
-from refx.structure import DagDef, NodeDef, Scan, Tree, build, intern, revision_of, scan
+from refx.structure import DagDef, NodeDef, Scan, Tree, build, intern, parts_of, revision_of, scan
 from refx.trace import check_structure
 
 __all__: list[str] = []
@@ -181,7 +181,7 @@ def node_paths(dagdef: DagDef) -> dict[int, Path]:
             child = dagdef.nodes[child]
         if isinstance(child, (NodeDef, Tree)):
             todo += [
-                (c, (*path, str(name)))
+                (c, (*path, *parts_of(name)))
                 for name, c in zip(reversed(child.names), reversed(child.children), strict=True)
             ]
     return paths

@@ -22,8 +22,10 @@ from nnx.training._cells import (
     values_of,
 )
 from nnx.transforms.boundary import write_back
-from refx import Filter, FilterError, Node, Partition, Ref, RefError, UnmatchedPathError
+from refx import Filter, Node, Partition, Ref, RefError, UnmatchedPathError
+from refx.filters import to_predicates
 from refx.partition import Path, dotted, listed
+from refx.selection import check_selection
 
 __all__ = ["HyperparameterError", "Optimizer", "OptimizerError", "mask"]
 
@@ -376,7 +378,7 @@ def _state_path(keys: Any, params: Mapping[str, Path]) -> tuple[Path, Path | Non
 
 def _by_filter(rules: Mapping[Any, Any], cells: Mapping[Path, Ref[Any]]) -> Any:
     """One transformation of several, each for the parameters that its filter selects."""
-    predicates = [refx.to_predicate(f) for f in rules]
+    predicates = to_predicates(rules)
     labels = {
         path: next((i for i, p in enumerate(predicates) if p(path, cell)), None)
         for path, cell in cells.items()
@@ -402,7 +404,8 @@ def mask(tree: Any, filter: Filter, wrt: Filter = "params") -> Partition:
       wrt: the filter of the Optimizer: which Refs of a model the mask is for.
 
     Raises:
-      FilterError: a collection name for a Partition, whose values have no collection.
+      FilterError: nothing is selected, and the filter is a mistake: a misspelled collection, or a
+        collection for a Partition, whose values have none.
 
     >>> import jax, nnx, optax
     >>> model = nnx.Linear.init(jax.random.key(0))(2, 1)
@@ -414,16 +417,12 @@ def mask(tree: Any, filter: Filter, wrt: Filter = "params") -> Partition:
     })
     >>> optimizer = nnx.Optimizer(model, optax.adamw(1e-3, mask=decayed))
     """
-    if isinstance(tree, Partition):
-        if isinstance(filter, str):
-            raise FilterError(
-                f"The values of a Partition have no collection, so the filter {filter!r} would "
-                f"select none. Pass the model instead, or a filter by path such as PathContains."
-            )
-        selects = refx.to_predicate(filter)
-        return Partition({path: bool(selects(path, x)) for path, x in tree.items()})
     selects = refx.to_predicate(filter)
-    cells = selected(tree, wrt)
-    if not cells:
+    if isinstance(tree, Partition):
+        cells: Mapping[Path, Any] = tree
+    elif not (cells := selected(tree, wrt)):
         raise OptimizerError(nothing_selected("A mask would be empty", tree, wrt))
-    return Partition({path: bool(selects(path, cell)) for path, cell in cells.items()})
+    found = Partition({path: bool(selects(path, x)) for path, x in cells.items()})
+    if not any(found.values()):
+        check_selection(filter, tree)
+    return found

@@ -14,7 +14,8 @@ import jax
 
 from nnx.transforms.boundary import Outline, Packed
 from nnx.transforms.call import Call
-from refx import Ref, RefError, to_predicate
+from refx import Ref, RefError
+from refx.filters import to_predicate, to_predicates
 from refx.node import is_identity
 from refx.partition import Partition, Path, dotted
 from refx.selection import check_selection
@@ -161,11 +162,12 @@ def _chooser(
 ) -> Callable[[Path, Any], Any]:
     """What gives a value its specification; it notes in `used` which of the filters did."""
     used = set() if used is None else used
+    said = spec.rules if isinstance(spec, ByFilter) else spec
+    if not isinstance(said, dict):
+        return lambda path, ref: said
+    rules = list(zip(to_predicates(said), said.values(), strict=True))
     if isinstance(spec, ByFilter):
-        spec = spec.rules if ... in spec.rules else {**spec.rules, ...: spec.default}
-    if not isinstance(spec, dict):
-        return lambda path, ref: spec
-    rules = [(to_predicate(f), s) for f, s in spec.items()]
+        rules.append((to_predicate(...), spec.default))
 
     def choose(path: Path, ref: Any) -> Any:
         for i, (predicate, chosen) in enumerate(rules):
