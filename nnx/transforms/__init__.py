@@ -7,13 +7,8 @@ from nnx.transforms.carry import CARRY, CarryError
 from nnx.transforms.custom import CustomRuleError, custom_jvp, custom_vjp
 from nnx.transforms.derivatives import hessian, jacfwd, jacrev, jvp, vjp
 from nnx.transforms.donation import DonationError
-from nnx.transforms.filtered import (
-    grad_filter,
-    is_array,
-    is_inexact_array,
-    jit_filter,
-    value_and_grad_filter,
-)
+from nnx.transforms.filtered import is_array, is_inexact_array, jit_filter
+from nnx.transforms.filtered_grad import grad_filter, value_and_grad_filter
 from nnx.transforms.grad import grad, value_and_grad
 from nnx.transforms.jit import jit
 from nnx.transforms.loops import fori_loop, map, scan, while_loop

@@ -88,9 +88,9 @@ def assign(
         each = [specs] * len(args)
     flat: list[tuple[Any, Any, str]] = []
     for i, (arg, spec) in enumerate(zip(args, each, strict=True)):
-        flat += _along(arg, spec, name, f"argument {i}")
+        flat += along(arg, spec, name, f"argument {i}")
     for key in sorted(kwargs):
-        flat += _along(kwargs[key], keyword, name, f"argument {key!r}")
+        flat += along(kwargs[key], keyword, name, f"argument {key!r}")
     result = Specs([UNSET] * len(call.refs), [UNSET] * len(call.leaves), [], [])
     by_root = places(call)
     roots = iter(by_root)
@@ -188,7 +188,7 @@ def _is_spec(x: Any) -> bool:
     return isinstance(x, jax.sharding.PartitionSpec)
 
 
-def _along(arg: Any, spec: Any, name: str, where: str) -> list[tuple[Any, Any, str]]:
+def along(arg: Any, spec: Any, name: str, where: str) -> list[tuple[Any, Any, str]]:
     """The leaves of an argument, modules and Refs included, each with its specification."""
     prefix = isinstance(spec, dict | list | tuple | Partition) and not _is_spec(spec)
     whole = is_identity(arg) or not prefix
@@ -206,13 +206,13 @@ def _along(arg: Any, spec: Any, name: str, where: str) -> list[tuple[Any, Any, s
     return [
         leaf
         for child, part in zip(children, parts, strict=True)
-        for leaf in _along(child, part, name, where)
+        for leaf in along(child, part, name, where)
     ]
 
 
 def along_output(out: Any, spec: Any, name: str) -> list[Any]:
     """A specification for each leaf of an output that holds no Refs."""
-    return [s for _, s, _ in _along(out, spec, name, "the output")]
+    return [s for _, s, _ in along(out, spec, name, "the output")]
 
 
 def _of_new(path: Path, ref: Any, spec: Any, name: str) -> Any:

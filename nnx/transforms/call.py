@@ -26,7 +26,7 @@ from refx.trace import LABEL, is_label, local, trace_ref
 __all__ = ["ArgumentError"]
 
 
-class ArgumentError(RefError, TypeError):
+class ArgumentError(RefError, TypeError, ValueError):
     """An argument that no transformation can take."""
 
 
