@@ -96,7 +96,8 @@ def merge(dagdef: DagDef, *partitions: Mapping[Path, Any]) -> Any:
 
     Raises:
       MissingPathError: the partitions together lack a path of the structure.
-      UnknownPathError: a partition has a path that the structure has not.
+      UnknownPathError: a partition has a path that the structure has not, or two have different
+        values for one.
 
     >>> import refx
     >>> shared = refx.Ref(1.0, "params")
@@ -106,7 +107,12 @@ def merge(dagdef: DagDef, *partitions: Mapping[Path, Any]) -> Any:
     """
     given: dict[Path, Any] = {}
     for partition in partitions:
-        given.update(Partition(partition)._items)
+        for path, value in Partition(partition)._items.items():
+            if given.setdefault(path, value) is not value:
+                raise UnknownPathError(
+                    f"Two of the partitions have a value for {dotted(path)!r}. Leave one out, or say "
+                    f"which counts: in first | second it is that of the second."
+                )
     paths = dagdef.paths
     missing = [path for path in paths if path not in given]
     if missing:

@@ -41,6 +41,13 @@ class Field:
     ):
         if default is not MISSING and default_factory is not None:
             raise ValueError("A field takes a default or a default_factory, not both.")
+        for option, value in (("init", init), ("kw_only", kw_only)):
+            if not isinstance(value, bool):
+                raise TypeError(
+                    f"{option} of a field says whether it is an argument of a generated __init__, so "
+                    f"it is a bool, but got a {type(value).__name__}. To make a first value with an "
+                    f"initializer, assign it in __init__, or say default_factory=."
+                )
         if isinstance(default, (list, dict, set)):
             raise ValueError(
                 f"A {type(default).__name__} as the default of a field would be shared by every "

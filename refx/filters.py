@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable, Hashable, Iterable
 
 from refx.errors import FilterError
+from refx.partition import Partition
 from refx.ref import Ref
 
 __all__ = ["All", "Any", "Filter", "Not", "OfType", "PathContains", "PathMatches", "to_predicate"]
@@ -38,6 +39,13 @@ def to_predicate(filter: Filter) -> Predicate:
         return lambda path, ref: False
     if isinstance(filter, tuple):
         return Any(*filter)
+    kind = type(filter)
+    if isinstance(filter, (Ref, Partition)) or getattr(kind, "_is_node", False):
+        raise FilterError(
+            f"A {kind.__name__} is not a filter. The tree comes first, and then what selects of it: "
+            f"a collection name, a tuple of filters (any of), ..., None, a callable (path, ref) -> "
+            f"bool, or All, Any, Not, PathContains, PathMatches, OfType."
+        )
     if callable(filter) and not isinstance(filter, type):
         return typing.cast(Predicate, filter)
     if isinstance(filter, type):
@@ -54,7 +62,7 @@ def to_predicate(filter: Filter) -> Predicate:
         hash(filter)
     except TypeError:
         raise FilterError(
-            f"{filter!r} is not a filter. A filter is a collection name, a tuple of filters (any "
+            f"{filter!r:.200} is not a filter. A filter is a collection name, a tuple of filters (any "
             f"of), ..., None, a callable (path, ref) -> bool, or All, Any, Not, PathContains, "
             f"PathMatches, OfType. For a list of filters, write a tuple."
         ) from None

@@ -95,9 +95,10 @@ class _Custom:
 
     kind = ""
 
-    def __init__(self, fn: Callable[..., Any], nondiff_argnums: Sequence[int] = ()):
+    def __init__(self, fn: Callable[..., Any], nondiff_argnums: int | Sequence[int] = ()):
         self._fn = fn
-        self._fixed = tuple(nondiff_argnums)
+        one = isinstance(nondiff_argnums, int)
+        self._fixed: tuple[int, ...] = (nondiff_argnums,) if one else tuple(nondiff_argnums)  # pyright: ignore
         self._name = f"{self.kind}({function_name(fn)})"
         functools.update_wrapper(self, fn, updated=())
 

@@ -8,7 +8,7 @@ import jax
 from jax.core import Tracer
 
 from nnx.transforms.call import Call
-from refx import Filter, RefError, to_predicate
+from refx import Filter, FilterError, RefError, to_predicate
 from refx.partition import dotted
 from refx.selection import check_selection
 
@@ -26,6 +26,11 @@ def selected(donate: Filter, call: Call, written: tuple[int, ...]) -> tuple[int,
     # The first part of a path is the number of the root.
     chosen = {i for i, ref in enumerate(call.refs) if predicate(paths[i][1:], ref)}
     if not chosen:
+        if donate == "all":
+            raise FilterError(
+                "donate='all' is a filter for a collection of that name, which is not here. For "
+                "every Ref that the function writes, donate=True."
+            )
         check_selection(donate, *call.roots)
     return tuple(i for i in written if i in chosen)
 

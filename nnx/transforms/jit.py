@@ -429,6 +429,12 @@ def jit(
             out_shardings=out_shardings,
             **options,
         )
+    if wrong := [name for name in ("donate_argnums", "donate_argnames") if name in options]:
+        raise TypeError(
+            f"nnx.jit takes no {wrong[0]}: what it gives to the program are buffers of Refs that the "
+            f"function overwrites, said by a filter, as in donate='params' or donate=True. "
+            f"nnx.jit_filter has {wrong[0]}, for plain arrays too."
+        )
     statics, shardings = (static_argnums, static_argnames), (in_shardings, out_shardings)
     fn, bound = unbound(fn)
     check_plain(fn, function_name(fn))
