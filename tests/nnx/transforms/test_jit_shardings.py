@@ -39,19 +39,19 @@ def test_arrays_that_are_committed_and_those_that_are_not(kind, donate):
     for count in (4, 2):
         mesh = mesh_of(count, kind)
         rows, whole = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
+        fresh, ones, model = Wide(), jnp.ones(4), Wide()
         with jax.set_mesh(mesh):
-            model = Wide()
             placed = {"w": jax.device_put(model.w.value, rows), "n": jax.device_put(0, whole)}
             nnx.update(model, placed, strict=False)
             model.table = jax.device_put(model.table, whole)
-            x = jax.device_put(jnp.ones(4), rows)
+            x = jax.device_put(ones, rows)
             for i in (1, 2):
                 out = sharded(model, x)
                 assert out.sharding.is_equivalent_to(rows, 2)
                 assert model.w.value.sharding.is_equivalent_to(rows, 2)
                 assert len(model.w.value.sharding.device_set) == count
                 np.testing.assert_array_equal(out, np.full((8, 4), 2.0 + 8 * i))
-            np.testing.assert_array_equal(sharded(Wide(), jnp.ones(4)), np.full((8, 4), 10.0))
+            np.testing.assert_array_equal(sharded(fresh, ones), np.full((8, 4), 10.0))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
