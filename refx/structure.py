@@ -23,7 +23,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from refx.errors import StructureError, UnhashableStaticError
 from refx.node import LEAVES, Node, attributes, book, is_identity, tell
