@@ -9,6 +9,7 @@ from refx import filters, pytree  # noqa: F401
 from refx.dag import clone, get_partition, merge, mutable, refs, split, update
 from refx.errors import (
     ClosureError,
+    DonationError,
     DtypeError,
     EndedTraceError,
     FilterError,
@@ -38,6 +39,7 @@ __all__ = [
     "Any",
     "ClosureError",
     "DagDef",
+    "DonationError",
     "DtypeError",
     "EndedTraceError",
     "Filter",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refx.buffers import dead_error, is_dead
 from refx.errors import (
     DtypeError,
     FilterError,
@@ -26,7 +27,7 @@ from refx.ref import Ref, check_type
 from refx.selection import check_selection, follow
 from refx.snapshot import Snapshot, snapshot
 from refx.structure import DagDef, build
-from refx.trace import check_value, fresh, local, put, read, writable
+from refx.trace import check_value, fresh, local, peek, put, writable
 
 __all__ = ["clone", "get_partition", "merge", "mutable", "refs", "split", "update"]
 
@@ -59,6 +60,7 @@ def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
     kept = snapshot(tree)
     if not filters:
         values = kept.values() + kept.leaves()
+        _check_alive(kept.dagdef.paths, values, "was to be split off")
         return kept.dagdef, Partition._of(dict(zip(kept.dagdef.paths, values, strict=True)))
     predicates = to_predicates(filters)
     parts: list[dict[Path, Any]] = [{} for _ in filters]
@@ -78,6 +80,7 @@ def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
     for filter, part in zip(filters, parts, strict=True):
         if not part:
             check_selection(filter, tree)
+        _check_alive(part, part.values(), "was to be split off")
     return (kept.dagdef, *map(Partition._of, parts))
 
 
@@ -127,14 +130,23 @@ def merge(dagdef: DagDef, *partitions: Mapping[Path, Any]) -> Any:
             f"{dagdef!r} has not. Was the tree changed after it was split? Then split it again."
         )
     values = [fresh(given[path]) for path in paths]
+    _check_alive(paths, values, "was to be merged")
     return build(dagdef, values, values[len(dagdef.ref_paths) :])[0]
 
 
-def clone(tree: T) -> T:
+def clone(tree: T, *, copy: bool = False) -> T:
     """A copy with Refs of its own, which can be changed without changing the original.
 
     It belongs to the transformation that runs here, so a clone of a value copy that plain `jax.jit`
     made can be written, and returned.
+
+    Args:
+      tree: what is copied: its Refs, modules, lists and dicts, with their sharing.
+      copy: whether arrays are copied too. Without it the clone shares them, which costs nothing,
+        but a step that donates the buffers of one takes them from the other.
+
+    Raises:
+      DonationError: the buffer of an array is gone.
 
     >>> import refx
     >>> a = refx.Ref(1.0)
@@ -143,7 +155,24 @@ def clone(tree: T) -> T:
     >>> a.value
     1.0
     """
-    return merge(*split(tree))
+    kept = snapshot(tree)
+    dagdef = kept.dagdef
+    values = [*kept.values(), *kept.leaves()]
+    _check_alive(dagdef.paths, values, "was to be cloned")
+    values = [jax.tree.map(_copied, x) for x in values] if copy else list(map(fresh, values))
+    return build(dagdef, values, values[len(dagdef.ref_paths) :])[0]
+
+
+def _copied(x: Any) -> Any:
+    if isinstance(x, jax.Array):
+        return jnp.copy(x)
+    return x.copy() if isinstance(x, np.ndarray) else x
+
+
+def _check_alive(paths: Iterable[Path], values: Iterable[Any], what: str) -> None:
+    dead = next((path for path, x in zip(paths, values, strict=True) if is_dead(x)), None)
+    if dead is not None:
+        raise dead_error(f"The value at path {dotted(dead)!r} {what}, but its buffer")
 
 
 def refs(tree: Any) -> dict[Path, Ref[Any]]:
@@ -177,6 +206,7 @@ def get_partition(tree: Any, filter: Filter = ...) -> Partition:
     found = {p: value for p, cell, value in _items(snapshot(tree)) if predicate(p, cell)}
     if not found:
         check_selection(filter, tree)
+    _check_alive(found, found.values(), "was read")
     return Partition._of(found)
 
 
@@ -268,7 +298,7 @@ def _check_like(path: Path, cell: Ref[Any], new: Any, strict: bool) -> None:
     check_value(cell, new)
     if not strict:
         return
-    old = read(cell)
+    old = peek(cell)
     old_leaves, old_tree = jax.tree.flatten(old)
     new_leaves, new_tree = jax.tree.flatten(new)
     if old_tree != new_tree:

@@ -19,6 +19,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core as jex_core
 
+from refx.buffers import dead_error, is_dead
 from refx.errors import (
     ClosureError,
     EndedTraceError,
@@ -192,7 +193,7 @@ class Frame:
         """The Ref that stands in this body for `ref`, a Ref of an enclosing level."""
         inner = self.shadow.get(ref)
         if inner is None:
-            value = fresh(seen_from(self.parent, ref, owner))
+            value = fresh(_alive(ref, seen_from(self.parent, ref, owner), owner))
             entry = self.entry() if self.entry is not None else None
             if entry is not None:
                 parent = self.parent
@@ -250,10 +251,21 @@ def read(ref: Ref[Any], owner: Any = None) -> Any:
         value = seen_from(frame, ref, owner)
         if frame is not None and current_trace(()) is not frame.trace():
             _check_not_baked(frame.shadow.get(ref, ref), owner, frame, current_trace(()))
-        return value
+        return _alive(ref, value, owner)
     if current_trace(()) is not (EVAL if frame is None else frame.trace()):
         _check_not_baked(ref, owner, frame, current_trace(()))
-    return ref._value
+    return _alive(ref, ref._value, owner)
+
+
+def peek(ref: Ref[Any]) -> Any:
+    """The value of `ref` as it is seen here, its buffer gone or not: to compare, or to replace."""
+    return seen_from(local.frame, ref)
+
+
+def _alive(ref: Ref[Any], value: Any, owner: Any) -> Any:
+    if is_dead(value):
+        raise dead_error(f"{describe(ref, owner)} was read, but its buffer")
+    return value
 
 
 def write(ref: Ref[Any], value: Any, owner: Any = None) -> None:
@@ -323,23 +335,30 @@ def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
     """Raise if `value` holds a tracer that is not of the current trace or one around it."""
     if isinstance(value, jax.Array):
         if not isinstance(value, Tracer):
+            if is_dead(value):
+                raise dead_error(f"{_what(ref, owner)} was given an array whose buffer")
             return
         tracers = [value]
     else:
         tracers = [x for x in jax.tree.leaves(value) if isinstance(x, Tracer)]
+        if not tracers and is_dead(value):
+            raise dead_error(f"{_what(ref, owner)} was given a value whose buffer")
     for tracer in tracers:
         trace = current_trace(())
         while trace is not None and trace is not tracer._trace:
             trace = getattr(trace, "parent_trace", None)
         if trace is None:
-            what = "A new Ref" if ref is None else describe(ref, owner)
             raise ForeignTracerError(
-                f"{what} was given a value that holds a tracer of another JAX transformation: "
+                f"{_what(ref, owner)} was given a value that holds a tracer of another JAX transformation: "
                 f"{_aval(tracer)}. That transformation has ended or is not the one that runs here, "
                 f"so the value would leak out of it. Return the value from the transformation and "
                 f"assign it outside, or use the nnx transformation in its place (nnx.jit, "
                 f"nnx.grad, nnx.vmap, ...), which writes Refs back for you."
             )
+
+
+def _what(ref: Ref[Any] | None, owner: Any) -> str:
+    return "A new Ref" if ref is None else describe(ref, owner)
 
 
 def check_structure(node: Any, what: str) -> None:

@@ -20,10 +20,11 @@ from nnx.serialize.decode import decode, decode_state
 from nnx.serialize.encode import encode
 from nnx.serialize.errors import LoadError
 from refx import RefError, StructureError, UnknownPathError
-from refx.dag import dtype_of, find_ref, get_partition, refs, update
+from refx.dag import dtype_of, find_ref, refs, update
 from refx.node import Node, attributes
 from refx.partition import Path, dotted, listed
 from refx.snapshot import snapshot
+from refx.trace import peek
 
 __all__ = ["LoadReport", "load", "load_state", "save"]
 
@@ -256,7 +257,8 @@ def load_state(
 
 
 def _check_outside(tree: Any) -> None:
-    for path, value in get_partition(tree).items():
+    for path, cell in refs(tree).items():
+        value = peek(cell)
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(value)):
             raise LoadError(
                 f"The value at {dotted(path)!r} is a tracer: nnx.load_state was called inside a "
@@ -292,7 +294,7 @@ class _Fitting:
         if path in self._new:
             self._unexpected.append(given)
         else:
-            self._compare(path, value, cell.value, self._new)
+            self._compare(path, value, peek(cell), self._new)
 
     def _compare(self, path: Path, value: Any, old: Any, into: dict[Path, Any]) -> None:
         new_leaves, new_tree = jax.tree.flatten(value)

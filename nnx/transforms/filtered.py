@@ -26,7 +26,7 @@ from nnx.transforms.boundary import (
 )
 from nnx.transforms.call import ArgumentError, Call, Plans, open_call
 from nnx.transforms.closure import Closure
-from nnx.transforms.donation import explain_deleted
+from nnx.transforms.donation import check_alive, explain_deleted
 from nnx.transforms.jit import function_name, unbound
 from nnx.transforms.statics import Statics, select_arguments
 from nnx.transforms.targets import locate
@@ -303,6 +303,10 @@ class _JitFilter:
                 self._closure.add(call, self._name)
                 continue
             assert packed is not None
+            if packed.spec.graph is not None:
+                # What comes out as it came in, and not from the program.
+                passed = set(range(len(call.values))) - set(packed.spec.written)
+                check_alive(self._name, call, passed, packed.spec.graph.leaves)
             self._advance_streams(call, packed)
             return fresh_output(call, packed, call.values, call.leaves)
 

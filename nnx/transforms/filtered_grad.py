@@ -13,7 +13,8 @@ from nnx.transforms.call import open_call
 from nnx.transforms.filtered import is_inexact_array, says
 from nnx.transforms.jit import function_name, unbound
 from nnx.transforms.targets import DifferentiationError
-from refx import clone
+from refx import clone, split
+from refx.buffers import dead_error, is_dead
 from refx.node import is_identity
 
 __all__ = ["grad_filter", "value_and_grad_filter"]
@@ -123,6 +124,9 @@ def _gradient(
         chosen = [n % len(args) for n in numbers]
         targets: Any = args[chosen[0]] if single else tuple(args[n] for n in chosen)
         leaves, treedef = jax.tree.flatten(targets)
+        if any(map(is_dead, leaves)):
+            split(targets)
+            raise dead_error(f"{name} was called with an array whose buffer")
         mask = [True] * len(leaves)
         if filter_tree is not None:
             mask = _broadcast(filter_tree, targets, name)

@@ -57,4 +57,3 @@ class Shardings:
             [specs.refs[i] for i in out.spec.written],
         )
         return {"in_shardings": tuple(specs[:3]), "out_shardings": packed}
-
