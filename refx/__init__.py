@@ -6,7 +6,7 @@ again. Everything else here follows from those two.
 """
 
 from refx import filters, pytree  # noqa: F401
-from refx.dag import clone, get_partition, merge, mutable, refs, split, update
+from refx.dag import clone, get_partition, merge, refs, split, update
 from refx.errors import (
     ClosureError,
     DonationError,
@@ -29,6 +29,7 @@ from refx.errors import (
 )
 from refx.field import MISSING, RefField, StaticField, get_ref
 from refx.filters import All, Any, Filter, Not, OfType, PathContains, PathMatches, to_predicate
+from refx.mutability import mutable
 from refx.node import Node
 from refx.partition import Partition
 from refx.ref import Ref

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -13,23 +12,22 @@ import numpy as np
 from refx.buffers import dead_error, is_dead
 from refx.errors import (
     DtypeError,
-    FilterError,
     MissingPathError,
     ShapeError,
     UnknownPathError,
     UnmatchedPathError,
     ValueTypeError,
 )
-from refx.filters import Filter, reads_paths, to_predicate, to_predicates
+from refx.filters import Filter, to_predicate, to_predicates
 from refx.node import Node
 from refx.partition import Partition, Path, as_path, dotted, listed
 from refx.ref import Ref, check_type
 from refx.selection import check_selection, follow
 from refx.snapshot import Snapshot, snapshot
 from refx.structure import DagDef, build
-from refx.trace import check_value, fresh, local, peek, put, writable
+from refx.trace import check_value, fresh, peek, put, writable
 
-__all__ = ["clone", "get_partition", "merge", "mutable", "refs", "split", "update"]
+__all__ = ["clone", "get_partition", "merge", "refs", "split", "update"]
 
 T = TypeVar("T")
 
@@ -326,52 +324,3 @@ def dtype_of(x: Any) -> Any:
     if isinstance(x, np.ndarray | np.generic) and jnp.issubdtype(x.dtype, jnp.number):
         return jax.dtypes.canonicalize_dtype(x.dtype)
     return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-
-
-@contextlib.contextmanager
-def mutable(filter: Filter, tree: Any = None) -> Iterator[None]:
-    """Within this context only the Refs that the filter selects may be written.
-
-    Args:
-      filter: any filter. One that looks at paths (a callable, `PathContains`) needs `tree`.
-      tree: limits only the Refs of this tree; without it, every Ref.
-
-    Raises:
-      NotMutableError: at the write of a Ref that the filter does not select.
-      FilterError: the filter looks at paths and there is no tree to take them from; or it selects
-        nothing of the tree, by a mistake that `get_partition` would report too.
-
-    >>> import refx
-    >>> w, n = refx.Ref(1.0, "params"), refx.Ref(0, "counters")
-    >>> with refx.mutable("counters"):
-    ...     n.value += 1
-    ...     try:
-    ...         w.value = 2.0
-    ...     except refx.NotMutableError as error:
-    ...         print(str(error)[:44])
-    A Ref (collection 'params', 1.0) was written
-    """
-    predicate = to_predicate(filter)
-    if tree is None and reads_paths(filter):
-        raise FilterError(
-            f"The filter {filter!r} looks at paths, so mutable needs the tree to take them from: "
-            f"mutable(filter, tree=model)."
-        )
-    paths = None if tree is None else {cell: path for path, cell in refs(tree).items()}
-    if paths is not None and not any(predicate(path, cell) for cell, path in paths.items()):
-        check_selection(filter, tree)
-    outer = local.allowed
-
-    def allowed(cell: Ref[Any]) -> bool:
-        if outer is not None and not outer(cell):
-            return False
-        if paths is None:
-            return predicate((), cell)
-        path = paths.get(cell)
-        return path is None or predicate(path, cell)
-
-    local.allowed = allowed
-    try:
-        yield
-    finally:
-        local.allowed = outer

@@ -138,6 +138,11 @@ def by_module(kind: type) -> str:
     )
 
 
+def selects_nothing(filter: Filter) -> bool:
+    """Whether a filter is None, or made of nothing but it."""
+    return not _alternatives(filter)
+
+
 def reads_paths(filter: Filter) -> bool:
     """Whether the answer of a filter can depend on the path: for the places that have none."""
     if isinstance(filter, tuple):

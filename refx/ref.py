@@ -77,6 +77,8 @@ class Ref(Generic[T]):
         self._metadata = MappingProxyType(metadata) if metadata else _NO_METADATA
         self._frame = local.frame
         self._trace = trace_ref()
+        for made in local.made:
+            made[id(self)] = self
 
     @property
     def value(self) -> T:

@@ -372,6 +372,25 @@ def parts_of(name: Any) -> Path:
     return tuple(name) if type(name) is PathName else (str(name),)
 
 
+def node_paths(dagdef: DagDef) -> dict[int, Path]:
+    """The canonical path of each object of a structure, by its number."""
+    paths: dict[int, Path] = {}
+    todo: list[tuple[Any, Path]] = [(dagdef.root, ())]
+    while todo:
+        child, path = todo.pop()
+        if type(child) is int:
+            if child in paths:
+                continue
+            paths[child] = path
+            child = dagdef.nodes[child]
+        if isinstance(child, (NodeDef, Tree)):
+            todo += [
+                (c, (*path, *parts_of(name)))
+                for name, c in zip(reversed(child.names), reversed(child.children), strict=True)
+            ]
+    return paths
+
+
 def leaves_by_path(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """The leaves of a pytree, where Refs and Nodes are leaves, with the paths that a DagDef has."""
     keyed = [] if is_identity(tree) else _one_level(tree)[0]

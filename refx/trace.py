@@ -214,6 +214,10 @@ class _Local(threading.local):
     frame: Frame | None
     # Set by `mutable`: says whether a Ref may be written. None allows everything.
     allowed: Callable[[Ref[Any]], bool] | None
+    # Set by `mutable` where nothing may change: whether the attributes of a Node are fixed; and the
+    # collections that take note of Nodes made since then.
+    fixed: Callable[[Any], bool] | None
+    made: tuple[Any, ...]
     # nnx keeps its ambient streams and flags here, so that a boundary crosses one thread-local.
     scope: Any
     # The call that a compiled function is being traced for.
@@ -223,6 +227,8 @@ class _Local(threading.local):
         # Runs in each thread. As attributes of the instance they are found faster.
         self.frame = None
         self.allowed = None
+        self.fixed = None
+        self.made = ()
         self.scope = None
         self.call = None
 
@@ -363,9 +369,14 @@ def _what(ref: Ref[Any] | None, owner: Any) -> str:
 
 def check_structure(node: Any, what: str) -> None:
     """Raise if the structure of `node`, a Node, may not be changed here."""
+    name = type(node).__name__
+    if local.fixed is not None and local.fixed(node):
+        raise NotMutableError(
+            f"{what} of a {name} was changed, but the surrounding `mutable` lets nothing be changed. "
+            f"Move the change out of it, or change a clone."
+        )
     if node._frame is local.frame and node._trace() is current_trace(()):
         return
-    name = type(node).__name__
     if node._trace is READ_ONLY:
         raise ReadOnlyError(_read_only_message(f"{what} of a {name}", transformation()))
     if node._frame is not None and not node._frame.open:
