@@ -417,7 +417,8 @@ def _misplaced(ref: Ref[Any], owner: Any) -> Exception:
     return EndedTraceError(
         f"{describe(ref, owner)} was made inside {home.name}, which has ended; its value was a "
         f"tracer and means nothing any more. Return the Ref, its module or its value from the "
-        f"function instead of keeping it in a global, a default argument or a closure."
+        f"function instead of keeping it in a global, a default argument or a closure. To a callback, "
+        f"which runs later, pass the value: jax.debug.callback(fn, model.kernel)."
     )
 
 
@@ -440,11 +441,11 @@ def _check_not_baked(ref: Ref[Any], owner: Any, frame: Frame | None, trace: Any)
         (_baked if frame is None else frame.baked).add(ref)
         return
     raise ClosureError(
-        f"{describe(ref, owner)} was read by closure inside {kind_of(trace)}. Its value would "
-        f"become a constant of the compiled program, and later updates would never reach it. "
-        f"Pass the module as an argument, as in jax.jit(lambda m, x: m(x))(model, x), or use "
-        f"the nnx transformation of the same name (nnx.jit, nnx.scan, nnx.remat, ...), which "
-        f"lifts closed-over Refs to inputs."
+        f"{describe(ref, owner)} was read by closure inside {kind_of(trace)}. What JAX traces it "
+        f"keeps for the next call, with the value as a constant, so later updates would never reach "
+        f"it. Pass the module as an argument, as in jax.jit(lambda m, x: m(x))(model, x), or use the "
+        f"nnx transformation of the same name (nnx.jit, nnx.scan, nnx.eval_shape, ...), which lifts "
+        f"closed-over Refs to inputs."
     )
 
 
@@ -528,7 +529,10 @@ def transformation() -> str:
 def kind_of(trace: Any) -> str:
     """A trace of plain jax, as a person would name it."""
     kinds = {
-        "DynamicJaxprTrace": "a plain jax transformation that compiles (jax.jit, lax.scan, ...)",
+        "DynamicJaxprTrace": (
+            "a plain jax transformation that keeps what it traces (jax.jit, lax.scan, "
+            "jax.eval_shape, ...)"
+        ),
         "BatchTrace": "a plain jax.vmap",
         "LinearizeTrace": "a plain jax.grad (or vjp, linearize)",
         "JVPTrace": "a plain jax.grad or jax.jvp",
@@ -558,6 +562,8 @@ def describe(ref: Ref[Any], owner: Any = None) -> str:
 
 def summary(ref: Ref[Any]) -> str:
     """The collection and the shapes of a Ref, without touching its arrays."""
+    if ref._value is None and ref._frame is not None and not ref._frame.open:
+        return f"collection {ref._collection!r}"
     return f"collection {ref._collection!r}, {_aval(ref._value)}"
 
 
