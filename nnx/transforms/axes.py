@@ -163,6 +163,8 @@ def _chooser(
     """What gives a value its specification; it notes in `used` which of the filters did."""
     used = set() if used is None else used
     said = spec.rules if isinstance(spec, ByFilter) else spec
+    if is_identity(said) or isinstance(said, Partition):
+        return _chooser_by_path(said, name, where)
     if not isinstance(said, dict):
         return lambda path, ref: said
     rules = list(zip(to_predicates(said), said.values(), strict=True))
@@ -179,6 +181,29 @@ def _chooser(
             f"No filter of {name} selects {dotted(path)!r} ({what}) of {where}. Add an entry for "
             f"the rest: ... : None."
         )
+
+    return choose
+
+
+def _chooser_by_path(like: Any, name: str, where: str) -> Callable[[Path, Any], Any]:
+    """What gives a value the specification at its path of a tree like the argument.
+
+    That is a module with specifications for values, as `jax.tree.map` makes it, or a Partition.
+    """
+    kept = snapshot(like)
+    said = dict(zip(kept.dagdef.ref_paths, [ref._value for ref in kept.refs], strict=True))
+    said |= zip(kept.dagdef.leaf_paths, kept.leaves(), strict=True)
+    if isinstance(like, Partition):
+        said = dict(like.items())
+
+    def choose(path: Path, ref: Any) -> Any:
+        if path not in said:
+            raise AxisError(
+                f"{name} got a {type(like).__name__} of specifications for {where}, which has none "
+                f"for {dotted(path)!r}. Make it of the argument, as with jax.tree.map, or use a dict "
+                f"from filter to specification."
+            )
+        return said[path]
 
     return choose
 

@@ -7,7 +7,7 @@ Modules go in and fresh modules come out; nothing of the caller's changes. `filt
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -241,8 +241,8 @@ class _JitFilter:
                     by_fn = None
                 elif by_fn is None and tree is None and kind != 0:
                     by_fn = is_array
-                for leaf in jax.tree.leaves(x):
-                    chosen = says(spec, leaf, self._name)
+                for part, leaf in _spread(spec, x):
+                    chosen = says(part, leaf, self._name)
                     mask.append(chosen and (by_fn is None or bool(by_fn(leaf))))
         return mask
 
@@ -348,6 +348,13 @@ class _JitFilter:
 
     def __repr__(self) -> str:
         return f"<{self._name}>"
+
+
+def _spread(spec: Any, value: Any) -> Iterator[tuple[Any, Any]]:
+    """Each leaf of a value with what is said of it: one thing for all, or one for each."""
+    leaves, treedef = jax.tree.flatten(value)
+    parts, like = jax.tree.flatten(spec)
+    return zip(parts if like == treedef else [spec] * len(leaves), leaves, strict=True)
 
 
 def says(spec: Any, leaf: Any, name: str) -> bool:

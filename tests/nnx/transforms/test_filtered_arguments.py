@@ -209,3 +209,37 @@ def test_a_tree_of_something_else_is_an_error(spec):
             transform(lambda x: x, filter_tree=(spec,) if transform is nnx.jit_filter else spec)(
                 1.0
             )
+
+
+def test_a_module_of_bools_is_a_filter_tree():
+    net = Net()
+    net.mean = nnx.Ref({"a": jnp.ones(2), "b": 3}, "stats")
+    bools = jax.tree.map(lambda x: isinstance(x, jax.Array), net)
+    traced = {}
+
+    def f(m, x):
+        traced["a"], traced["b"] = (isinstance(m.mean.value[k], jax.core.Tracer) for k in "ab")
+        traced["table"] = isinstance(m.table, jax.core.Tracer)
+        return m.w.value * x
+
+    out = nnx.jit_filter(f, filter_tree=(bools, True))(net, 2.0)
+    np.testing.assert_array_equal(out, [2.0, 2.0, 2.0])
+    assert traced == {"a": True, "b": False, "table": True}
+    some = jax.tree.map(lambda x: False, net)
+    some.w.value = True
+    grads = nnx.grad_filter(
+        lambda m: (m.w.value * m.frozen.value * m.table).sum(), filter_tree=some
+    )(net)
+    assert grads.w is not None and grads.frozen.value is None and grads.table is None
+    other = jax.tree.map(lambda x: True, Dense())
+    with pytest.raises(nnx.RefError, match="none for|no prefix"):
+        nnx.jit_filter(f, filter_tree=(other, True))(net, 2.0)
+
+
+def test_a_partition_of_axes():
+    model = nnx.Linear.init(0)(2, 3)
+    axes = nnx.Partition({"kernel": 0, "bias": None})
+    f = nnx.vmap(lambda m: m.kernel.sum() + m.bias.sum(), in_axes=(axes,))
+    np.testing.assert_allclose(f(model), model.kernel.sum(1) + model.bias.sum(), rtol=1e-6)
+    with pytest.raises(nnx.AxisError, match=r"Partition of specifications.*none for 'bias'"):
+        nnx.vmap(lambda m: 0, in_axes=(nnx.Partition({"kernel": 0}),))(model)
