@@ -31,6 +31,7 @@ from refx import Node, Partition, Ref
 from refx.node import attributes
 from refx.partition import Path, dotted
 from refx.snapshot import snapshot
+from refx.trace import peek
 
 __all__: list[str] = []
 
@@ -105,7 +106,7 @@ class _Encoder:
                     "path": list(path),
                     "collection": self._code(obj.collection, path),
                     "metadata": self._pairs(obj.metadata, path),
-                    "value": self._inline(obj.value, path),
+                    "value": self._inline(peek(obj), path),
                 }
             }
         if type(obj) is list:
