@@ -63,6 +63,11 @@ def test_what_looks_like_it_and_is_a_flag():
             "init of a field.*is a bool, but got a function.*initializer",
         ),
         (lambda m: nnx.static(kw_only="x"), TypeError, "kw_only of a field"),
+        (
+            lambda m: nnx.scan(lambda c, x: (c, x), m, jnp.ones(3), axes={"params": nnx.CARRY}),
+            nnx.AxisError,
+            "xs holds no module or Ref.*leave axes out",
+        ),
     ],
 )
 def test_arguments_that_are_taken_for_others(call, error, message, model):
