@@ -18,7 +18,7 @@ from refx import Node, Ref
 from refx.node import attributes, expose, is_identity
 from refx.partition import Path
 from refx.static import Static
-from refx.structure import DagDef, NodeDef, Scan, Tree, build, intern, revision_of, scan
+from refx.structure import NodeDef, Scan, build, intern, node_paths, revision_of, scan
 from refx.trace import check_structure
 
 __all__: list[str] = []
@@ -166,22 +166,3 @@ def _tagged(node: NodeDef, tag: Tag, around: Callable[..., Any]) -> NodeDef:
     }
     children = (*kept.values(), Static(tag))
     return NodeDef(kind, (*kept, TAG), children, node.types, revision_of(kind))
-
-
-def node_paths(dagdef: DagDef) -> dict[int, Path]:
-    """The canonical path of each object of a structure, by its number."""
-    paths: dict[int, Path] = {}
-    todo: list[tuple[Any, Path]] = [(dagdef.root, ())]
-    while todo:
-        child, path = todo.pop()
-        if type(child) is int:
-            if child in paths:
-                continue
-            paths[child] = path
-            child = dagdef.nodes[child]
-        if isinstance(child, (NodeDef, Tree)):
-            todo += [
-                (c, (*path, str(name)))
-                for name, c in zip(reversed(child.names), reversed(child.children), strict=True)
-            ]
-    return paths
