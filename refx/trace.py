@@ -468,8 +468,8 @@ def _check_not_baked(ref: Ref[Any], owner: Any, frame: Frame | None, trace: Any)
         f"{describe(ref, owner)} was read by closure inside {kind_of(trace)}. What JAX traces it "
         f"keeps for the next call, with the value as a constant, so later updates would never reach "
         f"it. Pass the module as an argument, as in jax.jit(lambda m, x: m(x))(model, x), use the nnx "
-        f"transformation of the same name (nnx.jit, nnx.scan, ...), which makes inputs of closed-over "
-        f"Refs, or close over {ALTERNATIVES['frozen']}(model), a constant."
+        f"transformation of the same name (nnx.jit, nnx.scan, nnx.eval_shape, ...), which makes inputs of "
+        f"closed-over Refs, or close over {ALTERNATIVES['frozen']}(model), a constant."
     )
 
 
