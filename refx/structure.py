@@ -321,7 +321,8 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             for i in range(len(keyed) - 1, -1, -1):
                 inner = mark.get(names[i]) if type(mark) is dict else None
                 todo.append((keyed[i][1], (link, names[i]), children, i, None, inner))
-    for where, x in found.functions:
+    # Of several trees together, one may close over another: it is an input, too.
+    for where, x in found.functions if not skip else ():
         if id(x) in numbers:
             raise StructureError(
                 f"{where} is a function that closes over a {type(x).__name__} of the same tree. A "

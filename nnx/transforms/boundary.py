@@ -380,7 +380,7 @@ def fresh_output(call: Call, packed: Packed, values: list[Any], leaves: list[Any
     graph = packed.spec.graph
     if graph is None:
         return packed.out
-    values = list(values)
+    values, leaves = unlabelled(call.layout, values, leaves)
     for i, value in zip(packed.spec.written, packed.written, strict=True):
         values[i] = value
     numbers = [n for n, node in enumerate(call.layout.dagdef.nodes) if type(node) is RefDef]

@@ -391,6 +391,11 @@ def _sources(edges: list[Edge], found: set[int]) -> set[int]:
     return found
 
 
+def _tells(cls: type, key: Any) -> bool:
+    """Whether an attribute of a class is one of a module class, which counts its changes itself."""
+    return any(isinstance(b, type(Node)) and b.__qualname__ == key[0] for b in cls.__mro__)
+
+
 def _reference(x: Any) -> Callable[[], Any]:
     """A weak reference where there is one."""
     try:
@@ -418,7 +423,7 @@ def _counts(edge: Edge, source: Any, graph: Graph) -> bool:
     if edge.key == "type" or kind is types.ModuleType:
         return leads
     name = edge.key[-1] if type(edge.key) is tuple else edge.key
-    if name not in graph.names or (issubclass(kind, type) and issubclass(kind, type(Node))):
+    if name not in graph.names or (issubclass(kind, type) and _tells(source, edge.key)):
         return False
     return leads or (edge.data and name not in graph.stored)
 

@@ -288,7 +288,8 @@ class _JitFilter:
             inputs = self._inputs(call, args, kwargs, tree, statics)
             local.call = call
             try:
-                if not call.layout.traced:
+                # Without jit the body runs at once, and sees numbers.
+                if not (call.layout.traced or jax.config.jax_disable_jit):
                     self._compiled.trace(call.layout, *inputs)
                     call.layout.traced = not call.found
                 packed = None if call.found else self._compiled(call.layout, *inputs)

@@ -254,9 +254,11 @@ class TestWithoutJit:
             assert c == 9 and ys.tolist() == stack.w.tolist() == [1, 3, 5]
             _, ys = nnx.scan(step, 0.0, stack, reverse=True)
             assert ys.tolist() == stack.w.tolist() == [3, 7, 11]
-            nnx.scan(lambda c, l: (c, double(l)), None, stack, axes={"other": 0, ...: 0})
+            nnx.scan(lambda c, layer: (c, double(layer)), None, stack, axes={"other": 0, ...: 0})
             assert nnx.fori_loop(0, 3, lambda i, c: c + float(i), 0.0) == 3
+            m.w = jnp.float32(16)
             assert nnx.while_loop(lambda c: float(c) < 5, lambda c: c * 2, 1.0) == 8
+            assert nnx.jit_filter(lambda m, x: float(m.w) * float(x))(m, jnp.array(2.0)) == 32
             assert nnx.map(lambda x: float(x) * jnp.ones(1), XS).tolist() == [[0], [1], [2], [3]]
 
     def test_an_error_changes_nothing(self):

@@ -317,6 +317,26 @@ def test_a_class_of_modules(what, how):
     assert f() == model() == 6
 
 
+def test_a_plain_base_of_a_module_class():
+    class Mixin:
+        factor = 2.0
+
+        def scaled(self):
+            return self.inner.w * self.factor
+
+    class Mine(Mixin, Net):
+        def __call__(self):
+            return self.scaled()
+
+    model, traces = Mine(), []
+    f = nnx.jit(lambda m: (traces.append(1), m())[1])
+    assert f(model) == f(model) == 6 and len(traces) == 1
+    Mixin.factor = 3.0
+    assert f(model) == 9
+    Mixin.scaled = lambda self: self.inner.w
+    assert f(model) == f(model) == 3 and len(traces) == 3
+
+
 class Mode(enum.StrEnum):
     FAST = "fast"
 
