@@ -19,6 +19,7 @@ from nnx.serialize import *  # noqa: F403
 from nnx.show.graph import graph
 from nnx.show.html import display
 from nnx.show.tabulate import tabulate
+from nnx.surgery import modules, replace
 from nnx.training import *  # noqa: F403
 from nnx.transforms import *  # noqa: F403
 from refx import *  # noqa: F403
@@ -34,9 +35,11 @@ __all__ = [
     "get_flag",
     "graph",
     "make_rng",
+    "modules",
     "param",
     "purify",
     "ref",
+    "replace",
     "scope",
     "static",
     "tabulate",
