@@ -12,6 +12,7 @@ from nnx import bridge, layers, serialize, training, transforms
 from nnx._elsewhere import missing as _missing
 from nnx.layers import *  # noqa: F403
 from nnx.module import Module, dataclass, param, ref, static
+from nnx.probe import ProbeError, capture, output_grad, patch, sow
 from nnx.purify import purify
 from nnx.rng import RngStream
 from nnx.scope import MissingFlagError, MissingStreamError, get_flag, make_rng, scope
@@ -28,19 +29,24 @@ __all__ = [
     "MissingFlagError",
     "MissingStreamError",
     "Module",
+    "ProbeError",
     "RngStream",
     "bridge",
+    "capture",
     "dataclass",
     "display",
     "get_flag",
     "graph",
     "make_rng",
     "modules",
+    "output_grad",
     "param",
+    "patch",
     "purify",
     "ref",
     "replace",
     "scope",
+    "sow",
     "static",
     "tabulate",
 ]

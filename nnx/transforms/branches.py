@@ -23,6 +23,7 @@ from nnx.transforms.eager import compiled_once
 from nnx.transforms.jit import function_name
 from nnx.transforms.streams import counts
 from refx import RefError
+from refx.trace import local
 
 __all__ = ["BranchError", "cond", "switch"]
 
@@ -92,6 +93,11 @@ def _branch(
     operands: tuple[Any, ...],
     choose: Callable[..., Any],
 ) -> Any:
+    if local.probe is not None:
+        return local.probe.switch(
+            lambda bodies, *given: _branch(name, tuple(bodies), given, choose), branches, operands
+        )
+
     def attempt(roots: Roots) -> Any:
         call = open_call(operands, {}, roots)
         inputs = (call.values, call.leaves, call.others)

@@ -98,6 +98,9 @@ class _JitFilter:
         self._filter_tree = filter_tree
         self._closure = Closure(self._fn)
         self._plans = Plans()
+        self._options = options
+        # This function for the probes that were active where it was called.
+        self.probed: dict[Any, _JitFilter] = {}
         self._compiled = jax.jit(self._run, static_argnums=(0, 1), **options)
         functools.update_wrapper(self, self._fn, updated=())
 
@@ -173,6 +176,8 @@ class _JitFilter:
         return flat, treedef, mask
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if local.probe is not None:
+            return local.probe.jit_filter(self, args, kwargs)
         args = self._bound + args
         outer = local.call
         while True:
@@ -266,6 +271,9 @@ def value_and_grad_filter(
     @functools.wraps(inner)
     def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
         args = bound + args
+        if local.probe is not None:
+            options = filter_fn, filter_tree, has_aux
+            return local.probe.gradient_filter(inner, args, kwargs, *options)
         if not args:
             raise DifferentiationError(f"{name} differentiates its first argument, and got none.")
         leaves, treedef = jax.tree.flatten(args[0])

@@ -67,6 +67,8 @@ class Jit:
         # Programs of layouts that need one of their own. On the layout, which is an argument of
         # its program, they would keep this function and what it closes over alive for ever.
         self._programs: dict[Layout, Any] = {}
+        # This function for the probes that were active where it was called.
+        self.probed: dict[Any, Jit] = {}
         self._static = Statics(self._fn, *statics, bound=bound)
         self._donate = donate
         self._options = options
@@ -199,6 +201,8 @@ class Jit:
             self._closure.add(call, self._name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if local.probe is not None:
+            return local.probe.jit(self, args, kwargs)
         outer = local.call
         try:
             while True:

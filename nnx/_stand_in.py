@@ -1,37 +1,32 @@
 """A stand-in of a module tree: other objects of subclasses, around the very same Refs.
 
 So calls of its modules can be watched without a change to the modules, their classes or the way
-that modules are called: no other thread, and no later call, can meet anything of it.
+that modules are called: no other thread, and no later call, can meet anything of it. What a stand-in
+is marked with is part of its structure, so it is still marked in every transformation.
 """
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import jax
 
 from nnx.module import Module
+from nnx.surgery import node_paths
 from refx import Node, Ref
 from refx.node import attributes, expose, is_identity
 from refx.partition import Path
 from refx.static import Static
-from refx.structure import DagDef, NodeDef, Scan, Tree, build, intern, revision_of, scan
+from refx.structure import NodeDef, Scan, build, intern, revision_of, scan
 from refx.trace import check_structure
 
 __all__: list[str] = []
 
-# The attributes that modules of a stand-in have in addition: who they are, and Refs for outputs.
-TAG, CELLS = "_capture_tag", "_capture_cells"
-
-
-class Tag(NamedTuple):
-    """Which module of which capture a stand-in is for."""
-
-    token: int
-    path: Path
+# The attribute that modules of a stand-in have in addition.
+MARK = "_probe_mark"
 
 
 class Watched:
@@ -48,39 +43,62 @@ class Watched:
         cls._defaults = cls._stands_for._defaults  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _unwatched(kind: Any) -> type:
+    return kind._stands_for if issubclass(kind, Watched) else kind
+
+
+Around = Callable[[str, Callable[..., Any], Any, Any, Any], Any]
+
+
 @functools.cache
-def watched(kind: type, around: Callable[..., Any]) -> type:
-    """A subclass of a module class whose calls go through `around(call, module, args, kwargs)`."""
+def watched(kind: type, methods: frozenset[str], around: Around) -> type:
+    """A subclass of a module class: `around(name, method, module, args, kwargs)` calls its methods."""
     namespace: dict[str, Any] = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
         "_stands_for": kind,
     }
-    # Every class has a `__call__`, that of its metaclass.
-    if any("__call__" in vars(base) for base in kind.__mro__):
-        call: Any = kind.__call__
-
-        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return around(call, self, args, kwargs)
-
-        namespace["__call__"] = functools.wraps(call, updated=())(__call__)
+    for name in methods:
+        # Every class has a `__call__`, that of its metaclass.
+        if any(name in vars(base) for base in kind.__mro__):
+            namespace[name] = _wrapped(name, getattr(kind, name), around)
     return types.new_class(kind.__name__, (Watched, kind), {}, lambda ns: ns.update(namespace))
 
 
-class Shadow:
+def _wrapped(name: str, method: Any, around: Around) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(name, method, self, args, kwargs)
+
+    return functools.wraps(method, updated=())(call)
+
+
+class StandIn:
     """The stand-in of one tree of modules.
 
     Invariants: `root` has the structure of the tree and its Refs and arrays, but no other object of
     it. `modules` has each stand-in module by its canonical path.
+
+    Args:
+      tree: the modules.
+      mark: `mark(path, module, old)` gives the mark of a module and the names of its methods that
+        are watched. `old` is the mark that it has as a part of a stand-in itself.
+      around: what calls the methods.
     """
 
-    def __init__(self, tree: Node, token: int, around: Callable[..., Any]):
+    def __init__(
+        self,
+        tree: Any,
+        mark: Callable[[Path, Module, Any], tuple[Hashable, frozenset[str]]],
+        around: Around,
+    ):
         found = scan(tree)
         paths = node_paths(found.dagdef)
         nodes = [
-            _tagged(node, Tag(token, paths[i]), around) if _is_module(node) else node
-            for i, node in enumerate(found.dagdef.nodes)
+            _marked(node, around, *mark(paths[i], x, attributes(x).get(MARK)))
+            if isinstance(x, Module)
+            else node
+            for i, (node, x) in enumerate(zip(found.dagdef.nodes, found.objects, strict=True))
         ]
         self.root, objects = build(
             intern(found.dagdef.root, tuple(nodes)),
@@ -97,20 +115,18 @@ class Shadow:
             for x, original in zip(objects, found.objects, strict=True)
             if not isinstance(x, Ref)
         }
-        self._before: Scan | None = None
-
-    def open(self) -> None:
-        """Remember how the stand-in is before the call."""
         self._before = scan(self.root)
 
-    def close(self, out: Any) -> Any:
-        """Make the changes of structure in the tree itself, and give the output with its modules."""
+    def close(self) -> None:
+        """Make the changes of structure in the tree itself."""
         before, after = self._before, scan(self.root)
-        assert before is not None
         if after.dagdef is not before.dagdef or not all(
             a is b for a, b in zip(after.leaves, before.leaves, strict=True)
         ):
             self._take_back(after)
+
+    def originals(self, out: Any) -> Any:
+        """An output with the modules of the tree in the place of those that stand for them."""
         if not any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity))):
             return out
         return jax.tree.map(
@@ -126,7 +142,7 @@ class Shadow:
                 existing[i] = x
             elif id(x) in self._originals:
                 existing[i] = self._originals[id(x)]
-        nodes = [self._untagged(*pair) for pair in zip(after.dagdef.nodes, after.objects)]
+        nodes = [self._unmarked(*pair) for pair in zip(after.dagdef.nodes, after.objects)]
         for original in existing.values():
             if isinstance(original, Node):
                 check_structure(original, "The structure")
@@ -135,53 +151,31 @@ class Shadow:
             if isinstance(original, Node):
                 expose(original)
 
-    def _untagged(self, node: Any, x: Any) -> Any:
-        if not (isinstance(node, NodeDef) and issubclass(node.kind, Watched)):
+    def _unmarked(self, node: Any, x: Any) -> Any:
+        if not isinstance(node, NodeDef):
+            return node
+        if MARK not in node.names and not issubclass(node.kind, Watched):
             return node
         children = dict(zip(node.names, node.children, strict=True))
-        children.pop(CELLS, None)
-        children.pop(TAG, None)
+        children.pop(MARK, None)
         original = self._originals.get(id(x))
-        if original is not None and TAG in attributes(original):
-            # The tree is itself the stand-in of a capture around this one.
-            children[TAG] = Static(attributes(original)[TAG])
+        if original is not None and MARK in attributes(original):
+            # The tree is itself part of a stand-in.
+            children[MARK] = Static(attributes(original)[MARK])
             kind = type(original)
         else:
-            kind = node.kind._stands_for
+            kind = _unwatched(node.kind)
         return NodeDef(
             kind, tuple(children), tuple(children.values()), node.types, revision_of(kind)
         )
 
 
-def _is_module(node: Any) -> bool:
-    return isinstance(node, NodeDef) and issubclass(node.kind, Module)
-
-
-def _tagged(node: NodeDef, tag: Tag, around: Callable[..., Any]) -> NodeDef:
-    kind = node.kind if issubclass(node.kind, Watched) else watched(node.kind, around)
-    kept = {
-        name: child
-        for name, child in zip(node.names, node.children, strict=True)
-        if name not in (TAG, CELLS)
-    }
-    children = (*kept.values(), Static(tag))
-    return NodeDef(kind, (*kept, TAG), children, node.types, revision_of(kind))
-
-
-def node_paths(dagdef: DagDef) -> dict[int, Path]:
-    """The canonical path of each object of a structure, by its number."""
-    paths: dict[int, Path] = {}
-    todo: list[tuple[Any, Path]] = [(dagdef.root, ())]
-    while todo:
-        child, path = todo.pop()
-        if type(child) is int:
-            if child in paths:
-                continue
-            paths[child] = path
-            child = dagdef.nodes[child]
-        if isinstance(child, (NodeDef, Tree)):
-            todo += [
-                (c, (*path, str(name)))
-                for name, c in zip(reversed(child.names), reversed(child.children), strict=True)
-            ]
-    return paths
+def _marked(node: NodeDef, around: Around, mark: Hashable, methods: frozenset[str]) -> NodeDef:
+    kind = _unwatched(node.kind)
+    kept = {n: c for n, c in zip(node.names, node.children, strict=True) if n != MARK}
+    return NodeDef(
+        watched(kind, methods, around) if methods else kind,
+        (*kept, MARK),
+        (*kept.values(), Static(mark)),
+        node.types,
+    )
