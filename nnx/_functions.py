@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from refx.node import is_identity
 from refx.structure import Static
 
 __all__: list[str] = []
@@ -41,7 +42,7 @@ class _Same:
 
 
 class Function:
-    """A function apart from the arrays that it closes over or has as defaults.
+    """A function apart from the arrays and modules that it closes over or has as defaults.
 
     Equality and hash are by content. `arrays` are those of the function it was made of, and
     `bind(arrays)` is the function with others in their place. A function that is shared between
@@ -73,10 +74,10 @@ class Function:
 
 def _take(x: Any, arrays: list[Any]) -> tuple[Any, Callable[[Any], Any]]:
     """The key of a value, and what makes it again of an iterator over arrays."""
-    if isinstance(x, jax.Array | np.ndarray):
+    if is_value(x):
         arrays.append(x)
         return _HOLE, next
-    if type(x) is types.FunctionType and not x.__dict__:
+    if type(x) is types.FunctionType:
         return _take_function(x, arrays)
     if isinstance(x, functools.partial):
         key, make = _take((x.func, tuple(x.args), tuple(sorted(x.keywords.items()))), arrays)
@@ -92,6 +93,10 @@ def _take(x: Any, arrays: list[Any]) -> tuple[Any, Callable[[Any], Any]]:
         return (tuple, tuple(k for k, _ in parts)), lambda given: tuple(
             [m(given) for _, m in parts]
         )
+    leaves, treedef = jax.tree.flatten(x, is_leaf=is_identity)
+    if any(map(is_value, leaves)):
+        key, make = _take(tuple(leaves), arrays)
+        return (treedef, key), lambda given: jax.tree.unflatten(treedef, make(given))
     try:
         key: Any = Static(x)
         hash(key)
@@ -107,16 +112,21 @@ def _take_function(fn: Any, arrays: list[Any]) -> tuple[Any, Callable[[Any], Any
         # One that calls itself.
         return _Same(fn), lambda given: fn
     key, make = _take(held, arrays)
-    code, globals_, name = fn.__code__, fn.__globals__, fn.__name__
+    code, globals_, name, more = fn.__code__, fn.__globals__, fn.__name__, dict(fn.__dict__)
 
     def again(given: Any) -> Any:
         cells, defaults, keywords = make(given)
         new = types.FunctionType(code, globals_, name, defaults, tuple(map(_cell, cells)))
         new.__kwdefaults__ = dict(keywords) or None
-        new.__qualname__ = name
+        new.__dict__.update(more)
         return new
 
     return (types.FunctionType, code, _Same(globals_), key), again
+
+
+def is_value(x: Any) -> bool:
+    """Whether `x` is an input of a program: an array, a module or a Ref."""
+    return is_identity(x) or isinstance(x, jax.Array | np.ndarray)
 
 
 class _Empty:

@@ -119,7 +119,11 @@ class Active(Context):
 
     def constants(self) -> Any:
         """The arrays that a body needs: the same in every step and lane."""
-        return jax.tree.map(jnp.asarray, ([run.arrays for run in self.runs], self.indices))
+        return jax.tree.map(
+            lambda x: x if is_identity(x) else jnp.asarray(x),
+            ([run.arrays for run in self.runs], self.indices),
+            is_leaf=is_identity,
+        )
 
     def _payload(self) -> Any:
         return self.constants(), self.inputs()

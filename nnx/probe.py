@@ -68,10 +68,10 @@ def _select(name: str, where: Where, model: Any) -> _Selected:
         here = _select_part(part, found)
         if not here and part is not None:
             raise ProbeError(
-                f"{name} selects no callable module of {type(model).__name__} with "
-                f"{'...' if part is ... else repr(part)}. Its "
-                f"modules are: {listed_modules(found)}. A method is named after its module, as in "
-                f"'embed.attend', and a layer of a stack by its number, as in 'layers.3'."
+                f"{name} with {'...' if part is ... else repr(part)} selects no callable module of "
+                f"{type(model).__name__}. Its modules are: {listed_modules(found)}. A method is "
+                f"named after its module, as in 'embed.attend', and a layer of a stack by its number, "
+                f"as in 'layers.3'."
             )
         for place, at in here:
             if at not in selected.setdefault(place, []):

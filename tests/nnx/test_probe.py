@@ -150,7 +150,7 @@ def test_a_compiled_call_method_and_a_module_that_has_none():
     y, captured = capture(model)(X)
     close(captured["inner"], model.inner(X))
     close(y, model(X))
-    with pytest.raises(ProbeError, match=r"no callable module of Bare with \.\.\. Its modules are: ''"):
+    with pytest.raises(ProbeError, match=r"capture with \.\.\. selects no callable module of Bare\. Its modules are: ''"):
         capture(type("Bare", (nnx.Module,), {})())(X)
 
 
