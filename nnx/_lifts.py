@@ -512,12 +512,17 @@ def _length(xs: Any, length: int | None, axes: dict[Any, Any]) -> int | None:
         return length
     rules = [(to_predicate(f), axis) for f, axis in axes.items()]
     for x in jax.tree.leaves(xs, is_leaf=is_identity):
-        cells = refs(x).items() if isinstance(x, Node | Ref) else [((), x)]
-        for path, cell in cells:
-            axis = next((axis for selects, axis in rules if selects(path, cell)), 0)
-            for leaf in jax.tree.leaves(cell._value if isinstance(cell, Ref) else cell):
-                if axis is not CARRY and jnp.ndim(leaf):
-                    return jnp.shape(leaf)[0]
+        # The rules are for Refs; arrays are sliced always.
+        values = [x]
+        if is_identity(x):
+            values = [
+                cell._value
+                for path, cell in refs(x).items()
+                if next((a for selects, a in rules if selects(path, cell)), 0) is not CARRY
+            ]
+        for leaf in jax.tree.leaves(values):
+            if jnp.ndim(leaf):
+                return jnp.shape(leaf)[0]
     return None
 
 

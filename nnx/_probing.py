@@ -140,23 +140,25 @@ class Context:
 
     # ---- hooks
 
-    def apply(self, mark: Mark, name: str, hook: Hook, given: Any, out: Any) -> Any:
+    def changed(self, mark: Mark, name: str, hook: Hook, out: Any) -> Any:
         """What a module is to return in the place of its output."""
-        run = self.runs[mark.level]
-        stacks = [i for i, sliced in enumerate(self.sliced) if (mark.level, mark.path) in sliced]
-        label = "" if name == "__call__" else name
+        run, label = self.runs[mark.level], _label(name)
         for number, at in hook.patches:
             if not run.is_here():
                 _check_kept(run, mark, label)
-            out = self._patched(run, mark, label, number, at, stacks, out)
-        if hook.recorded:
+            out = self._patched(run, mark, label, number, at, out)
+        if hook.recorded and run.probe.adds:
             run.check_here(output_of(mark.path, label))
-            if run.probe.adds:
-                out = added(out, run.next_input())
-            axes = tuple(i - run.base for i in stacks if i >= run.base)
-            value = plain(out) if run.probe.mode == "outputs" else counts(given, out)
-            run.records.append(Record(mark.path, label, axes, value))
+            out = added(out, run.next_input())
         return out
+
+    def record(self, mark: Mark, name: str, hook: Hook, given: Any, out: Any) -> None:
+        """Take note of what a module returned."""
+        if hook.recorded:
+            run, label = self.runs[mark.level], _label(name)
+            run.check_here(output_of(mark.path, label))
+            value = plain(out) if run.probe.mode == "outputs" else counts(given, out)
+            run.records.append(Record(mark.path, label, self._axes(run, mark), value))
 
     def sow(self, mark: Mark, name: str, value: Any, collection: Any) -> None:
         """Record a value that a module stores."""
@@ -164,9 +166,15 @@ class Context:
         if run.probe.collection is None or run.probe.collection != (collection,):
             return
         run.check_here(output_of((*mark.path, name)))
-        stacks = (i for i, s in enumerate(self.sliced) if (mark.level, mark.path) in s)
-        axes = tuple(i - run.base for i in stacks if i >= run.base)
-        run.records.append(Record((*mark.path, name), "sow", axes, plain(value)))
+        run.records.append(Record((*mark.path, name), "sow", self._axes(run, mark), plain(value)))
+
+    def _stacks(self, mark: Mark) -> list[int]:
+        """The loops around this call that take slices of the module."""
+        place = mark.level, mark.path
+        return [i for i, sliced in enumerate(self.sliced) if place in sliced]
+
+    def _axes(self, run: Run, mark: Mark) -> tuple[int, ...]:
+        return tuple(i - run.base for i in self._stacks(mark) if i >= run.base)
 
     def _patched(
         self,
@@ -175,10 +183,9 @@ class Context:
         label: str,
         number: int,
         at: tuple[int, ...],
-        stacks: list[int],
         out: Any,
     ) -> Any:
-        function = run.functions[number]
+        function, stacks = run.functions[number], self._stacks(mark)
         if not at:
             return _checked(function(out), mark, label)
         if len(at) != len(stacks):
@@ -206,6 +213,10 @@ class Context:
         return suspended(cond, chosen, patched, lambda out: out, old)
 
 
+def _label(method: str) -> str:
+    return "" if method == "__call__" else method
+
+
 def _check_kept(run: Run, mark: Mark, label: str) -> None:
     if _program_between(run.trace(), current_trace(())):
         raise ProbeError(
@@ -230,10 +241,17 @@ def around(name: str, method: Any, module: Any, args: Any, kwargs: Any) -> Any:
     context: Context | None = local.probe
     if context is None:
         return out
-    for mark in reversed(attributes(module).get(MARK, ())):
-        hook = dict(mark.hooks).get(name)
-        if hook is not None and mark.level < len(context.runs):
-            out = context.apply(mark, name, hook, (args, kwargs), out)
+    found = [
+        (mark, hook)
+        for mark in reversed(attributes(module).get(MARK, ()))
+        for method, hook in mark.hooks
+        if method == name and mark.level < len(context.runs)
+    ]
+    # All see what the module gives to its caller: with the changes of the others.
+    for mark, hook in found:
+        out = context.changed(mark, name, hook, out)
+    for mark, hook in found:
+        context.record(mark, name, hook, (args, kwargs), out)
     return out
 
 
