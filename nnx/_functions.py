@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from refx.node import is_identity
-from refx.structure import Static
+from refx.static import Static
 
 __all__: list[str] = []
 

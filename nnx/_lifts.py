@@ -30,7 +30,7 @@ from nnx.transforms.loops import scan, while_loop
 from nnx.transforms.sharded import shard_map
 from nnx.transforms.vmap import vmap
 from nnx.transforms.whole import _transformed, eval_shape
-from refx import Node, Partition, Ref, refs, to_predicate
+from refx import Partition, refs, to_predicate
 from refx.node import is_identity
 
 __all__: list[str] = []

@@ -13,7 +13,7 @@ from nnx._functions import Function
 from refx import RefError
 from refx.node import is_identity
 from refx.partition import Path, dotted
-from refx.structure import Static
+from refx.static import Static
 
 __all__ = ["ProbeError"]
 

@@ -17,7 +17,7 @@ import jax
 from nnx.module import Module
 from nnx.surgery import node_paths
 from refx import Node, Ref
-from refx.node import attributes, expose, is_identity
+from refx.node import attributes, expose, is_identity, set_on_class
 from refx.partition import Path
 from refx.static import Static
 from refx.structure import NodeDef, Scan, build, intern, revision_of, scan
@@ -40,7 +40,7 @@ class Watched:
         # Not those of the classes in between, which may keep lists of their subclasses.
         Node.__init_subclass__.__func__(cls)  # pyright: ignore[reportFunctionMemberAccess]
         # A dataclass has none: its `__init__` sets the defaults.
-        cls._defaults = cls._stands_for._defaults  # pyright: ignore[reportAttributeAccessIssue]
+        set_on_class(cls, "_defaults", cls._stands_for._defaults)  # pyright: ignore
 
 
 def _unwatched(kind: Any) -> type:
@@ -62,15 +62,16 @@ def watched(kind: type, methods: frozenset[str], around: Around) -> type:
     for name in methods:
         # Every class has a `__call__`, that of its metaclass.
         if any(name in vars(base) for base in kind.__mro__):
-            namespace[name] = _wrapped(name, getattr(kind, name), around)
+            namespace[name] = _wrapped(kind, name, around)
     return types.new_class(kind.__name__, (Watched, kind), {}, lambda ns: ns.update(namespace))
 
 
-def _wrapped(name: str, method: Any, around: Around) -> Any:
+def _wrapped(kind: Any, name: str, around: Around) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return around(name, method, self, args, kwargs)
+        # The class may have been given another one since.
+        return around(name, getattr(kind, name), self, args, kwargs)
 
-    return functools.wraps(method, updated=())(call)
+    return functools.wraps(getattr(kind, name), updated=())(call)
 
 
 class StandIn:
@@ -172,10 +173,12 @@ class StandIn:
 
 def _marked(node: NodeDef, around: Around, mark: Hashable, methods: frozenset[str]) -> NodeDef:
     kind = _unwatched(node.kind)
+    kind = watched(kind, methods, around) if methods else kind
     kept = {n: c for n, c in zip(node.names, node.children, strict=True) if n != MARK}
     return NodeDef(
-        watched(kind, methods, around) if methods else kind,
+        kind,
         (*kept, MARK),
         (*kept.values(), Static(mark)),
         node.types,
+        revision_of(kind),
     )

@@ -123,7 +123,8 @@ def _match(parts: list[str], found: dict[Path, Module]) -> list[tuple[Path, str]
 def _has(module: Module, method: str) -> bool:
     # Every class has a `__call__`, that of its metaclass.
     found = next((vars(c)[method] for c in type(module).__mro__ if method in vars(c)), None)
-    return callable(found) and method not in vars(Module)
+    other = isinstance(found, staticmethod | classmethod | property)
+    return callable(found) and not other and method not in vars(Module)
 
 
 class _Target(NamedTuple):

@@ -150,7 +150,10 @@ def test_a_compiled_call_method_and_a_module_that_has_none():
     y, captured = capture(model)(X)
     close(captured["inner"], model.inner(X))
     close(y, model(X))
-    with pytest.raises(ProbeError, match=r"capture with \.\.\. selects no callable module of Bare\. Its modules are: ''"):
+    with pytest.raises(
+        ProbeError,
+        match=r"capture with \.\.\. selects no callable module of Bare\. Its modules are: ''",
+    ):
         capture(type("Bare", (nnx.Module,), {})())(X)
 
 
@@ -235,14 +238,19 @@ def test_a_plain_transformation_inside_of_the_model_is_an_error_that_says_what_t
 
     model = Plain.init(0)()
     with pytest.raises(
-        ProbeError, match=r"'inner' cannot be seen in a plain jax.vmap .* Use the nnx transformation"
+        ProbeError,
+        match=r"'inner' cannot be seen in a plain jax.vmap .* Use the nnx transformation",
     ):
         capture(model)(X)
     y, captured = capture(model, nnx.Not(nnx.PathContains("inner")))(X)
     close(captured[()], model.inner(X))
-    with pytest.raises(ProbeError, match="the function .*lambda.*, whose first argument must be the model"):
+    with pytest.raises(
+        ProbeError, match="the function .*lambda.*, whose first argument must be the model"
+    ):
         capture(lambda x: x)(X)
-    with pytest.raises(ProbeError, match="whose first argument is a module, but got a int: 3. Set keys"):
+    with pytest.raises(
+        ProbeError, match="whose first argument is a module, but got a int: 3. Set keys"
+    ):
         capture(3)
     with pytest.raises(ProbeError, match="but got a _Applied.*with nnx.scope"):
         capture(model.apply(training=True))

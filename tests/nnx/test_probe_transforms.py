@@ -143,7 +143,9 @@ def test_patch(case):
     expected = jnp.tanh(hand(lambda x: layer(x) * v + 0.1, X, zeros)[0])
     run = nnx.patch(model, {"layer": lambda y: y * v + 0.1})
     close(run(X), expected)
-    close(nnx.jit(lambda m, x: nnx.patch(m, {"layer": lambda y: y * v + 0.1})(x))(model, X), expected)
+    close(
+        nnx.jit(lambda m, x: nnx.patch(m, {"layer": lambda y: y * v + 0.1})(x))(model, X), expected
+    )
     # Gradients come through to what the patch closes over.
     got = jax.grad(lambda v: nnx.patch(model, {"layer": lambda y: y * v})(X).sum())(v)
     close(got, jax.grad(lambda v: jnp.tanh(hand(lambda x: layer(x) * v, X, zeros)[0]).sum())(v))
@@ -192,7 +194,9 @@ def test_functions_with_rules_are_patched_but_their_outputs_are_fixed(inside):
         jax.grad(lambda x: patched(x).sum())(X),
         10 * (1 - jnp.tanh(model.layer(X) + 1) ** 2),
     )
-    with pytest.raises(ProbeError, match=r"'layer' cannot be seen in nnx.custom_..p\(.*Do not select"):
+    with pytest.raises(
+        ProbeError, match=r"'layer' cannot be seen in nnx.custom_..p\(.*Do not select"
+    ):
         nnx.capture(model)(X)
 
 
@@ -294,7 +298,11 @@ def test_one_layer_of_a_stack_by_its_number(remat):
     stack = nnx.Stack.init(0)(Block, 4, remat=remat)
     y, seen = blocks(stack, X)
     _, captured = nnx.capture(stack, ("layers.2.linear", "layers.0.linear", "layers.3"))(X)
-    assert [".".join(path) for path in captured] == ["layers.3", "layers.0.linear", "layers.2.linear"]
+    assert [".".join(path) for path in captured] == [
+        "layers.3",
+        "layers.0.linear",
+        "layers.2.linear",
+    ]
     close(captured["layers.2.linear"], seen[2])
     close(captured["layers.0.linear"], seen[0])
     close(captured["layers.3"], y)
@@ -307,9 +315,9 @@ def test_one_layer_of_a_stack_by_its_number(remat):
     got = nnx.patch(stack, {"layers.1.drop": lambda h: h * 0})(X)
     close(got, _zeroed(stack, 1))
     grads = nnx.output_grad(lambda m, x: m(x).sum(), "layers.1.linear")(stack, X)
-    by_hand = jax.grad(
-        lambda d: blocks(stack, X, lambda i, h: h + d if i == 1 else h)[0].sum()
-    )(jnp.zeros((3, 2)))
+    by_hand = jax.grad(lambda d: blocks(stack, X, lambda i, h: h + d if i == 1 else h)[0].sum())(
+        jnp.zeros((3, 2))
+    )
     close(grads["layers.1.linear"], by_hand)
 
 
@@ -347,7 +355,9 @@ def test_a_stack_in_other_loops_and_stacks_in_stacks():
 
 
 def test_lanes_of_modules_by_number():
-    lanes_of = nnx.vmap(lambda key: nnx.Linear.init(key)(2, 2))(jax.random.split(jax.random.key(0), 3))
+    lanes_of = nnx.vmap(lambda key: nnx.Linear.init(key)(2, 2))(
+        jax.random.split(jax.random.key(0), 3)
+    )
 
     class Ensemble(nnx.Module):
         def __init__(self):
@@ -364,12 +374,16 @@ def test_lanes_of_modules_by_number():
 
 def test_mistakes_with_numbers():
     stack = nnx.Stack.init(0)(Block, 4)
-    with pytest.raises(ProbeError, match="'layers.linear' .* nnx.capture in layer 9, but the stack has 4"):
+    with pytest.raises(
+        ProbeError, match="'layers.linear' .* nnx.capture in layer 9, but the stack has 4"
+    ):
         nnx.capture(stack, "layers.9.linear")(X)
     with pytest.raises(ProbeError, match=r"returned float32\[3,1\] in the place of float32\[3,2\]"):
         nnx.patch(stack, {"layers.1.linear": lambda h: h[:, :1]})(X)
     model = nnx.Sequential(stack)
     with pytest.raises(ProbeError, match="'layers.0' was to be taken .* layer 3 .* 0 loops around"):
         nnx.capture(model, "layers.0.3")(X)
-    with pytest.raises(ProbeError, match="'layers.0' was to be patched in layer 3 .* 0 loops around"):
+    with pytest.raises(
+        ProbeError, match="'layers.0' was to be patched in layer 3 .* 0 loops around"
+    ):
         nnx.patch(model, {"layers.0.3": lambda h: h})(X)

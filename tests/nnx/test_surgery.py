@@ -111,7 +111,9 @@ def test_a_failure_changes_nothing():
     assert nnx.modules(model) == before and model.call.__self__ is model.shared
     with pytest.raises(TypeError, match="place of 'shared': fn returned None. Return the new"):
         nnx.replace(model, "shared", lambda m: None)
-    with pytest.raises(nnx.FilterError, match="Holder with 'nothing'. Its modules are: '' .*other.inner"):
+    with pytest.raises(
+        nnx.FilterError, match="Holder with 'nothing'. Its modules are: '' .*other.inner"
+    ):
         nnx.replace(model, "nothing", Wrapped)
     with pytest.raises(nnx.FilterError, match="3 does not select modules. Give a class, a glob"):
         nnx.replace(model, 3, Wrapped)
