@@ -269,9 +269,9 @@ class Active(Context):
         adding = having(adds=True)
 
         def body(*args: Any, **kwargs: Any) -> Any:
-            *args, zeros = args
+            *given_args, zeros = args
             given = [z if f else i for z, i, f in zip(zeros, inputs, finite, strict=True)]
-            return _with_aux(fn, adding, (constants, given), has_aux)(*args, **kwargs)
+            return _with_aux(fn, adding, (constants, given), has_aux)(*given_args, **kwargs)
 
         both = _gradient(
             kind, _named(body, fn, 0), wrt, (*(n % len(args) for n in numbers), len(args)), *rest
@@ -483,7 +483,7 @@ class Active(Context):
                     values = dict(zip(at, (r.value for r in group.records()), strict=True))
                     blanks = enumerate(kinds)
                     parts = [values[n] if n in values else _blanks(r) for n, r in blanks]
-                    filled.append(Group([_like(r, v) for r, v in zip(kinds, parts, strict=True)]))
+                    filled.append(Group([r.of(v) for r, v in zip(kinds, parts, strict=True)]))
                 return out, filled
 
             return _named(body, fn)
@@ -535,10 +535,6 @@ def _where(condition: jax.Array, a: Any, b: Any) -> Any:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
-def _like(record: Record, value: Any) -> Record:
-    return Record(*record.key, value)
-
-
 def _blanks(record: Record) -> Any:
     return jax.tree.map(blank, record.value)
 
@@ -573,7 +569,7 @@ def _placed(group: Group, values: list[Any]) -> Group:
     def placed(item: Any) -> Any:
         if isinstance(item, Group):
             return Group([placed(x) for x in item.items], item.kind)
-        return _like(item, next(todo))
+        return item.of(next(todo))
 
     return placed(group)
 
@@ -588,7 +584,7 @@ def zeros_like(group: Group) -> Group:
             zeros = [
                 jnp.zeros(x.shape, x.dtype) for x in jax.tree.leaves(item.value) if is_float(x)
             ]
-            items.append(Record(*item.key, zeros))
+            items.append(item.of(zeros))
     return Group(items, group.kind)
 
 
@@ -602,7 +598,7 @@ def _counted(group: Group, loops: int = 0) -> Group:
         if isinstance(item, Group):
             items.append(_counted(item, loops + (item.kind == "loop")))
         else:
-            items.append(_like(item, counting(item.value) if item.value else None))
+            items.append(item.of(counting(item.value) if item.value else None))
     return Group(items, group.kind)
 
 

@@ -56,8 +56,12 @@ class Record:
         self.value = value
 
     @property
-    def key(self) -> Any:
+    def key(self) -> tuple[Path, str, tuple[int, ...]]:
         return self.path, self.label, self.stacks
+
+    def of(self, value: Any) -> Record:
+        """The same with another value."""
+        return Record(self.path, self.label, self.stacks, value)
 
 
 class Group:
@@ -96,7 +100,7 @@ class Constant:
 
 
 jax.tree_util.register_pytree_node(
-    Record, lambda r: ((r.value,), r.key), lambda key, value: Record(*key, value[0])
+    Record, lambda r: ((r.value,), r.key), lambda key, value: Record(*key, value=value[0])
 )
 jax.tree_util.register_pytree_node(
     Group,

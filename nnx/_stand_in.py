@@ -19,6 +19,7 @@ from nnx.surgery import node_paths
 from refx import Node, Ref
 from refx.node import attributes, expose, is_identity, set_on_class
 from refx.partition import Path
+from refx.snapshot import snapshot
 from refx.static import Static
 from refx.structure import NodeDef, Scan, build, intern, revision_of, scan
 from refx.trace import check_structure
@@ -116,15 +117,16 @@ class StandIn:
             for x, original in zip(objects, found.objects, strict=True)
             if not isinstance(x, Ref)
         }
-        self._before = scan(self.root)
+        self._before = snapshot(self.root)
+        self._leaves = self._before.leaves()
 
     def close(self) -> None:
         """Make the changes of structure in the tree itself."""
-        before, after = self._before, scan(self.root)
-        if after.dagdef is not before.dagdef or not all(
-            a is b for a, b in zip(after.leaves, before.leaves, strict=True)
+        now = snapshot(self.root)
+        if now.dagdef is not self._before.dagdef or not all(
+            a is b for a, b in zip(now.leaves(), self._leaves, strict=True)
         ):
-            self._take_back(after)
+            self._take_back(scan(self.root))
 
     def originals(self, out: Any) -> Any:
         """An output with the modules of the tree in the place of those that stand for them."""

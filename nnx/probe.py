@@ -55,21 +55,20 @@ class _At(NamedTuple):
 _Selected = dict[tuple[Path, str], list[tuple[_At, ...]]]
 
 
-def _select(name: str, where: Where, model: Any) -> _Selected:
-    """Find what `where` selects in a model.
+def _select(name: str, where: Where, found: dict[Path, Module]) -> _Selected:
+    """Find what `where` selects among the modules of a model.
 
     Raises:
       FilterError: it is nothing that selects.
       ProbeError: it selects no callable module.
     """
-    found = modules(model)
     selected: _Selected = {}
     for part in where if isinstance(where, tuple) else (where,):
         here = _select_part(part, found)
         if not here and part is not None:
             raise ProbeError(
                 f"{name} with {'...' if part is ... else repr(part)} selects no callable module of "
-                f"{type(model).__name__}. Its modules are: {listed_modules(found)}. A method is "
+                f"{type(found[()]).__name__}. Its modules are: {listed_modules(found)}. A method is "
                 f"named after its module, as in 'embed.attend', and a layer of a stack by its number, "
                 f"as in 'layers.3'."
             )
@@ -201,17 +200,17 @@ def _run(
     return stand_in.originals(out), stand_in.originals(inner.groups()[level])
 
 
-def _assembled(name: str, model: Module, selected: _Selected | None, group: Group) -> Partition:
+def _assembled(
+    name: str, found: dict[Path, Module], selected: _Selected, group: Group
+) -> Partition:
     """What was recorded, by path in the order of the model."""
     values: dict[Path, list[Any]] = {}
-    order = {path: i for i, path in enumerate(modules(model))}
+    order = {path: i for i, path in enumerate(found)}
     places: dict[Path, Any] = {}
     for record in group.records():
         module_path = record.path[:-1] if record.label == "sow" else record.path
         method = record.label or "__call__"
-        wanted = (
-            [()] if record.label == "sow" or selected is None else selected[record.path, method]
-        )
+        wanted = [()] if record.label == "sow" else selected[record.path, method]
         for at in wanted:
             path = record.path if method in ("__call__", "sow") else (*record.path, method)
             value = record.value
@@ -224,8 +223,8 @@ def _assembled(name: str, model: Module, selected: _Selected | None, group: Grou
             values.setdefault(path, []).append(unwrapped(value))
             places[path] = (order[module_path], method != "__call__", [n for _, n in at])
     return Partition(
-        (path, found[0] if len(found) == 1 else tuple(found))
-        for path, found in sorted(values.items(), key=lambda item: places[item[0]])
+        (path, outs[0] if len(outs) == 1 else tuple(outs))
+        for path, outs in sorted(values.items(), key=lambda item: places[item[0]])
     )
 
 
@@ -302,10 +301,11 @@ def capture(
 
     def capturing(*args: Any, **kwargs: Any) -> tuple[Any, Partition]:
         root, rest = target.with_model("nnx.capture", args)
-        selected = _select("nnx.capture", where, root)
+        found = modules(root)
+        selected = _select("nnx.capture", where, found)
         probe = Probe(collection=(collection,))
         out, group = _run(target.call, root, rest, kwargs, _recording(selected), probe)
-        return out, _assembled("nnx.capture", root, selected, group)
+        return out, _assembled("nnx.capture", found, selected, group)
 
     return capturing
 
@@ -405,12 +405,13 @@ class _Patched:
     def on(self, model: Module, *args: Any, **kwargs: Any) -> Any:
         """Call for a model."""
         numbers: dict[Path, dict[str, list[Any]]] = {}
+        found = modules(model)
         for i, where in enumerate(self._patches):
-            for (path, method), chosen in _select("nnx.patch", where, model).items():
+            for (path, method), chosen in _select("nnx.patch", where, found).items():
                 hooks = numbers.setdefault(path, {}).setdefault(method, [])
                 hooks += [(i, tuple(n for _, n in at)) for at in chosen]
         hooks = {
-            path: tuple((method, Hook(tuple(found))) for method, found in methods.items())
+            path: tuple((method, Hook(tuple(chosen))) for method, chosen in methods.items())
             for path, methods in numbers.items()
         }
         functions = list(self._patches.values())
@@ -461,7 +462,8 @@ def output_grad(
 
     def gradient(*args: Any, **kwargs: Any) -> Any:
         root, rest = target.with_model(name, args)
-        selected = _select(name, where, root)
+        found = modules(root)
+        selected = _select(name, where, found)
         hooks = _recording(selected)
         # Numbers, strings and so on are settings, as in an ordinary call.
         leaves, treedef = jax.tree.flatten((rest, kwargs), is_leaf=is_identity)
@@ -495,8 +497,8 @@ def output_grad(
 
         body.__qualname__ = function_name(loss)
         (_, aux), grads = value_and_grad(body, has_aux=True)(zeros_like(shapes), root, arrays)
-        found = _assembled(name, root, selected, _in_place(shapes, grads))
-        return (found, aux) if has_aux else found
+        named = _assembled(name, found, selected, _in_place(shapes, grads))
+        return (named, aux) if has_aux else named
 
     return functools.wraps(target.call)(gradient) if target.model is None else gradient
 
@@ -512,5 +514,5 @@ def _in_place(shapes: Group, grads: Group) -> Group:
         leaves, treedef = jax.tree.flatten(like.value)
         zero = [np.zeros(x.shape, jax.dtypes.float0) if not is_float(x) else None for x in leaves]
         value = jax.tree.unflatten(treedef, [next(todo) if z is None else z for z in zero])
-        items.append(Record(*like.key, value))
+        items.append(like.of(value))
     return Group(items, grads.kind)
