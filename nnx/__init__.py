@@ -8,7 +8,7 @@ pure values for JAX and write the updates back, so a training step returns nothi
 from typing import TYPE_CHECKING
 
 import refx
-from nnx import bridge, layers, serialize, training, transforms
+from nnx import bridge, debug, layers, serialize, training, transforms
 from nnx._elsewhere import missing as _missing
 from nnx.layers import *  # noqa: F403
 from nnx.module import Module, dataclass, param, ref, static
@@ -34,6 +34,7 @@ __all__ = [
     "bridge",
     "capture",
     "dataclass",
+    "debug",
     "display",
     "get_flag",
     "graph",

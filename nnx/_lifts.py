@@ -141,6 +141,8 @@ class Active(Context):
             if len(jitted.probed) >= _MOST:
                 jitted.probed.clear()
             _, statics, donate, (inputs, outputs), options, *bound = jitted._given
+            if any(run.probe.quiet for run in self.runs):
+                donate = None  # The caller goes on with what the copy of the call was made of.
             shardings = inputs, None if outputs is None else (outputs, None)
             child = Jit(_body(jitted._fn, key), statics, donate, shardings, options, sum(bound) + 1)
             child = jitted.probed.setdefault(key, child)
@@ -189,7 +191,7 @@ class Active(Context):
                 with begin(key, constants, [None] * len(key.probes)) as context:
                     out = fn(*args)
                 for (probe, _), group in zip(key.probes, context.groups(), strict=True):
-                    for record in group.records() if probe.mode == "outputs" else ():
+                    for record in group.records() if not probe.quiet else ():
                         raise ProbeError(
                             f"{output_of(record.path, record.label)} cannot be seen in {name}: the "
                             f"outputs of the function are those of its rule. Do not select the module, "
@@ -232,7 +234,7 @@ class Active(Context):
     ) -> Any:
         """`nnx.grad` and `nnx.value_and_grad`."""
         options = wrt, argnums, True, holomorphic, allow_int
-        if args and any(run.probe.mode == "finite" for run in self.runs):
+        if args and any(run.probe.counts for run in self.runs):
             value, groups, grads = self._gradient_of_all(kind, fn, args, kwargs, has_aux, options)
         else:
             body = _with_aux(fn, self.key, self._payload(), has_aux)
@@ -247,7 +249,7 @@ class Active(Context):
     ) -> Any:
         """The gradient, with respect to the outputs of modules too, of which the nans are counted."""
         key, (constants, inputs) = self.key, self._payload()
-        finite = [probe.mode == "finite" for probe, _ in key.probes]
+        finite = [probe.counts for probe, _ in key.probes]
 
         def having(**changes: Any) -> Key:
             probes = (
@@ -258,7 +260,7 @@ class Active(Context):
 
         shapes = suspended(
             eval_shape,
-            lambda *args, **kwargs: _body(fn, having(mode="outputs"))(*args, **kwargs)[1],
+            lambda *args, **kwargs: _body(fn, having(counts=False))(*args, **kwargs)[1],
             (constants, inputs),
             *args,
             **kwargs,
@@ -414,14 +416,14 @@ class Active(Context):
             eval_shape, lambda c, v: _body(body_fun, key)((c, inputs), v)[1], constants, init
         )
         for run, group in zip(self.runs, shapes, strict=True):
-            for record in group.records() if run.probe.adds and run.probe.mode == "outputs" else ():
+            for record in group.records() if run.probe.adds and not run.probe.quiet else ():
                 raise ProbeError(
                     f"{output_of(record.path, record.label)} is computed in nnx.while_loop, which JAX "
                     f"cannot differentiate backward. Use nnx.scan, or nnx.fori_loop with bounds that "
                     f"are Python numbers, or do not select the module."
                 )
         before = jax.tree.map(blank, shapes)
-        keep = tuple(probe.mode == "finite" for probe, _ in key.probes)
+        keep = tuple(probe.counts for probe, _ in key.probes)
 
         def condition(carry: Any) -> Any:
             val, constants, _, _ = carry

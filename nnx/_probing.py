@@ -61,13 +61,16 @@ class Run:
         """Whether code runs in the body itself, and not in a transformation of JAX in it."""
         return local.frame is self.frame and current_trace(()) is self.trace()
 
-    def check_here(self, what: str) -> None:
-        if not self.is_here():
+    def sees(self, what: str) -> bool:
+        """Whether a value can come out from where code runs; if not, that may be an error."""
+        here = self.is_here()
+        if not here and not self.probe.quiet:
             raise ProbeError(
                 f"{what} cannot be seen in {transformation()} inside of the model: what is computed "
                 f"in there does not come out. Use the nnx transformation of that name in the model, or "
                 f"do not select the module."
             )
+        return here
 
     def next_input(self) -> Any:
         """The next input; None without any."""
@@ -124,15 +127,14 @@ class Context:
 
     def inputs(self) -> list[Any]:
         """What is added to outputs in the next transformation, by probe."""
-        return [run.next_input() for run in self.runs]
+        return [run.next_input() if run.is_here() else None for run in self.runs]
 
     def deliver(self, groups: list[Group], kind: str = "call") -> None:
         """Take what a transformation recorded."""
         for run, group in zip(self.runs, groups, strict=True):
-            for record in group.records():
-                run.check_here(output_of(record.path))
-                break
-            run.records.append(group.of(kind, group.step))
+            first = next(group.records(), None)
+            if run.is_here() or (first is not None and run.sees(output_of(first.path))):
+                run.records.append(group.of(kind, group.step))
 
     def groups(self) -> list[Group]:
         """What was recorded here, by probe."""
@@ -147,17 +149,15 @@ class Context:
             if not run.is_here():
                 _check_kept(run, mark, label)
             out = self._patched(run, mark, label, number, at, out)
-        if hook.recorded and run.probe.adds:
-            run.check_here(output_of(mark.path, label))
+        if hook.recorded and run.probe.adds and run.sees(output_of(mark.path, label)):
             out = added(out, run.next_input())
         return out
 
     def record(self, mark: Mark, name: str, hook: Hook, given: Any, out: Any) -> None:
         """Take note of what a module returned."""
-        if hook.recorded:
-            run, label = self.runs[mark.level], _label(name)
-            run.check_here(output_of(mark.path, label))
-            value = plain(out) if run.probe.mode == "outputs" else counts(given, out)
+        run, label = self.runs[mark.level], _label(name)
+        if hook.recorded and run.sees(output_of(mark.path, label)):
+            value = counts(given, out) if run.probe.counts else plain(out)
             run.records.append(Record(mark.path, label, self._axes(run, mark), value))
 
     def sow(self, mark: Mark, name: str, value: Any, collection: Any) -> None:
@@ -165,8 +165,9 @@ class Context:
         run = self.runs[mark.level]
         if run.probe.collection is None or run.probe.collection != (collection,):
             return
-        run.check_here(output_of((*mark.path, name)))
-        run.records.append(Record((*mark.path, name), "sow", self._axes(run, mark), plain(value)))
+        if run.sees(output_of((*mark.path, name))):
+            axes = self._axes(run, mark)
+            run.records.append(Record((*mark.path, name), "sow", axes, plain(value)))
 
     def _stacks(self, mark: Mark) -> list[int]:
         """The loops around this call that take slices of the module."""

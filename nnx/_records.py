@@ -119,13 +119,15 @@ class Probe(NamedTuple):
       patches: functions of an output, by number.
       collection: which values of `nnx.sow` are recorded.
       adds: whether an input is added to each output that is recorded.
-      mode: what is recorded of an output: the output itself, or how many of its values are not finite.
+      counts: whether it is recorded how many values of an output are not finite, and not the output.
+      quiet: whether what cannot come out is left out; otherwise it is an error.
     """
 
     patches: tuple[Function, ...] = ()
     collection: Any = None
     adds: bool = False
-    mode: str = "outputs"
+    counts: bool = False
+    quiet: bool = False
 
 
 def counts(given: Any, out: Any) -> Any:
