@@ -434,3 +434,240 @@ def test_layers_on_shards_are_stacked_by_shard_and_axes_of_the_model_are_its_own
 
     with pytest.raises(nnx.AxisError, match="two sizes"):
         capture(Wrong())(jnp.ones((4, 2)))
+
+
+# ---- what is called, and what is selected
+
+
+class Tokens(nnx.Module):
+    def __init__(self):
+        self.embed, self.mix = nnx.Embed(5, 3), nnx.Linear(3, 3)
+
+    def encode(self, x):
+        return self.mix(self.embed(x))
+
+    def __call__(self, x):
+        return self.embed.attend(self.encode(x))
+
+    @staticmethod
+    def helper(x):
+        return x
+
+
+def test_methods_of_modules_are_named_after_them():
+    model, x = Tokens.init(0)(), jnp.array([1, 2])
+    y, captured = capture(model, ("embed.attend", "mix", "encode", ""))(x)
+    assert [".".join(path) for path in captured] == ["", "encode", "embed.attend", "mix"]
+    close(captured["embed.attend"], y)
+    close(captured["encode"], captured["mix"])
+    assert not nnx.patch(model, {"embed.attend": lambda logits: 0 * logits})(x).any()
+    grads = nnx.output_grad(lambda m, x: m(x).sum(), "encode")(model, x)
+    close(grads["encode"], jnp.broadcast_to(model.embed.embedding.sum(0), (2, 3)))
+    close(nnx.patch(model.encode, {nnx.Linear: jnp.negative})(x), -model.encode(x))
+    for wrong in ("helper", "embed.nothing", "embed.init", "nothing.attend"):
+        with pytest.raises(
+            ProbeError, match="capture with .* selects no callable module of Tokens"
+        ):
+            capture(model, wrong)(x)
+
+
+def test_a_whole_training_step():
+    model = nnx.Sequential(Dense(), nnx.tanh, Dense(seed=1))
+    before = model.layers[0].w
+    hand = jnp.tanh(nnx.clone(model.layers[0])(X))
+
+    @nnx.jit
+    def step(model, x):
+        loss, grads = nnx.value_and_grad(lambda m: (m(x) ** 2).sum())(model)
+        model["params"] = jax.tree.map(lambda w, g: w - 0.1 * g, model["params"], grads)
+        return loss
+
+    loss, captured = capture(step, "layers.0")(model, X)
+    close(jnp.tanh(captured["layers.0"]), hand)
+    assert loss > 0 and not jnp.array_equal(model.layers[0].w, before)
+    with pytest.raises(
+        ProbeError,
+        match="the function .*step, whose first argument must be the model, but is missing",
+    ):
+        capture(step)()
+
+
+def plain(layer):
+    w, b = layer.w, layer.b
+    return lambda x: x @ w + b
+
+
+def test_patches_in_order_and_all_probes_together():
+    model = nnx.Sequential(Dense(), jnp.tanh, Dense(seed=1))
+    first, last = (plain(layer) for layer in model.layers[::2])
+    twice = nnx.patch(nnx.patch(model, {"layers.0": lambda h: h + 1}), {Dense: lambda h: 2 * h})
+    y, captured = capture(twice)(X)
+    close(captured["layers.0"], 2 * (first(X) + 1))
+    close(y, 2 * last(jnp.tanh(2 * (first(X) + 1))))
+
+    # The gradient is that of what comes after, patches and captured values included.
+    def loss(m, x):
+        y, captured = capture(nnx.patch(m, {"layers.2": lambda h: 3 * h}), "layers.0")(x)
+        return y.sum() + (captured["layers.0"] ** 2).sum()
+
+    grads = nnx.output_grad(loss, "layers.0")(model, X)
+    expected = jax.grad(lambda h: 3 * last(jnp.tanh(h)).sum() + (h**2).sum())(first(X))
+    close(grads["layers.0"], expected)
+    several = {"layers.0": lambda h: h + 1, Dense: lambda h: 2 * h}
+    close(capture(nnx.patch(model, several), "layers.0")(X)[1]["layers.0"], 2 * (first(X) + 1))
+
+
+def test_a_layer_that_is_called_twice_has_two_gradients():
+    class Twice(nnx.Module):
+        def __init__(self):
+            self.a = Dense()
+
+        def __call__(self, x):
+            return self.a(jnp.tanh(self.a(x)))
+
+    model = Twice()
+    layer = plain(model.a)
+    one, two = nnx.output_grad(lambda m, x: (m(x) ** 2).sum(), "a")(model, X)["a"]
+    close(two, 2 * layer(jnp.tanh(layer(X))))
+    close(one, jax.grad(lambda h: (layer(jnp.tanh(h)) ** 2).sum())(layer(X)))
+    assert int(model.a.calls) == 2
+
+
+def test_outputs_that_are_not_arrays_and_aux():
+    class Odd(nnx.Module):
+        def __call__(self, x):
+            return x, "name", None, jnp.arange(2), {"f": jnp.sum}
+
+    class Holder(nnx.Module):
+        def __init__(self):
+            self.odd = Odd()
+
+        def __call__(self, x):
+            return nnx.jit(lambda odd, x: odd(x)[0])(self.odd, x)
+
+    out = capture(Holder(), "odd")(X)[1]["odd"]
+    assert out[1:3] == ("name", None) and out[4]["f"] is jnp.sum
+    close(out[0], X)
+    grads, aux = nnx.output_grad(lambda m, x: (m(x).sum(), "aux"), Odd, has_aux=True)(Holder(), X)
+    close(grads["odd"][0], jnp.ones_like(X))
+    assert aux == "aux" and grads["odd"][3].dtype == jax.dtypes.float0
+
+
+def test_settings_of_a_loss_stay_settings():
+    model = nnx.Sequential(Dense())
+
+    def loss(m, x, mode, *, power=1):
+        return (m(x) ** power).sum() if mode == "sum" else m(x).mean()
+
+    grads = nnx.output_grad(loss, Dense)(model, X, "sum", power=2)
+    close(grads["layers.0"], 2 * nnx.clone(model)(X))
+
+
+def test_options_of_jitted_methods():
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(2, 2)
+
+        @nnx.jit(static_argnames="k", donate="params")
+        def __call__(self, x, k=1):
+            assert type(k) is int
+            self.layer.kernel = self.layer.kernel + 0
+            return self.layer(x) * k
+
+        @nnx.jit(static_argnums=1, out_shardings=device)
+        def other(self, k, x):
+            return self.layer(x) * k
+
+    model = Model.init(0)()
+    expected = nnx.clone(model.layer)(X)
+    expected = jnp.array(expected)
+    for args, kwargs in [((X, 3), {}), ((X,), {"k": 3})]:
+        y, captured = capture(model, "layer")(*args, **kwargs)
+        close(captured["layer"], expected)
+        close(y, 3 * expected)
+    y, captured = capture(model.other, "layer")(3, X)
+    close(y, 3 * captured["layer"])
+
+
+def test_modules_that_are_transformations_and_recurrent_ones():
+    with nnx.scope(0):
+        model = nnx.Jit(nnx.Sequential(nnx.Remat(Dense()), nnx.VMap(Dense()), nnx.Partial(Dense())))
+        rnn = nnx.RNN(nnx.SimpleCell(2, 3))
+    y, captured = capture(model, Dense)(X)
+    assert [".".join(path) for path in captured] == [f"fn.layers.{i}.fn" for i in range(3)]
+    close(captured["fn.layers.2.fn"], y)
+    y, captured = capture(rnn, "cell")(jnp.ones((1, 5, 2)))
+    close(captured["cell"][1][:, 0], y[0])
+
+
+def test_values_that_modules_store_in_a_loop_and_random_streams_go_on_as_always():
+    stack = nnx.Stack.init(0)(Block, 3)
+    with nnx.scope(1):
+        expected = nnx.clone(stack)(X)
+    with nnx.scope(1):
+        y, captured = capture(stack, None)(X)
+    close(y, expected)
+    assert list(captured) == [("layers", "mean")] and captured["layers.mean"].shape == (3,)
+
+
+def test_no_tracer_leaks_from_any_probe():
+    class Loop(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(2, 2)
+
+        def __call__(self, x):
+            return nnx.jit(lambda m, x: nnx.scan(lambda h, _: (m(h), None), x, None, length=2)[0])(
+                self.layer, x
+            )
+
+    model = Loop.init(0)()
+    with jax.checking_leaks():
+        nnx.jit(lambda m, x: capture(m)(x))(model, X)
+        nnx.jit(lambda m, x: nnx.patch(m, {"layer": lambda h: h + x.sum()})(x))(model, X)
+        nnx.output_grad(lambda m, x: m(x).sum(), "layer")(model, X)
+
+
+def test_a_plain_program_inside_is_not_patched_for_ever():
+    class Plain(nnx.Module):
+        def __init__(self):
+            self.inner = nnx.Linear(2, 2)
+
+        def __call__(self, x):
+            return jax.jit(lambda m, x: m(x))(self.inner, x)
+
+    model = Plain.init(0)()
+    with pytest.raises(
+        ProbeError, match="'inner' cannot be patched in a plain jax .* JAX keeps the program"
+    ):
+        nnx.patch(model, {"inner": lambda h: -h})(X)
+    close(model(X), model.inner(X))
+    mapped = nnx.Sequential(lambda x: jax.vmap(model.inner)(x))
+    with pytest.raises(ProbeError, match="selects no callable"):
+        nnx.patch(mapped, {"inner": lambda h: -h})(X)
+
+    class Mapped(Plain):
+        def __call__(self, x):
+            return jax.vmap(self.inner)(x)
+
+    model = Mapped.init(0)()
+    close(nnx.patch(model, {"inner": lambda h: -h})(X), -model.inner(X))
+
+
+def test_mistakes():
+    model = nnx.Sequential(Dense())
+    with pytest.raises(
+        ProbeError, match="takes a dict from what selects modules .* got a function"
+    ):
+        nnx.patch(model, lambda h: h)
+    with pytest.raises(ProbeError, match="got a int for 'layers.0', but needs a function"):
+        nnx.patch(model, {"layers.0": 3})
+    with pytest.raises(ProbeError, match="patch of The output of 'layers.0' returned None"):
+        nnx.patch(model, {"layers.0": lambda h: None})(X)
+    with pytest.raises(ProbeError, match="found no call of what 'layers.0' selects .* layers.0"):
+        nnx.output_grad(lambda m, x: x.sum(), "layers.0")(model, X)
+    with pytest.raises(nnx.DifferentiationError, match="must return a scalar"):
+        nnx.output_grad(lambda m, x: m(x), "layers.0")(model, X)
+    with pytest.raises(nnx.FilterError, match="3 does not select modules"):
+        capture(model, 3)(X)
