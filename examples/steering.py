@@ -1,14 +1,16 @@
 """Find where a small GPT keeps a habit, and turn the habit on by hand.
 
-The model of `char_gpt.py` is trained on text half of which is in capitals, so it goes on as the prompt began.
-Where is that in the network? For pairs of prompts, one in small letters and the same in capitals, the output of one
-block at one position is put from the run in capitals into the other (`nnx.capture`, `nnx.patch`): what then comes out
-in capitals has passed through there. The mean difference of the outputs of a block is a direction, and adding it while
-the model writes makes it write in capitals after a prompt in small letters. Of the blocks and strengths that do, the
-best is the one whose text is the least surprising to the model, read in small letters. The model is never changed.
+The model of `char_gpt.py` is trained on text half of which is in capitals, so it goes on as the prompt
+began. Where is that in the network? For pairs of prompts, one in small letters and the same in capitals,
+the output of one block at one position is put from the run in capitals into the other (`nnx.capture`,
+`nnx.patch`): what then comes out in capitals has passed through there. The mean difference of the outputs
+of a block is a direction, and adding it while the model writes makes it write in capitals after a prompt in
+small letters. Of the blocks and strengths that do, the best is the one whose text is the least surprising
+to the model, read in small letters. The model is never changed.
 
-Patching the last position should restore nothing in the embedding and more than 90 % in the last block, and over 90 %
-of the letters should be capitals, where without the direction it is below 10 %. Two minutes on two cores.
+Patching the last position should restore nothing in the embedding and more than 90 % in the last block, and
+over 90 % of the letters should be capitals, where without the direction it is below 10 %. Two minutes on
+two cores.
 """
 
 from __future__ import annotations
@@ -61,11 +63,6 @@ def capitals(logits, text: Text):
     """How much likelier than a small letter a capital is next: the difference of log-probabilities."""
     logits = jax.nn.log_softmax(logits[:, -1])
     return jnp.log(jnp.exp(logits) @ text.capital) - jnp.log(jnp.exp(logits) @ text.small)
-
-
-def place(name: str, layers: int) -> int:
-    """The row of the picture for a place in the model."""
-    return 0 if name == "embed" else int(name.rsplit(".", 1)[1]) + 1
 
 
 def trace(model: GPT, small, large, text: Text, layers: int) -> np.ndarray:
@@ -197,7 +194,7 @@ def plot(restored, prompts, strengths, shares, surprises, written, best: int, ou
     axes["how much"].set(
         title="Written after prompts in small letters", ylabel="letters in capitals"
     )
-    axes["how well"].set(title="... and how surprising that is, in small letters", yscale="log")
+    axes["how well"].set(title="Surprise of the text, in small letters", yscale="log")
     axes["how well"].set(ylabel="perplexity to the model")
     axes["how well"].legend()
     axis = axes["text"]

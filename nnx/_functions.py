@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from refx.node import is_identity
-from refx.static import Static
+from refx.static import Same, Static
 
 __all__: list[str] = []
 
@@ -24,21 +24,6 @@ class _Hole:
 
 
 _HOLE = _Hole()
-
-
-class _Same:
-    """An object that is equal only to itself."""
-
-    __slots__ = ("x",)
-
-    def __init__(self, x: Any):
-        self.x = x
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.x is self.x
-
-    def __hash__(self) -> int:
-        return id(self.x)
 
 
 class Function:
@@ -101,7 +86,7 @@ def _take(x: Any, arrays: list[Any]) -> tuple[Any, Callable[[Any], Any]]:
         key: Any = Static(x)
         hash(key)
     except TypeError:
-        key = _Same(x)
+        key = Same(x)
     return key, lambda given: x
 
 
@@ -110,7 +95,7 @@ def _take_function(fn: Any, arrays: list[Any]) -> tuple[Any, Callable[[Any], Any
     held = (cells, fn.__defaults__, tuple((fn.__kwdefaults__ or {}).items()))
     if any(cell is fn for cell in cells):
         # One that calls itself.
-        return _Same(fn), lambda given: fn
+        return Same(fn), lambda given: fn
     key, make = _take(held, arrays)
     code, globals_, name, more = fn.__code__, fn.__globals__, fn.__name__, dict(fn.__dict__)
 
@@ -121,7 +106,7 @@ def _take_function(fn: Any, arrays: list[Any]) -> tuple[Any, Callable[[Any], Any
         new.__dict__.update(more)
         return new
 
-    return (types.FunctionType, code, _Same(globals_), key), again
+    return (types.FunctionType, code, Same(globals_), key), again
 
 
 def is_value(x: Any) -> bool:
