@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from nnx._probing import Context, Key, Run, sliced_modules, suspended
+from nnx._probing import Context, Key, Run, key_of, sliced_modules, suspended
 from nnx._records import Group, ProbeError, Record, blank, count, is_float, output_of
 from nnx.transforms.carry import CARRY
 from nnx.transforms.custom import custom_jvp, custom_vjp
@@ -256,7 +256,7 @@ class Active(Context):
                 (probe._replace(**changes) if is_finite else probe, base)
                 for (probe, base), is_finite in zip(key.probes, finite, strict=True)
             )
-            return key._replace(probes=tuple(probes))
+            return key_of(tuple(probes), key.sliced)
 
         shapes = suspended(
             eval_shape,

@@ -8,7 +8,7 @@ The modules that it is about are marked (see `nnx._stand_in`). While its call ru
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,14 +80,31 @@ class Run:
         return given.value if isinstance(given, Record) else given
 
 
-class Key(NamedTuple):
-    """What a body needs to know of the probes, apart from arrays.
+class Key:
+    """What a body needs to know of the probes, apart from arrays. Equal ones are one object.
 
-    `sliced` has for each loop around it which modules it takes slices of, by level and path.
+    `probes` are pairs of a probe and the number of loops around its call. `sliced` has for each loop
+    around the body which modules it takes slices of, by level and path.
     """
 
-    probes: tuple[tuple[Probe, int], ...]
-    sliced: tuple[frozenset[tuple[int, Path]], ...]
+    __slots__ = ("__weakref__", "probes", "sliced")
+
+    def __init__(self, probes: tuple[tuple[Probe, int], ...], sliced: tuple[Any, ...]):
+        self.probes = probes
+        self.sliced = sliced
+
+
+# A bound for keys that ever new patches could fill; what is dropped is made, and compiled, again.
+_MOST = 512
+_keys: dict[Any, Key] = {}
+
+
+def key_of(probes: tuple[tuple[Probe, int], ...], sliced: tuple[Any, ...]) -> Key:
+    """The one Key with this content."""
+    if len(_keys) >= _MOST:
+        _keys.clear()
+    content = probes, sliced
+    return _keys.get(content) or _keys.setdefault(content, Key(*content))
 
 
 class Context:
@@ -119,7 +136,7 @@ class Context:
 
     @property
     def key(self) -> Key:
-        return Key(tuple((run.probe, run.base) for run in self.runs), self.sliced)
+        return key_of(tuple((run.probe, run.base) for run in self.runs), self.sliced)
 
     def constants(self) -> Any:
         """The arrays that a body needs: the same in every step and lane."""

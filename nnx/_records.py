@@ -104,7 +104,8 @@ jax.tree_util.register_pytree_node(
 )
 jax.tree_util.register_pytree_node(
     Group,
-    lambda g: ((g.items, g.step), g.kind),
+    # A tuple, since a list is an object of its own where a structure is taken apart.
+    lambda g: ((tuple(g.items), g.step), g.kind),
     lambda kind, parts: Group(list(parts[0]), kind, parts[1]),
 )
 jax.tree_util.register_pytree_node(

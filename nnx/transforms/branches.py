@@ -52,6 +52,9 @@ def cond(
     >>> float(nnx.cond(True, count, lambda x: -x, jnp.array(2.0))), int(n.value)
     (2.0, 1)
     """
+    if local.probe is not None:
+        call = lambda fns, *given: cond(pred, *fns, *given)  # noqa: E731
+        return local.probe.switch(call, (true_fun, false_fun), operands)
     name = f"nnx.cond({function_name(true_fun)}, {function_name(false_fun)})"
 
     def impl(branches: Any, args: Any) -> Any:
@@ -76,6 +79,9 @@ def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any) -
     >>> int(n.value)
     100
     """
+    if local.probe is not None:
+        call = lambda fns, *given: switch(index, fns, *given)  # noqa: E731
+        return local.probe.switch(call, tuple(branches), operands)
     name = f"nnx.switch({', '.join(map(function_name, branches))})"
 
     def impl(branches: Any, args: Any) -> Any:
@@ -93,11 +99,6 @@ def _branch(
     operands: tuple[Any, ...],
     choose: Callable[..., Any],
 ) -> Any:
-    if local.probe is not None:
-        return local.probe.switch(
-            lambda bodies, *given: _branch(name, tuple(bodies), given, choose), branches, operands
-        )
-
     def attempt(roots: Roots) -> Any:
         call = open_call(operands, {}, roots)
         inputs = (call.values, call.leaves, call.others)

@@ -335,9 +335,9 @@ def _facts(layout: Layout, names: _View) -> dict[Path, Any]:
     closed = range(first_closed, first_closed + layout.closed)
     arrays = [names.path(path) for path in dagdef.leaf_paths if int(path[0]) in closed]
     for i, constant in enumerate(layout.constants):
-        # An array that two of them share is one array.
-        name = dotted(arrays[i]) if len(arrays) == len(layout.constants) else "an array"
-        facts[("constant", str(i), name)] = Thing("constant", constant)
+        # Where two modules share an array there are less arrays than constants.
+        at = arrays[i] if len(arrays) == len(layout.constants) else ("an array",)
+        facts[(*at, "constant")] = Thing("constant", constant)
     if layout.statics is not None:
         _, fixed, named = layout.statics
         for i, static in fixed:
@@ -416,9 +416,11 @@ def _fact(path: Path, was: Any, now: Any) -> str:
             return f"the static argument {name} was {'given' if was is None else 'left out'}"
         return f"the static argument {name}: {_change(was.detail, now.detail)}"
     if thing.kind == "constant":
+        if was is None or now is None:
+            return ""
         return (
-            f"{path[2]} is another array: in a module that the function closes over it is a constant "
-            f"of the program. Pass the module as an argument, or make the array a Ref"
+            f"{dotted(path[:-1])} is another array: in a module that the function closes over it is a "
+            f"constant of the program. Pass the module as an argument, or make the array a Ref"
         )
     if was is None or now is None:
         verb = "added" if was is None else "removed"
