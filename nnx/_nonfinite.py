@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nnx._lifts import Active
+from nnx._lift_loops import Active
 from nnx._probing import around, first_axes
 from nnx._reached import reached, substituted
 from nnx._records import Group, Hook, Mark, Probe, Record, count

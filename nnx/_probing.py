@@ -132,6 +132,28 @@ class Context:
         run = Run(probe, list(arrays), inputs, functions, len(self.indices))
         return type(self)([*self.runs, run], self.indices, self.sliced)
 
+    @classmethod
+    def begin(cls, key: Key, constants: Any, inputs: Any, loop: Any = None, args: Any = ()) -> Any:
+        """The context of a body.
+
+        Args:
+          key: that of the context around it.
+          constants: its arrays.
+          inputs: what is added to outputs.
+          loop: the number of the step or the lane, where the body is that of a loop that stacks.
+          args: the arguments of such a body, to see which modules are slices.
+        """
+        arrays, indices = constants
+        runs = [
+            Run(probe, a, i, [f.bind(x) for f, x in zip(probe.patches, a, strict=True)], base)
+            for (probe, base), a, i in zip(key.probes, arrays, inputs, strict=True)
+        ]
+        sliced = key.sliced
+        if loop is not None:
+            sliced = (*sliced, sliced_modules(args, sliced))
+            indices = [*indices, loop]
+        return cls(runs, list(indices), sliced)
+
     # ---- crossing into a transformation
 
     @property

@@ -7,17 +7,16 @@ with a context (`nnx._probing`) that knows what the marks mean.
 from __future__ import annotations
 
 import functools
-import itertools
 import types
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nnx._functions import Function
-from nnx._lifts import Active, zeros_like
+from nnx._lift_loops import Active
+from nnx._lifts import zeros_like
 from nnx._probing import around, first_axes
 from nnx._records import (
     Group,
@@ -25,105 +24,21 @@ from nnx._records import (
     Mark,
     Probe,
     ProbeError,
-    Record,
     is_float,
-    output_of,
-    unwrapped,
 )
+from nnx._selecting import Selected, assembled, select
 from nnx._stand_in import MARK, StandIn
 from nnx.module import Module
-from nnx.surgery import Where, listed_modules, modules, selector
+from nnx.surgery import Where, listed_modules, modules
 from nnx.transforms.grad import value_and_grad
 from nnx.transforms.jit import function_name
 from nnx.transforms.whole import eval_shape
-from refx import Partition, PathMatches
+from refx import Partition
 from refx.node import attributes, is_identity
 from refx.partition import Path
 from refx.trace import local
 
 __all__ = ["ProbeError", "capture", "output_grad", "patch", "sow"]
-
-
-class _At(NamedTuple):
-    """Where a number is in the path of a layer of a stack, and which."""
-
-    position: int
-    number: int
-
-
-# By path and method, what was selected: whole outputs are `()`, and layers of a stack by number.
-_Selected = dict[tuple[Path, str], list[tuple[_At, ...]]]
-
-
-def _select(name: str, where: Where, found: dict[Path, Module]) -> _Selected:
-    """Find what `where` selects among the modules of a model.
-
-    Raises:
-      FilterError: it is nothing that selects.
-      ProbeError: it selects no callable module.
-    """
-    selected: _Selected = {}
-    for part in where if isinstance(where, tuple) else (where,):
-        here = _select_part(part, found)
-        if not here and part is not None:
-            raise ProbeError(
-                f"{name} with {'...' if part is ... else repr(part)} selects no callable module of "
-                f"{type(found[()]).__name__}. Its modules are: {listed_modules(found)}. A method is "
-                f"named after its module, as in 'embed.attend', and a layer of a stack by its number, "
-                f"as in 'layers.3'."
-            )
-        for place, at in here:
-            if at not in selected.setdefault(place, []):
-                selected[place].append(at)
-    return selected
-
-
-def _select_part(
-    where: Where, found: dict[Path, Module]
-) -> list[tuple[tuple[Path, str], tuple[_At, ...]]]:
-    if not isinstance(where, str):
-        selects = selector(where)
-        return [
-            ((path, "__call__"), ())
-            for path, module in found.items()
-            if _has(module, "__call__") and selects(path, module)
-        ]
-    parts = where.split(".") if where else []
-    places = _match(parts, found)
-    if places:
-        return [(place, ()) for place in places]
-    # Layers of a stack have one path, in which a number says which.
-    digits = [i for i, part in enumerate(parts) if part.isdigit()]
-    for count in range(1, len(digits) + 1):
-        for chosen in itertools.combinations(digits, count):
-            rest = [part for i, part in enumerate(parts) if i not in chosen]
-            if places := _match(rest, found):
-                at = tuple(_At(i - len(parts), int(parts[i])) for i in chosen)
-                return [(place, at) for place in places]
-    return []
-
-
-def _match(parts: list[str], found: dict[Path, Module]) -> list[tuple[Path, str]]:
-    whole, owner = PathMatches(".".join(parts)), PathMatches(".".join(parts[:-1]))
-    places = [
-        (path, "__call__")
-        for path, module in found.items()
-        if whole(path, module) and _has(module, "__call__")
-    ]
-    if places or not parts:
-        return places
-    return [
-        (path, parts[-1])
-        for path, module in found.items()
-        if owner(path, module) and _has(module, parts[-1])
-    ]
-
-
-def _has(module: Module, method: str) -> bool:
-    # Every class has a `__call__`, that of its metaclass.
-    found = next((vars(c)[method] for c in type(module).__mro__ if method in vars(c)), None)
-    other = isinstance(found, staticmethod | classmethod | property)
-    return callable(found) and not other and method not in vars(Module)
 
 
 class _Target(NamedTuple):
@@ -200,58 +115,6 @@ def _run(
     return stand_in.originals(out), stand_in.originals(inner.groups()[level])
 
 
-def _assembled(
-    name: str, found: dict[Path, Module], selected: _Selected, group: Group
-) -> Partition:
-    """What was recorded, by path in the order of the model."""
-    values: dict[Path, list[Any]] = {}
-    order = {path: i for i, path in enumerate(found)}
-    places: dict[Path, Any] = {}
-    for record in group.records():
-        module_path = record.path[:-1] if record.label == "sow" else record.path
-        method = record.label or "__call__"
-        wanted = [()] if record.label == "sow" else selected[record.path, method]
-        for at in wanted:
-            path = record.path if method in ("__call__", "sow") else (*record.path, method)
-            value = record.value
-            if at:
-                value = _layer(name, record, at)
-                names, size = list(path), len(path) + len(at)
-                for position, number in at:
-                    names.insert(size + position, str(number))
-                path = tuple(names)
-            values.setdefault(path, []).append(unwrapped(value))
-            places[path] = (order[module_path], method != "__call__", [n for _, n in at])
-    return Partition(
-        (path, outs[0] if len(outs) == 1 else tuple(outs))
-        for path, outs in sorted(values.items(), key=lambda item: places[item[0]])
-    )
-
-
-def _layer(name: str, record: Record, at: tuple[_At, ...]) -> Any:
-    what = output_of(record.path, record.label)
-    numbers = ", ".join(str(n) for _, n in at)
-    if len(at) != len(record.stacks):
-        raise ProbeError(
-            f"{what} was to be taken by {name} in layer {numbers} of a stack, but "
-            f"{len(record.stacks)} loops around its call take slices of its Refs. Leave out the number."
-        )
-    # The last axes first, so that the numbers of the others stay.
-    layers = [(axis, n) for axis, (_, n) in zip(record.stacks, at, strict=True)][::-1]
-
-    def take(x: Any) -> Any:
-        for axis, number in layers:
-            if number >= x.shape[axis]:
-                raise ProbeError(
-                    f"{what} was to be taken by {name} in layer {numbers}, but the stack has "
-                    f"{x.shape[axis]} layers."
-                )
-            x = jnp.take(x, number, axis)
-        return x
-
-    return jax.tree.map(take, record.value)
-
-
 def capture(
     model: Any, where: Where = ..., *, collection: Hashable = "intermediates"
 ) -> Callable[..., tuple[Any, Partition]]:
@@ -302,15 +165,15 @@ def capture(
     def capturing(*args: Any, **kwargs: Any) -> tuple[Any, Partition]:
         root, rest = target.with_model("nnx.capture", args)
         found = modules(root)
-        selected = _select("nnx.capture", where, found)
+        selected = select("nnx.capture", where, found)
         probe = Probe(collection=(collection,))
         out, group = _run(target.call, root, rest, kwargs, _recording(selected), probe)
-        return out, _assembled("nnx.capture", found, selected, group)
+        return out, assembled("nnx.capture", found, selected, group)
 
     return capturing
 
 
-def _recording(selected: _Selected) -> dict[Path, tuple[tuple[str, Hook], ...]]:
+def _recording(selected: Selected) -> dict[Path, tuple[tuple[str, Hook], ...]]:
     hooks: dict[Path, tuple[tuple[str, Hook], ...]] = {}
     for path, method in selected:
         hooks[path] = (*hooks.get(path, ()), (method, Hook(recorded=True)))
@@ -407,7 +270,7 @@ class _Patched:
         numbers: dict[Path, dict[str, list[Any]]] = {}
         found = modules(model)
         for i, where in enumerate(self._patches):
-            for (path, method), chosen in _select("nnx.patch", where, found).items():
+            for (path, method), chosen in select("nnx.patch", where, found).items():
                 hooks = numbers.setdefault(path, {}).setdefault(method, [])
                 hooks += [(i, tuple(n for _, n in at)) for at in chosen]
         hooks = {
@@ -463,7 +326,7 @@ def output_grad(
     def gradient(*args: Any, **kwargs: Any) -> Any:
         root, rest = target.with_model(name, args)
         found = modules(root)
-        selected = _select(name, where, found)
+        selected = select(name, where, found)
         hooks = _recording(selected)
         # Numbers, strings and so on are settings, as in an ordinary call.
         leaves, treedef = jax.tree.flatten((rest, kwargs), is_leaf=is_identity)
@@ -497,7 +360,7 @@ def output_grad(
 
         body.__qualname__ = function_name(loss)
         (_, aux), grads = value_and_grad(body, has_aux=True)(zeros_like(shapes), root, arrays)
-        named = _assembled(name, found, selected, _in_place(shapes, grads))
+        named = assembled(name, found, selected, _in_place(shapes, grads))
         return (named, aux) if has_aux else named
 
     return functools.wraps(target.call)(gradient) if target.model is None else gradient
