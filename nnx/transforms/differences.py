@@ -76,6 +76,9 @@ class Program:
 
 
 def aval(x: Any) -> Any:
+    """Shape, dtype and weak type; of a pytree, a tuple of these."""
+    if isinstance(x, jax.Array):
+        return jax.typeof(x)
     leaves = jax.tree.leaves(x)
     if len(leaves) != 1 or leaves[0] is not x:
         return tuple(map(aval, leaves))
