@@ -126,6 +126,7 @@ class Carrying(Context):
                 options,
                 sum(bound) + 1,
             )
+            child.reason = "a probe (nnx.capture and its kin) is active around the call"
             child = jitted.probed.setdefault(key, child)
         out, groups = suspended(child, self._payload(), *args, **kwargs)
         self.deliver(groups)

@@ -31,7 +31,7 @@ from nnx._stand_in import MARK, StandIn
 from nnx.module import Module
 from nnx.surgery import Where, listed_modules, modules
 from nnx.transforms.grad import value_and_grad
-from nnx.transforms.jit import function_name
+from nnx.transforms.jit import BoundJit, function_name
 from nnx.transforms.whole import eval_shape
 from refx import Partition
 from refx.node import attributes, is_identity
@@ -39,6 +39,10 @@ from refx.partition import Path
 from refx.trace import local
 
 __all__ = ["ProbeError", "capture", "output_grad", "patch", "sow"]
+
+
+def _call_method(method: Any, model: Module, *args: Any, **kwargs: Any) -> Any:
+    return around(method.__name__, method, model, args, kwargs)
 
 
 class _Target(NamedTuple):
@@ -51,8 +55,12 @@ class _Target(NamedTuple):
     def of(cls, name: str, x: Any) -> _Target:
         if isinstance(x, Module):
             return cls(lambda model, *args, **kwargs: model(*args, **kwargs), x)
-        if isinstance(x, types.MethodType) and isinstance(x.__self__, Module):
-            return cls(x.__func__, x.__self__)
+        method, model = getattr(x, "__func__", None), getattr(x, "__self__", None)
+        if isinstance(x, BoundJit):
+            method, model = x._jit, x._module
+        if isinstance(x, types.MethodType | BoundJit) and isinstance(model, Module):
+            # Of the model itself, this method is the one that may be selected by its name.
+            return cls(functools.partial(_call_method, method), model)
         if isinstance(x, _Patched):
             return cls(x.on, x.target.model)
         if hasattr(type(x), "_as_argument") or not callable(x) or isinstance(x, type):

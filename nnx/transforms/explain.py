@@ -97,7 +97,7 @@ def note_compiled(event: str, duration_secs: float, **_: Any) -> None:
 
 def _explained(jitted: Any, new: Program) -> Explanation:
     known = programs_of(jitted)
-    reason = "it was not called before"
+    reason = jitted.reason or "it was not called before"
     if any(p.is_like(new) for p in new.layout.programs):
         reason = (
             "the same call was traced before: JAX's caches were cleared, or dropped the program"
@@ -117,7 +117,7 @@ def _explained(jitted: Any, new: Program) -> Explanation:
 
 
 def _twins(jitted: Any) -> list[Any]:
-    code = _code(jitted)
+    code = _code(jitted) if jitted.reason is None else None
     found = _by_code.get(code, ()) if code is not None else ()
     return [other for other in found if other is not jitted]
 
@@ -126,4 +126,9 @@ def _code(jitted: Any) -> Any:
     fn = jitted._fn
     while not hasattr(fn, "__code__") and hasattr(fn, "func"):
         fn = fn.func
-    return getattr(fn, "__code__", None)
+    # The code of a loop or a branch is ours, and the same for all.
+    return None if _is_ours(fn) else getattr(fn, "__code__", None)
+
+
+def _is_ours(fn: Any) -> bool:
+    return (getattr(fn, "__module__", None) or "").startswith("nnx.transforms.")

@@ -70,8 +70,9 @@ class Jit:
         self._programs: dict[Layout, Any] = {}
         # This function for the probes that were active where it was called.
         self.probed: dict[Any, Jit] = {}
-        # How often the function was traced for a program of its own.
+        # How often the function was traced for a program of its own; why there is this one at all.
         self.traces = 0
+        self.reason: str | None = None
         self._static = Statics(self._fn, *statics, bound=bound)
         self._donate = donate
         self._options = options

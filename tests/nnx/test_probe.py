@@ -668,3 +668,34 @@ def test_mistakes():
         nnx.output_grad(lambda m, x: m(x), "layers.0")(model, X)
     with pytest.raises(nnx.FilterError, match="3 does not select modules"):
         capture(model, 3)(X)
+
+
+def test_compiled_models_and_methods_and_the_method_that_is_called():
+    model = Tokens.init(0)()
+    x = jnp.array([1, 2])
+    for encode in (model.encode, nnx.jit(model.encode)):
+        y, captured = capture(encode, ("encode", "mix"))(x)
+        assert [".".join(path) for path in captured] == ["encode", "mix"]
+        close(captured["encode"], y)
+    y, captured = capture(nnx.jit(model), ("", "mix"))(x)
+    close(captured[()], y)
+    close(y, model(x))
+    assert not nnx.patch(nnx.jit(model), {"mix": lambda h: 0 * h})(x).any()
+
+
+def test_why_something_compiles_under_a_probe():
+    class Compiled(nnx.Module):
+        def __init__(self):
+            self.inner = Dense()
+
+        def __call__(self, x):
+            return nnx.scan(lambda h, _: (double(self.inner, h), None), x, None, length=2)[0]
+
+    double = nnx.jit(lambda m, x: 2 * m(x))
+    model = Compiled()
+    with nnx.debug.retraces() as seen:
+        capture(model, "inner")(X)
+        capture(model, "inner")(X)
+    assert len(seen) == 2
+    assert sum("a probe (nnx.capture and its kin) is active" in str(e) for e in seen) == 1
+    assert not any("another function" in str(e) for e in seen)
