@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from nnx._records import Group, ProbeError, Record, output_of, unwrapped
 from nnx.module import Module
-from nnx.surgery import Where, listed_modules, selector
+from nnx.surgery import Where, followed, listed_modules, selector
 from refx import Partition, PathMatches
 from refx.partition import Path
 
@@ -77,6 +77,12 @@ def _select_part(
 
 
 def _match(parts: list[str], found: dict[Path, Module]) -> list[tuple[Path, str]]:
+    # A shared module has other paths than its first.
+    for size in {len(parts), len(parts) - 1} if parts else ():
+        other = followed(found[()], parts[:size]) if () in found else None
+        if isinstance(other, Module) and tuple(parts[:size]) not in found:
+            first = next(path for path, module in found.items() if module is other)
+            return _match([*first, *parts[size:]], found)
     whole, owner = PathMatches(".".join(parts)), PathMatches(".".join(parts[:-1]))
     places = [
         (path, "__call__")

@@ -140,3 +140,17 @@ def test_quantization_in_a_dozen_lines():
     nnx.replace(model, nnx.Linear, Int8)
     assert model.layers[0].q.dtype == jnp.int8
     assert jnp.abs(model(x) - before).max() < 0.03
+
+
+def test_a_shared_module_may_be_named_by_any_of_its_paths():
+    model = Holder()
+    shared = model.shared
+    nnx.replace(model, "pair.1.1.deep", Wrapped)
+    assert model.shared.inner is shared and model.pair[0] is model.shared
+    x = jnp.ones((1, 2))
+    with pytest.raises(nnx.FilterError, match="selects no module"):
+        nnx.replace(model, "pair.5", Wrapped)
+    y, captured = nnx.capture(model, "pair.0.inner")(x)
+    assert list(captured) == [("shared", "inner")] and len(captured["shared.inner"]) == 2
+    again = nnx.patch(model, {"again.pair.0": lambda h: 0 * h})(x)
+    assert jnp.allclose(again, model.other(x))
