@@ -219,7 +219,7 @@ def _step(kind: Any, f: Any, key: Key) -> Any:
 
 
 def _length(xs: Any, length: int | None, axes: dict[Any, Any]) -> int | None:
-    """The length of a scan; None where that is an error of its own."""
+    """The length of a scan; None where `nnx.scan` itself raises."""
     if length is not None:
         return length
     rules = [(to_predicate(f), axis) for f, axis in axes.items()]

@@ -1,7 +1,7 @@
 """How the nnx transformations carry the probes that are active where they are called.
 
 A transformation that is called while a probe is active is called by the context instead: with
-a body that begins a context of its own from its inputs (the arrays of patches, what is added to
+a body that begins a new context from its inputs (the arrays of patches, what is added to
 outputs), and that returns what was recorded in it as one more output. So a value leaves by the one way
 that JAX has for it, it is computed once, and a compiled function knows the probe by its content.
 
@@ -62,7 +62,7 @@ def body_of(kind: Any, fn: Callable[..., Any], key: Key) -> Callable[..., Any]:
 
 
 def _silent(kind: Any, fn: Callable[..., Any], key: Key) -> Callable[..., Any]:
-    """A body that is evaluated abstractly: what is recorded in it is no value."""
+    """A body that is evaluated abstractly, so what is recorded in it has no value."""
 
     def body(constants: Any, *args: Any, **kwargs: Any) -> Any:
         with kind.begin(key, constants, [None] * len(key.probes)):

@@ -91,7 +91,7 @@ class Group:
 
 
 class Constant:
-    """An output that is no array: a pytree without leaves."""
+    """An output that is not an array, as a pytree without leaves."""
 
     __slots__ = ("static",)
 
@@ -104,7 +104,7 @@ jax.tree_util.register_pytree_node(
 )
 jax.tree_util.register_pytree_node(
     Group,
-    # A tuple, since a list is an object of its own where a structure is taken apart.
+    # As a tuple, since the structure of a tree numbers lists and fills them late.
     lambda g: ((tuple(g.items), g.step), g.kind),
     lambda kind, parts: Group(list(parts[0]), kind, parts[1]),
 )
@@ -152,7 +152,7 @@ def output_of(path: Path, label: str = "") -> str:
 
 
 def plain(out: Any) -> Any:
-    """An output that may leave a transformation: what is no array is part of the structure."""
+    """An output that may leave a transformation: what is not an array is part of the structure."""
 
     def wrapped(x: Any) -> Any:
         if is_identity(x) or hasattr(x, "dtype") or isinstance(x, int | float | complex):

@@ -32,7 +32,7 @@ def select(name: str, where: Where, found: dict[Path, Module]) -> Selected:
     """Find what `where` selects among the modules of a model.
 
     Raises:
-      FilterError: it is nothing that selects.
+      FilterError: it cannot select modules.
       ProbeError: it selects no callable module.
     """
     selected: Selected = {}

@@ -68,7 +68,7 @@ def selector(where: Where) -> Callable[[Path, Any], bool]:
     """A predicate `(path, module)` for what selects modules; a string is a glob over paths.
 
     Raises:
-      FilterError: `where` is nothing that selects modules.
+      FilterError: `where` cannot select modules.
     """
     if isinstance(where, str):
         return PathMatches(where)
