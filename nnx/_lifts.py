@@ -22,7 +22,8 @@ from nnx._probing import Context, Key, key_of, suspended
 from nnx._records import Group, ProbeError, Record, count, is_float, output_of
 from nnx.transforms.custom import custom_jvp, custom_vjp
 from nnx.transforms.derivatives import _differentiate
-from nnx.transforms.filtered import _JitFilter, value_and_grad_filter
+from nnx.transforms.filtered import _JitFilter
+from nnx.transforms.filtered_grad import _gradient as _filtered_gradient
 from nnx.transforms.grad import _gradient
 from nnx.transforms.jit import Jit, function_name
 from nnx.transforms.whole import _transformed, eval_shape
@@ -153,11 +154,15 @@ class Carrying(Context):
         body, key = body_of(type(self), jitted._fn, self.key), self.key
         child = jitted.probed.get(key) if not jax.tree.leaves(payload) else None
         if child is None:
-            tree = jitted._filter_tree
-            if isinstance(tree, tuple | list):
-                tree = (*[True] * len(jitted._bound), *tree)
+            options = dict(jitted.given)
+            if isinstance(options["filter_tree"], tuple | list):
+                bound = [True] * len(jitted._bound)
+                options["filter_tree"] = (*bound, *options["filter_tree"])
             closed = named(lambda *a, **k: body(payload, *a, **k), jitted._fn, 0)
-            child = _JitFilter(closed, jitted._filter_fn, tree, jitted._options)
+            # Nothing is donated: what was recorded may be what was given.
+            child = _JitFilter(
+                closed, jitted.options, **options, donate_argnums=None, donate_argnames=None
+            )
             if not jax.tree.leaves(payload) and len(jitted.probed) < _MOST:
                 child = jitted.probed.setdefault(key, child)
         out, groups = suspended(child, *jitted._bound, *args, **kwargs)
@@ -293,13 +298,19 @@ class Carrying(Context):
         return result, own, aux
 
     def gradient_filter(
-        self, fn: Any, args: Any, kwargs: Any, filter_fn: Any, filter_tree: Any, has_aux: bool
+        self,
+        kind: str,
+        fn: Any,
+        args: Any,
+        kwargs: Any,
+        filter_fn: Any,
+        filter_tree: Any,
+        argnums: Any,
+        has_aux: bool,
     ) -> Any:
         """`nnx.grad_filter` and `nnx.value_and_grad_filter`."""
         body = _with_aux(type(self), fn, self.key, self._payload(), has_aux)
-        both = value_and_grad_filter(
-            body, filter_fn=filter_fn, filter_tree=filter_tree, has_aux=True
-        )
+        both = _filtered_gradient(kind, body, filter_fn, filter_tree, argnums, True)
         (value, (aux, groups)), grads = suspended(both, *args, **kwargs)
         self.deliver(groups)
         return ((value, aux) if has_aux else value), grads

@@ -67,7 +67,8 @@ class _Walk:
             return x if fn is x._given[0] else Jit(fn, *x._given[1:])
         if isinstance(x, _JitFilter):
             fn = self.value(name, x._fn)
-            return x if fn is x._fn else _JitFilter(fn, x._filter_fn, x._filter_tree, x._options)
+            none = {"donate_argnums": None, "donate_argnames": None}
+            return x if fn is x._fn else _JitFilter(fn, x.options, **x.given, **none)
         if isinstance(x, functools.partial):
             fn, args, keywords = self.value(name, x.func), x.args, x.keywords
             return type(x)(

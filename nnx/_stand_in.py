@@ -15,13 +15,12 @@ from typing import Any
 import jax
 
 from nnx.module import Module
-from nnx.surgery import node_paths
 from refx import Node, Ref
 from refx.node import attributes, expose, is_identity, set_on_class
 from refx.partition import Path
 from refx.snapshot import snapshot
 from refx.static import Static
-from refx.structure import NodeDef, Scan, build, intern, revision_of, scan
+from refx.structure import NodeDef, Scan, build, intern, node_paths, revision_of, scan
 from refx.trace import check_structure
 
 __all__: list[str] = []

@@ -8,10 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
 from nnx._nonfinite import NonFinite, find_nonfinite
-from nnx.transforms.explain import Explanation, listeners, note_compiled
+from nnx.transforms.explain import Explanation, listeners
 from nnx.transforms.jit import BoundJit, Jit
 from refx import RefError
 
@@ -25,9 +23,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger("nnx")
-
-# JAX compiles again without a trace where inputs are on other devices; this is how one hears of it.
-jax.monitoring.register_event_duration_secs_listener(note_compiled)
 
 
 class TooManyTracesError(RefError, AssertionError):

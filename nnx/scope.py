@@ -44,6 +44,18 @@ def make_scope(rngs: Any = None, **flags: Any) -> Scope:
     for name, flag in flags.items():
         if isinstance(flag, jax.Array | np.ndarray):
             raise _array_flag(name, flag)
+        if name == "flags" and isinstance(flag, Mapping):
+            raise UnhashableStaticError(
+                f"A scope was given a {type(flag).__name__} as a flag called 'flags'. Flags are given "
+                f"by name: {', '.join(f'{key}={value!r}' for key, value in flag.items())}; from a "
+                f"dict, write **flags."
+            )
+        if name in _KEYS and isinstance(flag, int) and not isinstance(flag, bool):
+            raise TypeError(
+                f"A scope was given the number {flag} as a flag called {name!r}, which seeds "
+                f"nothing. Did you mean rngs={flag}? Keys and seeds are given by rngs, the first "
+                f"argument."
+            )
     outer: Scope | None = local.scope
     streams = dict(outer.streams) if outer is not None else {}
     if rngs is not None:
@@ -51,10 +63,13 @@ def make_scope(rngs: Any = None, **flags: Any) -> Scope:
     return Scope(streams, {**(outer.flags if outer is not None else {}), **flags})
 
 
+_KEYS = ("key", "keys", "rng", "seed")
+
+
 def _array_flag(name: str, flag: Any) -> UnhashableStaticError:
     what = f"The flag {name!r} of a scope is an array, {flag.dtype}{list(flag.shape)}"
     if jnp.issubdtype(flag.dtype, jax.dtypes.prng_key) or flag.dtype == jnp.uint32:
-        stream = "key" if name in ("key", "keys", "rng", "seed") else f"{{{name!r}: key}}"
+        stream = "key" if name in _KEYS else f"{{{name!r}: key}}"
         return UnhashableStaticError(
             f"{what}. Did you mean rngs={stream}? Random keys are given by rngs, the first argument."
         )
@@ -81,7 +96,9 @@ def scope(rngs: Any = None, **flags: Any) -> Iterator[None]:
       **flags: hashable values by name. Flags of the scope outside stay unless they are set here.
 
     Raises:
-      UnhashableStaticError: a flag is an array: a key that was to be `rngs`, perhaps.
+      UnhashableStaticError: a flag is an array: a key that was to be `rngs`, perhaps; or the flags
+        were given in a dict, as `flags={...}`.
+      TypeError: an int is given as `key`, `rng` or `seed`, and not as `rngs`.
 
     The scope crosses the boundary of every nnx transformation: its streams are inputs, so that each
     call of a jitted function gets new keys, deterministically, and its flags are static.

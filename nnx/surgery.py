@@ -13,7 +13,7 @@ from refx import All, Filter, FilterError, Node, Not, PathMatches, to_predicate
 from refx import Any as AnyOf
 from refx.node import attributes, is_identity
 from refx.partition import Path, dotted
-from refx.structure import DagDef, NodeDef, Tree, scan
+from refx.structure import node_paths, scan
 
 __all__ = ["modules", "replace"]
 
@@ -43,25 +43,6 @@ def modules(tree: Any, kind: type[N] = Module) -> dict[Path, N]:
     found = scan(tree)
     paths = node_paths(found.dagdef)
     return {paths[i]: x for i, x in enumerate(found.objects) if isinstance(x, kind)}
-
-
-def node_paths(dagdef: DagDef) -> dict[int, Path]:
-    """The canonical path of each object of a structure, by its number."""
-    paths: dict[int, Path] = {}
-    todo: list[tuple[Any, Path]] = [(dagdef.root, ())]
-    while todo:
-        child, path = todo.pop()
-        if type(child) is int:
-            if child in paths:
-                continue
-            paths[child] = path
-            child = dagdef.nodes[child]
-        if isinstance(child, (NodeDef, Tree)):
-            todo += [
-                (c, (*path, str(name)))
-                for name, c in zip(reversed(child.names), reversed(child.children), strict=True)
-            ]
-    return paths
 
 
 def selector(where: Where) -> Callable[[Path, Any], bool]:

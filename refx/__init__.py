@@ -6,9 +6,10 @@ again. Everything else here follows from those two.
 """
 
 from refx import filters, pickling, pytree  # noqa: F401 — they tell pickle and JAX about trees
-from refx.dag import clone, frozen, get_partition, merge, mutable, refs, split, update
+from refx.dag import clone, frozen, get_partition, merge, refs, split, update
 from refx.errors import (
     ClosureError,
+    DonationError,
     DtypeError,
     EndedTraceError,
     FilterError,
@@ -29,6 +30,7 @@ from refx.errors import (
 )
 from refx.field import MISSING, RefField, StaticField, get_ref
 from refx.filters import All, Any, Filter, Not, OfType, PathContains, PathMatches, to_predicate
+from refx.mutability import mutable
 from refx.node import Node
 from refx.partition import Partition
 from refx.ref import Ref
@@ -39,6 +41,7 @@ __all__ = [
     "Any",
     "ClosureError",
     "DagDef",
+    "DonationError",
     "DtypeError",
     "EndedTraceError",
     "Filter",

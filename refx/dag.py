@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refx.buffers import dead_error, is_dead
 from refx.errors import (
     DtypeError,
-    FilterError,
     MissingPathError,
     ShapeError,
     UnknownPathError,
     UnmatchedPathError,
     ValueTypeError,
 )
-from refx.filters import Filter, reads_paths, to_predicate
+from refx.filters import Filter, to_predicate, to_predicates
 from refx.node import Node
 from refx.partition import Partition, Path, as_path, dotted, listed
 from refx.ref import Ref, check_type
 from refx.selection import check_selection, follow
 from refx.snapshot import Snapshot, snapshot
 from refx.structure import DagDef, build, frozen_def
-from refx.trace import check_value, fresh, local, put, read, writable
+from refx.trace import check_value, fresh, label, peek, put, writable
 
-__all__ = ["clone", "frozen", "get_partition", "merge", "mutable", "refs", "split", "update"]
+__all__ = ["clone", "frozen", "get_partition", "merge", "refs", "split", "update"]
 
 T = TypeVar("T")
 
@@ -46,7 +45,8 @@ def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
 
     Raises:
       UnmatchedPathError: a value that no filter selects; `...` as the last filter takes the rest.
-      FilterError: a filter that selects nothing is a mistake; see `get_partition`.
+      FilterError: a filter that selects nothing is a mistake; see `get_partition`. One that can
+        never select anything, such as a filter after `...`, always is.
       UnhashableStaticError: a static value cannot be hashed; the message has its path.
 
     >>> import refx
@@ -58,8 +58,9 @@ def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
     kept = snapshot(tree)
     if not filters:
         values = kept.values() + kept.leaves()
+        _check_alive(kept.dagdef.paths, values, "was to be split off")
         return kept.dagdef, Partition._of(dict(zip(kept.dagdef.paths, values, strict=True)))
-    predicates = [to_predicate(f) for f in filters]
+    predicates = to_predicates(filters)
     parts: list[dict[Path, Any]] = [{} for _ in filters]
     unmatched: list[Path] = []
     for path, cell, value in _items(kept):
@@ -77,6 +78,7 @@ def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
     for filter, part in zip(filters, parts, strict=True):
         if not part:
             check_selection(filter, tree)
+        _check_alive(part, part.values(), "was to be split off")
     return (kept.dagdef, *map(Partition._of, parts))
 
 
@@ -95,7 +97,8 @@ def merge(dagdef: DagDef, *partitions: Mapping[Path, Any]) -> Any:
 
     Raises:
       MissingPathError: the partitions together lack a path of the structure.
-      UnknownPathError: a partition has a path that the structure has not.
+      UnknownPathError: a partition has a path that the structure has not, or two have different
+        values for one.
 
     >>> import refx
     >>> shared = refx.Ref(1.0, "params")
@@ -105,7 +108,12 @@ def merge(dagdef: DagDef, *partitions: Mapping[Path, Any]) -> Any:
     """
     given: dict[Path, Any] = {}
     for partition in partitions:
-        given.update(Partition(partition)._items)
+        for path, value in Partition(partition)._items.items():
+            if given.setdefault(path, value) is not value:
+                raise UnknownPathError(
+                    f"Two of the partitions have a value for {dotted(path)!r}. Leave one out, or say "
+                    f"which counts: in first | second it is that of the second."
+                )
     paths = dagdef.paths
     missing = [path for path in paths if path not in given]
     if missing:
@@ -120,14 +128,23 @@ def merge(dagdef: DagDef, *partitions: Mapping[Path, Any]) -> Any:
             f"{dagdef!r} has not. Was the tree changed after it was split? Then split it again."
         )
     values = [fresh(given[path]) for path in paths]
+    _check_alive(paths, values, "was to be merged")
     return build(dagdef, values, values[len(dagdef.ref_paths) :])[0]
 
 
-def clone(tree: T) -> T:
+def clone(tree: T, *, copy: bool = False) -> T:
     """A copy with Refs of its own, which can be changed without changing the original.
 
     It belongs to the transformation that runs here, so a clone of a value copy that plain `jax.jit`
     made can be written, and returned.
+
+    Args:
+      tree: what is copied: its Refs, modules, lists and dicts, with their sharing.
+      copy: whether arrays are copied too. Without it the clone shares them, which costs nothing,
+        but a step that donates the buffers of one takes them from the other.
+
+    Raises:
+      DonationError: the buffer of an array is gone.
 
     >>> import refx
     >>> a = refx.Ref(1.0)
@@ -136,8 +153,15 @@ def clone(tree: T) -> T:
     >>> a.value
     1.0
     """
-    dagdef, values = split(tree)
-    return merge(frozen_def(dagdef, False), values)
+    kept = snapshot(tree)
+    dagdef = frozen_def(kept.dagdef, False)
+    values = [*kept.values(), *kept.leaves()]
+    _check_alive(dagdef.paths, values, "was to be cloned")
+    values = [jax.tree.map(_copied, x) for x in values] if copy else list(map(fresh, values))
+    root, objects = build(dagdef, values, values[len(dagdef.ref_paths) :])
+    if kept.has_labels:
+        label(x for x in objects if type(x) is Ref)
+    return root
 
 
 def frozen(tree: T) -> T:
@@ -159,6 +183,18 @@ def frozen(tree: T) -> T:
     """
     dagdef, values = split(tree)
     return merge(frozen_def(dagdef, True), values)
+
+
+def _copied(x: Any) -> Any:
+    if isinstance(x, jax.Array):
+        return jnp.copy(x)
+    return x.copy() if isinstance(x, np.ndarray) else x
+
+
+def _check_alive(paths: Iterable[Path], values: Iterable[Any], what: str) -> None:
+    dead = next((path for path, x in zip(paths, values, strict=True) if is_dead(x)), None)
+    if dead is not None:
+        raise dead_error(f"The value at path {dotted(dead)!r} {what}, but its buffer")
 
 
 def refs(tree: Any) -> dict[Path, Ref[Any]]:
@@ -192,6 +228,7 @@ def get_partition(tree: Any, filter: Filter = ...) -> Partition:
     found = {p: value for p, cell, value in _items(snapshot(tree)) if predicate(p, cell)}
     if not found:
         check_selection(filter, tree)
+    _check_alive(found, found.values(), "was read")
     return Partition._of(found)
 
 
@@ -283,7 +320,7 @@ def _check_like(path: Path, cell: Ref[Any], new: Any, strict: bool) -> None:
     check_value(cell, new)
     if not strict:
         return
-    old = read(cell)
+    old = peek(cell)
     old_leaves, old_tree = jax.tree.flatten(old)
     new_leaves, new_tree = jax.tree.flatten(new)
     if old_tree != new_tree:
@@ -311,52 +348,3 @@ def dtype_of(x: Any) -> Any:
     if isinstance(x, np.ndarray | np.generic) and jnp.issubdtype(x.dtype, jnp.number):
         return jax.dtypes.canonicalize_dtype(x.dtype)
     return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-
-
-@contextlib.contextmanager
-def mutable(filter: Filter, tree: Any = None) -> Iterator[None]:
-    """Within this context only the Refs that the filter selects may be written.
-
-    Args:
-      filter: any filter. One that looks at paths (a callable, `PathContains`) needs `tree`.
-      tree: limits only the Refs of this tree; without it, every Ref.
-
-    Raises:
-      NotMutableError: at the write of a Ref that the filter does not select.
-      FilterError: the filter looks at paths and there is no tree to take them from; or it selects
-        nothing of the tree, by a mistake that `get_partition` would report too.
-
-    >>> import refx
-    >>> w, n = refx.Ref(1.0, "params"), refx.Ref(0, "counters")
-    >>> with refx.mutable("counters"):
-    ...     n.value += 1
-    ...     try:
-    ...         w.value = 2.0
-    ...     except refx.NotMutableError as error:
-    ...         print(str(error)[:44])
-    A Ref (collection 'params', 1.0) was written
-    """
-    predicate = to_predicate(filter)
-    if tree is None and reads_paths(filter):
-        raise FilterError(
-            f"The filter {filter!r} looks at paths, so mutable needs the tree to take them from: "
-            f"mutable(filter, tree=model)."
-        )
-    paths = None if tree is None else {cell: path for path, cell in refs(tree).items()}
-    if paths is not None and not any(predicate(path, cell) for cell, path in paths.items()):
-        check_selection(filter, tree)
-    outer = local.allowed
-
-    def allowed(cell: Ref[Any]) -> bool:
-        if outer is not None and not outer(cell):
-            return False
-        if paths is None:
-            return predicate((), cell)
-        path = paths.get(cell)
-        return path is None or predicate(path, cell)
-
-    local.allowed = allowed
-    try:
-        yield
-    finally:
-        local.allowed = outer

@@ -6,6 +6,7 @@ import pickle
 
 __all__ = [
     "ClosureError",
+    "DonationError",
     "DtypeError",
     "EndedTraceError",
     "FilterError",
@@ -56,6 +57,10 @@ class EndedTraceError(RefError):
 
 class ClosureError(RefError):
     """A program would go on with an old Ref: a plain `jax` one bakes in values, or it is out of sight."""
+
+
+class DonationError(RefError, RuntimeError):
+    """A buffer that cannot be donated, or that was donated before and is gone."""
 
 
 class NotMutableError(RefError):

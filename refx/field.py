@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
+from refx.buffers import CONCRETE
 from refx.errors import UnsetFieldError, ValueTypeError
 from refx.node import Node, attributes, tell
 from refx.ref import Ref, check_type
@@ -41,6 +42,13 @@ class Field:
     ):
         if default is not MISSING and default_factory is not None:
             raise ValueError("A field takes a default or a default_factory, not both.")
+        for option, value in (("init", init), ("kw_only", kw_only)):
+            if not isinstance(value, bool):
+                raise TypeError(
+                    f"{option} of a field says whether it is an argument of a generated __init__, so "
+                    f"it is a bool, but got a {type(value).__name__}. To make a first value with an "
+                    f"initializer, assign it in __init__, or say default_factory=."
+                )
         if isinstance(default, (list, dict, set)):
             raise ValueError(
                 f"A {type(default).__name__} as the default of a field would be shared by every "
@@ -95,14 +103,21 @@ class RefField(Field, property):
 
     def _getter(self, name: str) -> Callable[[Any], Any]:
         # Everything that a read needs is a local variable here: it is the hottest code of all.
-        def get(node: Any, local: Any = local, current: Any = current_trace) -> Any:
+        def get(
+            node: Any, local: Any = local, current: Any = current_trace, concrete: Any = CONCRETE
+        ) -> Any:
             try:
                 ref = node._dict[name]
                 frame = local.frame
-                if ref._frame is frame and current(()) is (
-                    EVAL if frame is None else frame.trace()
-                ):
-                    return ref._value
+                if ref._frame is frame:
+                    value = ref._value
+                    if frame is None:
+                        # Others are looked at by `read`: they may hold arrays.
+                        alive = type(value) in concrete and not value.is_deleted()
+                        if alive and current(()) is EVAL:
+                            return value
+                    elif current(()) is frame.trace():
+                        return value
             except (KeyError, AttributeError):
                 ref = attributes(node).get(name, MISSING)
                 if ref is MISSING:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import fnmatch
 import typing
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 
 from refx.errors import FilterError
+from refx.partition import Partition
 from refx.ref import Ref
 
 __all__ = ["All", "Any", "Filter", "Not", "OfType", "PathContains", "PathMatches", "to_predicate"]
@@ -38,6 +39,13 @@ def to_predicate(filter: Filter) -> Predicate:
         return lambda path, ref: False
     if isinstance(filter, tuple):
         return Any(*filter)
+    kind = type(filter)
+    if isinstance(filter, (Ref, Partition)) or getattr(kind, "_is_node", False):
+        raise FilterError(
+            f"A {kind.__name__} is not a filter. The tree comes first, and then what selects of it: "
+            f"a collection name, a tuple of filters (any of), ..., None, a callable (path, ref) -> "
+            f"bool, or All, Any, Not, PathContains, PathMatches, OfType."
+        )
     if callable(filter) and not isinstance(filter, type):
         return typing.cast(Predicate, filter)
     if isinstance(filter, type):
@@ -54,11 +62,70 @@ def to_predicate(filter: Filter) -> Predicate:
         hash(filter)
     except TypeError:
         raise FilterError(
-            f"{filter!r} is not a filter. A filter is a collection name, a tuple of filters (any "
+            f"{filter!r:.200} is not a filter. A filter is a collection name, a tuple of filters (any "
             f"of), ..., None, a callable (path, ref) -> bool, or All, Any, Not, PathContains, "
             f"PathMatches, OfType. For a list of filters, write a tuple."
         ) from None
     return _InCollection(filter)
+
+
+def to_predicates(filters: Iterable[Filter]) -> list[Predicate]:
+    """Turn filters, of which the first that selects a Ref takes it, into predicates.
+
+    Raises:
+      FilterError: a filter that can never select anything, since an earlier one selects all that
+        it would: one after `...`, or one that was given before.
+    """
+    filters = list(filters)
+    predicates = [to_predicate(f) for f in filters]
+    for i, filter in enumerate(filters[1:], 1):
+        known = [x for f in filters[:i] for x in _alternatives(f)]
+        if any(map(_is_everything, known)):
+            why = "the filters before it take everything. Put ... last"
+        elif filter is not ... and _alternatives(filter) and _covers(known, filter):
+            why = "the filters before it take all that it would select. Leave it out"
+        else:
+            continue
+        raise FilterError(
+            f"The filter {_shown(filter)} can select nothing: each Ref goes to the first filter that "
+            f"selects it, and {why}. The filters are {', '.join(map(_shown, filters))}."
+        )
+    return predicates
+
+
+def _alternatives(filter: Filter) -> list[Filter]:
+    """The filters of which any may select, flat; there are none where nothing is selected."""
+    if isinstance(filter, tuple | Any):
+        parts = filter if isinstance(filter, tuple) else filter.filters
+        return [x for part in parts for x in _alternatives(part)]
+    return [] if filter is None else [filter]
+
+
+def _is_everything(filter: Filter) -> bool:
+    if isinstance(filter, tuple | Any):
+        return any(map(_is_everything, _alternatives(filter)))
+    if isinstance(filter, All):
+        return all(map(_is_everything, filter.filters))
+    return filter is ... or (isinstance(filter, Not) and not _alternatives(filter.filters[0]))
+
+
+def _covers(known: list[Filter], filter: Filter) -> bool:
+    """Whether some filters together surely select all that `filter` does."""
+    # A filter and its opposite leave nothing to others.
+    opposites = (f.filters[0] for f in known if isinstance(f, Not))
+    return any(_is_within(f, known) for f in opposites) or _is_within(filter, known)
+
+
+def _is_within(filter: Filter, known: list[Filter]) -> bool:
+    return all(
+        any(x is f or (type(x) is type(f) and bool(x == f)) for f in known)
+        or (isinstance(x, All) and any(_is_within(part, known) for part in x.filters))
+        for x in _alternatives(filter)
+    )
+
+
+def _shown(filter: Filter) -> str:
+    return "..." if filter is ... else repr(filter)
 
 
 def by_module(kind: type) -> str:
@@ -69,6 +136,11 @@ def by_module(kind: type) -> str:
         f"nnx.PathContains('encoder'), or take the values of the module itself: "
         f"model.encoder['params']."
     )
+
+
+def selects_nothing(filter: Filter) -> bool:
+    """Whether a filter is None, or made of nothing but it."""
+    return not _alternatives(filter)
 
 
 def reads_paths(filter: Filter) -> bool:

@@ -284,6 +284,8 @@ def make(cls: type, frame: Any, trace: Any, _new: Any = object.__new__) -> Any:
     _set_frame(node, frame)
     _set_trace(node, trace)
     _set_book(node, None)
+    for made in local.made:
+        made[id(node)] = node
     return node
 
 

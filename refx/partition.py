@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 
+from refx.buffers import dead_error, is_dead
 from refx.errors import UnknownPathError
 
 __all__ = ["Partition"]
 
 Path = tuple[str, ...]
+_MISSING = object()
 
 
 class Partition(Mapping[Path, Any]):
@@ -27,6 +29,7 @@ class Partition(Mapping[Path, Any]):
 
     Raises:
       UnknownPathError: a path that is looked up is not there.
+      DonationError: the buffer of an array that is looked up is gone.
 
     >>> import refx
     >>> p = refx.Partition({("block1", "kernel"): 1.0, ("block1", "bias"): 2.0})
@@ -55,13 +58,17 @@ class Partition(Mapping[Path, Any]):
     def __getitem__(self, path: Any) -> Any:
         items = self._items
         try:
-            return items[path]
+            value = items[path]
         except (KeyError, TypeError):
-            pass
-        if isinstance(path, str):
-            for known, value in items.items():
-                if ".".join(known) == path:
-                    return value
+            named = isinstance(path, str)
+            known = next((p for p in items if named and ".".join(p) == path), None)
+            value = items[known] if known is not None else _MISSING
+        if value is not _MISSING:
+            if is_dead(value):
+                raise dead_error(
+                    f"The value at path {dotted(path)!r} of a Partition was read, but its buffer"
+                )
+            return value
         raise UnknownPathError(
             f"This partition has no path {dotted(path)!r}; it has {listed(items)}."
         )

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar, final
 import jax
 from jax.core import Tracer
 
+from refx.buffers import CONCRETE
 from refx.errors import UnhashableStaticError, ValueTypeError
 from refx.static import Static
 from refx.trace import (
@@ -76,13 +77,21 @@ class Ref(Generic[T]):
         self._metadata = MappingProxyType(metadata) if metadata else _NO_METADATA
         self._frame = local.frame
         self._trace = trace_ref()
+        for made in local.made:
+            made[id(self)] = self
 
     @property
     def value(self) -> T:
         """The value. Writing it is allowed only in the transformation that the Ref was made in."""
         frame = local.frame
-        if self._frame is frame and current_trace(()) is (EVAL if frame is None else frame.trace()):
-            return self._value
+        if self._frame is frame:
+            value = self._value
+            if frame is None:
+                alive = type(value) in CONCRETE and not value.is_deleted()
+                if alive and current_trace(()) is EVAL:
+                    return value
+            elif current_trace(()) is frame.trace():
+                return value
         return read(self)
 
     @value.setter

@@ -11,7 +11,7 @@ from refx import filters
 from refx.errors import FilterError
 from refx.filters import Filter, OfType, PathMatches, by_module
 from refx.node import Node, attributes
-from refx.partition import Path, as_path
+from refx.partition import Partition, Path, as_path
 from refx.ref import Ref
 from refx.snapshot import snapshot
 
@@ -43,6 +43,12 @@ def mistake(filter: Filter, *trees: Any) -> str | None:
         return None if module is None else f"{filter!r} selects nothing. {by_module(module)}"
     if filter is None or filter is ... or isinstance(filter, bool) or callable(filter):
         return None
+    if trees and all(isinstance(tree, Partition) for tree in trees):
+        return (
+            f"The values of a Partition have no collection, so the filter {filter!r} selects none. "
+            f"Take the partition of the model, model[{filter!r}], or select by path, as with "
+            f"PathContains."
+        )
     there = {ref._collection for tree in trees for ref in snapshot(tree).refs}
     if filter in there:
         return None

@@ -18,7 +18,7 @@ import threading
 import types
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ import jax
 from refx.errors import StructureError, UnhashableStaticError
 from refx.node import LEAVES, Node, attributes, book, is_identity, tell
 from refx.node import make as make_node
-from refx.partition import Path, dotted
+from refx.partition import Partition, Path, dotted
 from refx.ref import Ref
 from refx.ref import make as make_ref
 from refx.static import Static
@@ -46,7 +46,7 @@ class Tree(NamedTuple):
     """A pytree without identity: one level of it, and what it holds."""
 
     treedef: Any
-    names: tuple[str, ...]
+    names: tuple[Any, ...]
     children: tuple[Any, ...]
 
 
@@ -133,7 +133,7 @@ class DagDef:
                 leaves.setdefault(child.number, path)
             if isinstance(child, (NodeDef, Tree)):
                 todo += [
-                    (c, (*path, str(name)))
+                    (c, (*path, *parts_of(name)))
                     for name, c in zip(reversed(child.names), reversed(child.children), strict=True)
                 ]
         kinds = zip(self.nodes, paths, strict=True)
@@ -220,8 +220,8 @@ class Scan(NamedTuple):
 
     `places` has, for each plain array, the dict or list that holds it and its key there, or a None
     where a tuple or another pytree holds it. `containers` are the Nodes, lists, dicts and objects
-    that were walked, `opaque` the pytrees of other classes, and `contents` the dicts and lists that
-    static values were read from.
+    that were walked, `opaque` the pytrees of other classes, `contents` the dicts and lists that
+    static values were read from, and `functions` the modules and Refs that functions close over.
     """
 
     dagdef: DagDef
@@ -232,6 +232,7 @@ class Scan(NamedTuple):
     containers: list[Any]
     opaque: list[Any]
     contents: list[Any]
+    functions: list[tuple[str, Any]]
 
 
 def is_array(x: Any) -> bool:
@@ -256,7 +257,7 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
     """
     nodes: list[Any] = []
     numbers: dict[int, int] = {}
-    found = Scan(None, [], [], [], [], [], [], [])  # pyright: ignore[reportArgumentType]
+    found = Scan(None, [], [], [], [], [], [], [], [])  # pyright: ignore[reportArgumentType]
     result: list[Any] = [None]
     # Each entry is an object, its path as a linked list, the place where its code is to go, the
     # container that holds it directly, and its mark.
@@ -312,7 +313,7 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             if len(keyed) == 1 and keyed[0][1] is obj:
                 place[position] = _static(obj, link, skip, found)
                 continue
-            names = tuple(_name(path[0]) for path, _ in keyed)
+            names = _names(obj, keyed)
             children = [None] * len(keyed)
             place[position] = (treedef, names, children)
             if not isinstance(obj, tuple):
@@ -320,6 +321,14 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             for i in range(len(keyed) - 1, -1, -1):
                 inner = mark.get(names[i]) if type(mark) is dict else None
                 todo.append((keyed[i][1], (link, names[i]), children, i, None, inner))
+    for where, x in found.functions:
+        if id(x) in numbers:
+            raise StructureError(
+                f"{where} is a function that closes over a {type(x).__name__} of the same tree. A "
+                f"copy of the tree, as jax.grad or a compiled function makes one, would go on with "
+                f"the old one, whose gradients are lost. Make the function a method, or write it "
+                f"where it is called; to keep it, give it what it needs as an argument."
+            )
     frozen = tuple(
         n
         if type(n) is RefDef
@@ -413,6 +422,52 @@ def _one_level(obj: Any) -> Any:
     return jax.tree_util.tree_flatten_with_path(obj, lambda x: x is not obj)
 
 
+class PathName(tuple[str, ...]):
+    """The name of a value of a Partition, which is a path in itself."""
+
+    __slots__ = ()
+
+
+def _names(obj: Any, keyed: Any) -> tuple[Any, ...]:
+    if isinstance(obj, Partition):
+        return tuple(map(PathName, obj))
+    return tuple(_name(path[0]) for path, _ in keyed)
+
+
+def parts_of(name: Any) -> Path:
+    """What a name adds to a path."""
+    return tuple(name) if type(name) is PathName else (str(name),)
+
+
+def node_paths(dagdef: DagDef) -> dict[int, Path]:
+    """The canonical path of each object of a structure, by its number."""
+    paths: dict[int, Path] = {}
+    todo: list[tuple[Any, Path]] = [(dagdef.root, ())]
+    while todo:
+        child, path = todo.pop()
+        if type(child) is int:
+            if child in paths:
+                continue
+            paths[child] = path
+            child = dagdef.nodes[child]
+        if isinstance(child, (NodeDef, Tree)):
+            todo += [
+                (c, (*path, *parts_of(name)))
+                for name, c in zip(reversed(child.names), reversed(child.children), strict=True)
+            ]
+    return paths
+
+
+def leaves_by_path(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The leaves of a pytree, where Refs and Nodes are leaves, with the paths that a DagDef has."""
+    keyed = [] if is_identity(tree) else _one_level(tree)[0]
+    if is_identity(tree) or (len(keyed) == 1 and keyed[0][1] is tree):
+        yield path, tree
+        return
+    for name, (_, child) in zip(_names(tree, keyed), keyed, strict=True):
+        yield from leaves_by_path(child, (*path, *parts_of(name)))
+
+
 def _freeze(child: Any) -> Any:
     if type(child) is tuple:
         treedef, names, children = child
@@ -428,11 +483,11 @@ def _name(key: Any) -> str:
 
 
 def _path(link: Any) -> Path:
-    parts: list[str] = []
+    parts: Path = ()
     while link is not None:
         link, name = link
-        parts.append(str(name))
-    return tuple(reversed(parts))
+        parts = parts_of(name) + parts
+    return parts
 
 
 def _static(obj: Any, link: Any, skip: int, found: Scan) -> Static:
@@ -463,14 +518,7 @@ def _static(obj: Any, link: Any, skip: int, found: Scan) -> Static:
     if not isinstance(obj, type | types.FunctionType | types.ModuleType):
         held = [*held, *getattr(obj, "__dict__", {}).values()]
     if isinstance(obj, types.FunctionType):
-        closed_over = _identities(_closed_over(obj))
-        if closed_over:
-            raise StructureError(
-                f"{where} is a function that closes over a {type(closed_over[0]).__name__}. A copy of "
-                f"the tree, as jax.grad or a compiled function makes one, would go on with the old "
-                f"one, whose gradients are lost. Make the function a method, or write it where it is "
-                f"called; to keep it, give it what it needs as an argument."
-            )
+        found.functions.extend((where, x) for x in _identities(_closed_over(obj)))
     if hasattr(obj, "__wrapped__") and not isinstance(obj, type):
         held = [*held, *jax.tree.leaves(_wrapped(obj), is_leaf=is_identity)]
     if any(map(is_identity, held)):

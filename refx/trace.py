@@ -19,6 +19,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core as jex_core
 
+from refx.buffers import dead_error, is_dead
 from refx.errors import (
     ClosureError,
     EndedTraceError,
@@ -201,7 +202,7 @@ class Frame:
         """The Ref that stands in this body for `ref`, a Ref of an enclosing level."""
         inner = self.shadow.get(ref)
         if inner is None:
-            value = fresh(seen_from(self.parent, ref, owner))
+            value = fresh(_alive(ref, seen_from(self.parent, ref, owner), owner))
             entry = self.entry() if self.entry is not None else None
             if entry is not None:
                 parent = self.parent
@@ -222,6 +223,10 @@ class _Local(threading.local):
     frame: Frame | None
     # Set by `mutable`: says whether a Ref may be written. None allows everything.
     allowed: Callable[[Ref[Any]], bool] | None
+    # Set by `mutable` where nothing may change: whether the attributes of a Node are fixed; and the
+    # collections that take note of Nodes made since then.
+    fixed: Callable[[Any], bool] | None
+    made: tuple[Any, ...]
     # nnx keeps its ambient streams and flags here, so that a boundary crosses one thread-local.
     scope: Any
     # The call that a compiled function is being traced for.
@@ -235,6 +240,8 @@ class _Local(threading.local):
         # Runs in each thread. As attributes of the instance they are found faster.
         self.frame = None
         self.allowed = None
+        self.fixed = None
+        self.made = ()
         self.scope = None
         self.call = None
         self.peeking = False
@@ -252,6 +259,9 @@ def seen_from(frame: Frame | None, ref: Ref[Any], owner: Any = None) -> Any:
     """The value of `ref` at the level of `frame`, an ancestor of the current one or itself."""
     if ref._frame is frame:
         return ref._value
+    if ref._trace is FROZEN:
+        # As an input, where the program around has it as one: as a constant it may be large.
+        return (ref if frame is None else frame.shadow.get(ref, ref))._value
     if frame is None:
         raise _misplaced(ref, owner)
     return frame.stand_in(ref, owner)._value
@@ -263,17 +273,27 @@ def read(ref: Ref[Any], owner: Any = None) -> Any:
     if local.peeking:
         return ref._value
     if ref._trace is FROZEN:
-        # As an input, where the program around has it as one: as a constant it may be large.
-        return (ref if frame is None else frame.shadow.get(ref, ref))._value
+        return _alive(ref, seen_from(frame, ref), owner)
     if ref._frame is not frame:
         _check_reachable(ref, owner)
         value = seen_from(frame, ref, owner)
         if frame is not None and current_trace(()) is not frame.trace():
             _check_not_baked(frame.shadow.get(ref, ref), owner, frame, current_trace(()))
-        return value
+        return _alive(ref, value, owner)
     if current_trace(()) is not (EVAL if frame is None else frame.trace()):
         _check_not_baked(ref, owner, frame, current_trace(()))
-    return ref._value
+    return _alive(ref, ref._value, owner)
+
+
+def peek(ref: Ref[Any]) -> Any:
+    """The value of `ref` as it is seen here, its buffer gone or not: to compare, or to replace."""
+    return seen_from(local.frame, ref)
+
+
+def _alive(ref: Ref[Any], value: Any, owner: Any) -> Any:
+    if is_dead(value):
+        raise dead_error(f"{describe(ref, owner)} was read, but its buffer")
+    return value
 
 
 def write(ref: Ref[Any], value: Any, owner: Any = None) -> None:
@@ -346,18 +366,21 @@ def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
     """Raise if `value` holds a tracer that is not of the current trace or one around it."""
     if isinstance(value, jax.Array):
         if not isinstance(value, Tracer):
+            if is_dead(value):
+                raise dead_error(f"{_what(ref, owner)} was given an array whose buffer")
             return
         tracers = [value]
     else:
         tracers = [x for x in jax.tree.leaves(value) if isinstance(x, Tracer)]
+        if not tracers and is_dead(value):
+            raise dead_error(f"{_what(ref, owner)} was given a value whose buffer")
     for tracer in tracers:
         trace = current_trace(())
         while trace is not None and trace is not tracer._trace:
             trace = getattr(trace, "parent_trace", None)
         if trace is None:
-            what = "A new Ref" if ref is None else describe(ref, owner)
             raise ForeignTracerError(
-                f"{what} was given a value that holds a tracer of another JAX transformation: "
+                f"{_what(ref, owner)} was given a value that holds a tracer of another JAX transformation: "
                 f"{_aval(tracer)}. That transformation has ended or is not the one that runs here, "
                 f"so the value would leak out of it. Return the value from the transformation and "
                 f"assign it outside, or use the nnx transformation in its place (nnx.jit, "
@@ -365,11 +388,20 @@ def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
             )
 
 
+def _what(ref: Ref[Any] | None, owner: Any) -> str:
+    return "A new Ref" if ref is None else describe(ref, owner)
+
+
 def check_structure(node: Any, what: str) -> None:
     """Raise if the structure of `node`, a Node, may not be changed here."""
+    name = type(node).__name__
+    if local.fixed is not None and local.fixed(node):
+        raise NotMutableError(
+            f"{what} of a {name} was changed, but the surrounding `mutable` lets nothing be changed. "
+            f"Move the change out of it, or change a clone."
+        )
     if node._frame is local.frame and node._trace() is current_trace(()):
         return
-    name = type(node).__name__
     if node._trace is FROZEN:
         raise ReadOnlyError(_frozen_message(f"{what} of a {name}"))
     if node._trace is READ_ONLY:
@@ -412,7 +444,8 @@ def _misplaced(ref: Ref[Any], owner: Any) -> Exception:
     return EndedTraceError(
         f"{describe(ref, owner)} was made inside {home.name}, which has ended; its value was a "
         f"tracer and means nothing any more. Return the Ref, its module or its value from the "
-        f"function instead of keeping it in a global, a default argument or a closure."
+        f"function instead of keeping it in a global, a default argument or a closure. To a callback, "
+        f"which runs later, pass the value: jax.debug.callback(fn, model.kernel)."
     )
 
 
@@ -435,11 +468,11 @@ def _check_not_baked(ref: Ref[Any], owner: Any, frame: Frame | None, trace: Any)
         (_baked if frame is None else frame.baked).add(ref)
         return
     raise ClosureError(
-        f"{describe(ref, owner)} was read by closure inside {kind_of(trace)}. Its value would "
-        f"become a constant of the compiled program, and later updates would never reach it. "
-        f"Pass the module as an argument, as in jax.jit(lambda m, x: m(x))(model, x), use the "
-        f"nnx transformation of the same name (nnx.jit, nnx.scan, nnx.remat, ...), which makes "
-        f"inputs of closed-over Refs, or close over {ALTERNATIVES['frozen']}(model), a constant."
+        f"{describe(ref, owner)} was read by closure inside {kind_of(trace)}. What JAX traces it "
+        f"keeps for the next call, with the value as a constant, so later updates would never reach "
+        f"it. Pass the module as an argument, as in jax.jit(lambda m, x: m(x))(model, x), use the nnx "
+        f"transformation of the same name (nnx.jit, nnx.scan, nnx.eval_shape, ...), which makes inputs of "
+        f"closed-over Refs, or close over {ALTERNATIVES['frozen']}(model), a constant."
     )
 
 
@@ -530,7 +563,10 @@ def transformation() -> str:
 def kind_of(trace: Any) -> str:
     """A trace of plain jax, as a person would name it."""
     kinds = {
-        "DynamicJaxprTrace": "a plain jax transformation that compiles (jax.jit, lax.scan, ...)",
+        "DynamicJaxprTrace": (
+            "a plain jax transformation that keeps what it traces (jax.jit, lax.scan, "
+            "jax.eval_shape, ...)"
+        ),
         "BatchTrace": "a plain jax.vmap",
         "LinearizeTrace": "a plain jax.grad (or vjp, linearize)",
         "JVPTrace": "a plain jax.grad or jax.jvp",
@@ -560,6 +596,8 @@ def describe(ref: Ref[Any], owner: Any = None) -> str:
 
 def summary(ref: Ref[Any]) -> str:
     """The collection and the shapes of a Ref, without touching its arrays."""
+    if ref._value is None and ref._frame is not None and not ref._frame.open:
+        return f"collection {ref._collection!r}"
     return f"collection {ref._collection!r}, {_aval(ref._value)}"
 
 

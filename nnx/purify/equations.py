@@ -17,8 +17,10 @@ from nnx.purify.rewrite import Call, Program, Rewriter, renewed, rule
 __all__: list[str] = []
 
 
-# What jit says of an input and an output about which nothing was said.
-_blank = jax.make_jaxpr(jax.jit(lambda x: x))(0.0).eqns[0].params
+@functools.cache
+def _blank() -> dict[str, Any]:
+    """What jit says of an input and an output about which nothing was said."""
+    return jax.make_jaxpr(jax.jit(lambda x: x))(0.0).eqns[0].params
 
 
 @rule(jex.jit_p.name)
@@ -35,9 +37,9 @@ def _jit(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     outs = r.outputs_for(program)
     params = dict(eqn.params, jaxpr=program.closed(closed.consts))
     for key in ("in_shardings", "in_layouts", "donated_invars"):
-        params[key] = _blank[key] * len(ins) + tuple(params[key])
+        params[key] = _blank()[key] * len(ins) + tuple(params[key])
     for key in ("out_shardings", "out_layouts"):
-        params[key] = tuple(params[key]) + _blank[key] * len(outs)
+        params[key] = tuple(params[key]) + _blank()[key] * len(outs)
     return _extended(eqn, ins, outs, params)
 
 

@@ -47,7 +47,7 @@ from refx.node import attributes
 from refx.partition import Path, dotted
 from refx.snapshot import snapshot
 from refx.structure import is_array
-from refx.trace import EVAL, current_trace
+from refx.trace import EVAL, current_trace, peek
 
 __all__: list[str] = []
 
@@ -146,7 +146,7 @@ class _Encoder:
         if id(ref) not in self._canonical:
             raise SaveError(f"{_at(path)} holds a Ref that is no part of the tree.")
         try:
-            value = ref.value
+            value = peek(ref)
         except EndedTraceError as error:
             raise SaveError(f"{_at(path)} cannot be saved. {error}") from error
         facts = ref.metadata.items()

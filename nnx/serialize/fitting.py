@@ -18,7 +18,7 @@ from refx.dag import dtype_of, update
 from refx.node import Node, attributes
 from refx.partition import Path, dotted, listed
 from refx.structure import Leaf, NodeDef, RefDef, Tree, scan
-from refx.trace import EVAL, current_trace
+from refx.trace import EVAL, current_trace, peek
 
 __all__ = ["LoadReport"]
 
@@ -196,7 +196,7 @@ class Fitting:
 
 def _outside(path: Path, ref: Ref[Any]) -> Any:
     try:
-        value = ref.value
+        value = peek(ref)
     except EndedTraceError as error:
         raise LoadError(f"Nothing can be read into the Ref at {dotted(path)!r}. {error}") from error
     for x in jax.tree.leaves(value):

@@ -185,8 +185,14 @@ def name_of(obj: Any) -> str | None:
 
 def _public_or_own(cls: type) -> str:
     # Our own modules may move from file to file.
-    public = vars(sys.modules["nnx"]).get(cls.__name__) if "nnx" in sys.modules else None
-    return f"nnx.{cls.__name__}" if public is cls else _own_name(cls)
+    return f"nnx.{cls.__name__}" if _of_nnx(cls.__name__) is cls else _own_name(cls)
+
+
+def _of_nnx(name: str) -> Any:
+    """What `nnx.name` is, or None. Only what the package has loaded already is in its own dict."""
+    packages = ("nnx", "nnx.transforms", "nnx.layers", "nnx.training")
+    loaded = (vars(sys.modules[p]) for p in packages if p in sys.modules)
+    return next((names[name] for names in loaded if name in names), None)
 
 
 def find(name: str) -> Any:
@@ -214,6 +220,8 @@ def _walk(name: str) -> Any:
         if module is not None:
             # Through the dicts: looking an attribute up may import or run something.
             obj: Any = module
+            if i == 1 and parts[0] == "nnx" and parts[1] not in vars(module):
+                obj, i = _of_nnx(parts[1]), 2
             for part in parts[i:]:
                 obj = vars(obj).get(part) if isinstance(obj, types.ModuleType | type) else None
             return obj

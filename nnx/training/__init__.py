@@ -1,9 +1,10 @@
 """Training: optimizers, metrics, moving averages."""
 
 from nnx.training import metrics
+from nnx.training._state import HyperparameterError, OptimizerError
 from nnx.training.ema import EMA, EMAError
 from nnx.training.metrics import MultiMetric
-from nnx.training.optimizer import HyperparameterError, Optimizer, OptimizerError
+from nnx.training.optimizer import Optimizer
 from nnx.training.optimizer import mask as mask
 
 # `mask` stays here, as `nnx.training.mask`: the name alone would not say of what.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -73,7 +74,14 @@ def paths_differ(what: str, got: Any, expected: Any, unknown_to: str) -> str | N
     return "; ".join(parts) or None
 
 
-def values_differ(what: str, got: Partition, expected: Partition) -> str | None:
+def values_differ(
+    what: str,
+    got: Partition,
+    expected: Partition,
+    *,
+    shapes_fit: Callable[[Any, Any], bool] = operator.eq,
+    dtypes_fit: Callable[[Any, Any], bool] = operator.eq,
+) -> str | None:
     """The first path where two partitions differ in structure, shape or dtype, for a message."""
     for path, old in expected.items():
         new = got[path]
@@ -82,11 +90,18 @@ def values_differ(what: str, got: Partition, expected: Partition) -> str | None:
         if old_tree != new_tree:
             return f"{what} at {dotted(path)!r} has the structure {new_tree}, not {old_tree}"
         for a, b in zip(old_leaves, new_leaves, strict=True):
-            if np.shape(a) != np.shape(b):
+            if not shapes_fit(np.shape(b), np.shape(a)):
                 return f"{what} at {dotted(path)!r} has shape {np.shape(b)}, not {np.shape(a)}"
-            if dtype_of(a) != dtype_of(b):
+            if not dtypes_fit(dtype_of(b), dtype_of(a)):
                 return f"{what} at {dotted(path)!r} has dtype {dtype_of(b)}, not {dtype_of(a)}"
     return None
+
+
+def widens(new: Any, old: Any) -> bool:
+    """Whether one dtype is the other, or a wider one of its kind, as float32 is of bfloat16."""
+    kinds = (jnp.floating, jnp.complexfloating)
+    of_a_kind = any(jnp.issubdtype(new, k) and jnp.issubdtype(old, k) for k in kinds)
+    return new == old or (of_a_kind and jnp.promote_types(new, old) == new)
 
 
 def fresh(x: Any) -> jax.Array:

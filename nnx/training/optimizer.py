@@ -20,20 +20,24 @@ from nnx.training._cells import (
     strong,
     values_differ,
     values_of,
+    widens,
+)
+from nnx.training._state import (
+    Hyperparams,
+    OptimizerError,
+    Place,
+    find_hyperparameters,
+    guard,
+    key_name,
+    unguard,
 )
 from nnx.transforms.boundary import write_back
-from refx import Filter, FilterError, Node, Partition, Ref, RefError, UnmatchedPathError
+from refx import Filter, Node, Partition, Ref, UnmatchedPathError
+from refx.filters import to_predicates
 from refx.partition import Path, dotted, listed
+from refx.selection import check_selection
 
-__all__ = ["HyperparameterError", "Optimizer", "OptimizerError", "mask"]
-
-
-class OptimizerError(RefError, ValueError):
-    """Gradients, model and optimizer do not fit together; nothing was changed."""
-
-
-class HyperparameterError(RefError, AttributeError):
-    """The optimizer has no learning rate that could be read or set."""
+__all__ = ["Optimizer", "mask"]
 
 
 class Layout:
@@ -42,12 +46,19 @@ class Layout:
     `targets` are the parameters that the optimizer was made for, with their shapes.
     """
 
-    __slots__ = ("paths", "targets", "treedef")
+    __slots__ = ("_hyperparams", "paths", "targets", "treedef")
 
     def __init__(self, treedef: Any, paths: tuple[Path, ...], targets: tuple[Any, ...]):
         self.treedef = treedef
         self.paths = paths
         self.targets = targets
+        self._hyperparams: dict[str, Place] | None = None
+
+    def hyperparams(self) -> dict[str, Place]:
+        """The hyperparameters in the state, by name."""
+        if self._hyperparams is None:
+            self._hyperparams = find_hyperparameters(self.treedef, self.paths)
+        return self._hyperparams
 
     def _key(self) -> tuple[Any, ...]:
         return self.treedef, self.paths, self.targets
@@ -168,7 +179,10 @@ class Optimizer(Module):
 
         Args:
           model: the model, as it was given to the constructor.
-          grads: the gradients: `nnx.grad(loss, wrt=wrt)(model)`.
+          grads: the gradients: `nnx.grad(loss, wrt=wrt)(model)`. They may be wider than their
+            parameters, as float32 sums of bfloat16 gradients are; what optax then makes of its
+            state, such as moments in float32, is kept. They may have a leading axis of examples
+            where the transformation takes that, as `optax.contrib.dpsgd` does.
           **extra: what some transformations need, such as `value=loss` for
             `optax.contrib.reduce_on_plateau`; `optax.lbfgs` needs `value`, `grad` and `value_fn`.
 
@@ -190,11 +204,12 @@ class Optimizer(Module):
             else:
                 tx = self.tx
             updates, state = tx.update(grads, state, params, **extra)
-            new_params: Any = optax.apply_updates(params, updates)
         except (TypeError, ValueError) as error:
-            if (problem := self._reshaped(params)) is not None:
+            if (problem := self._reshaped(params) or _per_example(grads, params)) is not None:
                 raise OptimizerError(problem) from error
             raise
+        self._check_updates(updates, grads, params)
+        new_params: Any = optax.apply_updates(params, updates)
         flat, treedef = jax.tree.flatten(state)
         if treedef != self.layout.treedef:
             raise OptimizerError(
@@ -202,7 +217,8 @@ class Optimizer(Module):
                 f"{self.layout.treedef}. A transformation must keep the structure of its state."
             )
         now = Partition(zip(old, map(strong, flat), strict=True))
-        problem = values_differ("The new state", now, was)
+        # Gradients wider than their parameters make moments as wide, as they do in optax.
+        problem = values_differ("The new state", now, was, dtypes_fit=widens)
         if problem is not None:
             raise OptimizerError(self._reshaped(params) or f"{self._name()}: {problem}.")
         targets = [*cells.values(), *old.values(), refx.get_ref(self, "step")]
@@ -214,18 +230,45 @@ class Optimizer(Module):
     def opt_state(self) -> Any:
         """The state as optax has it: its tuples, with a Partition for what is per parameter.
 
-        Assigning writes the values into the Refs; structure, shapes and dtypes must be the same.
+        It is a copy. Assigning one writes the values into the Refs; structure, shapes and dtypes
+        must be the same. Its dicts and lists are read-only, so that no write is lost, but for
+        `opt_state.hyperparams[name] = value`, which is that of `hyperparams`. `jax.tree.map` gives
+        one that can be changed and assigned.
         """
-        return jax.tree.unflatten(self.layout.treedef, list(self._values().values()))
+        state = jax.tree.unflatten(self.layout.treedef, list(self._values().values()))
+        return guard(state, self._write_injected)
+
+    @property
+    def hyperparams(self) -> Hyperparams:
+        """What `optax.inject_hyperparams` keeps in the state, by name: a mapping to read and write.
+
+        Assigning a number or an array writes it into the state, in the dtype that is there, and the
+        next update uses it, without compiling again; it works inside of transformations too. The
+        transformation may be anywhere: in `optax.chain`, `masked`, `multi_transform`, in a dict from
+        filter to transformation. Where several have a hyperparameter of one name, what tells them
+        apart goes before it, as in `"0.learning_rate"`.
+
+        Raises:
+          HyperparameterError: an unknown name; the message lists those that there are. At a write,
+            also a hyperparameter that follows a schedule, another shape, or a fraction for an
+            integer.
+
+        >>> import jax, nnx, optax
+        >>> model = nnx.Linear.init(jax.random.key(0))(2, 1)
+        >>> tx = optax.inject_hyperparams(optax.adamw)(learning_rate=0.1, weight_decay=0.01)
+        >>> optimizer = nnx.Optimizer(model, optax.chain(optax.clip_by_global_norm(1.0), tx))
+        >>> optimizer.hyperparams["weight_decay"] = 0.0
+        >>> float(optimizer.hyperparams["weight_decay"]), "b1" in optimizer.hyperparams
+        (0.0, True)
+        """
+        return Hyperparams(self.layout.hyperparams(), self._values, self._cells)
 
     @property
     def learning_rate(self) -> jax.Array:
-        """The learning rate, where `optax.inject_hyperparams` keeps it in the state.
-
-        Assigning a number writes it, and the next update uses it, without compiling anew.
+        """The learning rate: `hyperparams["learning_rate"]`, to read and to assign.
 
         Raises:
-          HyperparameterError: the state has none, or several; or, at a write, it follows a schedule.
+          HyperparameterError: as for `hyperparams`.
 
         >>> import jax, nnx, optax
         >>> model = nnx.Linear.init(jax.random.key(0))(2, 1)
@@ -234,35 +277,29 @@ class Optimizer(Module):
         >>> round(float(optimizer.learning_rate), 4)
         0.05
         """
-        return self._values()[self._rate()[0]]
+        return self.hyperparams["learning_rate"]
 
     def __setattr__(self, name: str, value: Any) -> None:
         # These write Refs and not attributes, so they are allowed wherever a Ref may be written.
         if name == "learning_rate":
-            self._set_rate(value)
+            self.hyperparams["learning_rate"] = value
+        elif name == "hyperparams":
+            self.hyperparams.update(value)
         elif name == "opt_state":
             self._set_state(value)
         else:
             super().__setattr__(name, value)
 
-    def _set_rate(self, value: Any) -> None:
-        path, cell = self._rate()
-        scheduled = (*path[:-2], "hyperparams_states", path[-1])
-        if any(p[: len(scheduled)] == scheduled for p in self.layout.paths):
-            raise HyperparameterError(
-                "The learning rate of this optimizer follows a schedule, so the next update would "
-                "overwrite what is assigned. Give optax.inject_hyperparams a number to be able to "
-                "set it."
-            )
-        if jnp.shape(value) != jnp.shape(cell.value):
-            raise HyperparameterError(
-                f"A learning rate has shape {jnp.shape(cell.value)}, but got {jnp.shape(value)}."
-            )
-        cell.value = jnp.asarray(value, cell.value.dtype)
+    def _write_injected(self, path: Path, new: dict[str, Any]) -> Mapping[str, Any]:
+        """Write to some hyperparameters; the answer is what they are now."""
+        names = {p.path: name for name, p in self.layout.hyperparams().items()}
+        chosen = {name: names.get((*path, name), name) for name in new}
+        self.hyperparams.update({chosen[name]: value for name, value in new.items()})
+        return {name: self.hyperparams[chosen[name]] for name in new}
 
     def _set_state(self, state: Any) -> None:
         old = self._cells()
-        flat, treedef = jax.tree.flatten(state)
+        flat, treedef = jax.tree.flatten(unguard(state))
         if treedef != self.layout.treedef:
             raise OptimizerError(
                 f"The state of {self._name()} has the structure {self.layout.treedef}, but the one "
@@ -282,22 +319,6 @@ class Optimizer(Module):
         # Read through the optimizer, so that a closure over it finds the whole of it at once.
         found = refx.get_partition(self, "opt_state")
         return Partition({path: found["state", *path] for path in self.layout.paths})
-
-    def _rate(self) -> tuple[Path, Ref[Any]]:
-        cells = self._cells()
-        found = [path for path in cells if path[-2:] == ("hyperparams", "learning_rate")]
-        if not found:
-            raise HyperparameterError(
-                "The learning rate is not in the state of this optimizer: optax keeps it in a "
-                "closure. Make the transformation with optax.inject_hyperparams, as in "
-                "optax.inject_hyperparams(optax.adam)(learning_rate=1e-3), to read and to set it."
-            )
-        if len(found) > 1:
-            raise HyperparameterError(
-                f"This optimizer has several learning rates: {listed(found)}. Read and write them "
-                f"by path: optimizer.state, or nnx.update(optimizer.state, {{path: value}})."
-            )
-        return found[0], cells[found[0]]
 
     def _name(self) -> str:
         return f"The optimizer (wrt={self.wrt!r})"
@@ -322,13 +343,33 @@ class Optimizer(Module):
                 f"(model)."
             )
         grads = Partition({path: grads[path] for path in params})
-        problem = values_differ("The gradient", grads, params)
+        # One for each example, as differentially private transformations take them, has an axis more.
+        problem = values_differ(
+            "The gradient",
+            grads,
+            params,
+            shapes_fit=lambda new, old: new[len(new) - len(old) :] == old,
+            dtypes_fit=widens,
+        )
         if problem is not None:
             raise OptimizerError(
                 f"{problem} as the parameter has. Cast or reshape the gradients, or take them anew: "
                 f"nnx.grad(loss, wrt={self.wrt!r})(model)."
             )
         return grads
+
+    def _check_updates(self, updates: Any, grads: Partition, params: Partition) -> None:
+        problem: str | None = f"it is a {type(updates).__name__}, not a Partition"
+        if isinstance(updates, Partition):
+            problem = paths_differ(
+                "its paths", updates, params, "which are not there"
+            ) or values_differ("it", updates, params, dtypes_fit=lambda new, old: True)
+        if problem is not None:
+            raise OptimizerError(
+                self._reshaped(params)
+                or _per_example(grads, params)
+                or f"{self._name()} made an update that does not fit the parameters: {problem}."
+            )
 
     def _check_model(self, params: Partition) -> None:
         problem = paths_differ(
@@ -353,6 +394,18 @@ class Optimizer(Module):
         return None
 
 
+def _per_example(grads: Partition, params: Partition) -> str | None:
+    """What to say of gradients with more axes than their parameters, where they did not work."""
+    problem = values_differ("The gradient", grads, params, dtypes_fit=lambda new, old: True)
+    if problem is None:
+        return None
+    return (
+        f"{problem} as the parameter has, and the transformation cannot take it. Reduce gradients of "
+        f"single examples first, as with jax.tree.map(lambda g: g.mean(0), grads); "
+        f"optax.contrib.dpsgd takes them as they are."
+    )
+
+
 def _shapes(value: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(map(jnp.shape, jax.tree.leaves(value)))
 
@@ -362,9 +415,7 @@ def _state_path(keys: Any, params: Mapping[str, Path]) -> tuple[Path, Path | Non
     path: Path = ()
     param: Path | None = None
     for key in keys:
-        name = next(
-            (str(getattr(key, a)) for a in ("name", "key", "idx") if hasattr(key, a)), str(key)
-        )
+        name = key_name(key)
         # A Partition's key is the whole path of the parameter, dotted.
         if isinstance(key, jax.tree_util.DictKey) and name in params:
             param = params[name]
@@ -376,7 +427,7 @@ def _state_path(keys: Any, params: Mapping[str, Path]) -> tuple[Path, Path | Non
 
 def _by_filter(rules: Mapping[Any, Any], cells: Mapping[Path, Ref[Any]]) -> Any:
     """One transformation of several, each for the parameters that its filter selects."""
-    predicates = [refx.to_predicate(f) for f in rules]
+    predicates = to_predicates(rules)
     labels = {
         path: next((i for i, p in enumerate(predicates) if p(path, cell)), None)
         for path, cell in cells.items()
@@ -402,7 +453,8 @@ def mask(tree: Any, filter: Filter, wrt: Filter = "params") -> Partition:
       wrt: the filter of the Optimizer: which Refs of a model the mask is for.
 
     Raises:
-      FilterError: a collection name for a Partition, whose values have no collection.
+      FilterError: nothing is selected, and the filter is a mistake: a misspelled collection, or a
+        collection for a Partition, whose values have none.
 
     >>> import jax, nnx, optax
     >>> model = nnx.Linear.init(jax.random.key(0))(2, 1)
@@ -414,16 +466,12 @@ def mask(tree: Any, filter: Filter, wrt: Filter = "params") -> Partition:
     })
     >>> optimizer = nnx.Optimizer(model, optax.adamw(1e-3, mask=decayed))
     """
-    if isinstance(tree, Partition):
-        if isinstance(filter, str):
-            raise FilterError(
-                f"The values of a Partition have no collection, so the filter {filter!r} would "
-                f"select none. Pass the model instead, or a filter by path such as PathContains."
-            )
-        selects = refx.to_predicate(filter)
-        return Partition({path: bool(selects(path, x)) for path, x in tree.items()})
     selects = refx.to_predicate(filter)
-    cells = selected(tree, wrt)
-    if not cells:
+    if isinstance(tree, Partition):
+        cells: Mapping[Path, Any] = tree
+    elif not (cells := selected(tree, wrt)):
         raise OptimizerError(nothing_selected("A mask would be empty", tree, wrt))
-    return Partition({path: bool(selects(path, cell)) for path, cell in cells.items()})
+    found = Partition({path: bool(selects(path, x)) for path, x in cells.items()})
+    if not any(found.values()):
+        check_selection(filter, tree)
+    return found

@@ -14,7 +14,8 @@ import jax
 
 from nnx.transforms.boundary import Outline, Packed
 from nnx.transforms.call import Call
-from refx import Ref, RefError, to_predicate
+from refx import Ref, RefError
+from refx.filters import to_predicate, to_predicates
 from refx.node import is_identity
 from refx.partition import Partition, Path, dotted
 from refx.selection import check_selection
@@ -87,9 +88,9 @@ def assign(
         each = [specs] * len(args)
     flat: list[tuple[Any, Any, str]] = []
     for i, (arg, spec) in enumerate(zip(args, each, strict=True)):
-        flat += _along(arg, spec, name, f"argument {i}")
+        flat += along(arg, spec, name, f"argument {i}")
     for key in sorted(kwargs):
-        flat += _along(kwargs[key], keyword, name, f"argument {key!r}")
+        flat += along(kwargs[key], keyword, name, f"argument {key!r}")
     result = Specs([UNSET] * len(call.refs), [UNSET] * len(call.leaves), [], [])
     by_root = places(call)
     roots = iter(by_root)
@@ -161,11 +162,14 @@ def _chooser(
 ) -> Callable[[Path, Any], Any]:
     """What gives a value its specification; it notes in `used` which of the filters did."""
     used = set() if used is None else used
+    said = spec.rules if isinstance(spec, ByFilter) else spec
+    if is_identity(said) or isinstance(said, Partition):
+        return _chooser_by_path(said, name, where)
+    if not isinstance(said, dict):
+        return lambda path, ref: said
+    rules = list(zip(to_predicates(said), said.values(), strict=True))
     if isinstance(spec, ByFilter):
-        spec = spec.rules if ... in spec.rules else {**spec.rules, ...: spec.default}
-    if not isinstance(spec, dict):
-        return lambda path, ref: spec
-    rules = [(to_predicate(f), s) for f, s in spec.items()]
+        rules.append((to_predicate(...), spec.default))
 
     def choose(path: Path, ref: Any) -> Any:
         for i, (predicate, chosen) in enumerate(rules):
@@ -181,12 +185,35 @@ def _chooser(
     return choose
 
 
+def _chooser_by_path(like: Any, name: str, where: str) -> Callable[[Path, Any], Any]:
+    """What gives a value the specification at its path of a tree like the argument.
+
+    That is a module with specifications for values, as `jax.tree.map` makes it, or a Partition.
+    """
+    kept = snapshot(like)
+    said = dict(zip(kept.dagdef.ref_paths, [ref._value for ref in kept.refs], strict=True))
+    said |= zip(kept.dagdef.leaf_paths, kept.leaves(), strict=True)
+    if isinstance(like, Partition):
+        said = dict(like.items())
+
+    def choose(path: Path, ref: Any) -> Any:
+        if path not in said:
+            raise AxisError(
+                f"{name} got a {type(like).__name__} of specifications for {where}, which has none "
+                f"for {dotted(path)!r}. Make it of the argument, as with jax.tree.map, or use a dict "
+                f"from filter to specification."
+            )
+        return said[path]
+
+    return choose
+
+
 def _is_spec(x: Any) -> bool:
     # A PartitionSpec is a tuple in some versions of JAX.
     return isinstance(x, jax.sharding.PartitionSpec)
 
 
-def _along(arg: Any, spec: Any, name: str, where: str) -> list[tuple[Any, Any, str]]:
+def along(arg: Any, spec: Any, name: str, where: str) -> list[tuple[Any, Any, str]]:
     """The leaves of an argument, modules and Refs included, each with its specification."""
     prefix = isinstance(spec, dict | list | tuple | Partition) and not _is_spec(spec)
     whole = is_identity(arg) or not prefix
@@ -204,13 +231,13 @@ def _along(arg: Any, spec: Any, name: str, where: str) -> list[tuple[Any, Any, s
     return [
         leaf
         for child, part in zip(children, parts, strict=True)
-        for leaf in _along(child, part, name, where)
+        for leaf in along(child, part, name, where)
     ]
 
 
 def along_output(out: Any, spec: Any, name: str) -> list[Any]:
     """A specification for each leaf of an output that holds no Refs."""
-    return [s for _, s, _ in _along(out, spec, name, "the output")]
+    return [s for _, s, _ in along(out, spec, name, "the output")]
 
 
 def _of_new(path: Path, ref: Any, spec: Any, name: str) -> Any:

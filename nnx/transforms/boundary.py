@@ -27,6 +27,7 @@ import jax
 
 from nnx.scope import entered
 from nnx.transforms.call import Call, Layout, Roots, unlabelled
+from nnx.transforms.donation import explain_deleted
 from nnx.transforms.tracebacks import shortened
 from nnx.transforms.untouched import Untouched, check_arguments, check_found, reachable
 from refx import Node, Ref
@@ -290,6 +291,8 @@ def until_lifted(attempt: Callable[[Roots], Any]) -> Any:
         except Exception as error:
             # An error may come of a root that was missing; if it does not, it comes again.
             if not roots.grew():
+                if roots.call is not None:
+                    explain_deleted(error, "An nnx transformation", roots.call)
                 raise shortened(error)  # noqa: B904 — it is the same one
 
 

@@ -6,12 +6,12 @@ is remembered (`refx.snapshot`), and so is how the structures of several roots g
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import deque
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -27,7 +27,7 @@ from refx.trace import LABEL, is_label, local, trace_ref
 __all__ = ["ArgumentError"]
 
 
-class ArgumentError(RefError, TypeError):
+class ArgumentError(RefError, TypeError, ValueError):
     """An argument that no transformation can take."""
 
 
@@ -335,7 +335,13 @@ _forms: weakref.WeakValueDictionary[Any, Form] = weakref.WeakValueDictionary()
 
 # The forms of calls whose arguments are so many roots and then single arrays or numbers.
 _flat_forms: dict[tuple[type, ...], tuple[Form, int]] = {}
-_SINGLE = frozenset({type(jnp.zeros(())), np.ndarray, bool, int, float, complex})
+_SINGLE = frozenset({np.ndarray, bool, int, float, complex})
+
+
+@functools.lru_cache(maxsize=256)
+def _is_single(kind: type) -> bool:
+    """Whether values of this type are one leaf: an array that is not a tracer, or a number."""
+    return kind in _SINGLE or (issubclass(kind, jax.Array) and not issubclass(kind, Tracer))
 
 
 def _check_others(others: list[Any], args: Any, kwargs: Any) -> None:
@@ -343,7 +349,7 @@ def _check_others(others: list[Any], args: Any, kwargs: Any) -> None:
     for x in others:
         if (what := getattr(type(x), "_as_argument", None)) is not None:
             raise ArgumentError(f"An argument is {what}.")
-        if type(x) in _SINGLE or hasattr(x, "dtype") or hasattr(x, "__jax_array__"):
+        if _is_single(type(x)) or hasattr(x, "dtype") or hasattr(x, "__jax_array__"):
             continue
         flat = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_identity)[0]
         path = next(path for path, leaf in flat if leaf is x)[1:]
@@ -370,12 +376,12 @@ def _take_roots(
     form = _forms.get((treedef, where)) or _forms.setdefault((treedef, where), Form(treedef, where))
     count = len(where)
     first, last = types[:count], types[count:]
-    if not kwargs and all(issubclass(t, (Node, Ref)) for t in first) and _SINGLE.issuperset(last):
+    if not kwargs and all(issubclass(t, (Node, Ref)) for t in first) and all(map(_is_single, last)):
         if len(_flat_forms) >= _MOST:
             _flat_forms.clear()
         _flat_forms[types] = form, count
     others = [flat[i] for i in rest]
-    if not (any_leaf or _SINGLE.issuperset(map(type, others))):
+    if not (any_leaf or all(map(_is_single, map(type, others)))):
         _check_others(others, args, kwargs)
     return form, [flat[i] for i in where], others
 

@@ -10,6 +10,7 @@ a rule reads of it then is the value of that call, and not what the Ref happens 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import threading
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from nnx.transforms.boundary import Packed, Spec, check_lifted, close_call, run, until_lifted
 from nnx.transforms.call import Call, Roots, open_call
@@ -46,6 +48,49 @@ class _Learning(threading.local):
 _learning = _Learning()
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _constant(x: Any, name: str) -> Any:
+    """`x`, which may not be differentiated."""
+    return x
+
+
+@functools.partial(_constant.defjvp, symbolic_zeros=True)
+def _(name: str, primals: Any, tangents: Any) -> Any:
+    if any(not isinstance(t, jax.custom_derivatives.SymbolicZero) for t in tangents):
+        raise CustomRuleError(
+            f"{name} is differentiated with respect to one of its nondiff_argnums. Leave the argument "
+            f"out of nondiff_argnums and give it a derivative in the rule, or pass "
+            f"jax.lax.stop_gradient of it."
+        )
+    return primals[0], tangents[0]
+
+
+class _Fixed:
+    """The arguments that are not differentiated; what is traced of them is an input of its own."""
+
+    def __init__(self, args: list[Any], name: str):
+        leaves, self._treedef = jax.tree.flatten(args, is_leaf=is_identity)
+        self._where = [i for i, x in enumerate(leaves) if isinstance(x, Tracer)]
+        # Given to JAX and not kept: JAX keeps the rules after the tracers have ended.
+        self.traced = [_constant(leaves[i], name) for i in self._where]
+        for i in self._where:
+            leaves[i] = None
+        self._leaves = leaves
+
+    def whole(self, traced: list[Any]) -> list[Any]:
+        """The arguments, with these for what is traced."""
+        leaves = list(self._leaves)
+        for i, x in zip(self._where, traced, strict=True):
+            leaves[i] = x
+        return jax.tree.unflatten(self._treedef, leaves)
+
+    def without_values(self) -> _Fixed:
+        """The same, to be kept."""
+        bare = copy.copy(self)
+        bare.traced = []
+        return bare
+
+
 class _Custom:
     """What the two kinds of rule share."""
 
@@ -53,9 +98,10 @@ class _Custom:
     # The rule that the user made, where this one is the same with probes in it.
     _stands_for: _Custom | None = None
 
-    def __init__(self, fn: Callable[..., Any], nondiff_argnums: Sequence[int] = ()):
+    def __init__(self, fn: Callable[..., Any], nondiff_argnums: int | Sequence[int] = ()):
         self._fn = fn
-        self._fixed = tuple(nondiff_argnums)
+        one = isinstance(nondiff_argnums, int)
+        self._fixed: tuple[int, ...] = (nondiff_argnums,) if one else tuple(nondiff_argnums)  # pyright: ignore
         self._name = f"{self.kind}({function_name(fn)})"
         functools.update_wrapper(self, fn, updated=())
 
@@ -97,28 +143,29 @@ class _Custom:
             return self._fn(*args)
         if local.probe is not None:
             return local.probe.custom(self, args)
-        fixed, args = self._divide(args)
+        given, args = self._divide(args)
+        fixed = _Fixed(given, self._name)
 
         def attempt(roots: Roots) -> Any:
             call = open_call(args, {}, roots)
-            return self._call(call, args, fixed)
+            flat = call.values, call.leaves, call.others, fixed.traced
+            return self._call(call, args, fixed.without_values(), flat)
 
         return until_lifted(attempt)
 
-    def _call(self, call: Call, args: tuple[Any, ...], fixed: list[Any]) -> Any:
+    def _call(self, call: Call, args: tuple[Any, ...], fixed: _Fixed, flat: Any) -> Any:
         raise CustomRuleError(f"{self._name} has no rule.")
 
-    def _plain(self, call: Call, fixed: list[Any]) -> Callable[..., Packed]:
+    def _plain(self, call: Call, fixed: _Fixed) -> Callable[..., Packed]:
         fn, bare = self._fn, call.without_values()
         return lambda *flat: run(
-            lambda *args: fn(*self._whole(args, fixed)), self._name, bare, *flat
+            lambda *args: fn(*self._whole(args, fixed.whole(flat[3]))), self._name, bare, *flat[:3]
         )
 
-    def _learn(self, call: Call, *bodies: Callable[..., Packed]) -> Spec:
+    def _learn(self, call: Call, flat: Any, *bodies: Callable[..., Packed]) -> Spec:
         """What the bodies write, in all; they must leave the same structure."""
         _learning.rules.append(self)
         try:
-            flat = call.values, call.leaves, call.others
             found = [jax.eval_shape(body, *flat) for body in bodies]
         finally:
             _learning.rules.pop()
@@ -143,7 +190,8 @@ class custom_vjp(_Custom):
     Args:
       fn: the function; its positional arguments may be modules, Refs and arrays, and it may write
         Refs. Closed-over Refs are constants of the differentiation.
-      nondiff_argnums: numbers of arguments that are no arrays; the backward rule gets them first.
+      nondiff_argnums: numbers of arguments that are not differentiated: a setting, a function, or an
+        array, which may be traced. The backward rule gets them first.
 
     The rules are given with `defvjp(fwd, bwd)`: `fwd(*args)` returns `(out, residuals)`, where the
     residuals are any pytree of values, and `bwd(*nondiff, residuals, cotangent)` returns a tuple with one
@@ -152,7 +200,7 @@ class custom_vjp(_Custom):
 
     Raises:
       CustomRuleError: the rule is not defined, or returns the wrong number of cotangents, an
-        unknown path or another shape.
+        unknown path or another shape; or one of `nondiff_argnums` is differentiated.
 
     >>> import jax.numpy as jnp, nnx
     >>> @nnx.custom_vjp
@@ -176,7 +224,7 @@ class custom_vjp(_Custom):
         """Define the forward and the backward rule."""
         self._rules = (fwd, bwd)
 
-    def _call(self, call: Call, args: tuple[Any, ...], fixed: list[Any]) -> Any:
+    def _call(self, call: Call, args: tuple[Any, ...], fixed: _Fixed, flat: Any) -> Any:
         if self._rules is None:
             raise self._missing("defvjp(fwd, bwd)")
         fwd, bwd = self._rules
@@ -187,22 +235,22 @@ class custom_vjp(_Custom):
 
         def forward(*flat: Any) -> tuple[Any, Packed]:
             rest, packed = run(
-                lambda *args: fwd(*self._whole(args, fixed)),
+                lambda *args: fwd(*self._whole(args, fixed.whole(flat[3]))),
                 self._name,
                 bare,
-                *flat,
+                *flat[:3],
                 split_out=self._split,
             )
-            return (rest, [flat[0][i] for i in closed], flat[1]), packed
+            return (rest, [flat[0][i] for i in closed], flat[1], flat[3]), packed
 
         def backward(residuals: Any, cotangent: Any) -> tuple[list[Any], ...]:
-            rest, known, leaves = residuals
+            rest, known, leaves, traced = residuals
             values: list[Any] = [None] * counts[0]
             for i, value in zip(closed, known, strict=True):
                 values[i] = value
             # The arguments are not there any more, only what the rule closes over.
             packed = run(
-                lambda *_: bwd(*fixed, rest, cotangent),
+                lambda *_: bwd(*fixed.whole(traced), rest, cotangent),
                 self._name,
                 bare,
                 values,
@@ -215,7 +263,7 @@ class custom_vjp(_Custom):
                     f"one. It runs as often as JAX needs it, or never: write in the forward rule, "
                     f"and return cotangents."
                 )
-            return self._cotangents(forms, counts, packed.out)
+            return *self._cotangents(forms, counts, packed.out), [None] * len(traced)
 
         def gradient(*flat: Any) -> Packed:
             residuals, packed = forward(*flat)
@@ -225,7 +273,7 @@ class custom_vjp(_Custom):
                 backward(residuals, zeros)
             return packed
 
-        spec = self._learn(call, plain, gradient)
+        spec = self._learn(call, flat, plain, gradient)
 
         def pure_fwd(*flat: Any) -> Any:
             residuals, packed = forward(*flat)
@@ -236,7 +284,7 @@ class custom_vjp(_Custom):
 
         pure = jax.custom_vjp(lambda *flat: _united(plain(*flat), spec, flat[0]))
         pure.defvjp(pure_fwd, pure_bwd)
-        out, written = pure(call.values, call.leaves, call.others)
+        out, written = pure(*flat)
         return close_call(call, Packed(spec, out, written))
 
     def _split(self, out: Any) -> tuple[Any, Any]:
@@ -360,14 +408,16 @@ class custom_jvp(_Custom):
     Args:
       fn: the function; its positional arguments may be modules, Refs and arrays, and it may write
         Refs. Closed-over Refs are constants of the differentiation.
-      nondiff_argnums: numbers of arguments that are no arrays; the rule gets them first.
+      nondiff_argnums: numbers of arguments that are not differentiated: a setting, a function, or an
+        array, which may be traced. The rule gets them first.
 
     The rule is given with `defjvp(rule)`: `rule(*nondiff, primals, tangents)` returns
     `(out, tangent_out)`. The tangent of an argument that holds Refs is a Partition of all its
     floating-point values.
 
     Raises:
-      CustomRuleError: the rule is not defined, or does not return a pair.
+      CustomRuleError: the rule is not defined, or does not return a pair; or one of
+        `nondiff_argnums` is differentiated.
 
     >>> import jax.numpy as jnp, nnx
     >>> @nnx.custom_jvp
@@ -390,7 +440,7 @@ class custom_jvp(_Custom):
         self._rule = rule
         return rule
 
-    def _call(self, call: Call, args: tuple[Any, ...], fixed: list[Any]) -> Any:
+    def _call(self, call: Call, args: tuple[Any, ...], fixed: _Fixed, flat: Any) -> Any:
         rule = self._rule
         if rule is None:
             raise self._missing("defjvp(rule)")
@@ -400,17 +450,17 @@ class custom_jvp(_Custom):
         def both(flat: Any, tangents: Any) -> tuple[Any, Packed]:
             given = tuple(_tangents(form, tangents) for form in forms)
             return run(
-                lambda *primals: rule(*fixed, primals, given),
+                lambda *primals: rule(*fixed.whole(flat[3]), primals, given),
                 self._name,
                 bare,
-                *flat,
+                *flat[:3],
                 split_out=self._split,
             )
 
         def zeros(flat: Any) -> Any:
             return jax.tree.map(zero_tangent, flat)
 
-        spec = self._learn(call, plain, lambda *flat: both(flat, zeros(flat))[1])
+        spec = self._learn(call, flat, plain, lambda *flat: both(flat, zeros(flat))[1])
         pure = jax.custom_jvp(lambda *flat: _united(plain(*flat), spec, flat[0]))
 
         @pure.defjvp
@@ -419,7 +469,7 @@ class custom_jvp(_Custom):
             out, written = _united(packed, spec, flat[0])
             return (out, written), (tangent, zeros(written))
 
-        out, written = pure(call.values, call.leaves, call.others)
+        out, written = pure(*flat)
         return close_call(call, Packed(spec, out, written))
 
     def _split(self, out: Any) -> tuple[Any, Any]:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
-from jax.core import Tracer
 
 from nnx.transforms.call import Call
-from refx import Filter, RefError, to_predicate
+from refx import DonationError, Filter, FilterError, to_predicate
+from refx.buffers import CONCRETE, dead_error, is_dead
 from refx.partition import dotted
 from refx.selection import check_selection
 
-__all__ = ["DonationError"]
-
-
-class DonationError(RefError, RuntimeError):
-    """A buffer that cannot be donated, or that was donated before."""
+__all__: list[str] = []
 
 
 def selected(donate: Filter, call: Call, written: tuple[int, ...]) -> tuple[int, ...]:
@@ -26,6 +23,11 @@ def selected(donate: Filter, call: Call, written: tuple[int, ...]) -> tuple[int,
     # The first part of a path is the number of the root.
     chosen = {i for i, ref in enumerate(call.refs) if predicate(paths[i][1:], ref)}
     if not chosen:
+        if donate == "all":
+            raise FilterError(
+                "donate='all' is a filter for a collection of that name, which is not here. For "
+                "every Ref that the function writes, donate=True."
+            )
         check_selection(donate, *call.roots)
     return tuple(i for i in written if i in chosen)
 
@@ -58,17 +60,28 @@ def explain_donation(error: Exception, name: str, call: Call) -> None:
 
 def explain_deleted(error: Exception, name: str, call: Call) -> None:
     """Say in our terms that the buffer of a Ref is gone."""
-    if "deleted" not in str(error) and "donated" not in str(error):
-        return
-    for i, value in enumerate(call.values):
-        for x in jax.tree.leaves(value):
-            if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted():
-                raise DonationError(
-                    f"{name} was called with {_name(call, i)}, whose buffer is gone: it was "
-                    f"donated to a step (donate=) that wrote another Ref with the same array, or "
-                    f"that failed while it ran. Before a donating step, make copies with "
-                    f"jax.tree.map(jnp.copy, model); after a failed one, load the last checkpoint."
-                ) from error
+    if "deleted" in str(error) or "donated" in str(error):
+        try:
+            check_alive(name, call)
+        except DonationError as explained:
+            raise explained from error
+
+
+def check_alive(
+    name: str, call: Call, refs: Iterable[int] | None = None, leaves: Iterable[int | None] = ()
+) -> None:
+    """Raise if the buffer of a value of a call is gone: of all, or of these Refs and arrays."""
+    everything = refs is None
+    for i in range(len(call.values)) if refs is None else refs:
+        if is_dead(call.values[i]):
+            raise dead_error(f"{name} was called with {_name(call, i)}, whose buffer")
+    for i in range(len(call.leaves)) if everything else leaves:
+        if i is not None and is_dead(call.leaves[i]):
+            path = dotted(call.layout.dagdef.leaf_paths[i][1:])
+            raise dead_error(f"{name} was called with the array {path!r}, whose buffer")
+    for i, x in enumerate(call.others if everything else ()):
+        if is_dead(x):
+            raise dead_error(f"{name} was called with array argument {i}, whose buffer")
 
 
 def _name(call: Call, i: int) -> str:
@@ -79,7 +92,7 @@ def _name(call: Call, i: int) -> str:
 
 
 def _buffer(x: Any) -> Any:
-    if not isinstance(x, jax.Array) or isinstance(x, Tracer) or x.is_deleted():
+    if type(x) not in CONCRETE or x.is_deleted():
         return None
     try:
         return x.unsafe_buffer_pointer()

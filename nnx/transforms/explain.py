@@ -9,6 +9,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from nnx.transforms.call import Call, Layout
 from nnx.transforms.differences import Program, View, aval, differences, placed_elsewhere, placement
 from refx.trace import local
@@ -93,6 +95,10 @@ def note_compiled(event: str, duration_secs: float, **_: Any) -> None:
     for program in call.layout.programs:
         if program.avals == avals and (now := placement(call)) not in program.placements:
             program.placements.append(now)
+
+
+# JAX compiles again without a trace where inputs are on other devices; this is how one hears of it.
+jax.monitoring.register_event_duration_secs_listener(note_compiled)
 
 
 def _explained(jitted: Any, new: Program) -> Explanation:

@@ -1,14 +1,13 @@
-"""Filtered transformations: value semantics, and a choice leaf by leaf.
+"""`nnx.jit_filter`: value semantics, and a choice leaf by leaf.
 
 Modules go in and fresh modules come out; nothing of the caller's changes. `filter_fn` and
-`filter_tree` say of each leaf, one finer than of each argument, whether it is traced
-(`jit_filter`) or differentiated (`grad_filter`).
+`filter_tree` say of each leaf, one finer than of each argument, whether it is traced.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -16,17 +15,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnx.transforms.axes import assign
-from nnx.transforms.boundary import Outline, Packed, fresh_output, reachable, run, write_back
-from nnx.transforms.call import Call, Plans, open_call
+from nnx.transforms.boundary import (
+    Outline,
+    Packed,
+    Spec,
+    fresh_output,
+    reachable,
+    run,
+    write_back,
+)
+from nnx.transforms.call import ArgumentError, Call, Plans, open_call
 from nnx.transforms.closure import Closure
+from nnx.transforms.donation import check_alive, explain_deleted
 from nnx.transforms.jit import function_name, unbound
-from nnx.transforms.targets import DifferentiationError
-from refx import TraceLevelError, UnhashableStaticError, clone
-from refx.node import is_identity
+from nnx.transforms.statics import Statics, select_arguments
+from nnx.transforms.targets import locate
+from refx import FilterError, TraceLevelError, UnhashableStaticError
 from refx.static import Static
 from refx.trace import local
 
-__all__ = ["grad_filter", "is_array", "is_inexact_array", "jit_filter", "value_and_grad_filter"]
+__all__ = ["is_array", "is_inexact_array", "jit_filter"]
 
 
 def is_array(x: Any) -> bool:
@@ -54,6 +62,10 @@ def jit_filter(
     *,
     filter_fn: Callable[[Any], bool] | None = None,
     filter_tree: Any = None,
+    static_argnums: int | Iterable[int] | None = None,
+    static_argnames: str | Iterable[str] | None = None,
+    donate_argnums: int | Iterable[int] | None = None,
+    donate_argnames: str | Iterable[str] | None = None,
     **options: Any,
 ) -> Callable[..., Any]:
     """Compile a function with value semantics; leaf by leaf, what is not traced is static.
@@ -66,13 +78,19 @@ def jit_filter(
       fn: the function, a module, or a bound method of one.
       filter_fn: a function from leaf to bool: whether it is traced. Without it, arrays are, and
         what Refs hold; numbers, strings and callables in the arguments are static.
-      filter_tree: a pytree prefix of the positional arguments with bools, which decides instead.
-        For a module it may be a dict from filter to bool.
-      **options: as for `jax.jit`.
+      filter_tree: a pytree prefix of the positional arguments with bools, which decides instead; a
+        function from leaf to bool may stand for a bool, and a dict from filter to bool for those of
+        a module. With `filter_fn` too, a leaf is traced if both say so.
+      static_argnums, static_argnames: arguments that are static as a whole, as for `jax.jit`.
+      donate_argnums, donate_argnames: arguments whose arrays the program may use for its results,
+        as for `jax.jit`. They are gone afterwards, also where a module holds them.
+      **options: `inline`, `keep_unused`, `compiler_options` and so on, as for `jax.jit`.
 
     Raises:
       UnhashableStaticError: a leaf that is to be static cannot be hashed, such as an array.
       TraceLevelError: the function writes a Ref that it closes over.
+      ArgumentError: an argument is said by a number or a name that the function does not have.
+      DonationError: an array that was donated before is used.
 
     >>> import jax.numpy as jnp, nnx
     >>> @nnx.jit_filter
@@ -83,45 +101,117 @@ def jit_filter(
     >>> int(bump(counter, jnp.array(2), "up").value), int(counter.value)
     (3, 1)
     """
+    given = {
+        "filter_fn": filter_fn,
+        "filter_tree": filter_tree,
+        "static_argnums": static_argnums,
+        "static_argnames": static_argnames,
+        "donate_argnums": donate_argnums,
+        "donate_argnames": donate_argnames,
+    }
     if fn is None:
-        return functools.partial(
-            jit_filter, filter_fn=filter_fn, filter_tree=filter_tree, **options
-        )
-    return _JitFilter(fn, filter_fn, filter_tree, options)
+        return functools.partial(jit_filter, **given, **options)  # pyright: ignore
+    for name in ("in_shardings", "out_shardings"):
+        if name in options:
+            raise TypeError(
+                f"nnx.jit_filter takes no {name}, since it divides each argument by its leaves. Use "
+                f"nnx.jit, or jax.lax.with_sharding_constraint inside."
+            )
+    return _JitFilter(fn, options, **given)
+
+
+# Says of a leaf, in the static argument of the program, that its buffer is donated.
+_DONATED = Static("donated")
 
 
 class _JitFilter:
-    def __init__(self, fn: Any, filter_fn: Any, filter_tree: Any, options: dict[str, Any]):
+    def __init__(
+        self,
+        fn: Any,
+        options: dict[str, Any],
+        *,
+        filter_fn: Any,
+        filter_tree: Any,
+        static_argnums: Any,
+        static_argnames: Any,
+        donate_argnums: Any,
+        donate_argnames: Any,
+    ):
         self._fn, self._bound = unbound(fn)
         self._name = f"nnx.jit_filter({function_name(fn)})"
         self._filter_fn = filter_fn
         self._filter_tree = filter_tree
+        bound = len(self._bound)
+        self._static = Statics(self._name, self._fn, static_argnums, static_argnames, bound=bound)
+        self._donate = select_arguments(
+            self._name, self._fn, donate_argnums, donate_argnames, bound=bound, option="donate"
+        )
+        both = self._static.nums & self._donate[0] or self._static.names & self._donate[1]
+        if both:
+            raise ArgumentError(
+                f"{self._name} cannot both donate an argument and have it static: {sorted(both)[0]!r}."
+            )
+        # This function for the probes that were active where it was called, and what makes it.
+        self.probed: dict[Any, _JitFilter] = {}
+        self.options = options
+        numbers = (static_argnums,) if isinstance(static_argnums, int) else static_argnums or ()
+        self.given: dict[str, Any] = {
+            "filter_fn": filter_fn,
+            "filter_tree": filter_tree,
+            "static_argnums": tuple(n + bound if n >= 0 else n for n in numbers),
+            "static_argnames": static_argnames,
+        }
         self._closure = Closure(self._fn)
         self._plans = Plans()
-        self._options = options
-        # This function for the probes that were active where it was called.
-        self.probed: dict[Any, _JitFilter] = {}
-        self._compiled = jax.jit(self._run, static_argnums=(0, 1), **options)
+        self._compiled = jax.jit(self._run, static_argnums=(0, 1), donate_argnums=2, **options)
         functools.update_wrapper(self, self._fn, updated=())
 
-    def _run(self, layout: Any, static: Any, dynamic: Any) -> Packed:
+    def _run(self, layout: Any, static: Any, donated: Any, dynamic: Any) -> Packed:
         call: Call = local.call
         treedef, fixed = static
-        todo = iter(dynamic)
-        flat = [next(todo) if x is None else x.value for x in fixed]
-        values, leaves, others = jax.tree.unflatten(treedef, flat)
+        gone, todo = iter(donated), iter(dynamic)
+        flat = [
+            next(todo) if x is None else next(gone) if x is _DONATED else x.value for x in fixed
+        ]
+        lists = jax.tree.unflatten(treedef, flat)
+        marks = jax.tree.unflatten(treedef, fixed) if donated else None
         return run(
-            self._fn,
+            self._static.restore(self._fn, layout.statics),
             self._name,
             call,
-            values,
-            leaves,
-            others,
+            *lists,
             layout=layout,
-            finish=functools.partial(self._check_closed, layout),
+            finish=functools.partial(self._finish, layout, lists, marks),
         )
 
-    def _check_closed(self, layout: Any, packed: Packed, outline: Outline) -> Packed:
+    def _finish(
+        self, layout: Any, lists: Any, marks: Any, packed: Packed, outline: Outline
+    ) -> Packed:
+        self._check_closed(layout, packed)
+        if marks is None:
+            return packed
+        # What is donated is gone, so it has to come back where the output holds it.
+        values, leaves, _ = lists
+        gone = [
+            {i for i, mark in enumerate(marks[kind]) if _DONATED in jax.tree.leaves(mark)}
+            for kind in (0, 1)
+        ]
+        written = dict(zip(packed.spec.written, packed.written, strict=True))
+        written |= {i: values[i] for i in gone[0] if i not in written}
+        order, graph, out = tuple(sorted(written)), packed.spec.graph, packed.out
+        if graph is not None:
+            fresh, arrays = out
+            todo = iter(arrays)
+            arrays = [
+                next(todo) if i is None else leaves[i]
+                for i in graph.leaves
+                if i is None or i in gone[1]
+            ]
+            kept = tuple(None if i in gone[1] else i for i in graph.leaves)
+            graph, out = graph._replace(leaves=kept), (fresh, arrays)
+        return Packed(Spec(order, graph), out, [written[i] for i in order])
+
+    def _check_closed(self, layout: Any, packed: Packed) -> None:
         closed = self._numbers(layout, len(layout.form.where), layout.closed)
         for i in packed.spec.written:
             if i in closed:
@@ -130,7 +220,6 @@ class _JitFilter:
                     f"filtered transformation has value semantics: pass the module as an argument "
                     f"and return it, or use nnx.jit, whose updates propagate."
                 )
-        return packed
 
     @staticmethod
     def _numbers(layout: Any, start: int, count: int) -> set[int]:
@@ -139,66 +228,85 @@ class _JitFilter:
         refs = [n for n, node in enumerate(layout.dagdef.nodes) if not hasattr(node, "children")]
         return {i for i, n in enumerate(refs) if n in reach}
 
-    def _masked(self, call: Call, args: Any, kwargs: Any) -> tuple[list[Any], Any, list[bool]]:
+    def _masked(self, call: Call, args: Any, kwargs: Any, tree: Any) -> list[bool]:
+        """Whether each leaf of the flat lists is traced."""
         lists = (call.values, call.leaves, call.others)
-        flat, treedef = jax.tree.flatten(lists)
-        if self._filter_tree is not None:
-            tree = self._filter_tree
-            if not isinstance(tree, tuple | list):
-                tree = (tree,) * len(args)
-            tree = (*[True] * len(self._bound), *tree) if self._bound else tree
-            specs = assign(
+        said: Any = ([True] * len(items) for items in lists)
+        if tree is not None:
+            said = assign(
                 call,
                 args,
                 kwargs,
-                tree,
+                (*[True] * len(self._bound), *tree),
                 name=self._name,
                 keyword=True,
                 ambient=lambda path, ref: True,
-            )
-            mask = [
-                bool(spec)
-                for at, items in zip(specs[:3], lists, strict=True)
-                for spec, x in zip(at, items, strict=True)
-                for _ in jax.tree.leaves(x)
-            ]
-            return flat, treedef, mask
-        layout = call.layout
-        given = self._numbers(layout, 0, len(layout.form.where))
+            )[:3]
+        given = self._numbers(call.layout, 0, len(call.layout.form.where))
         mask = []
-        for kind, items in enumerate(lists):
-            for i, x in enumerate(items):
-                for leaf in jax.tree.leaves(x):
-                    if kind == 0 and (self._filter_fn is None or i not in given):
-                        mask.append(True)
-                    else:
-                        mask.append(bool((self._filter_fn or is_array)(leaf)))
-        return flat, treedef, mask
+        for kind, (specs, items) in enumerate(zip(said, lists, strict=True)):
+            for i, (spec, x) in enumerate(zip(specs, items, strict=True)):
+                by_fn = self._filter_fn
+                if kind == 0 and i not in given:
+                    by_fn = None
+                elif by_fn is None and tree is None and kind != 0:
+                    by_fn = is_array
+                for part, leaf in _spread(spec, x):
+                    chosen = says(part, leaf, self._name)
+                    mask.append(chosen and (by_fn is None or bool(by_fn(leaf))))
+        return mask
+
+    def _donates(self, call: Call, args: Any, kwargs: Any, statics: Any) -> list[bool]:
+        """Whether each leaf of the flat lists is of an argument that is donated."""
+        lists = (call.values, call.leaves, call.others)
+        marks = [[False] * len(items) for items in lists]
+        fixed = {i for i, _ in statics[1]} if statics is not None else set()
+        count = len(args) + len(fixed)
+        free = [i for i in range(count) if i not in fixed]
+        nums = {n % count if n < 0 and count else n for n in self._donate[0]}
+        everything = (*args, *(kwargs[k] for k in sorted(kwargs)))
+        chosen = [i for i, number in enumerate(free) if number in nums]
+        chosen += [len(args) + i for i, k in enumerate(sorted(kwargs)) if k in self._donate[1]]
+        for number in chosen:
+            for place in locate(call, everything, number).places:
+                marks[place.kind][place.position] = True
+        return [
+            mark
+            for at, items in zip(marks, lists, strict=True)
+            for mark, x in zip(at, items, strict=True)
+            for _ in jax.tree.leaves(x)
+        ]
+
+    def _open(self, args: Any, kwargs: Any, statics: Any) -> Call:
+        return open_call(args, kwargs, self._closure, self._plans, statics, any_leaf=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if local.probe is not None:
             return local.probe.jit_filter(self, args, kwargs)
         args = self._bound + args
+        tree, statics = self._filter_tree, None
+        if tree is not None and not isinstance(tree, tuple | list):
+            tree = (tree,) * (len(args) - len(self._bound))
+        if self._static.active:
+            if tree is not None and len(tree) == len(args) - len(self._bound):
+                fixed = self._static.numbers(args)
+                tree = [x for i, x in enumerate(tree, len(self._bound)) if i not in fixed]
+            args, kwargs, statics = self._static.take(args, kwargs)
         outer = local.call
         while True:
-            call = open_call(args, kwargs, self._closure, self._plans, any_leaf=True)
+            call = self._open(args, kwargs, statics)
             if not call.layout.traced and self._closure.meet(call.layout):
-                call = open_call(args, kwargs, self._closure, self._plans, any_leaf=True)
-            flat, treedef, mask = self._masked(call, args, kwargs)
-            fixed = tuple(
-                None if m else self._static(leaf) for m, leaf in zip(mask, flat, strict=True)
-            )
-            dynamic = [leaf for m, leaf in zip(mask, flat, strict=True) if m]
+                call = self._open(args, kwargs, statics)
+            inputs = self._inputs(call, args, kwargs, tree, statics)
             local.call = call
             try:
                 if not call.layout.traced:
-                    self._compiled.trace(call.layout, (treedef, fixed), dynamic)
+                    self._compiled.trace(call.layout, *inputs)
                     call.layout.traced = not call.found
-                packed = (
-                    None if call.found else self._compiled(call.layout, (treedef, fixed), dynamic)
-                )
-            except Exception:
+                packed = None if call.found else self._compiled(call.layout, *inputs)
+            except Exception as error:
                 if not call.found:
+                    explain_deleted(error, self._name, call)
                     raise
                 packed = None
             finally:
@@ -207,8 +315,29 @@ class _JitFilter:
                 self._closure.add(call, self._name)
                 continue
             assert packed is not None
+            if packed.spec.graph is not None:
+                # What comes out as it came in, and not from the program.
+                passed = set(range(len(call.values))) - set(packed.spec.written)
+                check_alive(self._name, call, passed, packed.spec.graph.leaves)
             self._advance_streams(call, packed)
             return fresh_output(call, packed, call.values, call.leaves)
+
+    def _inputs(
+        self, call: Call, args: Any, kwargs: Any, tree: Any, statics: Any
+    ) -> tuple[Any, list[Any], list[Any]]:
+        flat, treedef = jax.tree.flatten((call.values, call.leaves, call.others))
+        mask = self._masked(call, args, kwargs, tree)
+        donated = [False] * len(flat)
+        if any(self._donate):
+            given = self._donates(call, args, kwargs, statics)
+            donated = [d and m and is_array(x) for d, m, x in zip(given, mask, flat, strict=True)]
+        fixed = tuple(
+            _DONATED if d else None if m else self._fixed(leaf)
+            for d, m, leaf in zip(donated, mask, flat, strict=True)
+        )
+        gone = [leaf for d, leaf in zip(donated, flat, strict=True) if d]
+        kept = [leaf for x, leaf in zip(fixed, flat, strict=True) if x is None]
+        return (treedef, fixed), gone, kept
 
     def _advance_streams(self, call: Call, packed: Packed) -> None:
         if call.layout.has_scope:
@@ -217,7 +346,7 @@ class _JitFilter:
             new = {i: value for i, value in pairs if i in scope}
             write_back([call.refs[i] for i in new], new.values())
 
-    def _static(self, leaf: Any) -> Static:
+    def _fixed(self, leaf: Any) -> Static:
         try:
             hash(leaf)
         except TypeError:
@@ -233,151 +362,22 @@ class _JitFilter:
         return f"<{self._name}>"
 
 
-def value_and_grad_filter(
-    fn: Callable[..., Any] | None = None,
-    *,
-    filter_fn: Callable[[Any], bool] = is_inexact_array,
-    filter_tree: Any = None,
-    has_aux: bool = False,
-) -> Callable[..., Any]:
-    """The value of a function and its gradient with respect to leaves of its first argument.
-
-    Args:
-      fn: a function that returns a scalar. Modules that it is given are copies inside.
-      filter_fn: a function from leaf to bool: whether it is differentiated.
-      filter_tree: a pytree prefix of the first argument with bools, which decides instead.
-      has_aux: `fn` returns `(scalar, aux)`.
-
-    Returns:
-      A function that returns `(value, gradient)`, or `((value, aux), gradient)`. The gradient is
-      like the first argument, with None for each leaf that is held constant. The gradient of a
-      shared Ref is the sum over its uses, once.
-
-    Raises:
-      DifferentiationError: no leaf is selected, or the function returns no scalar.
-
-    >>> import jax.numpy as jnp, nnx
-    >>> value, grads = nnx.value_and_grad_filter(lambda p: p["w"] ** 2)({"w": jnp.array(3.0), "n": 1})
-    >>> float(value), float(grads["w"]), grads["n"]
-    (9.0, 6.0, None)
-    """
-    if fn is None:
-        return functools.partial(
-            value_and_grad_filter, filter_fn=filter_fn, filter_tree=filter_tree, has_aux=has_aux
-        )
-    inner, bound = unbound(fn)
-    name = f"nnx.grad_filter({function_name(fn)})"
-
-    @functools.wraps(inner)
-    def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
-        args = bound + args
-        if local.probe is not None:
-            options = filter_fn, filter_tree, has_aux
-            return local.probe.gradient_filter(inner, args, kwargs, *options)
-        if not args:
-            raise DifferentiationError(f"{name} differentiates its first argument, and got none.")
-        leaves, treedef = jax.tree.flatten(args[0])
-        if filter_tree is None:
-            mask = [bool(filter_fn(leaf)) for leaf in leaves]
-        else:
-            mask = _broadcast(filter_tree, args[0], name)
-        if not any(mask):
-            raise DifferentiationError(
-                f"{name} has nothing to differentiate: no leaf of its first argument is selected, "
-                f"of {len(leaves)}."
-            )
-
-        def loss(chosen: list[Any]) -> Any:
-            todo = iter(chosen)
-            flat = [next(todo) if m else x for m, x in zip(mask, leaves, strict=True)]
-            first = jax.tree.unflatten(treedef, flat)
-            out = inner(*_copies((first, *args[1:])), **_copies(kwargs))
-            return _checked(name, out, has_aux)
-
-        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(
-            [x for m, x in zip(mask, leaves, strict=True) if m]
-        )
-        todo = iter(grads)
-        gradient = jax.tree.unflatten(treedef, [next(todo) if m else None for m in mask])
-        return ((value, aux) if has_aux else value), gradient
-
-    return value_and_gradient
+def _spread(spec: Any, value: Any) -> Iterator[tuple[Any, Any]]:
+    """Each leaf of a value with what is said of it: one thing for all, or one for each."""
+    leaves, treedef = jax.tree.flatten(value)
+    parts, like = jax.tree.flatten(spec)
+    return zip(parts if like == treedef else [spec] * len(leaves), leaves, strict=True)
 
 
-def grad_filter(
-    fn: Callable[..., Any] | None = None,
-    *,
-    filter_fn: Callable[[Any], bool] = is_inexact_array,
-    filter_tree: Any = None,
-    has_aux: bool = False,
-) -> Callable[..., Any]:
-    """The gradient alone; everything else as for `value_and_grad_filter`.
-
-    >>> import jax.numpy as jnp, nnx
-    >>> frozen = {"a": False, "b": True}
-    >>> loss = lambda p: p["a"] * p["b"]
-    >>> nnx.grad_filter(loss, filter_tree=frozen)({"a": jnp.array(2.0), "b": jnp.array(3.0)})
-    {'a': None, 'b': Array(2., dtype=float32, weak_type=True)}
-    """
-    if fn is None:
-        return functools.partial(
-            grad_filter, filter_fn=filter_fn, filter_tree=filter_tree, has_aux=has_aux
-        )
-    both = value_and_grad_filter(fn, filter_fn=filter_fn, filter_tree=filter_tree, has_aux=has_aux)
-
-    @functools.wraps(both)
-    def gradient(*args: Any, **kwargs: Any) -> Any:
-        value, grads = both(*args, **kwargs)
-        return (grads, value[1]) if has_aux else grads
-
-    return gradient
-
-
-def _copies(tree: Any) -> Any:
-    """The tree with copies of its modules, so that writes stay inside; sharing is kept."""
-    flat, treedef = jax.tree.flatten(tree, is_leaf=is_identity)
-    cells = clone([x for x in flat if is_identity(x)])
-    todo = iter(cells)
-    return jax.tree.unflatten(treedef, [next(todo) if is_identity(x) else x for x in flat])
-
-
-def _checked(name: str, out: Any, has_aux: bool) -> tuple[Any, Any]:
-    if has_aux and (not isinstance(out, tuple) or len(out) != 2):
-        raise DifferentiationError(
-            f"With has_aux=True, the function of {name} must return (scalar, aux), but it "
-            f"returned {type(out).__name__}."
-        )
-    loss: Any = out[0] if has_aux else out
-    aux = out[1] if has_aux else None
-    shape = getattr(loss, "shape", None)
-    if shape != ():
-        what = repr(loss) if shape is None else f"an array of shape {shape}"
-        raise DifferentiationError(
-            f"The function of {name} must return a scalar, but it returned {what}."
-        )
-    return loss, aux
-
-
-def _broadcast(prefix: Any, tree: Any, name: str) -> list[bool]:
-    """A bool for each leaf, from a pytree prefix; for a module also a dict from filter to bool."""
-    if is_identity(tree) and isinstance(prefix, dict):
-        call = open_call((tree,), {}, any_leaf=True)
-        specs = assign(
-            call,
-            (tree,),
-            {},
-            (prefix,),
-            name=name,
-            keyword=True,
-            ambient=lambda path, ref: True,
-        )
-        lists = zip((*specs.refs, *specs.leaves), (*call.values, *call.leaves), strict=False)
-        return [bool(spec) for spec, x in lists for _ in jax.tree.leaves(x)]
-    mask: list[bool] = []
-    try:
-        jax.tree.map(lambda m, x: mask.extend([bool(m)] * len(jax.tree.leaves(x))), prefix, tree)
-    except ValueError as error:
-        raise DifferentiationError(
-            f"The filter_tree of {name} is no prefix of its first argument: {error}"
-        ) from None
-    return mask
+def says(spec: Any, leaf: Any, name: str) -> bool:
+    """What an entry of a filter_tree says of a leaf."""
+    if callable(spec) and not isinstance(spec, type):
+        spec = spec(leaf)
+    if spec is None or isinstance(spec, bool | np.bool_ | int):
+        return bool(spec)
+    if is_array(spec) and spec.shape == () and spec.dtype == bool:
+        return bool(spec)
+    raise FilterError(
+        f"The filter_tree of {name} has bools, or functions from leaf to bool, but holds a "
+        f"{type(spec).__name__}: {spec!r:.60}."
+    )

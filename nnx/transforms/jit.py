@@ -31,7 +31,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def unbound(fn: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A function and the arguments it is bound to: a module or its method takes the module."""
+    """A function and the arguments it is bound to: a module or its method takes the module.
+
+    Raises:
+      TypeError: what was given cannot be called.
+    """
+    if not callable(fn):
+        node = isinstance(fn, Node)
+        what = f"a {type(fn).__name__}, which has no __call__" if node else f"{fn!r:.60}"
+        raise TypeError(
+            f"An nnx transformation takes a function, a module or a method, but got {what}."
+        )
     if isinstance(fn, types.MethodType) and isinstance(fn.__self__, Node):
         return fn.__func__, (fn.__self__,)
     if isinstance(fn, Node):
@@ -40,8 +50,11 @@ def unbound(fn: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]
 
 
 def function_name(fn: Callable[..., Any]) -> str:
-    """How a message calls a function."""
-    return getattr(fn, "__qualname__", None) or getattr(fn, "__name__", None) or repr(fn)
+    """How a message calls a function; of a module or another object that is called, its class."""
+    if isinstance(fn, functools.partial):
+        return f"functools.partial({function_name(fn.func)})"
+    names = (getattr(fn, "__qualname__", None), getattr(fn, "__name__", None))
+    return next((name for name in names if isinstance(name, str)), type(fn).__qualname__)
 
 
 class Jit:
@@ -73,7 +86,7 @@ class Jit:
         # How often the function was traced for a program of its own; why there is this one at all.
         self.traces = 0
         self.reason: str | None = None
-        self._static = Statics(self._fn, *statics, bound=bound)
+        self._static = Statics(self._name, self._fn, *statics, bound=bound)
         self._donate = donate
         self._options = options
         self._shardings = Shardings(self._name, *shardings, bound=bound)
@@ -457,8 +470,12 @@ def jit(
             out_shardings=out_shardings,
             **options,
         )
-    if not callable(fn):
-        raise TypeError(f"nnx.jit takes a function, a module or a method, but got {fn!r}.")
+    if wrong := [name for name in ("donate_argnums", "donate_argnames") if name in options]:
+        raise TypeError(
+            f"nnx.jit takes no {wrong[0]}: what it gives to the program are buffers of Refs that the "
+            f"function overwrites, said by a filter, as in donate='params' or donate=True. "
+            f"nnx.jit_filter has {wrong[0]}, for plain arrays too."
+        )
     statics, shardings = (static_argnums, static_argnames), (in_shardings, out_shardings)
     fn, bound = unbound(fn)
     check_plain(fn, function_name(fn))

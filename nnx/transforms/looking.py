@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -40,7 +39,7 @@ _LIBRARIES = sys.stdlib_module_names | frozenset(
 _HOLDERS = frozenset(
     {"builtins", "collections", "functools", "itertools", "types", "weakref", "queue", "nnx"}
 )
-_ARRAYS = (np.ndarray, np.generic, np.dtype, Tracer, type(jnp.zeros(())))
+_ARRAYS = (np.ndarray, np.generic, np.dtype, Tracer, jax.Array)
 _PLAIN = frozenset(
     {int, float, complex, bool, str, bytes, bytearray, type(None), type(...), range, slice}
     | {type(NotImplemented), types.CodeType, types.GetSetDescriptorType, type(len)}
@@ -493,10 +492,11 @@ def _identities(x: Any) -> bool:
 
 def _all_plain(x: Any) -> bool:
     """Whether a container holds plain data only; in C, since it may be millions of numbers."""
-    return _PLAIN_DATA.issuperset(map(type, _items(x)))
+    kinds = set(map(type, _items(x))) - _PLAIN_DATA
+    return all(issubclass(kind, jax.Array) for kind in kinds)
 
 
-_PLAIN_DATA = (_PLAIN - {type(len)}) | {np.ndarray, type(jnp.zeros(()))}
+_PLAIN_DATA = (_PLAIN - {type(len)}) | {np.ndarray}
 
 
 def _scans(x: Any) -> bool:

@@ -81,6 +81,11 @@ def scan(
                 f"{name} got the axis {axis!r}; Refs of xs are sliced along axis 0, or carried "
                 f"with nnx.CARRY."
             )
+    if axes and not any(is_identity(x) for x in jax.tree.leaves(xs, is_leaf=is_identity)):
+        raise AxisError(
+            f"{name} got axes, which say what is sliced of the Refs in xs, but xs holds no module or "
+            f"Ref. Those in init, and closed-over ones, are always carried: leave axes out."
+        )
     rules = axes or {}
     settings = (length, reverse, unroll, tuple(rules.items()))
     return compiled_once(

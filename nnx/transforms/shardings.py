@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
 
 from nnx.transforms.axes import AxisError, along_output, assign
 from nnx.transforms.boundary import Packed
@@ -54,15 +53,7 @@ class Shardings:
         # None is a leaf here, so the tree of shardings is made from the output's own structure.
         packed = Packed(
             out.spec,
-            jax.tree.unflatten(jax.tree.structure(out.out), [_of(x) for x in outputs]),
-            [_of(specs.refs[i]) for i in out.spec.written],
+            jax.tree.unflatten(jax.tree.structure(out.out), outputs),
+            [specs.refs[i] for i in out.spec.written],
         )
-        inputs = ([_of(x) for x in at] for at in specs[:3])
-        return {"in_shardings": tuple(inputs), "out_shardings": packed}
-
-
-def _of(spec: Any) -> Any:
-    if isinstance(spec, PartitionSpec):
-        mesh = jax.sharding.get_abstract_mesh()
-        return spec if mesh.empty else jax.sharding.NamedSharding(mesh, spec)
-    return spec
+        return {"in_shardings": tuple(specs[:3]), "out_shardings": packed}

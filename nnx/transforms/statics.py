@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from nnx.transforms.call import ArgumentError
 from refx import StructureError, UnhashableStaticError
 from refx.node import is_identity
 from refx.static import Static
@@ -15,40 +16,88 @@ from refx.static import Static
 __all__: list[str] = []
 
 
+def select_arguments(
+    name: str, fn: Any, nums: Any, names: Any, *, bound: int, option: str
+) -> tuple[set[int], set[str]]:
+    """The numbers and the names of the arguments that were said by number or by name.
+
+    As in `jax.jit`, what is said by number is said by name too, and the other way round.
+
+    Args:
+      name: the transformation, for messages.
+      fn: the function.
+      nums: a number or several; a negative one counts from the last positional argument.
+      names: a name or several.
+      bound: so many of the first arguments do not count.
+      option: what the arguments are for, `"static"` or `"donate"`, for messages.
+
+    Raises:
+      ArgumentError: a number or a name that the function does not have.
+    """
+    nums = (nums,) if isinstance(nums, int) else tuple(nums if nums is not None else ())
+    names = (names,) if isinstance(names, str) else tuple(names if names is not None else ())
+    if not nums and not names:
+        return set(), set()
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):
+        return {n + bound if n >= 0 else n for n in nums}, set(names)
+    kinds = {p.kind for p in parameters}
+    positional = [
+        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    own = len(positional) - bound
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        wrong = [n for n in nums if not -own <= n < own]
+        if wrong:
+            raise ArgumentError(
+                f"{name} has {option}_argnums={nums}, but its function takes {own} positional "
+                f"arguments."
+            )
+    known = {p.name for p in parameters[bound:] if p.kind in _BY_NAME}
+    unknown = [n for n in names if n not in known]
+    if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
+        raise ArgumentError(
+            f"{name} has {option}_argnames={names}, but its function has no argument "
+            f"{unknown[0]!r}; it has {', '.join(map(repr, sorted(known))) or 'none'}."
+        )
+    # With *args, what a negative number means is known at the call.
+    last = 0 if inspect.Parameter.VAR_POSITIONAL in kinds else len(positional)
+    by_num = {n + bound if n >= 0 else n + last for n in nums}
+    by_name = set(names) | {positional[n] for n in by_num if 0 <= n < len(positional)}
+    return by_num | {i for i, p in enumerate(positional) if p in names}, by_name
+
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
 class Statics:
     """Which arguments are static, and how they are taken out of a call and put back."""
 
-    def __init__(self, fn: Any, nums: Any, names: Any, *, bound: int):
-        nums = (nums,) if isinstance(nums, int) else tuple(nums or ())
-        names = (names,) if isinstance(names, str) else tuple(names or ())
-        self.active = bool(nums or names)
-        if not self.active:
-            return
-        nums = tuple(n + bound if n >= 0 else n for n in nums)
-        try:
-            parameters = list(inspect.signature(fn).parameters.values())
-        except (TypeError, ValueError):
-            parameters = []
-        positional = [
-            p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-        # As in jax.jit: what is static by number is static by name too, and the other way round.
-        by_num = {n % len(positional) if n < 0 and positional else n for n in nums}
-        self.names = set(names) | {positional[n] for n in by_num if n < len(positional)}
-        self.nums = by_num | {i for i, name in enumerate(positional) if name in names}
+    def __init__(self, name: str, fn: Any, nums: Any, names: Any, *, bound: int):
+        self._name = name
+        self.nums, self.names = select_arguments(
+            name, fn, nums, names, bound=bound, option="static"
+        )
+        self.active = bool(self.nums or self.names)
+
+    def numbers(self, args: Any) -> set[int]:
+        """The numbers of the static ones of these positional arguments."""
+        return {n % len(args) if n < 0 and args else n for n in self.nums}
 
     def take(self, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
-        fixed = {i: a for i, a in enumerate(args) if i in self.nums}
+        nums = self.numbers(args)
+        fixed = {i: a for i, a in enumerate(args) if i in nums}
         named = {k: v for k, v in kwargs.items() if k in self.names}
         for where, value in (*fixed.items(), *named.items()):
-            _check_static(where, value)
+            _check_static(self._name.split("(")[0], where, value)
         # As `Static`, since programs for 2 and 2.0 differ, although the numbers are equal.
         statics = (
             len(args),
             tuple((i, Static(value)) for i, value in fixed.items()),
             tuple((k, Static(named[k])) for k in sorted(named)),
         )
-        rest = tuple(a for i, a in enumerate(args) if i not in self.nums)
+        rest = tuple(a for i, a in enumerate(args) if i not in nums)
         return rest, {k: v for k, v in kwargs.items() if k not in self.names}, statics
 
     def restore(self, fn: Callable[..., Any], statics: Any) -> Callable[..., Any]:
@@ -81,17 +130,17 @@ def check_plain(fn: Any, name: str) -> None:
         )
 
 
-def _check_static(where: Any, value: Any) -> None:
+def _check_static(name: str, where: Any, value: Any) -> None:
     which = f"argument {where}" if isinstance(where, int) else f"argument {where!r}"
     if any(map(is_identity, jax.tree.leaves(value, is_leaf=is_identity))):
         raise StructureError(
-            f"Static {which} of nnx.jit holds a module or a Ref, whose updates would not be seen. "
+            f"Static {which} of {name} holds a module or a Ref, whose updates would not be seen. "
             f"Pass it as an ordinary argument: its structure is static there by itself."
         )
     try:
         hash(value)
     except TypeError:
         raise UnhashableStaticError(
-            f"Static {which} of nnx.jit is a {type(value).__name__}, which cannot be hashed: "
+            f"Static {which} of {name} is a {type(value).__name__}, which cannot be hashed: "
             f"{value!r}. Use a tuple for a list, or make the argument an ordinary one."
         ) from None

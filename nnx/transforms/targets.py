@@ -15,7 +15,7 @@ from refx.node import is_identity
 from refx.partition import Path, dotted, listed
 from refx.selection import mistake
 from refx.snapshot import snapshot
-from refx.structure import _name as key_name
+from refx.structure import leaves_by_path
 
 __all__ = ["DifferentiationError"]
 
@@ -56,9 +56,7 @@ def locate(call: Call, args: tuple[Any, ...], number: int) -> Located:
     # The path of each root and of each other leaf in the argument, with its number.
     roots: list[tuple[Path, int]] = []
     others: dict[Path, int] = {}
-    keyed = jax.tree_util.tree_flatten_with_path(args[number], is_leaf=is_identity)[0]
-    for keys, x in keyed:
-        path = tuple(map(key_name, keys))
+    for path, x in leaves_by_path(args[number]):
         if is_identity(x):
             roots.append((path, root + len(roots)))
         else:

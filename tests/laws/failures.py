@@ -85,6 +85,10 @@ def judge(program: Program) -> Verdict:
     if verdict.wrong:
         return verdict
     grown = census() - before
+    if verdict.error and "jit(" in str(program):
+        # A trace of jax.jit that an exception ends keeps its tracers, if the function closes over
+        # arrays: JAX's own. Every other trace comes to its end first.
+        del grown["DynamicJaxprTracer"]
     alive = [type(x).__name__ for w in watched if (x := w()) is not None]
     if grown or alive:
         detail = f"{verdict.kind} {verdict.detail}; alive: {dict(grown)}, {alive}"

@@ -61,6 +61,12 @@ def _not_mutable():
         Dense()(jnp.ones((1, 2)))
 
 
+def _donated():
+    dense = Dense()
+    dense.w.delete()
+    dense(jnp.ones((1, 2)))
+
+
 def _closure():
     dense = Dense()
     jax.jit(lambda x: x @ dense.w)(jnp.ones((1, 2)))
@@ -87,6 +93,7 @@ PROVOKED = [
     (errors.ForeignTracerError, _kept_tracer, ["Dense.w", "float32[]", "Return the value"]),
     (errors.EndedTraceError, _kept_ref, ["nnx.jit", "_kept_ref", "ended", "Return"]),
     (errors.ClosureError, _closure, ["Dense.w", "constant", "argument", "nnx.jit"]),
+    (errors.DonationError, _donated, ["Dense.w", "donate", "clone(model, copy=True)"]),
     (errors.NotMutableError, _not_mutable, ["Dense.calls", "'counters'", "mutable", "Add"]),
     (errors.StructureError, _hidden_in_frozenset, ["parts", "frozenset", "Use a list"]),
     (errors.UnhashableStaticError, _unhashable, ["blocks.1.options", "set", "Use a tuple"]),

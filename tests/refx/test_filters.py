@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 import refx
@@ -66,3 +67,73 @@ def test_a_dotted_part_is_consecutive_or_one_key():
     assert PathContains("blocks.0")(path, None) and PathContains("net.*.0")(path, None)
     assert not PathContains("blocks.kernel")(path, None)
     assert PathContains("a.b")(("a.b", "w"), None)
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        (..., "params"),
+        (..., ...),
+        (All(), "params"),
+        (Not(None), "params"),
+        (("stats", ...), "params"),
+        ("params", "params", ...),
+        (("params", "stats"), "stats", ...),
+        (PathContains("w"), PathContains("w"), ...),
+        ("params", All("params", PathContains("w")), ...),
+        ("params", Any("params", All("params", OfType(int))), ...),
+        ("params", Not("params"), "stats"),
+    ],
+)
+def test_a_filter_that_earlier_ones_leave_nothing_to_is_an_error(filters):
+    tree = {"w": Ref(1.0, "params"), "s": Ref(2, "stats")}
+    with pytest.raises(refx.FilterError, match="can select nothing") as error:
+        refx.split(tree, *filters)
+    assert len(str(error.value).splitlines()) <= 4
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        ("params", ...),
+        ("params", Not("params"), ...),
+        (None, None, ...),
+        (All("params", PathContains("w")), "params", ...),
+        (PathContains("w"), PathContains("s"), ...),
+        (lambda path, ref: path == ("w",), lambda path, ref: path == ("s",), ...),
+    ],
+)
+def test_filters_that_may_find_nothing_left_are_no_error(filters):
+    tree = {"w": Ref(1.0, "params"), "s": Ref(2, "stats")}
+    _, *parts = refx.split(tree, *filters)
+    assert sum(map(len, parts)) == 2
+
+
+def test_the_message_says_what_takes_everything():
+    with pytest.raises(refx.FilterError, match=r"'params'.*take everything. Put \.\.\. last"):
+        refx.split({"w": W}, ..., "params")
+    with pytest.raises(refx.FilterError, match="take all that it would select. Leave it out"):
+        refx.split({"w": W}, "params", "params", ...)
+
+
+def test_filters_see_the_parts_of_the_paths_of_a_partition():
+    parts = {("block", "kernel"): 1, ("block", "bias"): 2, ("head", "kernel"): 3, (): 4}
+    partition = refx.Partition({p: np.float32(x) + np.zeros(1) for p, x in parts.items()})
+    kernels = refx.get_partition(partition, PathContains("kernel"))
+    assert list(kernels) == [("block", "kernel"), ("head", "kernel")]
+    assert list(refx.get_partition(partition, refx.PathMatches("*.kernel"))) == list(kernels)
+    assert list(refx.get_partition([partition], refx.PathMatches("0.block.*"))) == [
+        ("0", "block", "kernel"),
+        ("0", "block", "bias"),
+    ]
+    dagdef, found, rest = refx.split(partition, PathContains("block"), ...)
+    assert list(found) == [("block", "kernel"), ("block", "bias")]
+    again = refx.merge(dagdef, found, rest)
+    assert list(again.items()) == list(partition.items())
+
+
+def test_a_partition_has_no_collections():
+    partition = refx.Partition({"w": np.zeros(2)})
+    for filter in ("params", All("params", PathContains("w")), ("params", "stats")):
+        with pytest.raises(refx.FilterError, match=r"Partition have no collection.*PathContains"):
+            refx.get_partition(partition, filter)

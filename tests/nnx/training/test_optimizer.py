@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import nnx
-from nnx.training.optimizer import HyperparameterError, Optimizer, OptimizerError, mask
+from nnx.training import HyperparameterError, Optimizer, OptimizerError, mask
 from tests.models import Dense, Net
 
 
@@ -47,7 +47,8 @@ def check_against_optax(tx, steps=4, model=Net, extra=lambda loss: {}, **options
     same = {"rtol": 2e-5, "atol": 1e-6}
     for path, value in params.items():
         np.testing.assert_allclose(ours["params"][path], value, **same)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **same), optimizer.opt_state, state)
+    leaves = jax.tree.leaves(optimizer.opt_state), jax.tree.leaves(state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **same), *leaves)
     assert int(optimizer.step) == steps and optimizer.step.dtype == jnp.int32
     assert step._compiled._cache_size() == 1
     return optimizer
@@ -527,3 +528,93 @@ def test_two_parameters_of_one_dotted_path():
     message = r"by path, 'of\.b\.c', .*: \('of', 'b\.c'\) and \('of', 'b', 'c'\)\. .* rename"
     with pytest.raises(OptimizerError, match=message):
         Optimizer(Model(), optax.adam(0.1))
+
+
+def by_hand(tx, params, grads, steps):
+    state = tx.init(params)
+    for _ in range(steps):
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [optax.sgd(0.1), optax.adamw(0.1), optax.adam(0.1, mu_dtype=jnp.float32), optax.lion(0.1)],
+)
+def test_gradients_wider_than_their_parameters(tx):
+    model = Dense()
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model["params"])
+    nnx.update(model, half, strict=False)
+    optimizer = Optimizer(model, tx)
+    grads = jax.tree.map(lambda x: jnp.full(x.shape, 0.3, jnp.float32), half)
+    traces = []
+
+    @nnx.jit
+    def step(model, optimizer, grads):
+        traces.append(1)
+        optimizer.update(model, grads)
+
+    for _ in range(4):
+        step(model, optimizer, grads)
+    params, state = by_hand(tx, half, grads, 4)
+    for path, value in params.items():
+        assert model["params"][path].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(model["params"][path], value)
+    for ours, theirs in zip(*map(jax.tree.leaves, (optimizer.opt_state, state)), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    # The moments get wider once.
+    assert len(traces) <= 2
+
+
+def test_gradients_of_another_kind_are_refused():
+    model = Dense()
+    optimizer = Optimizer(model, optax.sgd(0.1))
+    for dtype in (jnp.int32, jnp.complex64, jnp.float16):
+        grads = jax.tree.map(lambda x, dtype=dtype: jnp.ones(x.shape, dtype), model["params"])
+        with pytest.raises(OptimizerError, match=f"'w' has dtype {dtype.dtype}, not float32"):
+            optimizer.update(model, grads)
+
+
+def test_gradients_of_each_example():
+    model = Dense()
+    x = jnp.arange(8.0).reshape(4, 2)
+    grads = nnx.vmap(nnx.grad(lambda m, x: (m(x) ** 2).sum()), in_axes=(None, 0))(model, x)
+    key = jax.random.key(0)
+    private = optax.contrib.differentially_private_aggregate(1.0, 0.5, key=key)
+    tx = optax.chain(private, optax.sgd(0.1))
+    before, optimizer = model["params"], Optimizer(model, tx)
+    nnx.jit(lambda m, o, g: o.update(m, g))(model, optimizer, grads)
+    params, _ = by_hand(tx, before, grads, 1)
+    for path, value in params.items():
+        np.testing.assert_allclose(model["params"][path], value, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [optax.sgd(0.1), optax.adam(0.1), optax.MultiSteps(optax.sgd(0.1), 2), optax.sgd(0.1, 0.9)],
+)
+def test_gradients_of_each_example_where_nothing_takes_them(tx):
+    model = Dense()
+    optimizer = Optimizer(model, tx)
+    grads = jax.tree.map(lambda x: jnp.ones((3, *x.shape)), model["params"])
+    message = r"gradient at 'w' has shape \(3, 2, 2\), not \(2, 2\).*optax.contrib.dpsgd"
+    nothing_changed(
+        model, optimizer, lambda: optimizer.update(model, grads), OptimizerError, message
+    )
+
+
+def test_an_update_that_does_not_fit():
+    model = Dense()
+    for change, message in (
+        (lambda g: jax.tree.map(lambda x: x[0], g), r"it at 'w' has shape \(2,\), not \(2, 2\)"),
+        (lambda g: nnx.Partition({"w": g["w"]}), "its paths lack 'b'"),
+        (lambda g: list(g.values()), "it is a list, not a Partition"),
+    ):
+        tx = optax.GradientTransformation(
+            lambda p: (), lambda g, s, p=None, change=change: (change(g), s)
+        )
+        optimizer = Optimizer(model, tx)
+        call = lambda o=optimizer: o.update(model, model["params"])  # noqa: E731
+        nothing_changed(model, optimizer, call, OptimizerError, message)

@@ -496,13 +496,19 @@ def test_a_global_in_a_method_of_an_argument_that_was_none():
     assert f(m, 1.0) == 1
 
 
-def test_a_function_in_a_module_does_not_close_over_another():
+def test_a_function_in_a_module():
     other = Scale(1)
     model = nnx.Sequential(lambda x: other(x))
-    message = r"'layers\.0' is a function that closes over a Scale"
-    for f in (nnx.jit(lambda m, x: m(x)), lambda m, x: nnx.clone(m)(x)):
-        with pytest.raises(nnx.StructureError, match=message):
-            f(model, 1.0)
+    f = nnx.jit(lambda m, x: m(x))
+    g = nnx.jit(lambda x: model(x))
+    assert f(model, 1.0) == g(1.0) == 1
+    other = Scale(5)
+    assert f(model, 1.0) == g(1.0) == 5
+    another = Scale(2)
+    model.layers.append(lambda x: another(x))
+    assert f(model, 1.0) == g(1.0) == 10
+    another = Scale(3)
+    assert f(model, 1.0) == g(1.0) == 15
 
 
 def test_a_function_that_is_an_argument():

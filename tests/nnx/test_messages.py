@@ -1,0 +1,105 @@
+"""Messages name what the user wrote, in the user's terms."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import nnx
+from nnx.transforms.jit import function_name
+
+
+class Net(nnx.Module):
+    def __init__(self):
+        self.inner = nnx.Linear.init(0)(2, 2)
+
+    def __call__(self, x):
+        return self.inner(x)
+
+
+class Called:
+    def __init__(self):
+        self.net = Net()
+
+    def __call__(self, x):
+        return self.net(x)
+
+    def __repr__(self):
+        return repr(self.net)
+
+
+x = jnp.ones((3, 2))
+FAILING = {
+    "vmap": lambda f: nnx.vmap(f, in_axes=5)(x),
+    "grad": lambda f: nnx.grad(f, argnums=7)(x),
+    "value_and_grad": lambda f: nnx.value_and_grad(f)(x),
+    "jit": lambda f: nnx.jit(f, static_argnums=7),
+    "jit_filter": lambda f: nnx.jit_filter(f, static_argnums=7),
+    "grad_filter": lambda f: nnx.grad_filter(f, argnums=7)(x),
+    "value_and_grad_filter": lambda f: nnx.value_and_grad_filter(f, argnums=7)(x),
+    "custom_vjp": lambda f: nnx.custom_vjp(f)(x),
+    "custom_jvp": lambda f: nnx.custom_jvp(f)(x),
+    "jvp": lambda f: nnx.jvp(f, (x,), ()),
+}
+
+
+@pytest.mark.parametrize(
+    "fn", [Net(), Called(), functools.partial(Net())], ids=lambda f: type(f).__name__
+)
+@pytest.mark.parametrize("kind", FAILING)
+def test_a_module_as_the_function_is_named_by_its_class(kind, fn):
+    with pytest.raises((nnx.RefError, ValueError, TypeError)) as error:
+        FAILING[kind](fn)
+    text = str(error.value)
+    name = type(fn).__name__ if not isinstance(fn, functools.partial) else "functools.partial(Net)"
+    assert f"nnx.{kind}({name}" in text, text
+    assert "kernel" not in text and len(text.splitlines()) <= 4
+
+
+def test_names_of_functions():
+    net = Net()
+    assert function_name(net) == "Net" and function_name(Called()) == "Called"
+    assert function_name(net.__call__) == "Net.__call__"
+    assert function_name(functools.partial(functools.partial(net, 1), 2)).count("kernel") == 0
+    assert function_name(len) == "len" and "<lambda>" in function_name(lambda: 0)
+
+
+@pytest.mark.parametrize("use", [lambda m: m.inner.kernel, lambda m: setattr(m.inner, "kernel", x)])
+def test_a_callback_is_told_to_take_the_value(use):
+    errors = []
+
+    @nnx.jit
+    def step(model):
+        def late():
+            try:
+                use(model)
+            except nnx.EndedTraceError as error:
+                errors.append(str(error))
+
+        jax.debug.callback(late)
+        return model.inner.kernel
+
+    step(Net())
+    jax.effects_barrier()
+    (text,) = errors
+    assert "callback" in text and "pass the value: jax.debug.callback(fn, model.kernel)" in text
+    assert "NoneType" not in text and "'params'" in text
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: jax.eval_shape(f),
+        lambda f: jax.make_jaxpr(f)(),
+        lambda f: jax.jit(f)(),
+        lambda f: jax.lax.scan(lambda c, _: (c, f()), None, None, length=2),
+    ],
+)
+def test_what_a_plain_program_closes_over(transform):
+    net = Net()
+    with pytest.raises(nnx.ClosureError) as error:
+        transform(lambda: net(x))
+    text = str(error.value)
+    assert "compile" not in text and "nnx.eval_shape" in text and "jax.eval_shape" in text
+    assert nnx.eval_shape(lambda: net(x)).shape == (3, 2)
