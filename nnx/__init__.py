@@ -23,6 +23,7 @@ __all__ = [
     "RngStream",
     "bridge",
     "dataclass",
+    "debug",
     "display",
     "get_flag",
     "graph",
@@ -37,12 +38,14 @@ __all__ = [
 
 if TYPE_CHECKING:
     # What follows is loaded when it is first used, so that an import of nnx is quick.
-    from nnx import bridge, layers, serialize, training, transforms
+    from nnx import bridge, debug, layers, probe, serialize, surgery, training, transforms
     from nnx.layers import *  # noqa: F403
+    from nnx.probe import *  # noqa: F403
     from nnx.serialize import *  # noqa: F403
     from nnx.show.graph import graph
     from nnx.show.html import display
     from nnx.show.tabulate import tabulate
+    from nnx.surgery import *  # noqa: F403
     from nnx.training import *  # noqa: F403
     from nnx.transforms import *  # noqa: F403
 
@@ -50,12 +53,14 @@ if TYPE_CHECKING:
     __all__ += transforms.__all__
     __all__ += serialize.__all__
     __all__ += training.__all__
+    __all__ += surgery.__all__
+    __all__ += probe.__all__
     __all__ += refx.__all__
 else:
     _OWN = __all__
     # It would take everything to know them all: `from nnx import *` asks the function below.
     del __all__
-    _PACKAGES = ("transforms", "layers", "training", "serialize")
+    _PACKAGES = ("transforms", "layers", "training", "serialize", "surgery", "probe")
     _SHOWN = {"graph": "graph", "display": "html", "tabulate": "tabulate"}
 
     def __getattr__(name):
@@ -64,7 +69,7 @@ else:
             found = [*_OWN, *(x for package in packages for x in package.__all__), *refx.__all__]
         elif name.startswith("__"):
             raise AttributeError(f"module 'nnx' has no attribute {name!r}", name=name)
-        elif name in (*_PACKAGES, "bridge"):
+        elif name in (*_PACKAGES, "bridge", "debug"):
             found = importlib.import_module(f"nnx.{name}")
         elif name in _SHOWN:
             found = getattr(importlib.import_module(f"nnx.show.{_SHOWN[name]}"), name)

@@ -233,6 +233,8 @@ class _Local(threading.local):
     call: Any
     # Whether a walk looks at what a pytree class makes of a module: no Ref counts as read.
     peeking: bool
+    # What watches the calls of modules; transformations are called by it where there is one.
+    probe: Any
 
     def __init__(self) -> None:
         # Runs in each thread. As attributes of the instance they are found faster.
@@ -243,6 +245,7 @@ class _Local(threading.local):
         self.scope = None
         self.call = None
         self.peeking = False
+        self.probe = None
 
 
 local = _Local()

@@ -103,6 +103,7 @@ def test_every_public_name_is_in_the_reference_once():
         f"nnx.metrics.{name}" for name in nnx.metrics.__all__ if name not in nnx.__all__
     )
     public += Counter(f"nnx.bridge.{name}" for name in nnx.bridge.__all__)
+    public += Counter(f"nnx.debug.{name}" for name in nnx.debug.__all__)
     markers = set(sys.modules["nnx.purify"].__all__) - {"purify"}
     public += Counter(f"nnx.purify.{name}" for name in markers)
     assert there == public

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -15,7 +14,9 @@ from nnx.layers.lora import LoRALinear, LoRALinearGeneral, beside, default_a_ini
 from nnx.layers.weight_norm import SpectralNorm, WeightNorm
 from nnx.module import Module
 from nnx.scope import scope
-from refx import Filter, Node, Ref, get_ref, refs, to_predicate
+from nnx.surgery import modules, replace, selector
+from refx import Filter, Ref, get_ref, refs
+from refx.node import is_identity
 
 __all__ = ["apply_lora", "merge_lora"]
 
@@ -103,12 +104,12 @@ def apply_lora(
                 b_initializer=b_initializer,
                 lora_param_type=lora_param_type,
             )
-    containers = list(_containers(model))
-    layers = {path: node for path, node in containers if type(node) in _ADAPTED}
-    selects = to_predicate(filter)
+    found = modules(model)
+    layers = {path: node for path, node in found.items() if type(node) in _ADAPTED}
+    selects = selector(filter)
     selected = {path: node for path, node in layers.items() if selects(path, node)}
     if not selected:
-        adapted = [path for path, node in containers if type(node) in _PLAIN]
+        adapted = [path for path, node in found.items() if type(node) in _PLAIN]
         already = f", and {_listed(adapted)} with an adapter already" if adapted else ""
         raise ValueError(
             f"apply_lora selects no layer of {type(model).__name__} with the filter {filter!r}. "
@@ -140,9 +141,12 @@ def apply_lora(
             raise
         return _made_of(_ADAPTED[type(layer)], {**layer.__getstate__(), "lora": lora})
 
-    # All are made before the first is put in, so that a failure changes nothing.
-    _replace(containers, {id(layer): adapted_one(path, layer) for path, layer in selected.items()})
-    return model
+    paths = {id(layer): path for path, layer in selected.items()}
+    return replace(
+        model,
+        lambda path, layer: path in selected,
+        lambda layer: adapted_one(paths[id(layer)], layer),
+    )
 
 
 def merge_lora(model: M) -> M:
@@ -169,36 +173,35 @@ def merge_lora(model: M) -> M:
       'layers.0.bias': float32[4],
     })
     """
-    containers = list(_containers(model))
-    layers = [(path, layer) for path, layer in containers if type(layer) in _PLAIN and path]
+    found = modules(model)
+    layers = {path: layer for path, layer in found.items() if type(layer) in _PLAIN and path}
     if not layers:
         raise ValueError(
             f"merge_lora found no LoRALinear or LoRALinearGeneral in {type(model).__name__}. One "
             f"that is itself the model has no place to put another layer in; put it into a module."
         )
     kernels: list[tuple[Ref[Any], jax.Array]] = []
-    plain: dict[int, Module] = {}
-    for path, layer in layers:
+    for path, layer in layers.items():
         kernel = get_ref(layer, "kernel")
-        _check_merge(containers, path, layer, kernel)
+        _check_merge(found, path, layer, kernel)
         lora = layer.lora
         product = (lora.lora_a @ lora.lora_b * lora.scale).reshape(kernel.value.shape)
         kernels.append((kernel, (kernel.value + product).astype(kernel.value.dtype)))
-        attributes = layer.__getstate__()
-        kept = {name: value for name, value in attributes.items() if name != "lora"}
-        plain[id(layer)] = _made_of(_PLAIN[type(layer)], kept)
+    replace(model, lambda path, layer: path in layers, _without_adapter)
     for kernel, value in kernels:
         kernel.value = value
-    _replace(containers, plain)
     return model
 
 
-def _check_merge(
-    containers: list[tuple[Path, Any]], path: Path, layer: Any, kernel: Ref[Any]
-) -> None:
+def _without_adapter(layer: Any) -> Module:
+    kept = {name: value for name, value in layer.__getstate__().items() if name != "lora"}
+    return _made_of(_PLAIN[type(layer)], kept)
+
+
+def _check_merge(found: dict[Path, Any], path: Path, layer: Any, kernel: Ref[Any]) -> None:
     """Raise where adding to this kernel would not be all that happens."""
-    for other, holder in containers:
-        if holder is not layer and any(x is kernel for _, x in _children(holder)):
+    for other, holder in found.items():
+        if holder is not layer and any(x is kernel for x in _direct(holder)):
             raise ValueError(
                 f"The kernel of {'.'.join(path)!r} is tied to {'.'.join(other)!r}, which would "
                 f"change, too. Untie it first: layer.kernel = nnx.Ref(layer.kernel, 'params')."
@@ -215,6 +218,12 @@ def _check_merge(
             )
 
 
+def _direct(module: Any) -> list[Any]:
+    """What a module holds itself, in lists and tuples too, but not by another module."""
+    held = list(module.__getstate__().values())
+    return jax.tree.leaves(held, is_leaf=is_identity)
+
+
 def _listed(paths: Iterable[Path]) -> str:
     return ", ".join(".".join(path) or "the model itself" for path in paths) or "none"
 
@@ -225,49 +234,3 @@ def _made_of(cls: type[L], attributes: Mapping[str, Any]) -> L:
     for name, value in attributes.items():
         setattr(layer, name, value)
     return layer
-
-
-def _containers(root: Any) -> Iterator[tuple[Path, Any]]:
-    """The modules, lists and dicts of a tree, each once, with their paths."""
-    seen: set[int] = set()
-    todo: list[tuple[Path, Any]] = [((), root)]
-    while todo:
-        path, x = todo.pop()
-        if isinstance(x, Node | list | dict):
-            if id(x) in seen:
-                continue
-            seen.add(id(x))
-            yield path, x
-        todo += [((*path, str(name)), child) for name, child in reversed(_children(x))]
-
-
-def _children(x: Any) -> list[tuple[Any, Any]]:
-    if isinstance(x, Node):
-        # Not vars(), since whoever has that dict could change it.
-        return list(x.__getstate__().items())
-    if isinstance(x, dict):
-        return list(x.items())
-    if isinstance(x, types.MethodType):
-        return [("__self__", x.__self__)]
-    return list(enumerate(x)) if isinstance(x, list | tuple) else []
-
-
-def _replace(containers: list[tuple[Path, Any]], new: Mapping[int, Module]) -> None:
-    """Put other modules in the place of some, by their ids, wherever the containers hold them."""
-
-    def replaced(x: Any) -> Any:
-        if isinstance(x, tuple):
-            parts = [replaced(part) for part in x]
-            if any(part is not old for part, old in zip(parts, x, strict=True)):
-                return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
-        if isinstance(x, types.MethodType) and (owner := replaced(x.__self__)) is not x.__self__:
-            return getattr(owner, x.__func__.__name__)
-        return new.get(id(x), x)
-
-    for _, container in containers:
-        for name, child in _children(container):
-            if (other := replaced(child)) is not child:
-                if isinstance(container, Node):
-                    setattr(container, name, other)
-                else:
-                    container[name] = other

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 
 import refx
+from nnx._stand_in import MARK, StandIn
 from nnx.scope import Scope, entered, make_scope
 from nnx.show._format import is_arraylike
-from nnx.training._shadow import TAG, Shadow, Tag
 from nnx.transforms.whole import eval_shape
 from refx import Node, Ref
 from refx.node import attributes
@@ -93,13 +93,25 @@ class Call(NamedTuple):
     times: int
 
 
+class Mark(NamedTuple):
+    """Which module of which record a stand-in is for."""
+
+    token: int
+    path: Path
+
+
+_CALL = frozenset({"__call__"})
+
+
 class _Recorder:
     def __init__(self, tree: Node):
         self.token = next(_tokens)
         self.direct: dict[Path, list[Call]] = {}
         # A body of a transformation may be traced several times; the last time counts.
         self.nested: dict[Path, tuple[int, list[Call]]] = {}
-        self.shadow = Shadow(tree, self.token, _around)
+        self.stand_in = StandIn(
+            tree, lambda path, module, old: (Mark(self.token, path), _CALL), _around
+        )
         self.frame: Any = None
         self.trace: Any = None
         self.out: Any = None
@@ -135,10 +147,11 @@ class _Running(threading.local):
 _running = _Running()
 
 
-def _around(call: Any, module: Any, args: Any, kwargs: Any) -> Any:
-    tag: Tag = attributes(module)[TAG]
-    recorder = next((r for r in _running.recorders if r.token == tag.token), None)
-    if recorder is None:
+def _around(name: str, call: Any, module: Any, args: Any, kwargs: Any) -> Any:
+    mark: Mark | None = attributes(module).get(MARK)
+    running = _running.recorders if mark is not None else ()
+    recorder = next((r for r in running if mark is not None and r.token == mark.token), None)
+    if recorder is None or mark is None:
         return call(module, *args, **kwargs)
     # Before the call: it may write the values, in other shapes.
     values = {p: jax.tree.map(abstract, r._value) for p, r in refx.refs(module).items()}
@@ -147,9 +160,11 @@ def _around(call: Any, module: Any, args: Any, kwargs: Any) -> Any:
     times = _repeats(recorder.frame)
     if times == 1:
         # In a plain jax transformation, the values tell.
-        whole = refx.refs(recorder.shadow.modules[tag.path])
+        whole = refx.refs(recorder.stand_in.modules[mark.path])
         times = _lanes({p: r._value for p, r in whole.items()}, values)
-    recorder.note(tag.path, Call(Arguments.of(*shapes), jax.tree.map(abstract, out), values, times))
+    recorder.note(
+        mark.path, Call(Arguments.of(*shapes), jax.tree.map(abstract, out), values, times)
+    )
     return out
 
 
@@ -206,7 +221,7 @@ def record(
     _running.recorders.append(recorder)
     try:
         with entered(default_scope()):
-            eval_shape(run, recorder.shadow.root, list(arguments.arrays))
+            eval_shape(run, recorder.stand_in.root, list(arguments.arrays))
     finally:
         _running.recorders.remove(recorder)
     calls = recorder.calls()

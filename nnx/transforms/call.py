@@ -45,6 +45,7 @@ class Layout:
         "form",
         "has_scope",
         "labels",
+        "programs",
         "shardings",
         "statics",
         "traced",
@@ -72,6 +73,8 @@ class Layout:
         self.statics = statics
         # Whether a compiled function was traced for this layout, so that its closures are known.
         self.traced = False
+        # What the calls looked like for which a program was made; see `explain`.
+        self.programs: list[Any] = []
         # What `nnx.jit` learned by that: the Refs whose buffers it takes.
         self.donated: tuple[int, ...] = ()
         self.shardings: Any = None
@@ -103,6 +106,8 @@ class Plans:
         # for each call is not.
         self._seen: deque[Any] = deque(maxlen=8)
         self.layouts: dict[Any, Layout] = {}
+        # Whether there were too many of them once.
+        self.forgotten = False
 
     def layout(self, dagdef: DagDef, parts: tuple[Any, ...]) -> Layout:
         """The one Layout of these parts."""
@@ -110,6 +115,7 @@ class Plans:
         layout = self.layouts.get(key)
         if layout is None:
             if len(self.layouts) >= _MOST:
+                self.forgotten = True
                 self.layouts.clear()
                 self.by_call.clear()
             # Another thread may be as far.

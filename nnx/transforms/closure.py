@@ -76,6 +76,9 @@ class _State:
         self.names: list[tuple[dict[Any, Any], list[Any]]] = []
         # Whether there is nothing to check.
         self.idle = False
+        # What was found: its shape, which tells programs apart, and the steps to the roots.
+        self.shape: tuple[Any, Any, tuple[Any, ...]] = ((), (), ())
+        self.paths: tuple[tuple[Any, ...], ...] = ()
 
     def watch(self, edge: Edge, root: int) -> None:
         """Watch one step, which led to the root with that number, or to none."""
@@ -207,6 +210,11 @@ class Closure:
                 state = self._state = moved or self._look()
         return state.roots
 
+    def found(self) -> tuple[Any, tuple[tuple[Any, ...], ...]]:
+        """The plain values that the function reads, with the steps to them; the steps to its roots."""
+        state = self._state
+        return (state.shape[2], state.paths) if state is not None else ((), ())
+
     def meet(self, layout: Any) -> bool:
         """Take note of the code that the arguments of a new layout bring; whether there was any."""
         self._warn_of_arrays(layout)
@@ -310,7 +318,9 @@ class Closure:
             (numbers[n], key, is_root, end if is_root else numbers.get(end, -1))
             for n, key, is_root, end in shape
         )
-        token = self._token((kinds, steps, tuple(read)))
+        state.shape = (kinds, steps, tuple(read))
+        state.paths = tuple(edges[n].path for n in selected)
+        token = self._token(state.shape)
         if token:
             # A root that is a constant: it makes another layout of the same roots.
             state.roots = (*state.roots, [token])

@@ -29,6 +29,7 @@ from nnx.transforms.targets import by_path, locate, moves, shapes, text, zero_ta
 from refx import Partition, RefError
 from refx.node import is_identity
 from refx.partition import Path, dotted, listed
+from refx.trace import local
 
 __all__ = ["CustomRuleError", "custom_jvp", "custom_vjp"]
 
@@ -94,6 +95,8 @@ class _Custom:
     """What the two kinds of rule share."""
 
     kind = ""
+    # The rule that the user made, where this one is the same with probes in it.
+    _stands_for: _Custom | None = None
 
     def __init__(self, fn: Callable[..., Any], nondiff_argnums: int | Sequence[int] = ()):
         self._fn = fn
@@ -135,9 +138,11 @@ class _Custom:
                     f"rule would see. Make them positional."
                 )
             args = given.args
-        if self in _learning.rules:
+        if any(self in (rule, rule._stands_for) for rule in _learning.rules):
             # A rule that calls its own function: what it leaves behind is all that is asked here.
             return self._fn(*args)
+        if local.probe is not None:
+            return local.probe.custom(self, args)
         given, args = self._divide(args)
         fixed = _Fixed(given, self._name)
 

@@ -151,6 +151,16 @@ class _JitFilter:
             raise ArgumentError(
                 f"{self._name} cannot both donate an argument and have it static: {sorted(both)[0]!r}."
             )
+        # This function for the probes that were active where it was called, and what makes it.
+        self.probed: dict[Any, _JitFilter] = {}
+        self.options = options
+        numbers = (static_argnums,) if isinstance(static_argnums, int) else static_argnums or ()
+        self.given: dict[str, Any] = {
+            "filter_fn": filter_fn,
+            "filter_tree": filter_tree,
+            "static_argnums": tuple(n + bound if n >= 0 else n for n in numbers),
+            "static_argnames": static_argnames,
+        }
         self._closure = Closure(self._fn)
         self._plans = Plans()
         self._compiled = jax.jit(self._run, static_argnums=(0, 1), donate_argnums=2, **options)
@@ -271,6 +281,8 @@ class _JitFilter:
         return open_call(args, kwargs, self._closure, self._plans, statics, any_leaf=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if local.probe is not None:
+            return local.probe.jit_filter(self, args, kwargs)
         args = self._bound + args
         tree, statics = self._filter_tree, None
         if tree is not None and not isinstance(tree, tuple | list):

@@ -14,6 +14,7 @@ from nnx.transforms.call import Roots, open_call
 from nnx.transforms.jit import function_name, unbound
 from nnx.transforms.targets import DifferentiationError, targets_of
 from refx import Filter
+from refx.trace import local
 
 __all__ = ["grad", "value_and_grad"]
 
@@ -92,7 +93,7 @@ def grad(
 
 
 def _gradient(
-    name: str,
+    kind: str,
     fn: Callable[..., Any],
     wrt: Filter,
     argnums: int | Sequence[int],
@@ -101,13 +102,16 @@ def _gradient(
     allow_int: bool,
 ) -> Callable[..., Any]:
     inner, bound = unbound(fn)
-    name = f"{name}({function_name(fn)})"
+    name = f"{kind}({function_name(fn)})"
     single = isinstance(argnums, int)
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     @functools.wraps(inner)
     def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
         args = bound + args
+        if local.probe is not None:
+            options = wrt, argnums, has_aux, holomorphic, allow_int
+            return local.probe.gradient(kind, inner, args, kwargs, *options)
 
         def attempt(roots: Roots) -> Any:
             call = open_call(args, kwargs, roots)

@@ -17,6 +17,7 @@ from nnx.transforms.boundary import Outline, Packed, Spec, close_call, run
 from nnx.transforms.call import Call, Layout, Plans, open_call
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import explain_deleted, explain_donation, selected
+from nnx.transforms.explain import Explanation, explain, note
 from nnx.transforms.shardings import Shardings
 from nnx.transforms.stages import Traced
 from nnx.transforms.statics import Statics, check_plain
@@ -80,6 +81,11 @@ class Jit:
         # Programs of layouts that need one of their own. On the layout, which is an argument of
         # its program, they would keep this function and what it closes over alive for ever.
         self._programs: dict[Layout, Any] = {}
+        # This function for the probes that were active where it was called.
+        self.probed: dict[Any, Jit] = {}
+        # How often the function was traced for a program of its own; why there is this one at all.
+        self.traces = 0
+        self.reason: str | None = None
         self._static = Statics(self._name, self._fn, *statics, bound=bound)
         self._donate = donate
         self._options = options
@@ -125,7 +131,10 @@ class Jit:
     def _run(self, layout: Any, values: Any, leaves: Any, others: Any) -> Packed:
         call: Call = local.call
         fn = self._static.restore(self._fn, layout.statics)
-        return run(fn, self._name, call, values, leaves, others, layout=layout)
+        packed = run(fn, self._name, call, values, leaves, others, layout=layout)
+        if layout.traced:
+            note(self, layout, call)
+        return packed
 
     def _run_donating(
         self, layout: Any, donated: Any, values: Any, leaves: Any, others: Any
@@ -144,7 +153,9 @@ class Jit:
             return Packed(Spec(order, packed.spec.graph), packed.out, [written[i] for i in order])
 
         fn = self._static.restore(self._fn, layout.statics)
-        return run(fn, self._name, call, full, leaves, others, layout=layout, finish=finish)
+        packed = run(fn, self._name, call, full, leaves, others, layout=layout, finish=finish)
+        note(self, layout, call)
+        return packed
 
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         statics = None
@@ -180,6 +191,8 @@ class Jit:
         elif self._shardings.active:
             self._programs[layout] = jax.jit(self._run, static_argnums=0, **options)
         layout.traced = True
+        if not layout.donated:
+            note(self, layout, call)
 
     def _inputs(self, call: Call) -> tuple[Any, ...]:
         if not call.layout.donated:
@@ -212,6 +225,8 @@ class Jit:
             self._closure.add(call, self._name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if local.probe is not None:
+            return local.probe.jit(self, args, kwargs)
         outer = local.call
         try:
             while True:
@@ -289,6 +304,24 @@ class Jit:
         """Lower for these arguments, as `jax.jit(f).lower`: has `.compile()` and `.as_text()`."""
         return self.trace(*args, **kwargs).lower()
 
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """Whether a call with these arguments is compiled already, and if not, what is new.
+
+        Nothing is called, traced or compiled.
+
+        >>> import jax.numpy as jnp, nnx
+        >>> step = nnx.jit(lambda scale, x: scale.value * x)
+        >>> scale = nnx.Ref(jnp.array(2.0))
+        >>> _ = step(scale, jnp.ones((32, 8)))
+        >>> print(step.explain(scale, jnp.ones((31, 8))))
+        nnx.jit(<lambda>) compiles program number 2:
+          x: float32[32,8] → float32[31,8]
+        """
+        call = self._open(args, kwargs)
+        if not call.layout.traced and self._closure.meet(call.layout):
+            call = self._open(args, kwargs)
+        return explain(self, call)
+
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """The output for these arguments, abstractly; see `nnx.eval_shape`."""
         from nnx.transforms.whole import eval_shape
@@ -326,6 +359,10 @@ class BoundJit:
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As `Jit.lower`."""
         return self.trace(*args, **kwargs).lower()
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """As `Jit.explain`."""
+        return self._jit.explain(self._module, *args, **kwargs)
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """As `Jit.eval_shape`."""

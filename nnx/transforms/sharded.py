@@ -14,6 +14,7 @@ from nnx.transforms.boundary import Outline, Packed, close_call, run, until_lift
 from nnx.transforms.call import Roots, open_call
 from nnx.transforms.jit import function_name, unbound
 from refx.partition import dotted
+from refx.trace import local
 
 __all__ = ["shard_map"]
 
@@ -71,6 +72,9 @@ def shard_map(
         if bound:
             each = specs if isinstance(specs, list) or type(specs) is tuple else [specs] * len(args)
             specs = (PartitionSpec(), *each)
+        if local.probe is not None:
+            more = given | options
+            return local.probe.shard_map(inner, bound + args, kwargs, specs, out_specs, more)
 
         def attempt(roots: Roots) -> Any:
             call = open_call(bound + args, kwargs, roots)

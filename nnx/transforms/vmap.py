@@ -75,6 +75,11 @@ def vmap(
         axes = in_axes
         if bound and not isinstance(axes, list | tuple):
             axes = (None, *[axes] * (len(args) - 1))
+        if local.probe is not None:
+            options = {"axis_name": axis_name, "axis_size": axis_size}
+            return local.probe.vmap(
+                inner, args, kwargs, axes, out_axes, spmd_axis_name=spmd_axis_name, **options
+            )
 
         def attempt(roots: Roots) -> Any:
             def opened() -> tuple[Call, Specs]:

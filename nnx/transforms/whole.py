@@ -20,6 +20,7 @@ from nnx.transforms.boundary import (
 )
 from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.jit import function_name, unbound
+from refx.trace import local
 
 __all__ = ["checkify", "eval_shape", "make_jaxpr", "remat"]
 
@@ -33,6 +34,9 @@ def _transformed(
 
     @functools.wraps(inner)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if local.probe is not None:
+            return local.probe.whole(kind, inner, bound + args, kwargs, transform)
+
         def attempt(roots: Roots) -> Any:
             call = open_call(bound + args, kwargs, roots)
             return transform(call, lambda *flat: run(inner, name, call, *flat, mode="read"))

@@ -75,6 +75,8 @@ RUN = {
         f, mesh=_mesh(), in_specs=(P(), P()), out_specs=P()
     )(m, x),
     "checkify": lambda f, m, x: nnx.checkify(f)(m, x)[1],
+    "capture": lambda f, m, x: nnx.capture(f, None)(m, x)[0],
+    "patch": lambda f, m, x: nnx.patch(f, {})(m, x),
 }  # fmt: skip
 KEYWORDS = {
     "jit": lambda f, m, x: nnx.jit(f)(m=m, x=x),
@@ -86,6 +88,8 @@ KEYWORDS = {
     "remat": lambda f, m, x: nnx.remat(f)(m=m, x=x),
     "shard_map": lambda f, m, x: nnx.shard_map(f, mesh=_mesh(), in_specs=(), out_specs=P())(m=m, x=x),
     "checkify": lambda f, m, x: nnx.checkify(f)(m=m, x=x),
+    "capture": lambda f, m, x: nnx.capture(f, None)(m, x=x),
+    "patch": lambda f, m, x: nnx.patch(f, {})(m, x=x),
 }  # fmt: skip
 OUTPUT = {
     "jit": lambda f, m, x: nnx.jit(f)(m, x),
@@ -104,6 +108,8 @@ OUTPUT = {
     "remat": lambda f, m, x: nnx.remat(f)(m, x),
     "shard_map": lambda f, m, x: nnx.shard_map(f, mesh=_mesh(), in_specs=(P(), P()), out_specs=P())(m, x),
     "checkify": lambda f, m, x: nnx.checkify(f)(m, x)[1],
+    "capture": lambda f, m, x: nnx.capture(f, None)(m, x)[0],
+    "patch": lambda f, m, x: nnx.patch(f, {})(m, x),
 }  # fmt: skip
 X = jnp.array(3.0)
 
@@ -203,6 +209,33 @@ def threads(name):
     assert not errors and [float(m.n) for m in models] == [2.0, 2.0]
 
 
+class Inside(nnx.Module):
+    """A model that has the transformation inside of its call, around that of a layer."""
+
+    def __init__(self, name):
+        self.layer, self.name = Layer(), name
+
+    def __call__(self, x):
+        return RUN[self.name](lambda layer, x: layer(x), self.layer, x)
+
+
+class Layer(Cell):
+    def __call__(self, x):
+        return scalar(self, x)
+
+
+def capture_inside(name):
+    _, captured = nnx.capture(Inside(name), "layer")(X)
+    assert jnp.allclose(captured["layer"], 6.0)
+
+
+def patch_inside(name):
+    before, patched = Inside(name)(X), nnx.patch(Inside(name), {"layer": lambda y: y * 3})(X)
+    if before is not None and not isinstance(before, tuple):
+        a, b = jax.tree.leaves(before), jax.tree.leaves(patched)
+        assert all(jnp.allclose(3 * x, y) for x, y in zip(a, b, strict=True))
+
+
 COLUMNS = {
     "arguments, writes propagate": in_args,
     "keyword arguments": in_kwargs,
@@ -212,6 +245,8 @@ COLUMNS = {
     "sharing": sharing,
     "raises cleanly": raises_cleanly,
     "threads": threads,
+    "`nnx.capture` inside": capture_inside,
+    "`nnx.patch` inside": patch_inside,
 }
 
 NO_KEYWORDS = {"vjp", "jvp", "vmap", "scan", "map", "fori_loop", "while_loop", "cond", "switch", "custom_vjp", "custom_jvp"}  # fmt: skip
@@ -226,6 +261,8 @@ EXPECTED = {
     **{(n, "closures, read and written"): "TraceLevelError" for n in CONSTANT},
     **{(n, "new structure"): "StructureError" for n in LOOPS},
     ("map", "new structure"): "TraceLevelError",
+    **{(n, "raises cleanly"): "as in Python" for n in ("capture", "patch")},
+    **{(n, "`nnx.capture` inside"): "ProbeError" for n in ("custom_vjp", "custom_jvp")},
 }
 CASES = [(n, c) for n in RUN for c in COLUMNS if EXPECTED.get((n, c), "E").endswith(("E", "Error"))]
 
@@ -307,6 +344,7 @@ def page():
         "Made and checked by `tests/nnx/transforms/test_table.py`, a small program for each cell. An",
         "error's name is the error that a user gets there: in `grad` and its kin what is closed over is",
         "a constant that may be read and not written, and the steps of a loop cannot differ in structure.",
+        "The last two columns are for a model that uses the transformation in its call.",
         "",
         "| | " + " | ".join(COLUMNS) + " |",
         "| --- " * (len(COLUMNS) + 1) + "|",
