@@ -266,7 +266,7 @@ def _are_alike(old: Any, new: Any) -> bool:
         return True
     kind = type(old)
     if kind is float:
-        return type(new) is float and old.hex() == new.hex()
+        return type(new) is float and float.hex(old) == float.hex(new)  # pyright: ignore
     return kind is type(new) and kind in _EXACT and old == new
 
 

@@ -21,7 +21,6 @@ __all__: list[str] = []
 
 # Of these, `==` between two values of one type is right.
 _PLAIN = frozenset({int, bool, str, bytes, type(None), type, type(len), types.FunctionType})
-_NUMBERS_AND_TEXT = (int, str, bytes)
 _CONTAINERS = (list, dict, set, bytearray, collections.deque, np.ndarray, jax.Array)
 # Packages whose objects count by their `==`: they are not changed in place, or keep caches beside
 # their content. Every installed package is one; a package under development adds its name.
@@ -109,8 +108,9 @@ def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
     base: Any = ()
     if isinstance(value, tuple):
         base = tuple([exact(x, contents, depth) for x in value])
-    elif isinstance(value, _NUMBERS_AND_TEXT):
-        base = next(b(value) for b in _NUMBERS_AND_TEXT if isinstance(value, b))
+    elif isinstance(value, int | str | bytes):
+        plain: Any = next(b for b in (int, str, bytes) if isinstance(value, b))
+        base = plain(value)
     elif isinstance(value, float):
         base = float(value).hex()
     elif by_identity:

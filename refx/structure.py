@@ -281,7 +281,7 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             place[position] = numbers[id(obj)] = len(nodes)
             found.objects.append(obj)
             if kind is Ref:
-                found.refs.append(obj)
+                found.refs.append(obj)  # pyright: ignore[reportArgumentType]
                 definition = ref_def(obj._collection, obj._metadata.items())
                 frozen = obj._trace is FROZEN
                 nodes.append(definition._replace(frozen=True) if frozen else definition)

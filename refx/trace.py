@@ -61,6 +61,11 @@ def is_eager() -> bool:
     return local.frame is None and current_trace(()) is EVAL
 
 
+def without_jit() -> bool:
+    """Whether `jax.disable_jit()` asks for code that runs at once, step by step."""
+    return jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def in_program() -> bool:
     """Whether what runs here becomes part of a program that is compiled and kept."""
     return _program_between(EVAL, current_trace(()))

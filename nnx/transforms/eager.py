@@ -29,7 +29,7 @@ from nnx.transforms.names import names_of
 from refx import StructureError
 from refx.node import is_identity
 from refx.static import Same, Static
-from refx.trace import in_program
+from refx.trace import in_program, without_jit
 
 __all__: list[str] = []
 
@@ -340,7 +340,7 @@ def compiled_once(
       settings: what else the program depends on.
       plain: the same in plain Python, where `jax.disable_jit()` asks for that.
     """
-    if jax.config.jax_disable_jit and not any(isinstance(x, Tracer) for x in jax.tree.leaves(args)):
+    if without_jit() and not any(isinstance(x, Tracer) for x in jax.tree.leaves(args)):
         return plain()
     if in_program():
         return impl(fns, args)

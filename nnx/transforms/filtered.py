@@ -32,7 +32,7 @@ from nnx.transforms.statics import Statics, select_arguments
 from nnx.transforms.targets import locate
 from refx import FilterError, TraceLevelError, UnhashableStaticError
 from refx.static import Static
-from refx.trace import local
+from refx.trace import local, without_jit
 
 __all__ = ["is_array", "is_inexact_array", "jit_filter"]
 
@@ -301,7 +301,7 @@ class _JitFilter:
             local.call = call
             try:
                 # Without jit the body runs at once, and sees numbers.
-                if not (call.layout.traced or jax.config.jax_disable_jit):
+                if not (call.layout.traced or without_jit()):
                     self._compiled.trace(call.layout, *inputs)
                     call.layout.traced = not call.found
                 packed = None if call.found else self._compiled(call.layout, *inputs)

@@ -23,7 +23,7 @@ from nnx.transforms.stages import Traced
 from nnx.transforms.statics import Statics, check_plain
 from nnx.transforms.tracebacks import shortened
 from refx import Filter, Node
-from refx.trace import local
+from refx.trace import local, without_jit
 
 __all__ = ["jit"]
 
@@ -235,7 +235,7 @@ class Jit:
                 else:
                     call = self._open(args, kwargs)
                 if not call.layout.traced:
-                    if jax.config.jax_disable_jit:
+                    if without_jit():
                         return self._uncompiled(args, kwargs)
                     call = self._prepared(args, kwargs)
                 layout = call.layout

@@ -89,7 +89,7 @@ def scan(
     rules = axes or {}
     settings = (length, reverse, unroll, tuple(rules.items()))
     return compiled_once(
-        lambda fns, args: _scan(name, *fns, *args, length, reverse, unroll, rules),
+        lambda fns, args: _scan(name, fns[0], args[0], args[1], length, reverse, unroll, rules),
         name,
         (f,),
         (init, xs),
@@ -258,7 +258,7 @@ def fori_loop(
         *bounds, init = args
         todo = iter(bounds)
         low, high = [given[i] if i in given else next(todo) for i in range(2)]
-        return _fori_loop(name, *fns, low, high, init, unroll)
+        return _fori_loop(name, fns[0], low, high, init, unroll)
 
     return compiled_once(
         impl,
@@ -359,7 +359,7 @@ def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> A
 def _mapped(name: str, f: Callable[[Any], Any], xs: Any) -> Any:
     body = lambda _, x: (None, f(x))  # noqa: E731
     return compiled_once(
-        lambda fns, args: _scan(name, *fns, None, *args, None, False, 1, {}),
+        lambda fns, args: _scan(name, fns[0], None, args[0], None, False, 1, {}),
         name,
         (body,),
         (xs,),
