@@ -256,6 +256,9 @@ def _pack(
     if same and not holds:
         return Packed(Spec(written, None), out, new_values), Outline([], [])
     alias = {id(o): i for o, i in zip(outer, objects, strict=True)}
+    # A Ref may go by the name that it has further out, where the call is made in another body.
+    ours = set(map(id, objects))
+    alias.update((id(ref), inner) for ref, inner in frame.shadow.items() if id(inner) in ours)
     both = scan((roots, out), alias, skip=2)
     strangers = [x for x in both.objects if is_identity(x) and x._frame is not frame]
     if strangers:

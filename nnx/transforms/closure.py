@@ -173,6 +173,8 @@ class Closure:
         # Where far roots were read, by path; and the names that were plain and might be modules.
         self._places: set[tuple[Any, ...]] = set()
         self._hopeful: set[tuple[Any, ...]] = set()
+        # What the last trace read that was no input.
+        self._added: set[int] = set()
         # What tells apart programs that were traced with the same roots, reached by other steps.
         self._tokens: dict[Any, int] = {}
         self._next_token = 0
@@ -241,6 +243,7 @@ class Closure:
         """
         with _lock:
             missing = {id(ref): ref for ref, _ in call.found}
+            known = len(self._places)
             held: dict[int, set[int]] = {}
             for edge in self._graph().edges:
                 if edge.candidate is None:
@@ -253,6 +256,10 @@ class Closure:
                     self._places.add(edge.path)
             reached = set().union(*held.values())
             lost = [(ref, root) for ref, root in call.found if id(ref) not in reached]
+            if len(self._places) == known and self._added == set(missing):
+                # It was met before, and is an input since: nothing would change by another trace.
+                lost = call.found
+            self._added = set(missing)
             # What was traced without these must not be taken for a program with them.
             self._tokens = {}
             self._state = None
