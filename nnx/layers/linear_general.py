@@ -22,6 +22,7 @@ from nnx.layers._common import (
     shape_error,
     zeros,
 )
+from nnx.layers._numerics import add_bias
 from nnx.module import Module, param, static
 
 __all__ = ["Einsum", "LinearGeneral"]
@@ -146,7 +147,8 @@ class LinearGeneral(Module):
             if bias is None:
                 return y
             others = (1,) * (len(shape) - len(batch) - len(axes))
-            return y + bias.reshape(*shape[: len(batch)], *others, *self.out_features)
+            bias = bias.reshape(*shape[: len(batch)], *others, *self.out_features)
+            return add_bias(y, bias)
         except (TypeError, ValueError):
             lead, out = shape[: len(batch)], self.out_features
             check_parameters(self, kernel=(*lead, *self.in_features, *out), bias=(*lead, *out))
@@ -270,7 +272,7 @@ class Einsum(Module):
                 f"kernel, of sizes {tuple(n for n in along if n != 1)}, but bias_shape is "
                 f"{self.bias_shape}."
             )
-        return y + bias.reshape(along)
+        return add_bias(y, bias.reshape(along))
 
     def _parse(self, equation: str) -> tuple[str, str, str]:
         operands, arrow, result = equation.partition("->")
