@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from nnx.layers._common import Dtype, Initializer, Metadata, promote_dtype, shape_error, zeros
+from nnx.layers._numerics import is_half
 from nnx.layers.linear import Linear
 from nnx.layers.linear_general import LinearGeneral
 from nnx.module import Module, ref
@@ -108,7 +109,7 @@ class LoRA(Module):
         y = x @ a @ b
         if self.scale != 1:
             y = y * self.scale
-        return y if self.base_module is None else y + self.base_module(x, **kwargs)
+        return y if self.base_module is None else _added(self.base_module(x, **kwargs), y)
 
 
 class _WithAdapter(Module):
@@ -169,7 +170,7 @@ class LoRALinear(_WithAdapter, Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the layer to an input of shape `(..., in_features)`; errors as for `Linear`."""
-        return super().__call__(x) + self.lora(x)
+        return _added(super().__call__(x), self.lora(x))
 
 
 class LoRALinearGeneral(_WithAdapter, LinearGeneral):
@@ -206,7 +207,14 @@ class LoRALinearGeneral(_WithAdapter, LinearGeneral):
         if batch:
             # A product of stacks of matrices wants exactly one axis of rows.
             rows = (math.prod(rows),)
-        return y + self.lora(x.reshape(*batch, *rows, self.lora.in_features)).reshape(y.shape)
+        added = self.lora(x.reshape(*batch, *rows, self.lora.in_features))
+        return _added(y, added.reshape(y.shape))
+
+
+def _added(y: jax.Array, low_rank: jax.Array) -> jax.Array:
+    """Their sum, in the dtype of `y`: an adapter in float32 does not make a network so."""
+    total = y + low_rank
+    return total.astype(y.dtype) if is_half(y.dtype) else total
 
 
 def beside(layer: Linear | LinearGeneral, rank: int, **options: Any) -> LoRA:
