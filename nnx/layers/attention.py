@@ -47,8 +47,6 @@ class MultiHeadAttention(Module):
       out_features: size of the last axis of the output; without it, `in_features`.
       num_kv_heads: number of key and value heads, which divides `num_heads`; without it, `num_heads`.
       in_kv_features: size of the last axis of the keys' and values' input; without it, `in_features`.
-      in_v_features: size of the last axis of the values' input; without it, `in_kv_features`.
-      v_features: size of the values of all query heads together; without it, `qkv_features`.
       dtype: dtype of the computation; without it, what input and parameters promote to.
       param_dtype: dtype of the parameters.
       broadcast_dropout: drop the same weights in every batch entry and head.
@@ -72,6 +70,8 @@ class MultiHeadAttention(Module):
       kernel_metadata, bias_metadata, query_ln_scale_metadata, key_ln_scale_metadata: metadata of the
         Refs.
       out_kernel_metadata, out_bias_metadata: those of `out`, if others.
+      in_v_features: size of the last axis of the values' input; without it, `in_kv_features`.
+      v_features: size of the values of all query heads together; without it, `qkv_features`.
 
     Attributes: the projections `query`, `key` (kernels of shape `(in, heads, head_dim)`), `value`
     (`(in, heads, v_head_dim)`) and `out` (`(num_heads, v_head_dim, out_features)`), which are
@@ -106,8 +106,6 @@ class MultiHeadAttention(Module):
         num_kv_heads: int | None = None,
         in_kv_features: int | None = None,
         *,
-        in_v_features: int | None = None,
-        v_features: int | None = None,
         dtype: Dtype = None,
         param_dtype: Dtype = jnp.float32,
         broadcast_dropout: bool = True,
@@ -136,6 +134,8 @@ class MultiHeadAttention(Module):
         out_bias_metadata: Metadata = {},  # noqa: B006
         query_ln_scale_metadata: Metadata = {},  # noqa: B006
         key_ln_scale_metadata: Metadata = {},  # noqa: B006
+        in_v_features: int | None = None,
+        v_features: int | None = None,
     ):
         self.num_heads = num_heads
         self.in_features = in_features

@@ -52,11 +52,11 @@ class BatchNorm(Module):
         and in `nnx.shard_map(..., check_vma=False)` only; there the averages kept are of one group.
       use_fast_variance: one pass over the batch, centered at one of its elements, instead of two,
         centered at the mean.
-      correction: the running variance is of the batch's squares divided by their number less this;
-        0 as in flax, 1 as in PyTorch. The batch itself is normalized with 0 in either.
       promote_dtype: a function for the casts, called with `(x, mean, var, scale, bias), dtype=`,
         float32 at least.
       bias_metadata, scale_metadata: metadata of the Refs.
+      correction: what is subtracted from the number of elements to divide by for the running variance:
+        0 as in flax, 1 as in PyTorch. The batch itself is normalized with 0 in either case.
 
     Attributes, all of shape `(num_features,)`: `scale` and `bias` in the collection `"params"`,
     `mean` and `var`, in float32 at least, in `"batch_stats"`.
@@ -90,10 +90,10 @@ class BatchNorm(Module):
         axis_name: str | None = None,
         axis_index_groups: Any = None,
         use_fast_variance: bool = True,
-        correction: int = 0,
         promote_dtype: Callable[..., Any] = promote_dtype,
         bias_metadata: Metadata = {},  # noqa: B006 — never changed
         scale_metadata: Metadata = {},  # noqa: B006
+        correction: int = 0,
     ):
         shape = (num_features,)
         self.mean = jnp.zeros(shape, wide(param_dtype))
@@ -183,12 +183,11 @@ class BatchNorm(Module):
 
     def _move(self, found: Moments) -> None:
         """Move the running averages, where there is anything to move them towards."""
-        mean, var, count = jax.lax.stop_gradient((found.shift + found.mean, found.var, found.count))
+        mean, var = jax.lax.stop_gradient((found.shift + found.mean, found.var))
+        count = found.count
         left: Any = count - self.correction
         if self.correction:
-            var = var * (
-                count / (jnp.maximum(left, 1) if isinstance(left, jax.Array) else max(left, 1))
-            )
+            var = var * (count / jnp.maximum(left, 1))
         keep = self.momentum
         self.mean = _averaged(self.mean, mean, keep, count > 0)
         self.var = _averaged(self.var, var, keep, (count > 0) & (left > 0))

@@ -37,9 +37,9 @@ class EMA(Module):
     https://doi.org/10.1137/0330046).
 
     Each update moves the average: `average = decay * average + (1 - decay) * value`. It is in
-    float32 at least, since in half precision a small step is lost; in float32, one that is less than
-    6e-8 of the average is. Values that are no floating point
-    numbers (counts, keys) are those of the last update.
+    float32 at least, since in half precision a small step is lost; float32 loses steps of less than
+    6e-8 of the average. Values that are no floating-point numbers (counts, keys) are those of the
+    last update.
 
     Args:
       model: a module, or any tree that holds Refs.
