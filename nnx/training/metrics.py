@@ -265,7 +265,9 @@ class Welford(Accumulator):
         count = counted(no_count(), self._over_lanes(how_many(values, kept)))
         divisor = jnp.maximum(count.as_float(dtype), 1)
         # Counted from a number near them, values that are far from zero keep their digits.
-        start = jnp.where(self._get().number.as_float(dtype) > 0, self.mean, self._any(values, kept))
+        start = jnp.where(
+            self._get().number.as_float(dtype) > 0, self.mean, self._any(values, kept)
+        )
         values = values - start
         mean = self._over_lanes(sum_of(values, kept)) / divisor
         m2 = self._over_lanes(sum_of((values - mean) ** 2, kept))
