@@ -33,7 +33,8 @@ class LoRA(Module):
       in_features: size of the last axis of the input.
       lora_rank: number of columns of `lora_a` and of rows of `lora_b`.
       out_features: size of the last axis of the output.
-      base_module: a module to call with the same input, cast to `dtype`; its result is added.
+      base_module: a module to call with the same input, cast to `dtype` if there is one; its result is
+        added, and says the dtype of the sum if it is in half precision.
       dtype: dtype of the products; without it, what input and parameters promote to.
       param_dtype: dtype of `lora_a` and `lora_b`.
       a_initializer, b_initializer: initializers; `lora_b` is zero at first, and changes nothing.
@@ -105,11 +106,15 @@ class LoRA(Module):
         """
         if not jnp.ndim(x) or jnp.shape(x)[-1] != self.in_features:
             raise shape_error(self, "an input", f"(..., {self.in_features})", jnp.shape(x))
+        given = x
         x, a, b = self.promote_dtype((x, self.lora_a, self.lora_b), dtype=self.dtype)
         y = x @ a @ b
         if self.scale != 1:
             y = y * self.scale
-        return y if self.base_module is None else _added(self.base_module(x, **kwargs), y)
+        if self.base_module is None:
+            return y
+        # Not in the dtype that only the adapter has.
+        return _added(self.base_module(given if self.dtype is None else x, **kwargs), y)
 
 
 class _WithAdapter(Module):
