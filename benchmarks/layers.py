@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import nnx
+from benchmarks.report import table
 from benchmarks.timing import Ratio, interleave, repeat
 
 Make = Callable[..., Any]
@@ -65,6 +66,12 @@ def measure(rounds: int, dtype: Any, only: list[str] | None = None) -> dict[str,
     return found
 
 
+def page(title: str, rounds: int, dtype: Any) -> tuple[str, dict[str, Ratio]]:
+    found = measure(rounds, dtype)
+    rows = {name: {"nnx": str(r), "µs": f"{r.microseconds:.0f}"} for name, r in found.items()}
+    return table(title, rows), found
+
+
 def _layers(name: str, dtype: Any) -> dict[str, Any]:
     kind, args, options, shape, call = LAYERS[name]
     if kind != "PReLU":
@@ -78,13 +85,22 @@ def _layers(name: str, dtype: Any) -> dict[str, Any]:
     else:
         x = jax.random.normal(jax.random.key(0), shape).astype(dtype)
 
-    def loss(m: Any, x: jax.Array) -> jax.Array:
-        return jnp.sum(call(m, x).astype(jnp.float32) ** 2)
+    # As plain programs over arrays, so that it is the layers that are compared.
+    dagdef, *mine = nnx.split(ours, ("params", "lora"), ...)
+    graphdef, *other = fnx.split(theirs, fnx.Param, ...)
 
-    mine, other = nnx.jit(nnx.grad(loss)), fnx.jit(fnx.grad(loss))
+    def our_loss(weights: Any, rest: Any, x: jax.Array) -> jax.Array:
+        return jnp.sum(call(nnx.merge(dagdef, weights, rest), x).astype(jnp.float32) ** 2)
+
+    def their_loss(weights: Any, rest: Any, x: jax.Array) -> jax.Array:
+        return jnp.sum(call(fnx.merge(graphdef, weights, rest), x).astype(jnp.float32) ** 2)
+
+    differentiated = (0,) if kind == "Embed" else (0, 2)
+    ours_grad = jax.jit(jax.value_and_grad(our_loss, differentiated))
+    theirs_grad = jax.jit(jax.value_and_grad(their_loss, differentiated))
     return {
-        "nnx": repeat(lambda: mine(ours, x)),
-        "flax": repeat(lambda: jax.tree.leaves(other(theirs, x))),
+        "nnx": repeat(lambda: ours_grad(*mine, x)),
+        "flax": repeat(lambda: theirs_grad(*other, x)),
     }
 
 
