@@ -93,7 +93,9 @@ def _layers(name: str, dtype: Any) -> dict[str, Any]:
         return jnp.sum(call(nnx.merge(dagdef, weights, rest), x).astype(jnp.float32) ** 2)
 
     def their_loss(weights: Any, rest: Any, x: jax.Array) -> jax.Array:
-        return jnp.sum(call(fnx.merge(graphdef, weights, rest, copy=True), x).astype(jnp.float32) ** 2)
+        return jnp.sum(
+            call(fnx.merge(graphdef, weights, rest, copy=True), x).astype(jnp.float32) ** 2
+        )
 
     differentiated = (0,) if kind == "Embed" else (0, 2)
     ours_grad = jax.jit(jax.value_and_grad(our_loss, differentiated))
