@@ -10,6 +10,7 @@ from typing import Any
 import equinox
 import flax
 import jax
+import jax.numpy as jnp
 
 from benchmarks import (
     checkpoint,
@@ -17,6 +18,7 @@ from benchmarks import (
     eager,
     epoch,
     growth,
+    layers,
     memory,
     purify,
     report,
@@ -34,7 +36,7 @@ KINDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     names = ["steps", "eager", "compile", "epoch", "transformer", "pytrees", "memory", "growth"]
-    names += ["checkpoint", "purify"]
+    names += ["layers", "checkpoint", "purify"]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="few rounds, small sizes")
     parser.add_argument("--sizes", nargs="+", type=int, default=None)
@@ -101,6 +103,10 @@ def main() -> None:
             for n, g in grown.items()
         }
         page("growth", report.table("Growth of a call, per unit", rows), grown)
+    if "layers" in only:
+        for dtype in (jnp.float32, jnp.bfloat16):
+            title = f"Layers, value and gradient in {dtype.__name__}: ratios to flax"
+            page(f"layers, {dtype.__name__}", *layers.page(title, rounds, dtype))
     if "checkpoint" in only:
         files = checkpoint.measure(64 if arguments.quick else 1024)
         page("checkpoint", report.table("Saving and loading", files), files)

@@ -17,7 +17,7 @@ import nnx
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-TABLES = ["migration.md", "promises.md"]
+TABLES = ["migration.md", "numerics.md", "promises.md"]
 
 
 def rows(page):

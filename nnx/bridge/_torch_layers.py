@@ -227,7 +227,17 @@ def _without_the_last(own: str) -> Convert:
 _FUSED = _cell(lambda cell: [("dense_i", "dense_h")])
 _GATES = _cell(lambda cell: [("ii", "hi"), ("if_", "hf"), ("ig", "hg"), ("io", "ho")])
 
-_NORM = _renaming({"weight": "scale"})
+
+def _norm(layer: Any, leaf: str) -> list[Place] | None:
+    # PyTorch has an axis for each that is normalized, and here they are one.
+    names = {"weight": "scale", "bias": "bias"}
+    own = getattr(layer, names.get(leaf, ""), None)
+    return None if own is None else [Place(names[leaf], lambda a: _flat(a, jnp.shape(own)))]
+
+
+def _flat(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return array.reshape(shape) if array.size == np.prod(shape) else array
+
 
 _RULES: dict[str, Rule] = {
     "Linear": _linear,
@@ -243,10 +253,10 @@ _RULES: dict[str, Rule] = {
             "num_batches_tracked": None,
         }
     ),
-    "LayerNorm": _NORM,
-    "RMSNorm": _NORM,
-    "GroupNorm": _NORM,
-    "InstanceNorm": _NORM,
+    "LayerNorm": _norm,
+    "RMSNorm": _norm,
+    "GroupNorm": _norm,
+    "InstanceNorm": _norm,
     "PReLU": _prelu,
     "MultiHeadAttention": _attention,
     "LSTMCell": _GATES,

@@ -17,6 +17,8 @@ from nnx.layers._common import (
     new_ref,
     shape_error,
 )
+from nnx.layers._moments import mean_square, moments
+from nnx.layers._numerics import result_dtype, wide
 from nnx.module import Module, param
 
 Axes = int | Sequence[int]
@@ -74,58 +76,42 @@ class Norm(Module):
             raise shape_error(self, "an input", expected, x.shape)
         return found
 
-    def _statistics(
-        self, x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None, center: bool = True
-    ) -> tuple[jax.Array | None, jax.Array]:
-        """Mean and variance over the axes, which stay with size 1; no mean without `center`."""
-        # Half precision is not enough to sum over features.
-        dtype = x.dtype if self.dtype is None else self.dtype
-        x = x.astype(jnp.promote_types(dtype, jnp.float32))
+    def _cast(self, x: jax.Array, *parameters: jax.Array | None) -> tuple[Any, ...]:
+        """The dtype of the result, and `x` and the parameters in the dtype that it is computed in.
 
-        def average(*arrays: jax.Array) -> list[jax.Array]:
-            means = [a.mean(axes, where=mask, keepdims=True) for a in arrays]
-            if self.axis_name is None:
-                return means
-            # Together, so that devices exchange one message.
-            stacked = jnp.stack(means)
-            return list(
-                jax.lax.pmean(stacked, self.axis_name, axis_index_groups=self.axis_index_groups)
-            )
-
-        if not center:
-            return None, average(_square(x))[0]
-        if self.use_fast_variance:
-            mean, square = average(x, _square(x))
-            # Rounding may make the difference negative.
-            return mean, jnp.maximum(0.0, square - _square(mean))
-        (mean,) = average(x)
-        return mean, average(_square(x - mean))[0]
+        Half precision is not enough to sum over features, nor for what an offset leaves.
+        """
+        dtype = result_dtype(self.dtype, x, *parameters)
+        cast = self.promote_dtype((x, *parameters), dtype=wide(x.dtype, dtype))
+        return dtype, *cast
 
     def _normalized(
         self,
         x: jax.Array,
-        mean: jax.Array | None,
-        var: jax.Array,
+        axes: tuple[int, ...],
+        mask: jax.Array | None,
         scale: jax.Array | None,
         bias: jax.Array | None,
-        features: tuple[int, ...],
+        along: Sequence[int],
+        center: bool = True,
     ) -> jax.Array:
-        along = [size if i in features else 1 for i, size in enumerate(x.shape)]
-        dtype = self.dtype
-        if dtype is None:
-            dtype = jnp.result_type(*(a for a in (x, scale, bias) if a is not None))
+        """Normalize over the axes; `along` is the shape in which the parameters broadcast to `x`."""
+        lanes = {"axis_name": self.axis_name, "axis_index_groups": self.axis_index_groups}
+        if center:
+            found = moments(x, axes, mask, fast=self.use_fast_variance, **lanes)
+            y, var, count = found.centered - found.mean, found.var, found.count
+        else:
+            y = x
+            var, count = mean_square(x, axes, mask, **lanes)
+        if mask is not None:
+            # Where all is hidden there is nothing to normalize by.
+            var = jnp.where(count > 0, var, 1.0)
         factor = jax.lax.rsqrt(var + self.epsilon)
         try:
             if scale is not None:
                 factor = factor * scale.reshape(along)
-            y = (x if mean is None else x - mean) * factor
-            if bias is not None:
-                y = y + bias.reshape(along)
+            y = y * factor
+            return y if bias is None else y + bias.reshape(along)
         except (TypeError, ValueError):
             check_parameters(self, scale=(self.num_features,), bias=(self.num_features,))
             raise
-        return y.astype(dtype)
-
-
-def _square(x: jax.Array) -> jax.Array:
-    return jnp.real(x * jnp.conj(x)) if jnp.iscomplexobj(x) else x * x

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, reshard
 
-__all__ = ["dropped", "looked_up", "placed_as"]
+__all__ = ["dropped", "explicit_axes", "looked_up", "placed_as"]
 
 
 def _explicit(x: Any) -> NamedSharding | None:
@@ -25,6 +25,11 @@ def _explicit(x: Any) -> NamedSharding | None:
 def _axes(sharding: NamedSharding | None, ndim: int) -> list[Any]:
     spec: Any = () if sharding is None else sharding.spec
     return [*spec, *(None,) * (ndim - len(spec))]
+
+
+def explicit_axes(x: jax.Array) -> set[int]:
+    """The axes of `x` that its type says are sharded."""
+    return {i for i, axis in enumerate(_axes(_explicit(x), jnp.ndim(x))) if axis is not None}
 
 
 def dropped(x: jax.Array, rate: float, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -70,9 +70,12 @@ class MultiHeadAttention(Module):
       kernel_metadata, bias_metadata, query_ln_scale_metadata, key_ln_scale_metadata: metadata of the
         Refs.
       out_kernel_metadata, out_bias_metadata: those of `out`, if others.
+      in_v_features: size of the last axis of the values' input; without it, `in_kv_features`.
+      v_features: size of the values of all query heads together; without it, `qkv_features`.
 
-    Attributes: the projections `query`, `key`, `value` (kernels of shape `(in, heads, head_dim)`) and
-    `out` (`(num_heads, head_dim, out_features)`), which are `LinearGeneral`; `query_ln` and `key_ln`,
+    Attributes: the projections `query`, `key` (kernels of shape `(in, heads, head_dim)`), `value`
+    (`(in, heads, v_head_dim)`) and `out` (`(num_heads, v_head_dim, out_features)`), which are
+    `LinearGeneral`; `query_ln` and `key_ln`,
     `LayerNorm` or None; `cached_key`, `cached_value` and `cache_index`, in the collection `"cache"`,
     None before `init_cache`.
 
@@ -131,6 +134,8 @@ class MultiHeadAttention(Module):
         out_bias_metadata: Metadata = {},  # noqa: B006
         query_ln_scale_metadata: Metadata = {},  # noqa: B006
         key_ln_scale_metadata: Metadata = {},  # noqa: B006
+        in_v_features: int | None = None,
+        v_features: int | None = None,
     ):
         self.num_heads = num_heads
         self.in_features = in_features
@@ -138,7 +143,10 @@ class MultiHeadAttention(Module):
         self.out_features = in_features if out_features is None else out_features
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.in_kv_features = in_features if in_kv_features is None else in_kv_features
+        self.in_v_features = self.in_kv_features if in_v_features is None else in_v_features
+        self.v_features = self.qkv_features if v_features is None else v_features
         self.head_dim = self.qkv_features // num_heads
+        self.v_head_dim = self.v_features // num_heads
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.broadcast_dropout = broadcast_dropout
@@ -159,10 +167,10 @@ class MultiHeadAttention(Module):
             "precision": precision,
         }
 
-        def project(features: int, heads: int) -> LinearGeneral:
+        def project(features: int, heads: int, size: int) -> LinearGeneral:
             return LinearGeneral(
                 features,
-                (heads, self.head_dim),
+                (heads, size),
                 kernel_init=kernel_init,
                 bias_init=bias_init,
                 promote_dtype=qkv_promote_dtype,
@@ -173,11 +181,11 @@ class MultiHeadAttention(Module):
                 **shared,
             )
 
-        self.query = project(in_features, num_heads)
-        self.key = project(self.in_kv_features, self.num_kv_heads)
-        self.value = project(self.in_kv_features, self.num_kv_heads)
+        self.query = project(in_features, num_heads, self.head_dim)
+        self.key = project(self.in_kv_features, self.num_kv_heads, self.head_dim)
+        self.value = project(self.in_v_features, self.num_kv_heads, self.v_head_dim)
         self.out = LinearGeneral(
-            (num_heads, self.head_dim),
+            (num_heads, self.v_head_dim),
             self.out_features,
             axis=(-2, -1),
             kernel_init=out_kernel_init or kernel_init,
@@ -215,8 +223,8 @@ class MultiHeadAttention(Module):
         Args:
           input_shape: `(*batch, length, in_features)`, the shape of the longest input: there is room
             for `length` tokens.
-          dtype: dtype of the cached keys and values; without it, `dtype` of the layer, or its
-            `param_dtype`.
+          dtype: dtype of the cached keys and values; without it, `dtype` of the layer, or else those
+            of the kernels that make them.
 
         Raises:
           ValueError: the shape is not of this form.
@@ -225,10 +233,15 @@ class MultiHeadAttention(Module):
         if len(shape) < 2 or shape[-1] != self.in_features:
             expected = f"(*batch, length, {self.in_features})"
             raise shape_error(self, "to make a cache for an input", expected, shape)
-        shape = (*shape[:-1], self.num_kv_heads, self.head_dim)
-        dtype = dtype or self.dtype or self.param_dtype
-        self.cached_key = jnp.zeros(shape, dtype)
-        self.cached_value = jnp.zeros(shape, dtype)
+        dtype = dtype or self.dtype
+
+        def empty(projection: LinearGeneral, size: int) -> jax.Array:
+            own = getattr(projection, "kernel", None)
+            kept = self.param_dtype if own is None else own.dtype
+            return jnp.zeros((*shape[:-1], self.num_kv_heads, size), dtype or kept)
+
+        self.cached_key = empty(self.key, self.head_dim)
+        self.cached_value = empty(self.value, self.v_head_dim)
         self.cache_index = jnp.zeros((), jnp.int32)
 
     def __call__(
@@ -254,7 +267,7 @@ class MultiHeadAttention(Module):
         Args:
           inputs_q: an input of shape `(*batch, query length, in_features)`.
           inputs_k: one of shape `(*batch, key length, in_kv_features)`; without it, `inputs_q`.
-          inputs_v: one like `inputs_k`; without it, `inputs_k`.
+          inputs_v: one of shape `(*batch, key length, in_v_features)`; without it, `inputs_k`.
           mask: where it is 0 or False a query does not see a key; broadcasts to
             `(*batch, heads, query length, key length)`.
           deterministic: whether to drop no weights.
@@ -358,7 +371,7 @@ class MultiHeadAttention(Module):
 
     def _check_inputs(self, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
         named = ("queries", q, self.in_features), ("keys", k, self.in_kv_features)
-        for name, x, size in (*named, ("values", v, self.in_kv_features)):
+        for name, x, size in (*named, ("values", v, self.in_v_features)):
             if jnp.ndim(x) < 2 or jnp.shape(x)[-1] != size:
                 raise shape_error(self, name, f"(*batch, length, {size})", jnp.shape(x))
         if q.shape[:-2] != k.shape[:-2] or k.shape[:-1] != v.shape[:-1]:
@@ -384,6 +397,11 @@ class MultiHeadAttention(Module):
         if self.qkv_features % self.num_heads:
             raise ValueError(
                 f"MultiHeadAttention cannot divide qkv_features={self.qkv_features} among "
+                f"num_heads={self.num_heads}. Make it a multiple."
+            )
+        if self.v_features % self.num_heads:
+            raise ValueError(
+                f"MultiHeadAttention cannot divide v_features={self.v_features} among "
                 f"num_heads={self.num_heads}. Make it a multiple."
             )
         if self.num_heads % self.num_kv_heads:

@@ -33,8 +33,8 @@ def dot_product_attention(
 ) -> jax.Array:
     """Scaled dot-product attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
 
-    It is `jax.nn.dot_product_attention` where that can do it, and that function's arithmetic with
-    dropout or a `precision` otherwise: logits and softmax are in float32 at least.
+    It is `jax.nn.dot_product_attention` where that can do it, and else that function's arithmetic,
+    as with dropout, a `precision` or float64: logits and softmax are in float32 at least.
 
     Args:
       query: an array of shape `(*batch, query length, heads, features)`.
@@ -67,7 +67,9 @@ def dot_product_attention(
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
     _check_shapes(query, key, value)
     drops = dropout_rate > 0 and not deterministic
-    if not drops and precision is None and key.shape == value.shape:
+    # It computes logits in float32 whatever the dtype, and has no float16 on CPU.
+    fits = query.dtype in (jnp.float32, jnp.bfloat16) and key.shape == value.shape
+    if fits and not drops and precision is None:
         return _plain(query, key, value, bias, mask, is_causal)
     weights = dot_product_attention_weights(
         query,

@@ -21,6 +21,7 @@ from nnx.layers._common import (
     shape_error,
     zeros,
 )
+from nnx.layers._numerics import add_bias
 from nnx.module import Module, param
 
 __all__ = ["Conv"]
@@ -154,7 +155,8 @@ class Conv(Module):
         spatial = "DHW"[-axes:] if axes <= 3 else "".join(map(chr, range(97, 97 + axes)))
         try:
             if self.mask is not None:
-                kernel = kernel * self.mask
+                # The mask must not change the dtype of what flows through the network.
+                kernel = kernel * self.mask.astype(kernel.dtype)
             x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
             y = self.conv_general_dilated(
                 x,
@@ -169,7 +171,7 @@ class Conv(Module):
                 **options,
             )
             if bias is not None:
-                y = y + bias
+                y = add_bias(y, bias)
         except (TypeError, ValueError):
             check_parameters(self, kernel=self.kernel_shape, bias=(self.out_features,))
             raise

@@ -21,6 +21,7 @@ from nnx.layers._common import (
     shape_error,
     zeros,
 )
+from nnx.layers._numerics import add_bias
 from nnx.layers.conv import Padding, Sizes, checked_padding, each_axis
 from nnx.module import Module, param
 
@@ -147,7 +148,8 @@ class ConvTranspose(Module):
             padding = ((reach, self.strides[0] - 1),)
         try:
             if self.mask is not None:
-                kernel = kernel * self.mask
+                # The mask must not change the dtype of what flows through the network.
+                kernel = kernel * self.mask.astype(kernel.dtype)
             x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
             y = jax.lax.conv_transpose(
                 x,
@@ -162,7 +164,7 @@ class ConvTranspose(Module):
             if self.padding == "CIRCULAR":
                 y = self._wrapped(y, x.shape[1:-1])
             if bias is not None:
-                y = y + bias
+                y = add_bias(y, bias)
         except (TypeError, ValueError):
             check_parameters(self, kernel=self.kernel_shape, bias=(self.out_features,))
             raise

@@ -18,7 +18,7 @@ from nnx.layers._common import (
     promote_dtype,
     shape_error,
 )
-from nnx.layers._sharding import looked_up
+from nnx.layers._numerics import rows, wide
 from nnx.module import Module, param
 
 __all__ = ["Embed"]
@@ -38,11 +38,11 @@ class Embed(Module):
     Args:
       num_embeddings: number of rows.
       features: size of a row.
-      dtype: dtype of the result; without it, that of the table.
+      dtype: dtype of the result; without it, that which the table has at the call.
       param_dtype: dtype of the table.
       embedding_init: initializer, called with a key, a shape and a dtype.
-      promote_dtype: a function for the casts, called with `(embedding,), dtype=` or, to attend,
-        with `(query, embedding), dtype=`.
+      promote_dtype: a function for the casts, called with the rows that were found, `(rows,),
+        dtype=`, or, to attend, with `(query, embedding), dtype=`.
       embedding_metadata: metadata of the Ref.
 
     Attributes: `embedding` of shape `(num_embeddings, features)` in the collection `"params"`.
@@ -77,7 +77,7 @@ class Embed(Module):
         )
         self.num_embeddings = num_embeddings
         self.features = features
-        self.dtype = dtype or self.embedding.dtype
+        self.dtype = dtype
         self.param_dtype = param_dtype
         self.promote_dtype = promote_dtype
 
@@ -97,10 +97,14 @@ class Embed(Module):
                 f"but got an input of dtype {x.dtype} and shape {x.shape}. Cast it, as in "
                 f"x.astype(jnp.int32), or use a Linear for vectors."
             )
-        (embedding,) = self.promote_dtype((self.embedding,), dtype=self.dtype)
+        table = self.embedding
         if self.num_embeddings == 1:
-            return jnp.broadcast_to(embedding, (*x.shape, self.features))
-        return looked_up(embedding, x)
+            shape = (*x.shape, self.features)
+            found = jnp.broadcast_to(table.astype(wide(table.dtype)), shape).astype(table.dtype)
+        else:
+            found = rows(table, x)
+        # Only now, so that the gradient of the table is a sum in the dtype of the table.
+        return self.promote_dtype((found,), dtype=self.dtype or table.dtype)[0]
 
     def attend(self, query: jax.Array) -> jax.Array:
         """The product of each query with each row: logits, with the table of the input.
@@ -123,5 +127,6 @@ class Embed(Module):
         """
         if not jnp.ndim(query) or jnp.shape(query)[-1] != self.features:
             raise shape_error(self, "a query", f"(..., {self.features})", jnp.shape(query))
-        query, embedding = self.promote_dtype((query, self.embedding), dtype=self.dtype)
+        dtype = self.dtype or self.embedding.dtype
+        query, embedding = self.promote_dtype((query, self.embedding), dtype=dtype)
         return query @ embedding.T

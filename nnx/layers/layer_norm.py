@@ -39,8 +39,9 @@ class LayerNorm(Norm):
       feature_axes: the axes along which `scale` and `bias` have an element for each position.
       axis_name: name of a mapped axis (`nnx.vmap`, `nnx.shard_map`) to average over as well.
       axis_index_groups: groups along that axis, as for `jax.lax.pmean`.
-      use_fast_variance: `E[x²] - E[x]²` instead of `E[(x - E[x])²]`: one pass, less exact.
-      promote_dtype: a function for the casts, called with `(x, scale, bias), dtype=`.
+      use_fast_variance: one pass over the input, centered at one of its elements, instead of two,
+        centered at the mean.
+      promote_dtype: a function for the casts, called with `(x, scale, bias), dtype=`, float32 at least.
       bias_metadata, scale_metadata: metadata of the Refs.
 
     Attributes: `scale` and `bias` of shape `(num_features,)`, in the collection `"params"`.
@@ -92,7 +93,8 @@ class LayerNorm(Norm):
 
         Args:
           x: an input whose feature axes have `num_features` elements.
-          mask: a boolean array that broadcasts to `x`: which elements the statistics are of.
+          mask: a boolean array that broadcasts to `x`: which elements the statistics are of. Where all
+            are hidden, the mean is taken for 0 and the variance for 1.
 
         Raises:
           ValueError: the feature axes have another size; the message has both shapes.
@@ -100,9 +102,9 @@ class LayerNorm(Norm):
         x = as_array(self, x)
         features = self._features(x, self.feature_axes)
         axes = self._axes(x, self.reduction_axes, "reduction axes")
-        x, scale, bias = self.promote_dtype((x, self.scale, self.bias), dtype=self.dtype)
-        mean, var = self._statistics(x, axes, mask)
-        return self._normalized(x, mean, var, scale, bias, features)
+        dtype, x, scale, bias = self._cast(x, self.scale, self.bias)
+        along = _along(x, features)
+        return self._normalized(x, axes, mask, scale, bias, along).astype(dtype)
 
 
 class RMSNorm(Norm):
@@ -114,7 +116,7 @@ class RMSNorm(Norm):
       num_features: size of the feature axis, or product of the sizes if there are several.
       epsilon: is added to the mean square.
       use_fast_variance: has no effect, as there is no mean to subtract.
-      promote_dtype: a function for the casts, called with `(x, scale), dtype=`.
+      promote_dtype: a function for the casts, called with `(x, scale), dtype=`, float32 at least.
       dtype, param_dtype, use_scale, scale_init, reduction_axes, feature_axes, axis_name,
         axis_index_groups, scale_metadata: as for `LayerNorm`.
 
@@ -162,9 +164,9 @@ class RMSNorm(Norm):
         x = as_array(self, x)
         features = self._features(x, self.feature_axes)
         axes = self._axes(x, self.reduction_axes, "reduction axes")
-        x, scale = self.promote_dtype((x, self.scale), dtype=self.dtype)
-        _, var = self._statistics(x, axes, mask, center=False)
-        return self._normalized(x, None, var, scale, None, features)
+        dtype, x, scale = self._cast(x, self.scale)
+        along = _along(x, features)
+        return self._normalized(x, axes, mask, scale, None, along, center=False).astype(dtype)
 
 
 class GroupNorm(Norm):
@@ -250,13 +252,14 @@ class GroupNorm(Norm):
 
         Args:
           x: the input; with several batch axes, or none, give `reduction_axes`.
-          mask: a boolean array that broadcasts to `x`: which elements the statistics are of.
+          mask: a boolean array that broadcasts to `x`: which elements the statistics are of. Where all
+            are hidden, the mean is taken for 0 and the variance for 1.
 
         Raises:
           ValueError: another number of channels; the message has both shapes.
         """
         x = as_array(self, x)
-        features = self._features(x, -1)
+        self._features(x, -1)
         given = range(min(1, x.ndim - 1), x.ndim)
         if self.reduction_axes is not None:
             given = self.reduction_axes
@@ -266,18 +269,16 @@ class GroupNorm(Norm):
                 f"GroupNorm has the reduction_axes {self.reduction_axes}, but the last axis, the "
                 f"channels, must be one of them. The input has the shape {tuple(x.shape)}."
             )
-        x, scale, bias = self.promote_dtype((x, self.scale, self.bias), dtype=self.dtype)
+        dtype, x, scale, bias = self._cast(x, self.scale, self.bias)
         groups = (self.num_groups, self.group_size)
         if mask is not None:
+            mask = jnp.asarray(mask)
             last = groups if mask.shape[-1] != 1 else (1, 1)
             mask = mask.reshape(*mask.shape[:-1], *last)
-        mean, var = (
-            # One value a group becomes one a channel again.
-            jnp.repeat(a[..., 0], self.group_size, axis=-1)
-            for a in self._statistics(x.reshape(*x.shape[:-1], *groups), (*axes[:-1], x.ndim), mask)
-            if a is not None
-        )
-        return self._normalized(x, mean, var, scale, bias, features)
+        grouped = x.reshape(*x.shape[:-1], *groups)
+        axes, along = (*axes[:-1], x.ndim), (*(1,) * (x.ndim - 1), *groups)
+        y = self._normalized(grouped, axes, mask, scale, bias, along)
+        return y.reshape(x.shape).astype(dtype)
 
 
 class InstanceNorm(Norm):
@@ -344,6 +345,10 @@ class InstanceNorm(Norm):
                 f"input of shape {tuple(x.shape)} is the batch, and cannot be a feature axis."
             )
         axes = tuple(i for i in range(1, x.ndim) if i not in features)
-        x, scale, bias = self.promote_dtype((x, self.scale, self.bias), dtype=self.dtype)
-        mean, var = self._statistics(x, axes, mask)
-        return self._normalized(x, mean, var, scale, bias, features)
+        dtype, x, scale, bias = self._cast(x, self.scale, self.bias)
+        along = _along(x, features)
+        return self._normalized(x, axes, mask, scale, bias, along).astype(dtype)
+
+
+def _along(x: jax.Array, features: tuple[int, ...]) -> list[int]:
+    return [size if i in features else 1 for i, size in enumerate(x.shape)]

@@ -20,6 +20,7 @@ from nnx.layers._common import (
     shape_error,
     zeros,
 )
+from nnx.layers._numerics import add_bias
 from nnx.module import Module, param
 
 __all__ = ["Linear"]
@@ -110,7 +111,7 @@ class Linear(Module):
         try:
             if self._plain and x.dtype == kernel.dtype:
                 y = x @ kernel
-                return y if bias is None else y + bias
+                return y if bias is None else add_bias(y, bias)
             return self._general(x, kernel, bias)
         except (AttributeError, TypeError, ValueError):
             array = as_array(self, x)
@@ -129,7 +130,7 @@ class Linear(Module):
         if self.preferred_element_type is not None:
             options["preferred_element_type"] = self.preferred_element_type
         y = self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options)
-        return y if bias is None else y + bias
+        return y if bias is None else add_bias(y, bias)
 
 
 _promote_dtype = promote_dtype

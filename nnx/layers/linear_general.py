@@ -22,6 +22,7 @@ from nnx.layers._common import (
     shape_error,
     zeros,
 )
+from nnx.layers._numerics import add_bias, is_half, wide
 from nnx.module import Module, param, static
 
 __all__ = ["Einsum", "LinearGeneral"]
@@ -146,7 +147,8 @@ class LinearGeneral(Module):
             if bias is None:
                 return y
             others = (1,) * (len(shape) - len(batch) - len(axes))
-            return y + bias.reshape(*shape[: len(batch)], *others, *self.out_features)
+            bias = bias.reshape(*shape[: len(batch)], *others, *self.out_features)
+            return add_bias(y, bias)
         except (TypeError, ValueError):
             lead, out = shape[: len(batch)], self.out_features
             check_parameters(self, kernel=(*lead, *self.in_features, *out), bias=(*lead, *out))
@@ -252,8 +254,13 @@ class Einsum(Module):
         options: dict[str, Any] = {"precision": self.precision}
         if self.preferred_element_type is not None:
             options["preferred_element_type"] = self.preferred_element_type
+        dtype = x.dtype
+        narrow = is_half(dtype) and not options.get("preferred_element_type")
+        if narrow and _sums_alone(left, right, result):
+            x, kernel = x.astype(wide(dtype)), kernel.astype(wide(dtype))
         try:
             y = self.einsum_op(equation, x, kernel, **options)
+            y = y.astype(dtype) if narrow else y
         except (TypeError, ValueError):
             check_parameters(self, kernel=self.kernel_shape)
             raise
@@ -270,7 +277,7 @@ class Einsum(Module):
                 f"kernel, of sizes {tuple(n for n in along if n != 1)}, but bias_shape is "
                 f"{self.bias_shape}."
             )
-        return y + bias.reshape(along)
+        return add_bias(y, bias.reshape(along))
 
     def _parse(self, equation: str) -> tuple[str, str, str]:
         operands, arrow, result = equation.partition("->")
@@ -317,6 +324,12 @@ def _flattened(init: Initializer, flat: tuple[int, ...]) -> Initializer:
     if init in (zeros, ones):
         return init
     return lambda key, shape, dtype: init(key, flat, dtype).reshape(shape)
+
+
+def _sums_alone(left: str, right: str, result: str) -> bool:
+    """Whether an operand, or its gradient, has a sum that is no part of a product."""
+    apart = (set(left) ^ set(right)) - set(result) - {"."}
+    return bool(apart) or "..." in right or any(s.count(c) > 1 for s in (left, right) for c in s)
 
 
 def _labels(subscripts: str, hidden: int) -> list[Any]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from nnx.layers._common import Dtype, Initializer, Metadata, promote_dtype, shape_error, zeros
+from nnx.layers._numerics import is_half
 from nnx.layers.linear import Linear
 from nnx.layers.linear_general import LinearGeneral
 from nnx.module import Module, ref
@@ -32,7 +33,8 @@ class LoRA(Module):
       in_features: size of the last axis of the input.
       lora_rank: number of columns of `lora_a` and of rows of `lora_b`.
       out_features: size of the last axis of the output.
-      base_module: a module to call with the same input, cast to `dtype`; its result is added.
+      base_module: a module to call with the same input, cast to `dtype` if there is one; its result is
+        added, and says the dtype of the sum if it is in half precision.
       dtype: dtype of the products; without it, what input and parameters promote to.
       param_dtype: dtype of `lora_a` and `lora_b`.
       a_initializer, b_initializer: initializers; `lora_b` is zero at first, and changes nothing.
@@ -104,11 +106,15 @@ class LoRA(Module):
         """
         if not jnp.ndim(x) or jnp.shape(x)[-1] != self.in_features:
             raise shape_error(self, "an input", f"(..., {self.in_features})", jnp.shape(x))
+        given = x
         x, a, b = self.promote_dtype((x, self.lora_a, self.lora_b), dtype=self.dtype)
         y = x @ a @ b
         if self.scale != 1:
             y = y * self.scale
-        return y if self.base_module is None else y + self.base_module(x, **kwargs)
+        if self.base_module is None:
+            return y
+        # Not in the dtype that only the adapter has.
+        return _added(self.base_module(given if self.dtype is None else x, **kwargs), y)
 
 
 class _WithAdapter(Module):
@@ -169,7 +175,7 @@ class LoRALinear(_WithAdapter, Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the layer to an input of shape `(..., in_features)`; errors as for `Linear`."""
-        return super().__call__(x) + self.lora(x)
+        return _added(super().__call__(x), self.lora(x))
 
 
 class LoRALinearGeneral(_WithAdapter, LinearGeneral):
@@ -206,7 +212,14 @@ class LoRALinearGeneral(_WithAdapter, LinearGeneral):
         if batch:
             # A product of stacks of matrices wants exactly one axis of rows.
             rows = (math.prod(rows),)
-        return y + self.lora(x.reshape(*batch, *rows, self.lora.in_features)).reshape(y.shape)
+        added = self.lora(x.reshape(*batch, *rows, self.lora.in_features))
+        return _added(y, added.reshape(y.shape))
+
+
+def _added(y: jax.Array, low_rank: jax.Array) -> jax.Array:
+    """Their sum, in the dtype of `y`: an adapter in float32 does not make a network so."""
+    total = y + low_rank
+    return total.astype(y.dtype) if is_half(y.dtype) else total
 
 
 def beside(layer: Linear | LinearGeneral, rank: int, **options: Any) -> LoRA:

@@ -21,6 +21,8 @@ from nnx.layers._common import (
     shape_error,
     zeros,
 )
+from nnx.layers._moments import Moments, moments
+from nnx.layers._numerics import result_dtype, wide
 from nnx.module import Module, param, ref
 
 __all__ = ["BatchNorm"]
@@ -40,20 +42,24 @@ class BatchNorm(Module):
       axis: the feature axis; the statistics are over all others.
       momentum: the running averages become `momentum * old + (1 - momentum) * new`.
       epsilon: is added to the variance.
-      dtype: dtype of the result; without it, what input and parameters promote to. The statistics
-        are in float32 at least.
+      dtype: dtype of the result; without it, what input, `scale` and `bias` promote to. The
+        statistics are in float32 at least.
       param_dtype: dtype of `scale` and `bias`.
       use_bias, use_scale: whether there are such parameters; without, the attribute is None.
       bias_init, scale_init: initializers.
       axis_name: name of a mapped axis (`nnx.vmap`, `nnx.shard_map`) to average over as well.
       axis_index_groups: groups along that axis, as for `jax.lax.pmean`, which has them in `jax.pmap`
         and in `nnx.shard_map(..., check_vma=False)` only; there the averages kept are of one group.
-      use_fast_variance: `E[x²] - E[x]²` instead of `E[(x - E[x])²]`: one pass, less exact.
-      promote_dtype: a function for the casts, called with `(x, mean, var, scale, bias), dtype=`.
+      use_fast_variance: one pass over the batch, centered at one of its elements, instead of two,
+        centered at the mean.
+      promote_dtype: a function for the casts, called with `(x, mean, var, scale, bias), dtype=`,
+        float32 at least.
       bias_metadata, scale_metadata: metadata of the Refs.
+      correction: what is subtracted from the number of elements to divide by for the running variance:
+        0 as in flax, 1 as in PyTorch. The batch itself is normalized with 0 in either case.
 
     Attributes, all of shape `(num_features,)`: `scale` and `bias` in the collection `"params"`,
-    `mean` and `var`, in float32, in `"batch_stats"`.
+    `mean` and `var`, in float32 at least, in `"batch_stats"`.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> norm = nnx.BatchNorm(3)
@@ -87,10 +93,11 @@ class BatchNorm(Module):
         promote_dtype: Callable[..., Any] = promote_dtype,
         bias_metadata: Metadata = {},  # noqa: B006 — never changed
         scale_metadata: Metadata = {},  # noqa: B006
+        correction: int = 0,
     ):
         shape = (num_features,)
-        self.mean = jnp.zeros(shape, jnp.float32)
-        self.var = jnp.ones(shape, jnp.float32)
+        self.mean = jnp.zeros(shape, wide(param_dtype))
+        self.var = jnp.ones(shape, wide(param_dtype))
         self.scale = (  # pyright: ignore[reportAttributeAccessIssue]
             new_ref(scale_init, shape, param_dtype, scale_metadata) if use_scale else None
         )
@@ -109,6 +116,7 @@ class BatchNorm(Module):
         self.axis_name = axis_name
         self.axis_index_groups = axis_index_groups
         self.use_fast_variance = use_fast_variance
+        self.correction = correction
         self.promote_dtype = promote_dtype
 
     def __call__(
@@ -123,7 +131,8 @@ class BatchNorm(Module):
         Args:
           x: an input whose axis `axis` has size `num_features`.
           use_running_average: whether to use the running averages.
-          mask: a boolean array that broadcasts to `x`: which elements the statistics are of.
+          mask: a boolean array that broadcasts to `x`: which elements the statistics are of. Where all
+            are hidden, and for an empty batch, the running averages stay, and are what it normalizes by.
 
         Raises:
           ValueError: the feature axis has another size; the message has both shapes.
@@ -136,57 +145,62 @@ class BatchNorm(Module):
             raise shape_error(self, "an input", expected, x.shape)
         feature_axis = self.axis % x.ndim
         others = tuple(i for i in range(x.ndim) if i != feature_axis)
+        dtype = result_dtype(self.dtype, x, self.scale, self.bias)
+        # The statistics are in float32, and do not make the result so.
         x, mean, var, scale, bias = self.promote_dtype(
-            (x, self.mean, self.var, self.scale, self.bias), dtype=self.dtype
+            (x, self.mean, self.var, self.scale, self.bias), dtype=wide(x.dtype, dtype)
         )
-        if not use_running_average:
-            mean, var = self._statistics(x, others, mask)
-            keep = self.momentum
-            self.mean = _averaged(self.mean, mean, keep)
-            self.var = _averaged(self.var, var, keep)
         along = [-1 if i == feature_axis else 1 for i in range(x.ndim)]
         try:
-            factor = jax.lax.rsqrt(var.reshape(along) + self.epsilon)
+            mean, var = mean.reshape(along), var.reshape(along)
+            if use_running_average:
+                y = x - mean
+            else:
+                found = moments(
+                    x,
+                    others,
+                    mask,
+                    axis_name=self.axis_name,
+                    axis_index_groups=self.axis_index_groups,
+                    fast=self.use_fast_variance,
+                )
+                self._move(found)
+                # Where all is hidden, nothing but the running averages says what to normalize by.
+                known = True if mask is None else found.count > 0
+                y = found.centered - _where(known, found.mean, mean)
+                var = _where(known, found.var, var)
+            factor = jax.lax.rsqrt(var + self.epsilon)
             if scale is not None:
                 factor = factor * scale.reshape(along)
-            y = (x - mean.reshape(along)) * factor
+            y = y * factor
             if bias is not None:
                 y = y + bias.reshape(along)
         except (TypeError, ValueError):
             size = (self.num_features,)
             check_parameters(self, scale=size, bias=size, mean=size, var=size)
             raise
-        return y.astype(x.dtype)
+        return y.astype(dtype)
 
-    def _statistics(
-        self, x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        # Half precision is not enough to sum a batch.
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-        def average(*arrays: jax.Array) -> list[jax.Array]:
-            means = [a.mean(axes, where=mask) for a in arrays]
-            if self.axis_name is None:
-                return means
-            # Together, so that devices exchange one message.
-            stacked = jnp.stack(means)
-            return list(
-                jax.lax.pmean(stacked, self.axis_name, axis_index_groups=self.axis_index_groups)
-            )
-
-        if self.use_fast_variance:
-            mean, square = average(x, _square(x))
-            return mean, jnp.maximum(0.0, square - _square(mean))
-        (mean,) = average(x)
-        (var,) = average(_square(x - jnp.expand_dims(mean, axes)))
-        return mean, var
+    def _move(self, found: Moments) -> None:
+        """Move the running averages, where there is anything to move them towards."""
+        mean, var = jax.lax.stop_gradient((found.shift + found.mean, found.var))
+        count = found.count
+        left: Any = count - self.correction
+        if self.correction:
+            var = var * (count / jnp.maximum(left, 1))
+        keep = self.momentum
+        self.mean = _averaged(self.mean, mean, keep, count > 0)
+        self.var = _averaged(self.var, var, keep, (count > 0) & (left > 0))
 
 
-def _square(x: jax.Array) -> jax.Array:
-    return jnp.real(x * jnp.conj(x)) if jnp.iscomplexobj(x) else x * x
+def _where(known: Any, new: jax.Array, old: jax.Array) -> jax.Array:
+    return new if known is True else jnp.where(known, new, old)
 
 
-def _averaged(old: jax.Array, new: jax.Array, keep: float) -> jax.Array:
-    average = jax.lax.stop_gradient(keep * old + (1 - keep) * new)
+def _averaged(old: jax.Array, new: jax.Array, keep: float, known: Any) -> jax.Array:
+    if known is False:
+        return old
+    average = keep * old + (1 - keep) * new.reshape(old.shape)
     # Of a float64 batch it would become float64, which no loop could carry.
-    return average if jnp.iscomplexobj(average) else average.astype(old.dtype)
+    average = average if jnp.iscomplexobj(average) else average.astype(old.dtype)
+    return average if known is True else jnp.where(known.reshape(old.shape), average, old)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nnx.layers._numerics import wide
+
 __all__ = ["avg_pool", "max_pool", "min_pool", "pool"]
 
 Padding = str | Sequence[tuple[int, int]]
@@ -45,6 +47,22 @@ def pool(
     >>> nnx.pool(x, 1.0, jax.lax.mul, (2,), (2,)).ravel().tolist()
     [2.0, 12.0]
     """
+    if not jnp.issubdtype(inputs.dtype, jnp.floating):
+        return _pool(inputs, init, reduce_fn, window_shape, strides, padding)
+    # In float32 at least, and so are the sums that gradients are.
+    x = inputs.astype(wide(inputs.dtype))
+    start = init.astype(x.dtype) if hasattr(init, "astype") else init
+    return _pool(x, start, reduce_fn, window_shape, strides, padding).astype(inputs.dtype)
+
+
+def _pool(
+    inputs: jax.Array,
+    init: Any,
+    reduce_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    window_shape: Sequence[int],
+    strides: Sequence[int] | None,
+    padding: Padding,
+) -> jax.Array:
     window = tuple(window_shape)
     steps = (1,) * len(window) if strides is None else tuple(strides)
     batch = inputs.ndim - len(window) - 1
@@ -130,14 +148,16 @@ def avg_pool(
     """
     if not jnp.issubdtype(inputs.dtype, jnp.inexact):
         inputs = inputs.astype(jnp.float32)
-    total = pool(inputs, 0.0, jax.lax.add, window_shape, strides, padding)
+    dtype = inputs.dtype
+    inputs = inputs.astype(wide(dtype))
+    total = _pool(inputs, 0.0, jax.lax.add, window_shape, strides, padding)
     if count_include_pad:
-        return total / math.prod(window_shape)
+        return (total / math.prod(window_shape)).astype(dtype)
     # The same count for each batch and channel.
     axes = len(window_shape)
     spatial = inputs.shape[-axes - 1 : -1]
     one = jnp.ones((*(1,) * (inputs.ndim - axes - 1), *spatial, 1), inputs.dtype)
-    return total / pool(one, 0.0, jax.lax.add, window_shape, strides, padding)
+    return (total / _pool(one, 0.0, jax.lax.add, window_shape, strides, padding)).astype(dtype)
 
 
 def _extremes(x: jax.Array) -> tuple[Any, Any]:

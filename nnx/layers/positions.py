@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnx.layers._common import Dtype, as_array, shape_error
+from nnx.layers._numerics import wide
 from nnx.module import Module
 
 __all__ = ["RotaryEmbedding", "apply_rotary", "sinusoidal_positions"]
@@ -87,8 +88,8 @@ def apply_rotary(
     _check_features(rotated, features)
     positions = jnp.asarray(positions)
     _check_positions(x, positions)
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    angles = positions[..., None, None] * jnp.asarray(_frequencies(rotated, base), dtype)
+    dtype = wide(x.dtype)
+    angles = _angles(positions[..., None, None], _frequencies(rotated, base), dtype)
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     part = x[..., :rotated].astype(dtype)
     if interleaved:
@@ -175,6 +176,30 @@ class RotaryEmbedding(Module):
 
 def _frequencies(features: int, base: float) -> np.ndarray:
     return base ** (-np.arange(0, features, 2) / features)
+
+
+def _angles(positions: jax.Array, frequencies: np.ndarray, dtype: Dtype) -> jax.Array:
+    """`positions * frequencies`, less whole turns.
+
+    The product in float32 would be off by 0.004 at position 100,000, so whole positions are counted
+    in turns of 2³² steps, which integers wrap by themselves.
+    """
+    if dtype == jnp.float64:
+        return positions * jnp.asarray(frequencies, dtype)
+    turns = frequencies / (2 * np.pi)
+    steps = np.round(turns * 2.0**32)
+    left_over = jnp.asarray(turns - steps / 2.0**32, dtype)
+    whole = positions
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        positions = positions.astype(dtype)
+        whole = jax.lax.stop_gradient(jnp.floor(positions)).astype(jnp.int32)
+    counted = whole.astype(jnp.uint32) * np.mod(steps, 2.0**32).astype(np.uint32)
+    signed = jax.lax.bitcast_convert_type(counted, jnp.int32).astype(dtype)
+    part = signed * 2.0**-32 + whole.astype(dtype) * left_over
+    angles = part * (2 * np.pi)
+    if whole is positions:
+        return angles
+    return angles + (positions - whole.astype(dtype)) * jnp.asarray(frequencies, dtype)
 
 
 def _check_features(rotated: int, features: int) -> None:

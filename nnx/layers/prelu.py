@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx.layers._common import Dtype, Metadata, as_array, promote_dtype
+from nnx.layers._numerics import broadcast
 from nnx.module import Module, param
 from refx import Ref
 
@@ -72,4 +73,4 @@ class PReLU(Module):
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else None
         dtype = dtype if self.dtype is None else self.dtype
         x, slope = self.promote_dtype((x, self.negative_slope), dtype=dtype)
-        return jnp.where(x >= 0, x, slope * x)
+        return jnp.where(x >= 0, x, broadcast(jnp.multiply, x, slope))

@@ -19,6 +19,7 @@ from nnx.layers._common import (
     shape_error,
     zeros,
 )
+from nnx.layers._numerics import wide
 from nnx.layers.linear import Linear
 from nnx.module import Module
 from nnx.scope import make_rng
@@ -39,6 +40,10 @@ _orthogonal = initializers.orthogonal()
 class RNNCellBase(Module):
     """What `nnx.RNN` needs of a cell: `initialize_carry`, a call, and `num_feature_axes`.
 
+    Attributes: `sums_in_float32`, False by default: whether the cell computes the same, but for
+    rounding, if a carry in half precision comes in float32. Then `nnx.RNN` adds up the steps, and
+    the gradients of parameters, in float32.
+
     >>> import jax, jax.numpy as jnp, nnx
     >>> class Sum(nnx.RNNCellBase):
     ...     num_feature_axes = 1
@@ -49,6 +54,8 @@ class RNNCellBase(Module):
     >>> nnx.RNN(Sum())(jnp.ones((1, 4, 1)))[0, :, 0].tolist()
     [1.0, 2.0, 3.0, 4.0]
     """
+
+    sums_in_float32 = False
 
     def initialize_carry(
         self, input_shape: tuple[int, ...], carry_init: Initializer | None = None
@@ -83,6 +90,10 @@ class _Cell(RNNCellBase):
     dtype: Dtype
     param_dtype: Dtype
     carry_init: Initializer | None
+
+    sums_in_float32 = True
+    # A layer of the hidden state, whose dtype is that of the first carry.
+    _of_hidden = "dense_h"
 
     def _linears(
         self,
@@ -139,7 +150,9 @@ class _Cell(RNNCellBase):
     def _first(self, input_shape: tuple[int, ...], carry_init: Initializer | None) -> jax.Array:
         init = carry_init or self.carry_init or zeros
         key = None if init in (zeros, ones) else make_rng("carry")
-        return init(key, (*input_shape[:-1], self.hidden_features), self.param_dtype)
+        kernel = getattr(getattr(self, self._of_hidden), "kernel", None)
+        dtype = self.param_dtype if kernel is None else kernel.dtype
+        return init(key, (*input_shape[:-1], self.hidden_features), dtype)
 
     def initialize_carry(
         self, input_shape: tuple[int, ...], carry_init: Initializer | None = None
@@ -175,8 +188,9 @@ class LSTMCell(_Cell):
       kernel_init: initializer of the kernels of the input.
       recurrent_kernel_init: initializer of the kernels of the hidden state.
       bias_init: initializer of the biases.
-      dtype: dtype of the products; without it, what input and parameters promote to.
-      param_dtype: dtype of the parameters and of the first carry.
+      dtype: dtype of the products and of the output; without it, what input and parameters promote
+        to. The gates are computed in float32 at least.
+      param_dtype: dtype of the parameters. The first carry has the dtype that these have.
       carry_init: initializer of the first carry; without it, zeros.
       promote_dtype: a function for the casts, as for `Linear`.
       kernel_metadata, recurrent_kernel_metadata, bias_metadata: metadata of the Refs.
@@ -230,18 +244,16 @@ class LSTMCell(_Cell):
         self._make(dense_i, dense_h)
 
     _fused = 1
+    _of_hidden = "hi"
 
     def _make(self, dense_i: Callable[[], Linear], dense_h: Callable[[], Linear]) -> None:
         self.ii, self.if_, self.ig, self.io = dense_i(), dense_i(), dense_i(), dense_i()
         self.hi, self.hf, self.hg, self.ho = dense_h(), dense_h(), dense_h(), dense_h()
 
     def _gates(self, x: jax.Array, h: jax.Array) -> Any:
-        return (
-            self.ii(x) + self.hi(h),
-            self.if_(x) + self.hf(h),
-            self.ig(x) + self.hg(h),
-            self.io(x) + self.ho(h),
-        )
+        pairs = (self.ii, self.hi), (self.if_, self.hf), (self.ig, self.hg), (self.io, self.ho)
+        found = [_products(*pair, x, h) for pair in pairs]
+        return found[0][0], [a + b for _, a, b in found]
 
     def __call__(self, carry: LSTMCarry, inputs: jax.Array) -> tuple[LSTMCarry, jax.Array]:
         """One step: `((c, h), x) -> ((c', h'), h')`.
@@ -255,10 +267,10 @@ class LSTMCell(_Cell):
         """
         c, h = carry
         self._check(inputs, c, h)
-        i, f, g, o = self._gates(inputs, h)
+        dtype, (i, f, g, o) = self._gates(inputs, h)
         new_c = self.gate_fn(f) * c + self.gate_fn(i) * self.activation_fn(g)
         new_h = self.gate_fn(o) * self.activation_fn(new_c)
-        return (new_c, new_h), new_h
+        return (_carried(new_c, c, dtype), _carried(new_h, h, dtype)), _cast(new_h, dtype)
 
     def initialize_carry(
         self, input_shape: tuple[int, ...], carry_init: Initializer | None = None
@@ -285,12 +297,14 @@ class OptimizedLSTMCell(LSTMCell):
     """
 
     _fused = 4
+    _of_hidden = "dense_h"
 
     def _make(self, dense_i: Callable[[], Linear], dense_h: Callable[[], Linear]) -> None:
         self.dense_i, self.dense_h = dense_i(), dense_h()
 
     def _gates(self, x: jax.Array, h: jax.Array) -> Any:
-        return jnp.split(self.dense_i(x) + self.dense_h(h), 4, axis=-1)
+        dtype, a, b = _products(self.dense_i, self.dense_h, x, h)
+        return dtype, jnp.split(a + b, 4, axis=-1)
 
 
 class GRUCell(_Cell):
@@ -356,12 +370,13 @@ class GRUCell(_Cell):
     def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One step: `(h, x) -> (h', h')`, with shapes and errors as for `LSTMCell`."""
         self._check(inputs, carry)
-        i_r, i_z, i_n = jnp.split(self.dense_i(inputs), 3, axis=-1)
-        h_r, h_z, h_n = jnp.split(self.dense_h(carry), 3, axis=-1)
+        dtype, a, b = _products(self.dense_i, self.dense_h, inputs, carry)
+        i_r, i_z, i_n = jnp.split(a, 3, axis=-1)
+        h_r, h_z, h_n = jnp.split(b, 3, axis=-1)
         r, z = self.gate_fn(i_r + h_r), self.gate_fn(i_z + h_z)
         n = self.activation_fn(i_n + r * h_n)
         new = (1 - z) * n + z * carry
-        return new, new
+        return _carried(new, carry, dtype), _cast(new, dtype)
 
 
 class SimpleCell(_Cell):
@@ -371,10 +386,8 @@ class SimpleCell(_Cell):
     `residual` plus `h` inside.
 
     Args:
-      dtype: dtype of the products, float32 by default; with None, what input and parameters
-        promote to.
       residual: whether `h` is added before the activation.
-      in_features, hidden_features, param_dtype, carry_init, activation_fn, kernel_init,
+      in_features, hidden_features, dtype, param_dtype, carry_init, activation_fn, kernel_init,
         recurrent_kernel_init, bias_init, promote_dtype, kernel_metadata, recurrent_kernel_metadata,
         bias_metadata: as for `LSTMCell`.
 
@@ -394,7 +407,7 @@ class SimpleCell(_Cell):
         in_features: int,
         hidden_features: int,
         *,
-        dtype: Dtype = jnp.float32,
+        dtype: Dtype = None,
         param_dtype: Dtype = jnp.float32,
         carry_init: Initializer | None = None,
         residual: bool = False,
@@ -429,8 +442,36 @@ class SimpleCell(_Cell):
     def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One step: `(h, x) -> (h', h')`, with shapes and errors as for `LSTMCell`."""
         self._check(inputs, carry)
-        new = self.dense_i(inputs) + self.dense_h(carry)
+        dtype, a, b = _products(self.dense_i, self.dense_h, inputs, carry)
+        new = a + b
         if self.residual:
             new = new + carry
         new = self.activation_fn(new)
-        return new, new
+        return _carried(new, carry, dtype), _cast(new, dtype)
+
+
+def _products(
+    dense_i: Callable[..., Any], dense_h: Callable[..., Any], x: jax.Array, h: Any
+) -> tuple[Dtype, jax.Array, jax.Array]:
+    """What two layers make of input and hidden state, in float32 at least.
+
+    The dtype is that of the product with the input: a carry in float32, which is there to sum in,
+    does not make the products so.
+    """
+    a = dense_i(x)
+    b = dense_h(_cast(h, a.dtype))
+    sum_in = wide(a.dtype)
+    return a.dtype, _cast(a, sum_in), _cast(b, sum_in)
+
+
+def _cast(x: Any, dtype: Dtype) -> Any:
+    """In another floating dtype; what is no floating-point number stays."""
+    own = jnp.result_type(x)
+    if own == dtype or not all(jnp.issubdtype(d, jnp.floating) for d in (own, dtype)):
+        return x
+    return jnp.asarray(x, dtype)
+
+
+def _carried(new: jax.Array, old: Any, dtype: Dtype) -> jax.Array:
+    """In the dtype of the carry before, or that of the products if it has more digits."""
+    return _cast(new, jnp.promote_types(jnp.result_type(old), dtype))

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from nnx.layers._common import as_array, shape_error
+from nnx.layers._numerics import is_half, wide
 from nnx.layers._sharding import placed_as
+from nnx.layers._stand_in import call_with
 from nnx.layers.recurrent import RNNCellBase
 from nnx.module import Module
 from nnx.scope import MissingStreamError, make_rng, scope
 from nnx.transforms import CARRY, scan
-from refx import Filter
+from refx import Filter, refs
 
 __all__ = ["RNN", "Bidirectional", "flip_sequences"]
 
@@ -29,7 +31,7 @@ class RNN(Module):
 
     What the cell writes into its Refs is carried from step to step, and random streams advance, so
     cells with batch statistics or dropout inside work. The carry keeps the dtype that it starts
-    with.
+    with; in half precision, the cells of this library add up the steps in float32.
 
     Args:
       cell: an `RNNCellBase`, or any module with its methods.
@@ -147,7 +149,11 @@ class RNN(Module):
         def step(state: Any, sliced: Any) -> Any:
             (carry, last), (cell, t, x) = state, sliced
             with scope(keys) if keys else contextlib.nullcontext():
-                new, y = cell(carry, x)
+                if weights:
+                    own = {path: w.astype(dtypes[path]) for path, w in weights.items()}
+                    new, y = call_with(cell, own, "with parameters in float32", (carry, x), {})
+                else:
+                    new, y = cell(carry, x)
             # What does not fit is left as it is, for nnx.scan to say so.
             if _shapes(new) == _shapes(carry):
                 new = jax.tree.map(_as_before, new, carry)
@@ -156,6 +162,15 @@ class RNN(Module):
                     last = jax.tree.map(lambda a, b: jnp.where(_along(valid, a), a, b), new, last)
             return (new, last), y
 
+        dtypes: dict[Any, Any] = {}
+        weights: dict[Any, jax.Array] = {}
+        given = first
+        if getattr(self.cell, "sums_in_float32", False):
+            # The loop adds up steps and gradients in the dtypes of what it carries and closes over.
+            first = jax.tree.map(_widened, first)
+            for path, cell in refs(self.cell).items():
+                if cell.collection == "params" and _is_half(cell.value):
+                    dtypes[path], weights[path] = cell.value.dtype, _widened(cell.value)
         times = jnp.arange(xs.shape[0])
         (carry, last), ys = scan(
             step,
@@ -164,7 +179,8 @@ class RNN(Module):
             unroll=self.unroll,
             axes={**dict(self.state_axes), ...: CARRY},
         )
-        return carry if seq_lengths is None else last, ys
+        final = carry if seq_lengths is None else last
+        return jax.tree.map(_as_before, final, given), ys
 
 
 class Bidirectional(Module):
@@ -265,6 +281,14 @@ def flip_sequences(
 def _along(flags: jax.Array, array: jax.Array) -> jax.Array:
     """With axes of size 1 at the end, so that it broadcasts along the first axes of `array`."""
     return flags.reshape(*flags.shape, *(1,) * (jnp.ndim(array) - flags.ndim))
+
+
+def _is_half(x: Any) -> bool:
+    return is_half(jnp.result_type(x))
+
+
+def _widened(x: Any) -> Any:
+    return jnp.asarray(x, wide(jnp.result_type(x))) if _is_half(x) else x
 
 
 def _shapes(tree: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,24 +10,17 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from nnx.layers._common import Dtype, Initializer, evaluates, ones, promote_dtype
+from nnx.layers._numerics import result_dtype, wide
+from nnx.layers._stand_in import call_with
 from nnx.module import Module
 from nnx.scope import make_rng
-from refx import (
-    All,
-    Filter,
-    NotMutableError,
-    PathContains,
-    Ref,
-    StructureError,
-    merge,
-    refs,
-    split,
-    to_predicate,
-)
+from refx import All, Filter, PathContains, Ref, refs, to_predicate
 
 __all__ = ["SpectralNorm", "WeightNorm"]
 
 Path = tuple[str, ...]
+
+_HOW = "with normalized weights"
 
 
 class WeightNorm(Module):
@@ -44,7 +37,8 @@ class WeightNorm(Module):
       use_scale: whether there is a learned scale.
       scale_init: initializer of the scale.
       epsilon: is added to the square of the norm.
-      dtype: dtype of the normalized weights; without it, what weight and scale promote to.
+      dtype: dtype of the normalized weights; without it, what weight and scale promote to. They are
+        computed in float32 at least.
       param_dtype: dtype of the scale.
       variable_filter: which parameters of the layer are normalized.
       promote_dtype: a function for the cast, called with `(weight,), dtype=`.
@@ -111,7 +105,7 @@ class WeightNorm(Module):
           ValueError: the layer has got another parameter since it was wrapped.
         """
         weights = {path: self._normalized(path, w) for path, w in self._selected().items()}
-        return _call(self.layer_instance, weights, args, kwargs)
+        return call_with(self.layer_instance, weights, _HOW, args, kwargs)
 
     def _selected(self) -> dict[Path, jax.Array]:
         selects = All("params", self.variable_filter)
@@ -130,11 +124,15 @@ class WeightNorm(Module):
     def _normalized(self, path: Path, weight: jax.Array) -> jax.Array:
         features = self._features(path, weight)
         others = tuple(i for i in range(weight.ndim) if i not in features)
-        weight = _unit(weight, others, self.epsilon)
-        if self.scales is not None:
-            along = [size if i in features else 1 for i, size in enumerate(weight.shape)]
-            weight = weight * _get(self, self.scales, path).value.reshape(along)
-        return self.promote_dtype((weight,), dtype=self.dtype)[0]
+        scale = None if self.scales is None else _get(self, self.scales, path).value
+        dtype = result_dtype(self.dtype, weight, scale)
+        # Squares of half-precision numbers vanish below 1e-4 and overflow above 255.
+        unit = _unit(weight.astype(wide(weight.dtype)), others, self.epsilon)
+        if scale is not None:
+            unit = unit * scale.reshape(
+                [n if i in features else 1 for i, n in enumerate(unit.shape)]
+            )
+        return self.promote_dtype((unit,), dtype=dtype)[0]
 
 
 class SpectralNorm(Module):
@@ -148,7 +146,8 @@ class SpectralNorm(Module):
       layer_instance: the layer, any module that can be called.
       n_steps: number of steps of the power iteration in a call.
       epsilon: is added to the square of norms.
-      dtype: dtype of the normalized weights; without it, what weight and statistics promote to.
+      dtype: dtype of the normalized weights; without it, that of the weight. They are computed in
+        float32 at least.
       param_dtype: dtype of the statistics.
       error_on_non_matrix: whether a parameter of more than two axes is an error.
       update_stats: whether a call keeps the result of the power iteration. An argument of the call
@@ -216,7 +215,7 @@ class SpectralNorm(Module):
         if update_stats is None:
             update_stats = not evaluates(self, "use_running_average", None)
         weights = {p: self._normalized(p, w, update_stats) for p, w in self._matrices().items()}
-        return _call(self.layer_instance, weights, (x,), kwargs)
+        return call_with(self.layer_instance, weights, _HOW, (x,), kwargs)
 
     def _matrices(self) -> dict[Path, jax.Array]:
         found: dict[Path, jax.Array] = {}
@@ -234,8 +233,8 @@ class SpectralNorm(Module):
     def _normalized(self, path: Path, weight: jax.Array, update_stats: bool) -> jax.Array:
         u_ref = _get(self, self.batch_stats, (*path, "u"))
         sigma_ref = _get(self, self.batch_stats, (*path, "sigma"))
-        matrix = weight.reshape(-1, weight.shape[-1])
-        u = v = u_ref.value
+        matrix = weight.reshape(-1, weight.shape[-1]).astype(wide(weight.dtype))
+        u = v = u_ref.value.astype(wide(u_ref.value.dtype, weight.dtype))
         for _ in range(self.n_steps):
             v = _unit(u @ matrix.T, None, self.epsilon)
             u = _unit(v @ matrix, None, self.epsilon)
@@ -245,8 +244,9 @@ class SpectralNorm(Module):
         if update_stats:
             u_ref.value = u.astype(u_ref.value.dtype)
             sigma_ref.value = jax.lax.stop_gradient(sigma).astype(sigma_ref.value.dtype)
-        weight = (matrix / jnp.where(sigma != 0, sigma, 1)).reshape(weight.shape)
-        return weight if self.dtype is None else weight.astype(self.dtype)
+        unit = (matrix / jnp.where(sigma != 0, sigma, 1)).reshape(weight.shape)
+        # The statistics are in float32, and do not make the weights so.
+        return unit.astype(weight.dtype if self.dtype is None else self.dtype)
 
 
 def _unit(x: jax.Array, axes: tuple[int, ...] | None, epsilon: float) -> jax.Array:
@@ -255,35 +255,6 @@ def _unit(x: jax.Array, axes: tuple[int, ...] | None, epsilon: float) -> jax.Arr
 
 def _parameters(layer: Module) -> list[tuple[Path, jax.Array]]:
     return [(p, cell.value) for p, cell in refs(layer).items() if cell.collection == "params"]
-
-
-def _call(layer: Module, weights: Mapping[Path, Any], args: Any, kwargs: Any) -> Any:
-    """Call a copy of the layer that has these weights, and keep what it writes into other Refs."""
-    dagdef, values = split(layer)
-    stand_in: Any = merge(dagdef, {**values, **weights})
-    cells = refs(stand_in)
-    before = {path: cell.value for path, cell in cells.items()}
-    result = stand_in(*args, **kwargs)
-    now, after = split(stand_in)
-    arrays = [path for path in values if path not in cells]
-    if now is not dagdef or any(after[path] is not values[path] for path in arrays):
-        raise StructureError(
-            f"A {type(layer).__name__} changed an attribute that is no Ref while it was called with "
-            f"normalized weights, on a copy, so the change would be lost. Keep what changes in a "
-            f"Ref: a ref() field, or nnx.Ref(...)."
-        )
-    written = {path for path, cell in cells.items() if cell.value is not before[path]}
-    if lost := sorted(written.intersection(weights)):
-        raise NotMutableError(
-            f"{type(layer).__name__} wrote its parameter {'.'.join(lost[0])!r} while it was called "
-            f"with normalized weights. Leave the parameter out of what is normalized, or write it "
-            f"outside of the call."
-        )
-    if written:
-        own = refs(layer)
-        for path in written:
-            own[path].value = cells[path].value
-    return result
 
 
 def _put(tree: dict[str, Any], path: Path, cell: Ref[Any]) -> None:

@@ -37,8 +37,9 @@ class EMA(Module):
     https://doi.org/10.1137/0330046).
 
     Each update moves the average: `average = decay * average + (1 - decay) * value`. It is in
-    float32 at least, since in half precision a small step is lost; values that are no floating
-    point numbers (counts, keys) are those of the last update.
+    float32 at least, since in half precision a small step is lost; float32 loses steps of less than
+    6e-8 of the average. Values that are no floating-point numbers (counts, keys) are those of the
+    last update.
 
     Args:
       model: a module, or any tree that holds Refs.
@@ -106,24 +107,26 @@ class EMA(Module):
         """
         cells, values = self._matching(model)
         decay = self.decay(self.step) if callable(self.decay) else self.decay
-        decay = jnp.asarray(decay, jnp.float32)
+        # A number is subtracted as Python does it: float32 has 0.999999, but not what is left to 1.
+        share = 1 - decay
         weight = self.weight
-        # Where nothing has any weight yet, what is there does not count.
-        keep = jnp.where(weight > 0, decay, 0.0)
 
         def move(average: Any, value: Any) -> Any:
             if not _averages(value):
                 return fresh(value)
-            keep_here = keep.astype(average.real.dtype)
-            share = (1 - decay).astype(average.real.dtype)
-            return keep_here * average + share * jnp.asarray(value, average.dtype)
+            # Where nothing has any weight yet, what is there does not count.
+            start = jnp.where(weight > 0, average, 0) if self.debias else average
+            return _between(start, jnp.asarray(value, average.dtype), share, decay)
 
         old = self._averages()
         new = {path: jax.tree.map(move, old[path], values[path]) for path in cells}
         own = self._cells()
         targets = [*(own[path] for path in cells)]
         targets += [refx.get_ref(self, "weight"), refx.get_ref(self, "step")]
-        write_back(targets, [*new.values(), decay * weight + (1 - decay), self.step + 1])
+        write_back(
+            targets,
+            [*new.values(), _between(weight, jnp.ones_like(weight), share, decay), self.step + 1],
+        )
 
     @property
     def values(self) -> Partition:
@@ -189,6 +192,13 @@ class EMA(Module):
 
 def _averages(x: Any) -> bool:
     return jnp.issubdtype(dtype_of(x), jnp.inexact)
+
+
+def _between(a: jax.Array, b: jax.Array, share: Any, keep: Any) -> jax.Array:
+    """`keep * a + share * b`, where `keep + share` is 1, also where the two are rounded."""
+    share, keep = jnp.asarray(share, a.real.dtype), jnp.asarray(keep, a.real.dtype)
+    # Counted from the nearer end, which stays where it is if nothing moves it.
+    return jnp.where(share < 0.5, a + share * (b - a), b - keep * (b - a))
 
 
 def _dtype(x: Any) -> Any:

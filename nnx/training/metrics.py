@@ -1,8 +1,11 @@
 """Metrics that accumulate over batches, also inside of `nnx.jit` and `nnx.scan`.
 
-The state is in Refs of the collection `"metrics"`, in float32: a total of very many values has the
-relative error of float32 sums, about 1e-7 for each batch that is added. A metric without any value
-is NaN.
+The state is in Refs of the collection `"metrics"`. Totals are pairs of float32 (of float64, where JAX
+has it enabled when the metric is made), so that no number of batches is too many: what one number
+cannot hold is in the other. Counts are exact. A metric without any value is NaN.
+
+Metrics of the same settings merge: `metric.merge(other)`. With `axis_name`, an update inside of
+`nnx.vmap` or `nnx.shard_map` takes in the batches of all lanes of that axis.
 """
 
 from __future__ import annotations
@@ -12,7 +15,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nnx.module import Module, ref
+from nnx.module import ref
+from nnx.training._metric import (
+    Accumulator,
+    Metric,
+    argument,
+    how_many,
+    integer_labels,
+    largest,
+    no_count,
+    no_sum,
+    sum_of,
+    weighted,
+)
+from nnx.training._totals import Count, Spread, Sum, added, counted, spread_of_both
 from refx.node import attributes
 
 __all__ = [
@@ -27,49 +43,16 @@ __all__ = [
 ]
 
 
-class Metric(Module):
-    """The base of metrics: `reset()`, `update(**kwargs)` with one batch, `compute()` of all so far.
-
-    A metric takes from the keyword arguments of `update` what it needs and ignores the others, so
-    that several can be updated by one call; see `MultiMetric`.
-
-    >>> import jax, jax.numpy as jnp, nnx
-    >>> class Largest(nnx.metrics.Metric):
-    ...     value: jax.Array = nnx.ref("metrics")
-    ...     def __init__(self):
-    ...         self.reset()
-    ...     def reset(self):
-    ...         self.value = jnp.array(-jnp.inf)
-    ...     def update(self, *, values, **_):
-    ...         self.value = jnp.maximum(self.value, values.max())
-    ...     def compute(self):
-    ...         return self.value
-    >>> largest = Largest()
-    >>> largest.update(values=jnp.array([1.0, 3.0]))
-    >>> float(largest.compute())
-    3.0
-    """
-
-    def reset(self) -> None:
-        """Forget everything."""
-        raise NotImplementedError(f"{type(self).__name__} has no reset().")
-
-    def update(self, **kwargs: Any) -> None:
-        """Take one batch into account."""
-        raise NotImplementedError(f"{type(self).__name__} has no update().")
-
-    def compute(self) -> Any:
-        """The metric of everything since the last reset."""
-        raise NotImplementedError(f"{type(self).__name__} has no compute().")
-
-
-class Average(Metric):
+class Average(Accumulator):
     """The mean of values.
 
     Args:
       argname: the keyword argument of `update` that has the values.
+      axis_name: a mapped axis, such as that of `nnx.vmap`: each update takes in the values of all
+        its lanes, and the state stays the same in all.
 
-    Attributes: `total` and `count`, float32 scalars.
+    Attributes: `total`, a float32 scalar, and `rest`, what is missing to the exact total; `count`,
+    int32, and `count_high`, how often it has passed 2³⁰.
 
     >>> import jax.numpy as jnp, nnx
     >>> loss = nnx.metrics.Average("loss")
@@ -80,16 +63,27 @@ class Average(Metric):
     """
 
     total: jax.Array = ref("metrics")
+    rest: jax.Array = ref("metrics")
     count: jax.Array = ref("metrics")
+    count_high: jax.Array = ref("metrics")
 
-    def __init__(self, argname: str = "values"):
+    def __init__(self, argname: str = "values", *, axis_name: Any = None):
         self.argname = argname
+        self.axis_name = axis_name
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.total = jnp.zeros((), jnp.float32)
-        self.count = jnp.zeros((), jnp.float32)
+        self._set((no_sum(), no_count()))
+
+    def _get(self) -> tuple[Sum, Count]:
+        return Sum(self.total, self.rest), Count(self.count, self.count_high)
+
+    def _set(self, state: tuple[Sum, Count]) -> None:
+        (self.total, self.rest), (self.count, self.count_high) = state
+
+    def _both(self, a: tuple[Sum, Count], b: tuple[Sum, Count]) -> tuple[Sum, Count]:
+        return added(a[0], *b[0]), counted(a[1], *b[1])
 
     def update(self, *, mask: Any = None, **kwargs: Any) -> None:
         """Add the values of the argument `argname`, of any shape.
@@ -102,13 +96,16 @@ class Average(Metric):
           TypeError: there is no argument `argname`.
           ValueError: the mask does not broadcast to the values.
         """
-        values, weights = _weighted(self, _argument(self, self.argname, kwargs), mask)
-        self.total = self.total + jnp.where(weights > 0, values, 0).sum()
-        self.count = self.count + weights.sum()
+        values = argument(self, self.argname, kwargs)
+        values, kept = weighted(self, values, mask, self.total.dtype)
+        total = self._over_lanes(sum_of(values, kept))
+        count = self._over_lanes(how_many(values, kept))
+        self._set((added(Sum(self.total, self.rest), total), counted(self._get()[1], count)))
 
     def compute(self) -> jax.Array:
         """The mean, a float32 scalar; NaN without values."""
-        return self.total / self.count
+        total, count = self._get()
+        return (total.total + total.rest) / count.as_float(total.total.dtype)
 
 
 class Perplexity(Average):
@@ -116,6 +113,7 @@ class Perplexity(Average):
 
     Args:
       argname: the keyword argument of `update` that has them.
+      axis_name: as for `Average`.
 
     >>> import jax.numpy as jnp, nnx
     >>> perplexity = nnx.metrics.Perplexity()
@@ -135,6 +133,10 @@ class Accuracy(Average):
     Args:
       threshold: for binary labels: a logit above it predicts 1. Without it, the prediction is the
         index of the largest logit along the last axis.
+      top_k: how many of the largest logits may have the index of the label.
+      axis_name: as for `Average`.
+
+    A label that is no class, such as -1 for padding, is not counted.
 
     >>> import jax.numpy as jnp, nnx
     >>> accuracy = nnx.metrics.Accuracy()
@@ -143,14 +145,20 @@ class Accuracy(Average):
     0.5
     """
 
-    def __init__(self, threshold: float | None = None):
+    def __init__(self, threshold: float | None = None, *, top_k: int = 1, axis_name: Any = None):
         if threshold is not None and not isinstance(threshold, int | float):
             raise TypeError(
                 f"The threshold of Accuracy is a number or None, but got a "
                 f"{type(threshold).__name__}."
             )
-        super().__init__()
+        if top_k < 1 or (top_k > 1 and threshold is not None):
+            raise ValueError(
+                f"The top_k of Accuracy is 1 at least, and 1 with a threshold, but got {top_k} and "
+                f"the threshold {threshold}."
+            )
+        super().__init__(axis_name=axis_name)
         self.threshold = threshold
+        self.top_k = top_k
 
     def update(self, *, mask: Any = None, **kwargs: Any) -> None:
         """Count the predictions of one batch.
@@ -162,10 +170,10 @@ class Accuracy(Average):
 
         Raises:
           TypeError: `logits` or `labels` are missing, or the labels are no integers.
-          ValueError: the shapes do not fit.
+          ValueError: the shapes do not fit, or there are fewer classes than `top_k`.
         """
-        logits = jnp.asarray(_argument(self, "logits", kwargs))
-        labels = _labels(self, _argument(self, "labels", kwargs))
+        logits = jnp.asarray(argument(self, "logits", kwargs))
+        labels = integer_labels(self, argument(self, "labels", kwargs))
         if self.threshold is not None:
             if logits.shape != labels.shape:
                 raise ValueError(
@@ -173,9 +181,15 @@ class Accuracy(Average):
                     f"{labels.shape}, but got {logits.shape}."
                 )
             right = (logits > self.threshold) == (labels != 0)
+            known = labels >= 0
         else:
-            right = _predicted(self, logits, labels) == labels
-        super().update(values=right, mask=mask)
+            predicted = largest(self, logits, labels, self.top_k)
+            # In a dtype that holds the number of classes, as that of the labels may not.
+            labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+            right = (predicted == labels[..., None]).any(-1)
+            known = (labels >= 0) & (labels < logits.shape[-1])
+        _, kept = weighted(self, labels, mask, self.total.dtype)
+        super().update(values=right, mask=known if kept is None else known & kept)
 
 
 class Statistics(NamedTuple):
@@ -190,7 +204,7 @@ class Statistics(NamedTuple):
     standard_deviation: jax.Array
 
 
-class Welford(Metric):
+class Welford(Accumulator):
     """Mean and standard deviation in one stable pass.
 
     After Welford (1962, https://doi.org/10.1080/00401706.1962.10490022), with the formula of Chan,
@@ -198,8 +212,10 @@ class Welford(Metric):
 
     Args:
       argname: the keyword argument of `update` that has the values.
+      axis_name: as for `Average`.
 
-    Attributes: `count`, `mean` and `m2`, the sum of squared differences: float32 scalars.
+    Attributes: `count`, int32, and `count_high`, as of `Average`; `mean` and `m2`, the sum of squared
+    differences, float32 scalars, and what is missing to the exact ones, `mean_rest` and `m2_rest`.
 
     >>> import jax.numpy as jnp, nnx
     >>> welford = nnx.metrics.Welford()
@@ -211,45 +227,80 @@ class Welford(Metric):
     """
 
     count: jax.Array = ref("metrics")
+    count_high: jax.Array = ref("metrics")
     mean: jax.Array = ref("metrics")
+    mean_rest: jax.Array = ref("metrics")
     m2: jax.Array = ref("metrics")
+    m2_rest: jax.Array = ref("metrics")
 
-    def __init__(self, argname: str = "values"):
+    def __init__(self, argname: str = "values", *, axis_name: Any = None):
         self.argname = argname
+        self.axis_name = axis_name
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.count = jnp.zeros((), jnp.float32)
-        self.mean = jnp.zeros((), jnp.float32)
-        self.m2 = jnp.zeros((), jnp.float32)
+        self._set(Spread(no_count(), no_sum(), no_sum()))
+
+    def _get(self) -> Spread:
+        return Spread(
+            Count(self.count, self.count_high),
+            Sum(self.mean, self.mean_rest),
+            Sum(self.m2, self.m2_rest),
+        )
+
+    def _set(self, state: Spread) -> None:
+        self.count, self.count_high = state.number
+        self.mean, self.mean_rest = state.mean
+        self.m2, self.m2_rest = state.m2
+
+    def _both(self, a: Spread, b: Spread) -> Spread:
+        return spread_of_both(a, b)
 
     def update(self, *, mask: Any = None, **kwargs: Any) -> None:
         """Add the values of the argument `argname`; arguments and errors as for `Average.update`."""
-        values, weights = _weighted(self, _argument(self, self.argname, kwargs), mask)
-        kept = weights > 0
-        count = weights.sum()
-        mean = jnp.where(kept, values, 0).sum() / jnp.maximum(count, 1)
-        m2 = jnp.where(kept, (values - mean) ** 2, 0).sum()
-        # An empty batch changes nothing, and the first one is taken as it is.
-        total = jnp.maximum(self.count + count, 1)
-        delta = mean - self.mean
-        self.m2 = self.m2 + m2 + delta**2 * (self.count / total) * count
-        self.mean = self.mean + delta * (count / total)
-        self.count = self.count + count
+        values = argument(self, self.argname, kwargs)
+        dtype = self.mean.dtype
+        values, kept = weighted(self, values, mask, dtype)
+        count = counted(no_count(), self._over_lanes(how_many(values, kept)))
+        divisor = jnp.maximum(count.as_float(dtype), 1)
+        # Counted from a number near them, values that are far from zero keep their digits.
+        start = jnp.where(
+            self._get().number.as_float(dtype) > 0, self.mean, self._any(values, kept)
+        )
+        values = values - start
+        mean = self._over_lanes(sum_of(values, kept)) / divisor
+        m2 = self._over_lanes(sum_of((values - mean) ** 2, kept))
+        none = jnp.zeros((), dtype)
+        batch = Spread(count, added(Sum(start, none), mean), Sum(m2, none))
+        self._set(spread_of_both(self._get(), batch))
+
+    def _any(self, values: jax.Array, kept: Any) -> jax.Array:
+        """One of the values, the same in all lanes; 0 without any."""
+        if not values.size:
+            return jnp.zeros((), values.dtype)
+        first = jnp.argmax(jnp.ravel(jnp.ones_like(values, bool) if kept is None else kept))
+        found = values.ravel()[first]
+        if kept is not None:
+            found = jnp.where(kept.any(), found, -jnp.inf)
+        if self.axis_name is not None:
+            found = jax.lax.pmax(found, self.axis_name)
+        return jnp.where(jnp.isneginf(found), 0, found)
 
     def compute(self) -> Statistics:
         """The `Statistics`; NaN without values."""
-        deviation = jnp.sqrt(self.m2 / self.count)
-        mean = jnp.where(self.count > 0, self.mean, jnp.nan)
-        return Statistics(mean, deviation / jnp.sqrt(self.count), deviation)
+        count = self._get().number.as_float(self.mean.dtype)
+        deviation = jnp.sqrt((self.m2 + self.m2_rest) / count)
+        mean = jnp.where(count > 0, self.mean + self.mean_rest, jnp.nan)
+        return Statistics(mean, deviation / jnp.sqrt(count), deviation)
 
 
-class ConfusionMatrix(Metric):
+class ConfusionMatrix(Accumulator):
     """How often each class was taken for each other.
 
     Args:
       num_classes: number of classes.
+      axis_name: as for `Average`.
 
     Attributes: `counts` of shape `(num_classes, num_classes)`, int32: rows are labels, columns
     predictions.
@@ -264,32 +315,43 @@ class ConfusionMatrix(Metric):
 
     counts: jax.Array = ref("metrics")
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, *, axis_name: Any = None):
         self.num_classes = num_classes
+        self.axis_name = axis_name
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
         self.counts = jnp.zeros((self.num_classes, self.num_classes), jnp.int32)
 
+    def _get(self) -> jax.Array:
+        return self.counts
+
+    def _set(self, state: jax.Array) -> None:
+        self.counts = state
+
+    def _both(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        return a + b
+
     def update(self, *, mask: Any = None, **kwargs: Any) -> None:
         """Count one batch; arguments and errors as for `Accuracy.update` without a threshold.
 
         A label that is no class, such as -1 for padding, is not counted.
         """
-        logits = jnp.asarray(_argument(self, "logits", kwargs))
-        labels = _labels(self, _argument(self, "labels", kwargs)).astype(jnp.int32)
-        predicted = _predicted(self, logits, labels)
+        logits = jnp.asarray(argument(self, "logits", kwargs))
+        labels = integer_labels(self, argument(self, "labels", kwargs)).astype(jnp.int32)
+        predicted = largest(self, logits, labels, 1)[..., 0]
         if logits.shape[-1] != self.num_classes:
             raise ValueError(
                 f"ConfusionMatrix expects logits of shape (..., {self.num_classes}), but got "
                 f"{logits.shape}."
             )
-        _, weights = _weighted(self, labels, mask)
-        counted = (weights > 0) & (labels >= 0) & (labels < self.num_classes)
-        cell = jnp.where(counted, labels * self.num_classes + predicted, self.num_classes**2)
-        counts = self.counts.ravel().at[cell.ravel()].add(1, mode="drop")
-        self.counts = counts.reshape(self.counts.shape)
+        _, kept = weighted(self, labels, mask, jnp.int32)
+        known = (labels >= 0) & (labels < self.num_classes)
+        known = known if kept is None else known & kept
+        cell = jnp.where(known, labels * self.num_classes + predicted, self.num_classes**2)
+        counts = jnp.zeros(self.num_classes**2, jnp.int32).at[cell.ravel()].add(1, mode="drop")
+        self.counts = self.counts + self._over_lanes(counts).reshape(self.counts.shape)
 
     def compute(self) -> jax.Array:
         """The counts so far."""
@@ -342,50 +404,25 @@ class MultiMetric(Metric):
         for metric in self._metrics().values():
             metric.update(**updates)
 
+    def merge(self, *others: Any) -> None:
+        """Merge every metric with those of the same name of others.
+
+        Raises:
+          TypeError: one is no MultiMetric.
+          ValueError: one has other names.
+        """
+        own = self._metrics()
+        for other in others:
+            if not isinstance(other, MultiMetric):
+                raise TypeError(f"A MultiMetric merges others, but got a {type(other).__name__}.")
+            if other._metrics().keys() != own.keys():
+                raise ValueError(
+                    f"A MultiMetric of {', '.join(own)} cannot be merged with one of "
+                    f"{', '.join(other._metrics())}. Give both the same names."
+                )
+        for name, metric in own.items():
+            metric.merge(*(other._metrics()[name] for other in others))
+
     def compute(self) -> dict[str, Any]:
         """The metrics by name."""
         return {name: metric.compute() for name, metric in self._metrics().items()}
-
-
-def _argument(metric: Metric, name: str, given: dict[str, Any]) -> Any:
-    if name in given:
-        return given[name]
-    names = ", ".join(map(repr, given)) or "nothing"
-    raise TypeError(
-        f"{type(metric).__name__}.update() needs the keyword argument {name!r}, but got {names}."
-    )
-
-
-def _labels(metric: Metric, labels: Any) -> jax.Array:
-    labels = jnp.asarray(labels)
-    if not (jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == jnp.bool_):
-        raise TypeError(
-            f"{type(metric).__name__} expects integer labels, but got {labels.dtype}. Take the "
-            f"argmax of one-hot labels first."
-        )
-    return labels
-
-
-def _predicted(metric: Metric, logits: jax.Array, labels: jax.Array) -> jax.Array:
-    if logits.ndim != labels.ndim + 1 or logits.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"{type(metric).__name__} expects logits of shape (..., classes) and labels of shape "
-            f"(...), but got {logits.shape} and {labels.shape}."
-        )
-    # Not in the dtype of the labels, which may be too small for the number of classes.
-    return logits.argmax(-1)
-
-
-def _weighted(metric: Metric, values: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
-    """Values in float32, and for each a 1 if it counts and a 0 if it does not."""
-    values = jnp.asarray(values).astype(jnp.float32)
-    if mask is None:
-        return values, jnp.ones_like(values)
-    try:
-        kept = jnp.broadcast_to(jnp.asarray(mask) != 0, values.shape)
-    except ValueError:
-        raise ValueError(
-            f"The mask of {type(metric).__name__}.update() must broadcast to the values, of shape "
-            f"{values.shape}, but has the shape {jnp.shape(mask)}."
-        ) from None
-    return values, kept.astype(jnp.float32)

@@ -55,7 +55,10 @@ def test_layer(options):
 def test_the_arguments_are_those_of_flax():
     # Where flax raises an error, dropout drops, as that of nnx.Dropout does.
     same_arguments(
-        fnx.MultiHeadAttention, MultiHeadAttention, added=["rotary"], other=["deterministic"]
+        fnx.MultiHeadAttention,
+        MultiHeadAttention,
+        added=["rotary", "in_v_features", "v_features"],
+        other=["deterministic"],
     )
     ours, dropout = MultiHeadAttention.init(0)(2, 8), nnx.Dropout(0.5)
     assert ours.deterministic is dropout.deterministic is False

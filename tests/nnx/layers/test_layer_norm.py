@@ -83,7 +83,9 @@ def test_mask(ours, theirs, more):
     mine, other = both(ours, theirs, 6, **more)
     from_flax(mine, other)
     y, expected = nnx.jit(lambda x: (mine(x, mask=mask), other(x, mask=mask)))(X)
-    np.testing.assert_allclose(y, expected, atol=1e-5)
+    # flax has NaN where all is hidden.
+    assert jnp.isfinite(y).all()
+    np.testing.assert_allclose(y, jnp.where(jnp.isnan(expected), y, expected), atol=2e-5)
     assert not np.allclose(y, nnx.jit(lambda m: m(X))(mine), atol=1e-2)
 
 
@@ -139,7 +141,8 @@ def test_groups_of_a_mapped_axis_reach_the_collective(monkeypatch):
         jax.lax, "pmean", lambda x, *args, **kwargs: seen.append((args, kwargs)) or x
     )
     LayerNorm(3, axis_name="lanes", axis_index_groups=[[0, 1], [2, 3]])(draw(2, 3))
-    assert seen == [(("lanes",), {"axis_index_groups": [[0, 1], [2, 3]]})]
+    # Where to count from, and the statistics.
+    assert seen == [(("lanes",), {"axis_index_groups": [[0, 1], [2, 3]]})] * 2
 
 
 def test_against_float64():

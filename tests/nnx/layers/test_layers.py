@@ -30,6 +30,9 @@ def check(ours, theirs, x, **call):
         return jnp.sum(jnp.sin(m(x, **call).astype(jnp.float32)))
 
     tolerance = {"atol": 2e-2 if x.dtype == jnp.bfloat16 else 2e-5, "rtol": 1e-3}
+    if jnp.bfloat16 in (getattr(ours, "dtype", None), getattr(ours, "param_dtype", None)):
+        # There, flax adds up the gradient of a bias in bfloat16.
+        tolerance = {"atol": 2e-2, "rtol": 5e-2}
     ga, gx = nnx.grad(our_loss, argnums=(0, 1))(ours, x)
     fa, fx = fnx.grad(their_loss, argnums=(0, 1))(theirs, x)
     np.testing.assert_allclose(gx.astype(jnp.float32), fx.astype(jnp.float32), **tolerance)

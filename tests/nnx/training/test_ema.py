@@ -192,3 +192,34 @@ def test_values_of_numpy_in_double_precision():
     model.w = jnp.full(2, 3.0)
     ema.update(model)
     assert ema.values["w"].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("left", [1e-6, 1e-3, 0.3, 1.0, 0.0])
+def test_a_decay_near_one_is_not_rounded(left):
+    """`1 - decay` in float32 would be off by 1.3 %, and the sum of both would not be 1."""
+    model = Dense()
+    model["params"] = jax.tree.map(jnp.zeros_like, model["params"])
+    for debias in (False, True):
+        ema = EMA(model, 1 - left, debias=debias)
+        update = nnx.jit(lambda ema, m: ema.update(m))
+        ones = nnx.clone(model)
+        ones["params"] = jax.tree.map(jnp.ones_like, model["params"])
+        expected = 0.0
+        for _ in range(5):
+            update(ema, ones)
+            expected += (1 - expected) * left
+        found = ema.values["b"] if not debias or not left else ema.values["b"] * ema.weight
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    # What does not change stays as it is.
+    still = EMA(ones, 1 - left)
+    nnx.fori_loop(0, 1000, lambda i, c: (still.update(ones), c)[1], 0)
+    assert (still.values["b"] == 1).all()
+
+
+def test_a_jump_of_many_orders_is_taken_exactly():
+    model = Dense()
+    model["params"] = jax.tree.map(lambda w: jnp.full_like(w, 1e8), model["params"])
+    ema = EMA(model, 0.0)
+    model["params"] = jax.tree.map(jnp.ones_like, model["params"])
+    ema.update(model)
+    assert (ema.values["b"] == 1).all()

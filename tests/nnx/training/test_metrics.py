@@ -197,3 +197,192 @@ def test_labels_of_a_small_dtype_do_not_wrap():
     accuracy = nnx.metrics.Accuracy()
     accuracy.update(logits=jax.nn.one_hot(jnp.array([300]), 400), labels=jnp.array([44], jnp.uint8))
     assert accuracy.compute() == 0
+
+
+def test_counts_and_totals_do_not_stop():
+    """At 2²⁴ float32 stops, at 2³¹ int32."""
+    for start in (2**24, 2**31 - 2, 5 * 10**10):
+        average, spread = metrics.Average(), metrics.Welford()
+        average.count, average.count_high = jnp.int32(start % 2**30), jnp.int32(start >> 30)
+        average.total = jnp.float32(start)
+        average.rest = jnp.float32(start - int(average.total))
+        spread.count, spread.count_high = average.count, average.count_high
+        nnx.fori_loop(
+            0, 5, lambda i, c: (average.update(values=1.0), spread.update(values=0.0), c)[2], 0
+        )
+        average.update(values=jnp.ones(3))
+        count = int(average.count_high) * 2**30 + int(average.count)
+        assert count == start + 8
+        assert int(average.total) + int(average.rest) == start + 8
+        assert float(average.compute()) == 1
+        assert int(spread.count_high) * 2**30 + int(spread.count) == start + 5
+
+
+def test_a_right_answer_counts_after_very_many():
+    accuracy = metrics.Accuracy()
+    accuracy.total, accuracy.count = jnp.float32(2**24), jnp.int32(2**24)
+    batch = {"logits": jnp.array([[0.0, 1.0]]), "labels": jnp.array([1])}
+    nnx.scan(
+        lambda _, x: (None, accuracy.update(**x)),
+        None,
+        jax.tree.map(lambda a: jnp.stack([a] * 100), batch),
+    )
+    assert float(accuracy.compute()) == 1 and int(accuracy.count) == 2**24 + 100
+
+
+def test_infinities_stay():
+    average = metrics.Average()
+    average.update(values=jnp.array([jnp.inf, 1.0]))
+    average.update(values=1.0)
+    assert float(average.compute()) == np.inf
+
+
+def test_values_near_1e8_keep_their_digits():
+    values = (RNG.integers(-500, 500, size=(50, 8)) * 8 + 1e8).astype(np.float32)
+    exact = values.astype(np.float64)
+    for kept in (np.ones_like(values, bool), RNG.random(values.shape) < 0.5):
+        w = metrics.Welford()
+        nnx.scan(lambda _, x: (None, w.update(values=x[0], mask=x[1])), None, (values, kept))
+        found = w.compute()
+        np.testing.assert_allclose(found.standard_deviation, exact[kept].std(), rtol=1e-6)
+        mean = float(w.mean) + float(w.mean_rest)
+        np.testing.assert_allclose(mean - 1e8, exact[kept].mean() - 1e8, rtol=1e-6)
+
+
+def test_with_float64_nothing_is_rounded():
+    values = RNG.normal(size=(3, 7)) + 1e9
+    with jax.enable_x64(True):
+        average, w = metrics.Average(), metrics.Welford()
+        for batch in values:
+            average.update(values=batch)
+            w.update(values=batch)
+        assert abs(float(average.compute()) - values.mean()) < 1e-6
+        np.testing.assert_allclose(w.compute().standard_deviation, values.std(), rtol=1e-6)
+
+
+def test_top_k_is_that_of_scikit_learn():
+    from sklearn.metrics import top_k_accuracy_score
+
+    logits, labels = LOGITS.reshape(-1, 4), LABELS.ravel()
+    for k in (1, 2, 3):
+        accuracy = metrics.Accuracy(top_k=k)
+        nnx.jit(lambda m, x, y: m.update(logits=x, labels=y))(accuracy, logits, labels)
+        expected = top_k_accuracy_score(labels, logits, k=k, labels=range(4))
+        np.testing.assert_allclose(accuracy.compute(), expected, rtol=1e-6)
+
+
+def test_labels_that_are_no_class_are_not_counted():
+    logits = jnp.array([[2.0, 0.0, 1.0]] * 4)
+    for k, expected in ((1, 0.5), (2, 0.5), (3, 1.0)):
+        accuracy = metrics.Accuracy(top_k=k)
+        accuracy.update(logits=logits, labels=jnp.array([-1, 0, 1, 3]))
+        assert float(accuracy.compute()) == expected and int(accuracy.count) == 2
+    binary = metrics.Accuracy(0.5)
+    binary.update(logits=jnp.array([1.0, 1.0, 0.0]), labels=jnp.array([1, -1, 1]))
+    assert float(binary.compute()) == 0.5
+    masked = metrics.Accuracy()
+    masked.update(logits=logits, labels=jnp.array([-1, 0, 1, 0]), mask=jnp.array([1, 1, 1, 0]))
+    assert float(masked.compute()) == 0.5
+
+
+def made(**options):
+    return metrics.MultiMetric(
+        a=metrics.Average(**options),
+        c=metrics.Accuracy(**options),
+        p=metrics.Perplexity(**options),
+        w=metrics.Welford(**options),
+        m=metrics.ConfusionMatrix(4, **options),
+    )
+
+
+BATCHES = {"logits": LOGITS, "labels": LABELS, "values": VALUES, "mask": MASK}
+
+
+def at_once():
+    every = made()
+    every.update(**BATCHES)
+    return every.compute()
+
+
+def agree(found):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(at_once()), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_metrics_merge():
+    parts = [made() for _ in range(3)]
+    for i, part in enumerate(parts):
+        part.update(**{name: x[i] for name, x in BATCHES.items()})
+    before = parts[1].compute()
+    parts[0].merge(*parts[1:], made())
+    agree(parts[0].compute())
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), before, parts[1].compute()))
+    fresh = made()
+    nnx.jit(lambda a, b: a.merge(b))(fresh, parts[0])
+    agree(fresh.compute())
+
+
+def test_the_lanes_of_a_metric_merge():
+    @nnx.vmap
+    def one(batch):
+        metric = made()
+        metric.update(**batch)
+        return metric
+
+    whole = made()
+    whole.merge(one(BATCHES))
+    agree(whole.compute())
+
+
+def test_an_update_over_the_lanes_of_an_axis():
+    every = made(axis_name="lanes")
+    update = nnx.vmap(lambda m, batch: m.update(**batch), in_axes=(None, 0), axis_name="lanes")
+    update(every, BATCHES)
+    agree(every.compute())
+    mesh = jax.make_mesh((3,), ("lanes",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:3])
+    spread = made(axis_name="lanes")
+    split = jax.sharding.PartitionSpec("lanes")
+    step = nnx.shard_map(
+        lambda m, batch: m.update(**batch),
+        mesh=mesh,
+        in_specs=(jax.sharding.PartitionSpec(), split),
+        out_specs=jax.sharding.PartitionSpec(),
+    )
+    nnx.jit(step)(spread, BATCHES)
+    agree(spread.compute())
+
+
+@pytest.mark.parametrize(
+    "call, error, match",
+    [
+        (
+            lambda: metrics.Average().merge(metrics.Welford()),
+            TypeError,
+            "Average merges .* Welford",
+        ),
+        (lambda: made().merge(metrics.Average()), TypeError, "MultiMetric merges others"),
+        (
+            lambda: metrics.MultiMetric(a=metrics.Average()).merge(made()),
+            ValueError,
+            "MultiMetric of a cannot be merged with one of a, c",
+        ),
+        (
+            lambda: metrics.ConfusionMatrix(2).merge(metrics.ConfusionMatrix(3)),
+            ValueError,
+            r"shape \(2, 2\) cannot be merged with one of shape \(3, 3\)",
+        ),
+        (lambda: metrics.Metric().merge(), NotImplementedError, r"Metric has no merge\(\)"),
+        (lambda: metrics.Accuracy(top_k=0), ValueError, "top_k of Accuracy is 1 at least"),
+        (lambda: metrics.Accuracy(0.5, top_k=2), ValueError, "but got 2 and the threshold 0.5"),
+        (
+            lambda: metrics.Accuracy(top_k=3).update(
+                logits=jnp.ones((3, 2)), labels=jnp.ones(3, int)
+            ),
+            ValueError,
+            "top_k=3, but the logits.* have only 2 classes",
+        ),
+    ],
+)
+def test_mistakes_with_merging_and_top_k(call, error, match):
+    with pytest.raises(error, match=match):
+        call()

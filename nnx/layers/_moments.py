@@ -1,0 +1,126 @@
+"""Mean and variance over some axes, over devices and under a mask, that offsets do not spoil."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nnx.layers._numerics import wide
+from nnx.layers._sharding import explicit_axes
+
+__all__ = ["Moments", "moments"]
+
+
+class Moments(NamedTuple):
+    """The moments of an array over some axes, which stay with size 1.
+
+    Attributes:
+      centered: the array less `shift`, a constant near its mean.
+      shift: that constant.
+      mean: the mean of `centered`, so that `shift + mean` is that of the array.
+      var: the variance, divided by the number of elements.
+      count: how many elements there are; an int unless a mask says it.
+    """
+
+    centered: jax.Array
+    shift: jax.Array
+    mean: jax.Array
+    var: jax.Array
+    count: Any
+
+
+def moments(
+    x: jax.Array,
+    axes: tuple[int, ...],
+    mask: jax.Array | None,
+    *,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+    fast: bool = True,
+) -> Moments:
+    """The moments of `x`, which is in float32 at least.
+
+    `E[x²] - E[x]²` loses every digit where the mean is far from zero, so a constant is subtracted
+    first: with `fast` one element, else the mean, which takes another pass. The mean and the
+    variance of no elements are zero.
+
+    Args:
+      x: the array.
+      axes: which axes, counted from the front.
+      mask: which elements count, broadcasting to `x`.
+      axis_name, axis_index_groups: a mapped axis, all lanes of which count together.
+      fast: whether to take one pass. A mask takes two, as no element is sure to count.
+    """
+    total = _Total(x, axes, mask, axis_name, axis_index_groups)
+    if math.prod(x.shape[axis] for axis in axes) == 0:
+        shift = jnp.zeros_like(total.of(x)[0])
+    elif fast and mask is None and not explicit_axes(x).intersection(axes):
+        first = [1 if i in axes else size for i, size in enumerate(x.shape)]
+        (shift,) = total.over_lanes(jax.lax.slice(x, [0] * x.ndim, first))
+    else:
+        (shift,) = total.of(x)
+    shift = jax.lax.stop_gradient(shift)
+    centered = x - shift
+    mean, square = total.of(centered, squared(centered))
+    # Rounding may make the difference negative.
+    var = jnp.maximum(0.0, jnp.real(square) - squared(mean))
+    return Moments(centered, shift, mean, var, total.count)
+
+
+def mean_square(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None, **lanes: Any) -> Any:
+    """The mean of the squares of `x`, and the count, with arguments as of `moments`."""
+    total = _Total(x, axes, mask, lanes.get("axis_name"), lanes.get("axis_index_groups"))
+    return jnp.real(total.of(squared(x))[0]), total.count
+
+
+def squared(x: jax.Array) -> jax.Array:
+    """`|x|²`."""
+    return jnp.real(x * jnp.conj(x)) if jnp.iscomplexobj(x) else x * x
+
+
+class _Total:
+    """Averages over axes, lanes and what a mask lets through."""
+
+    def __init__(self, x: jax.Array, axes: tuple[int, ...], mask: Any, name: Any, groups: Any):
+        self.axes, self.name, self.groups = axes, name, groups
+        self.mask: Any = None
+        if mask is None:
+            self.count: Any = math.prod(x.shape[axis] for axis in axes)
+            if name is not None:
+                self.count *= _lanes(name, groups)
+            return
+        mask = jnp.asarray(mask)
+        self.mask = mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape).astype(bool)
+        times = math.prod(x.shape[axis] for axis in axes if mask.shape[axis] == 1)
+        kept = mask.sum(axes, keepdims=True, dtype=wide(x.real.dtype)) * times
+        self.own_count = jnp.broadcast_to(
+            kept, [1 if i in axes else size for i, size in enumerate(x.shape)]
+        )
+        (self.count,) = self._collected(jax.lax.psum, self.own_count)
+
+    def of(self, *arrays: jax.Array) -> list[jax.Array]:
+        """The averages of arrays of the shape of `x`; of no elements, zero."""
+        if self.mask is None:
+            size = max(1, math.prod(arrays[0].shape[axis] for axis in self.axes))
+            return self.over_lanes(*(a.sum(self.axes, keepdims=True) / size for a in arrays))
+        # What is hidden may be NaN, which no factor of zero removes.
+        sums = [jnp.where(self.mask, a, 0).sum(self.axes, keepdims=True) for a in arrays]
+        return [a / jnp.maximum(self.count, 1) for a in self._collected(jax.lax.psum, *sums)]
+
+    def over_lanes(self, *arrays: jax.Array) -> list[jax.Array]:
+        """The averages over lanes that have as many elements each."""
+        return self._collected(jax.lax.pmean, *arrays)
+
+    def _collected(self, collective: Any, *arrays: jax.Array) -> list[jax.Array]:
+        if self.name is None:
+            return list(arrays)
+        # Together, so that devices exchange one message.
+        stacked = jnp.stack(arrays)
+        return list(collective(stacked, self.name, axis_index_groups=self.groups))
+
+
+def _lanes(name: Any, groups: Any) -> int:
+    return len(groups[0]) if groups else jax.lax.psum(1, name)

@@ -1,0 +1,75 @@
+"""Sums of half-precision numbers: they are taken in float32, in forward and in reverse.
+
+A product of arrays accumulates in float32 by itself, on every device. What does not is a parameter
+that broadcasts, since its gradient is a sum in its own dtype; so parameters broadcast in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nnx.layers._common import Dtype
+from nnx.layers._sharding import looked_up
+
+__all__ = ["add_bias", "broadcast", "is_half", "result_dtype", "rows", "wide"]
+
+
+def is_half(dtype: Dtype) -> bool:
+    """Whether a dtype is a floating one of sixteen bits or less."""
+    return dtype.itemsize <= 2 and jnp.issubdtype(dtype, jnp.floating)
+
+
+def wide(*dtypes: Dtype) -> Dtype:
+    """The dtype to sum in: what the dtypes promote to, float32 at least."""
+    return jnp.result_type(*dtypes, jnp.float32)
+
+
+def result_dtype(dtype: Dtype, *arrays: Any) -> Dtype:
+    """`dtype`, or without it the floating dtype that the arrays promote to; None among them is none."""
+    if dtype is not None:
+        return jnp.dtype(dtype)
+    found = jnp.result_type(*(x for x in arrays if x is not None))
+    return found if jnp.issubdtype(found, jnp.inexact) else wide(found)
+
+
+def broadcast(
+    op: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, parameter: jax.Array
+) -> jax.Array:
+    """`op(x, parameter)`, in the dtype of `x` if that is a half-precision one.
+
+    The parameter broadcasts to `x` in float32, so its gradient is a sum in float32.
+    """
+    if x.dtype.itemsize > 2:
+        return op(x, parameter)
+    sum_in = wide(x.dtype, parameter.dtype)
+    return op(x.astype(sum_in), parameter.astype(sum_in)).astype(x.dtype)
+
+
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """`y + bias`, in the dtype of `y` if that is a half-precision one; see `broadcast`."""
+    # Eager code pays for every call in between.
+    if y.dtype.itemsize > 2:
+        return y + bias
+    return broadcast(jnp.add, y, bias)
+
+
+def rows(table: jax.Array, indices: jax.Array) -> jax.Array:
+    """Rows of a table, whose gradient sums in float32 at least."""
+    return _half_rows(table, indices) if is_half(table.dtype) else looked_up(table, indices)
+
+
+@jax.custom_jvp
+def _half_rows(table: jax.Array, indices: jax.Array) -> jax.Array:
+    return looked_up(table, indices)
+
+
+@_half_rows.defjvp
+def _half_rows_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    # Only the tangent is looked up in float32: casting the table itself would copy it.
+    table, indices = primals
+    found = looked_up(tangents[0].astype(wide(table.dtype)), indices)
+    return _half_rows(table, indices), found.astype(table.dtype)

@@ -1,0 +1,53 @@
+"""Calling a layer with other arrays in the place of some of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nnx.module import Module
+from refx import NotMutableError, StructureError, merge, refs, split
+
+__all__ = ["call_with"]
+
+Path = tuple[str, ...]
+
+
+def call_with(layer: Module, weights: Mapping[Path, Any], how: str, args: Any, kwargs: Any) -> Any:
+    """Call a copy of the layer that has these weights, and keep what it writes into other Refs.
+
+    Args:
+      layer: the layer.
+      weights: arrays by path.
+      how: what the weights are, for messages, as in "with normalized weights".
+      args, kwargs: arguments of the call.
+
+    Raises:
+      StructureError: the layer changed an attribute that is no Ref.
+      NotMutableError: the layer wrote one of these parameters.
+    """
+    dagdef, values = split(layer)
+    stand_in: Any = merge(dagdef, {**values, **weights})
+    cells = refs(stand_in)
+    before = {path: cell.value for path, cell in cells.items()}
+    result = stand_in(*args, **kwargs)
+    now, after = split(stand_in)
+    arrays = [path for path in values if path not in cells]
+    if now is not dagdef or any(after[path] is not values[path] for path in arrays):
+        raise StructureError(
+            f"A {type(layer).__name__} changed an attribute that is no Ref while it was called "
+            f"{how}, on a copy, so the change would be lost. Keep what changes in a "
+            f"Ref: a ref() field, or nnx.Ref(...)."
+        )
+    written = {path for path, cell in cells.items() if cell.value is not before[path]}
+    if lost := sorted(written.intersection(weights)):
+        raise NotMutableError(
+            f"{type(layer).__name__} wrote its parameter {'.'.join(lost[0])!r} while it was called "
+            f"{how}. Leave the parameter out of what is normalized, or write it "
+            f"outside of the call."
+        )
+    if written:
+        own = refs(layer)
+        for path in written:
+            own[path].value = cells[path].value
+    return result
