@@ -9,6 +9,7 @@ traces: `tests/refx/test_trace.py` states what it relies on.
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -472,13 +473,37 @@ def _check_not_baked(ref: Ref[Any], owner: Any, frame: Frame | None, trace: Any)
         # array is a constant, as a shape is, as long as nobody writes it.
         (_baked if frame is None else frame.baked).add(ref)
         return
+    abstract = _only_looked_at(trace)
+    if abstract is None:
+        kind, fate = kind_of(trace), "become a constant of the compiled program"
+    else:
+        kind, fate = f"a plain {abstract}", "be a constant of what JAX keeps for the next call"
     raise ClosureError(
-        f"{describe(ref, owner)} was read by closure inside {kind_of(trace)}. What JAX traces it "
-        f"keeps for the next call, with the value as a constant, so later updates would never reach "
-        f"it. Pass the module as an argument, as in jax.jit(lambda m, x: m(x))(model, x), use the nnx "
-        f"transformation of the same name (nnx.jit, nnx.scan, nnx.eval_shape, ...), which makes inputs of "
-        f"closed-over Refs, or close over {ALTERNATIVES['frozen']}(model), a constant."
+        f"{describe(ref, owner)} was read by closure inside {kind}. Its value would {fate}, and "
+        f"later updates would never reach it. Pass the module as an argument, as in "
+        f"jax.jit(lambda m, x: m(x))(model, x), use the nnx transformation of the same name "
+        f"({f'nnx.{abstract[4:]}' if abstract else 'nnx.jit, nnx.scan, nnx.remat, ...'}), which makes "
+        f"inputs of closed-over Refs, or close over {ALTERNATIVES['frozen']}(model), a constant."
     )
+
+
+_ABSTRACT = {"eval_shape": "jax.eval_shape", "make_jaxpr_f": "jax.make_jaxpr"}
+
+
+def _only_looked_at(trace: Any) -> str | None:
+    """The name of what traces here and compiles nothing; for a message, so it may take its time."""
+    if type(trace).__name__ != "DynamicJaxprTrace":
+        return None
+    frame = sys._getframe()
+    while frame is not None:
+        module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if module.startswith("jax."):
+            if name in _ABSTRACT and local.frame is None:
+                return _ABSTRACT[name]
+            if name in ("cache_miss", "scan", "cond", "while_loop", "checkpoint"):
+                return None
+        frame = frame.f_back
+    return None
 
 
 _VALUES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
@@ -568,10 +593,7 @@ def transformation() -> str:
 def kind_of(trace: Any) -> str:
     """A trace of plain jax, as a person would name it."""
     kinds = {
-        "DynamicJaxprTrace": (
-            "a plain jax transformation that keeps what it traces (jax.jit, lax.scan, "
-            "jax.eval_shape, ...)"
-        ),
+        "DynamicJaxprTrace": "a plain jax transformation that compiles (jax.jit, lax.scan, ...)",
         "BatchTrace": "a plain jax.vmap",
         "LinearizeTrace": "a plain jax.grad (or vjp, linearize)",
         "JVPTrace": "a plain jax.grad or jax.jvp",

@@ -232,7 +232,7 @@ def _norm(layer: Any, leaf: str) -> list[Place] | None:
     # PyTorch has an axis for each that is normalized, and here they are one.
     names = {"weight": "scale", "bias": "bias"}
     own = getattr(layer, names.get(leaf, ""), None)
-    return None if own is None else [Place(names[leaf], lambda a: _flat(a, jnp.shape(own)))]
+    return None if own is None else [Place(names[leaf], lambda a: _flat(a, np.shape(own)))]
 
 
 def _flat(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

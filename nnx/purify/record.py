@@ -41,7 +41,9 @@ def is_pure(name: Any) -> bool:
     if name.partition(".")[0] in _PURE:
         return not f"{name}.".startswith(_IMPURE)
     # The generated code of a namedtuple has a module of its own.
-    return name.startswith("namedtuple_") or f"{name}.".startswith("nnx.purify.")
+    # What hears of what JAX compiles has no part in the program either.
+    ours = ("nnx.purify.", "nnx.transforms.explain.")
+    return name.startswith("namedtuple_") or f"{name}.".startswith(ours)
 
 
 def home(cls: type) -> str:

@@ -6,6 +6,7 @@ its tree. All paths of a deep tree together may be much longer than the file, so
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 
 from nnx.serialize.grammar import Damaged, check_distinct, clip
 from refx.partition import dotted
-from refx.structure import DagDef, Leaf, NodeDef, RefDef, Scan, Tree
+from refx.structure import DagDef, Leaf, NodeDef, RefDef, Scan, Tree, parts_of
 
 __all__: list[str] = []
 
@@ -63,9 +64,13 @@ def _links(dagdef: DagDef) -> tuple[list[Any], list[Any]]:
             leaves[child.number] = link
         if isinstance(child, NodeDef | Tree):
             pairs = zip(reversed(child.names), reversed(child.children), strict=True)
-            todo += [(c, (link, str(name))) for name, c in pairs]
+            todo += [(c, functools.reduce(_step, parts_of(name), link)) for name, c in pairs]
     refs = [found[i] for i, node in enumerate(dagdef.nodes) if type(node) is RefDef]
     return refs, [leaves[i] for i in range(len(leaves))]
+
+
+def _step(link: Any, part: str) -> Any:
+    return link, part
 
 
 def _leads(path: list[str], link: Any) -> bool:

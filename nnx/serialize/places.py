@@ -83,19 +83,22 @@ def _create(folder: str, prefix: str) -> tuple[BinaryIO, str]:
     while True:
         number, temporary = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
         file = open(number, "wb")  # noqa: SIM115 — it stays open
-        _lock(number)
+        _lock(number, wait=True)
         # Another save may have taken it for stale before it was locked.
         if os.path.exists(temporary):
             return file, temporary
         file.close()
 
 
-def _lock(number: int) -> bool:
-    """Lock a file, unless somebody else has; the system takes the lock off when its owner dies."""
+def _lock(number: int, *, wait: bool = False) -> bool:
+    """Lock a file, unless somebody else has; the system takes the lock off when its owner dies.
+
+    With `wait`, wait for one who looks whether the file is stale, and removes it.
+    """
     if fcntl is None:
         return True
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         # Also where the file system has no locks: then nothing can be said to be stale.
         return False

@@ -122,6 +122,13 @@ class Plans:
             layout = self.layouts.setdefault(key, Layout(dagdef, *parts))
         return layout
 
+    def drop(self, layout: Layout) -> None:
+        """Forget a layout that was traced without an input. JAX keeps that trace for it."""
+        self.layouts = {key: x for key, x in self.layouts.items() if x is not layout}
+        self.by_call = {
+            key: plan for key, plan in self.by_call.items() if plan.layout is not layout
+        }
+
     def keep(self, key: Any, plan: Plan, *, again: bool = False) -> None:
         """Know the plan from now on; with `again`, only if there was such a call before."""
         if again and key not in self._seen:

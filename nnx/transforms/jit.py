@@ -220,7 +220,10 @@ class Jit:
                     raise
             finally:
                 local.call = outer
-            if not call.found or _starts_again(call):
+            if not call.found:
+                return call
+            if _starts_again(call):
+                self._plans.drop(call.layout)
                 return call
             self._closure.add(call, self._name)
 
@@ -254,6 +257,7 @@ class Jit:
                     local.call = outer
                 if call.found:
                     # Shapes that were not traced before may take another way through the function.
+                    self._plans.drop(layout)
                     if not _starts_again(call):
                         self._closure.add(call, self._name)
                         continue

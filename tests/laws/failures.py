@@ -37,7 +37,12 @@ def make(seed: int) -> Program:
         line = rng.choice(["raise Boom()", "raise Boom()", "fail()"])
         steps = _insert(steps, rng.choice(places), line)
     # What is traced and not taken raises, too.
-    may = (*program.may, ("Boom", "tracing goes through every branch"))
+    may = (
+        *program.may,
+        ("Boom", "tracing goes through every branch"),
+        ("TypeError", "a callback raises when the program runs, and tracing goes on after it"),
+        ("NotImplementedError", "JAX has no callbacks with an order in a vmapped cond"),
+    )
     return replace(program, law=7, steps=steps, may=may)
 
 
@@ -86,9 +91,10 @@ def judge(program: Program) -> Verdict:
         return verdict
     grown = census() - before
     if verdict.error and "jit(" in str(program):
-        # A trace of jax.jit that an exception ends keeps its tracers, if the function closes over
-        # arrays: JAX's own. Every other trace comes to its end first.
+        # A trace of jax.jit that an exception ends keeps its tracers and its constants, if the
+        # function closes over arrays: JAX's own. Every other trace comes to its end first.
         del grown["DynamicJaxprTracer"]
+        watched = [w for w in watched if not isinstance(w(), jax.Array)]
     alive = [type(x).__name__ for w in watched if (x := w()) is not None]
     if grown or alive:
         detail = f"{verdict.kind} {verdict.detail}; alive: {dict(grown)}, {alive}"

@@ -79,7 +79,7 @@ def test_a_write_inside_a_plain_transformation_is_an_error(name):
 @pytest.mark.parametrize("name", ["jit", "scan", "cond", "checkpoint"])
 def test_a_closed_over_value_is_not_baked_into_a_plain_program(name):
     ref = Ref(jnp.array(2.0), "params")
-    with pytest.raises(refx.ClosureError, match=r"with the value as a constant.*nnx\.jit"):
+    with pytest.raises(refx.ClosureError, match=r"constant of the compiled program.*nnx\.jit"):
         TRANSFORMS[name](lambda x: x * ref.value)
     with pytest.raises(refx.ClosureError):
         jax.jit(jax.vmap(lambda x: x * ref.value))(jnp.ones(2))

@@ -411,3 +411,27 @@ def test_settings_that_change_in_place():
     count = len(f._plans.layouts)
     f(m)
     assert len(f._plans.layouts) == count
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [nnx.jit, lambda f: nnx.jit(nnx.jit(f)), lambda f: nnx.jit(lambda: nnx.jit(f)())],
+    ids=["jit", "jit of jit", "jit around jit"],
+)
+def test_a_write_through_a_replaced_method(wrap):
+    class Box:
+        def pick(self):
+            return self.net
+
+    box, other = Box(), L(50)
+    box.net = L(1)
+
+    def add():
+        net = box.pick()
+        net.w = net.w + 1
+        return net.w
+
+    f = wrap(add)
+    assert f() == box.net.w == 2
+    Box.pick = lambda self: other
+    assert f() == other.w == 51 and f() == other.w == 52 and box.net.w == 2
