@@ -25,7 +25,13 @@ def is_half(dtype: Dtype) -> bool:
 
 def wide(*dtypes: Dtype) -> Dtype:
     """The dtype to sum in: what the dtypes promote to, float32 at least."""
-    return jnp.result_type(*dtypes, jnp.float32)
+    # JAX promotes floats of eight bits and less with nothing.
+    known = (jnp.float32 if jnp.finfo(d).bits <= 8 else d for d in map(_floating, dtypes))
+    return jnp.result_type(*known, jnp.float32)
+
+
+def _floating(dtype: Dtype) -> Dtype:
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32
 
 
 def result_dtype(dtype: Dtype, *arrays: Any) -> Dtype:

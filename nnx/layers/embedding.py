@@ -77,9 +77,18 @@ class Embed(Module):
         )
         self.num_embeddings = num_embeddings
         self.features = features
-        self.dtype = dtype
+        self._dtype = dtype
         self.param_dtype = param_dtype
         self.promote_dtype = promote_dtype
+
+    @property
+    def dtype(self) -> Dtype:
+        """The dtype of the result: the one that was given, or that of the table as it is now."""
+        return self._dtype or self.embedding.dtype
+
+    @dtype.setter
+    def dtype(self, dtype: Dtype) -> None:
+        self._dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Look up integers of any shape; the result has a last axis of size `features` more.
@@ -104,7 +113,7 @@ class Embed(Module):
         else:
             found = rows(table, x)
         # Only now, so that the gradient of the table is a sum in the dtype of the table.
-        return self.promote_dtype((found,), dtype=self.dtype or table.dtype)[0]
+        return self.promote_dtype((found,), dtype=self.dtype)[0]
 
     def attend(self, query: jax.Array) -> jax.Array:
         """The product of each query with each row: logits, with the table of the input.
@@ -127,6 +136,5 @@ class Embed(Module):
         """
         if not jnp.ndim(query) or jnp.shape(query)[-1] != self.features:
             raise shape_error(self, "a query", f"(..., {self.features})", jnp.shape(query))
-        dtype = self.dtype or self.embedding.dtype
-        query, embedding = self.promote_dtype((query, self.embedding), dtype=dtype)
+        query, embedding = self.promote_dtype((query, self.embedding), dtype=self.dtype)
         return query @ embedding.T

@@ -49,8 +49,7 @@ def pool(
     """
     if not jnp.issubdtype(inputs.dtype, jnp.floating):
         return _pool(inputs, init, reduce_fn, window_shape, strides, padding)
-    # In float32 at least, and so are the sums that gradients are.
-    x = inputs.astype(wide(inputs.dtype))
+    x = _widened(inputs)
     start = init.astype(x.dtype) if hasattr(init, "astype") else init
     return _pool(x, start, reduce_fn, window_shape, strides, padding).astype(inputs.dtype)
 
@@ -104,8 +103,9 @@ def max_pool(
     >>> nnx.max_pool(jnp.ones((2, 28, 28, 8)), (2, 2), (2, 2)).shape
     (2, 14, 14, 8)
     """
-    least = _extremes(inputs)[0]
-    return pool(inputs, least, jax.lax.max, window_shape, strides, padding)
+    x = _widened(inputs)
+    least = _extremes(x)[0]
+    return pool(x, least, jax.lax.max, window_shape, strides, padding).astype(inputs.dtype)
 
 
 def min_pool(
@@ -123,8 +123,9 @@ def min_pool(
     >>> nnx.min_pool(jnp.arange(4.0)[:, None], (2,)).ravel().tolist()
     [0.0, 1.0, 2.0]
     """
-    greatest = _extremes(inputs)[1]
-    return pool(inputs, greatest, jax.lax.min, window_shape, strides, padding)
+    x = _widened(inputs)
+    greatest = _extremes(x)[1]
+    return pool(x, greatest, jax.lax.min, window_shape, strides, padding).astype(inputs.dtype)
 
 
 def avg_pool(
@@ -158,6 +159,11 @@ def avg_pool(
     spatial = inputs.shape[-axes - 1 : -1]
     one = jnp.ones((*(1,) * (inputs.ndim - axes - 1), *spatial, 1), inputs.dtype)
     return (total / _pool(one, 0.0, jax.lax.add, window_shape, strides, padding)).astype(dtype)
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    """Floats in float32 at least, and so are the sums that gradients are."""
+    return x.astype(wide(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _extremes(x: jax.Array) -> tuple[Any, Any]:

@@ -41,9 +41,7 @@ def is_pure(name: Any) -> bool:
     if name.partition(".")[0] in _PURE:
         return not f"{name}.".startswith(_IMPURE)
     # The generated code of a namedtuple has a module of its own.
-    # What hears of what JAX compiles has no part in the program either.
-    ours = ("nnx.purify.", "nnx.transforms.explain.")
-    return name.startswith("namedtuple_") or f"{name}.".startswith(ours)
+    return name.startswith("namedtuple_") or f"{name}.".startswith("nnx.purify.")
 
 
 def home(cls: type) -> str:
@@ -124,12 +122,21 @@ class Record:
 def _is_for_user(frame: types.FrameType | None) -> bool:
     """Whether a frame runs the user's code, or Python's own for the user."""
     while frame is not None:
+        if _is_told(frame):
+            return False
         kind = _kind_of(frame.f_globals)
         if kind != "shared":
             return kind == "user"
         # Python's library serves JAX too, and `refx` us.
         frame = frame.f_back
     return False
+
+
+def _is_told(frame: types.FrameType) -> bool:
+    """Whether a frame is what somebody has JAX call when it compiles: it has no part in a program."""
+    caller = frame.f_back
+    name = caller.f_globals.get("__name__") if caller is not None else None
+    return type(name) is str and name.startswith("jax.") and name.endswith(".monitoring")
 
 
 def _kind_of(scope: dict[str, Any]) -> str:

@@ -201,12 +201,12 @@ def test_the_whole_text(mlp):
 PLAIN = """\
 path        class       inputs    outputs       params  batch_stats  FLOPs  with backward
 ──────────  ──────────  ────────  ────────  ──────────  ───────────  ─────  ─────────────
-(model)     Sequential  f32[8,3]  f32[8,1]  29 (116 B)     8 (32 B)    564          1,395
+(model)     Sequential  f32[8,3]  f32[8,1]  29 (116 B)     8 (32 B)    600          1,395
   layers.0  Linear      f32[8,3]  f32[8,4]   16 (64 B)                 224            636
-  layers.2  BatchNorm   f32[8,4]  f32[8,4]    8 (32 B)     8 (32 B)    236            648
+  layers.2  BatchNorm   f32[8,4]  f32[8,4]    8 (32 B)     8 (32 B)    272            648
   layers.3  Linear      f32[8,4]  f32[8,1]    5 (20 B)                  72            207
 ──────────  ──────────  ────────  ────────  ──────────  ───────────  ─────  ─────────────
-total                                       29 (116 B)     8 (32 B)    564          1,395
+total                                       29 (116 B)     8 (32 B)    600          1,395
 Figures include submodules; shared values count once."""
 
 
