@@ -264,7 +264,8 @@ class Closure:
             self._tokens = {}
             self._state = None
         if lost:
-            raise ClosureError(_unreachable(*lost[0], name))
+            ref, root = lost[0]
+            raise ClosureError(_unreachable(ref, root, name))
 
     def _graph(self) -> Graph:
         starts = [(name, x, True) for name, x in self._starts.values()]
