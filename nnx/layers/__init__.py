@@ -6,7 +6,7 @@ from nnx.layers import activations, masks, pooling, positions, recurrent
 from nnx.layers.activations import *  # noqa: F403
 from nnx.layers.attention import MultiHeadAttention
 from nnx.layers.attention_functions import dot_product_attention, dot_product_attention_weights
-from nnx.layers.containers import Sequential, Stack
+from nnx.layers.containers import Identity, Sequential, Stack
 from nnx.layers.conv import Conv
 from nnx.layers.conv_transpose import ConvTranspose
 from nnx.layers.embedding import Embed
@@ -36,6 +36,7 @@ __all__ = [
     "Embed",
     "Grad",
     "GroupNorm",
+    "Identity",
     "InstanceNorm",
     "Jit",
     "LayerNorm",
