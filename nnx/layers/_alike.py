@@ -38,10 +38,7 @@ def difference(a: Any, b: Any, here: str, there: str) -> str | None:
 
 def _text(value: Any) -> str:
     leaves, treedef = jax.tree.flatten(value)
-    shapes = [
-        f"{jax.dtypes.result_type(x)}[{','.join(map(str, np.shape(x)))}]"
-        for x in leaves
-    ]
+    shapes = [f"{jax.dtypes.result_type(x)}[{','.join(map(str, np.shape(x)))}]" for x in leaves]
     return shapes[0] if treedef == _ARRAY else f"{treedef} of {', '.join(shapes)}"
 
 

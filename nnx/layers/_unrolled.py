@@ -101,10 +101,9 @@ class Unrolled:
             if name == "layers" and not whole:
                 return [self._into(spot)]
             if name.isdecimal():
+                number = _position(name, at.length)
                 inside = spot if whole else self._into(spot)
-                if int(name) < at.length:
-                    return [self._layer(inside, int(name))]
-                return [_nowhere(spot, name)]
+                return [_nowhere(spot, name) if number is None else self._layer(inside, number)]
             if not whole and name in attributes(at):
                 return [_nowhere(spot, name)]
             return self._in_each(spot, name, rename)
@@ -112,8 +111,9 @@ class Unrolled:
             at, whole = at.layers, True
             spot = spot._replace(at=_Layers(at), path=(*spot.path, "layers"))
         if isinstance(at, list | tuple):
-            if name.isdecimal():
-                found = at[int(name)] if int(name) < len(at) else NOTHING
+            if name.isdecimal() or name in getattr(at, "_fields", ()):
+                number = _position(name, len(at))
+                found = getattr(at, name, NOTHING) if number is None else at[number]
                 return [spot._replace(at=found, path=(*spot.path, name))]
             if name == "layers" and not whole:
                 return [spot._replace(at=_Layers(at))]
@@ -153,6 +153,12 @@ class Unrolled:
 
 NOTHING: Any = object()
 """What is at a path that the model does not have."""
+
+
+def _position(name: str, length: int) -> int | None:
+    # A file may have a number of any length.
+    number = int(name) if name.isascii() and name.isdecimal() and len(name) < 10 else -1
+    return number if 0 <= number < length and str(number) == name else None
 
 
 def _nowhere(spot: Spot, name: str) -> Spot:

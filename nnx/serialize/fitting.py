@@ -26,19 +26,21 @@ __all__ = ["LoadReport"]
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What `load_state` found.
+    """What `load_state`, or a function of `nnx.bridge` with `strict=False`, found.
 
     Attributes:
       loaded: the paths that were read; of a shared Ref its canonical path.
       missing: paths of the model that the file does not have.
       unexpected: paths of the file that the model does not have.
       mismatched: paths with the shape and dtype in the file and in the model, where they differ.
+      skipped: names of the file that were dropped, as the caller's name map said.
     """
 
     loaded: tuple[Path, ...]
     missing: tuple[Path, ...]
     unexpected: tuple[Path, ...]
     mismatched: dict[Path, tuple[str, str]]
+    skipped: tuple[Path, ...] = ()
 
     def __repr__(self) -> str:
         lines = [f"{len(self.loaded)} loaded"]
@@ -53,6 +55,8 @@ class LoadReport:
         ]
         if len(self.mismatched) > 8:
             lines.append(f"and {len(self.mismatched) - 8} more that differ")
+        if self.skipped:
+            lines.append(f"skipped: {_named(self.skipped)}")
         return f"LoadReport({'; '.join(lines)})"
 
 
