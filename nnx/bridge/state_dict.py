@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-import refx
 from nnx.bridge._move import BridgeError, Mover, convert, message, text_of
 from nnx.bridge._names import NO_RULE, Names, renamer
 from nnx.bridge._targets import Target, targets

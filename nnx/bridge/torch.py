@@ -69,8 +69,8 @@ def from_state_dict(
     projection of PyTorch's `MultiheadAttention` is divided, its `out_proj` is `out`, and the layers
     of a PyTorch `Sequential` are those in `layers`. A name that ends as ours do (`kernel`, `scale`)
     is taken as it is. An `nnx.Stack` takes the weights of a list of layers, `blocks.0.weight`,
-    `blocks.1.weight`, ..., and a list those of a Stack. Values are cast to the dtypes that our model has, and go to the devices that
-    its values are on or its shapes name.
+    `blocks.1.weight`, ..., and a list those of a Stack. Values are cast to the dtypes that our model
+    has, and go to the devices that its values are on or its shapes name.
 
     An `nnx.RNN` takes the weights of PyTorch's `LSTM`, `GRU` or `RNN` (of `SimpleCell`, with
     `activation_fn=nnx.relu` for its `nonlinearity="relu"`), an `nnx.Bidirectional` also those in
