@@ -74,13 +74,13 @@ class Mover:
         for spot in spots:
             value = self.cells[self._canonical(spot)].value
             values[tuple(i for i, _ in spot.part)] = (
-                take(value, spot.index) if spot.index else value
+                take(value, spot.indices) if spot.indices else value
             )
         return stacked(values, tuple(n for _, n in spots[0].part)) if spots[0].part else values[()]
 
     def used(self, path: Any) -> list[tuple[Path, tuple[int, ...]]]:
         """The Refs, and the numbers of layers in them, that a path means."""
-        return [(self._canonical(spot), spot.index) for spot in self.spots(path)]
+        return [(self._canonical(spot), spot.indices) for spot in self.spots(path)]
 
     def unused(self, collections: Iterable[Any], used: set[Any]) -> list[str]:
         """The names of what of our model was not used, where `used` has what `used` gave."""
@@ -123,7 +123,7 @@ class Mover:
             same = dotted(spot.name) == name
             self.unexpected[name] = "" if same else f"as {dotted(spot.name)!r}"
             return
-        index, at = spot.index, spot.name if spot.index else found
+        index, at = spot.indices, spot.name if spot.indices else found
         first = self._from.setdefault(found, {}).setdefault(index, name)
         old = self.cells[found].value
         shape = np.shape(old)[len(index) :]

@@ -84,7 +84,7 @@ def to_state_dict(
         else:
             found = targets(mover.unrolled, ".".join((*at.name, leaf)))
         spots = [target.spot for target in found]
-        if any(spot is not None and (spot.path, spot.index) in renamed.places for spot in spots):
+        if any(spot is not None and (spot.path, spot.indices) in renamed.places for spot in spots):
             continue
         for layer in layers:
             out.add(".".join((*layer, leaf or at.name[-1])), shape, found)
@@ -115,7 +115,7 @@ class _Out:
             raise BridgeError(
                 f"{dotted(spot.name)} is a shape without values, as of nnx.eval_shape."
             )
-        return np.asarray(take(value, spot.index) if spot.index else value)
+        return np.asarray(take(value, spot.indices) if spot.indices else value)
 
     def add_like(self, name: str, value: Any, path: Any) -> None:
         """Add what is called `name` on the other side, and looks like `value` there."""
@@ -147,7 +147,7 @@ class _Out:
             ours = self.value(spot)
             canonical = self._mover.find(spot.path)
             assert canonical is not None
-            key = (canonical, spot.index)
+            key = (canonical, spot.indices)
             self._used.add(key)
             array = np.zeros(numbers.size, ours.dtype) if array is None else array
             try:
@@ -227,7 +227,7 @@ def _inverse(unrolled: Unrolled, names: Mapping[str, Any]) -> _Inverse:
         for spot in unrolled.spots(parts):
             if isinstance(spot.at, Ref):
                 inverse.refs.setdefault(spot, []).append(theirs)
-                inverse.places.add((spot.path, spot.index))
+                inverse.places.add((spot.path, spot.indices))
             else:
                 inverse.parents.setdefault(spot.name, []).append(tuple(theirs.split(".")))
     return inverse

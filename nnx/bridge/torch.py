@@ -152,7 +152,7 @@ def from_state_dict(
                 mover.refuse(spot.name, array, name, f"has shape {array.shape}: {error}")
                 array = None
             if target.added:
-                sums.setdefault((spot.path, spot.index), (spot, {}))[1][name] = array
+                sums.setdefault((spot.path, spot.indices), (spot, {}))[1][name] = array
             elif array is not None:
                 mover.put_at(spot, array, name)
     for spot, parts in sums.values():

@@ -69,7 +69,8 @@ def _first(a: DagDef, b: DagDef) -> tuple[Path, str, str]:
             name = next((n for n in own + others if (n in own) != (n in others)), None)
             if name is None:
                 return path, f"{own} in order", f"{others}"
-            return (*path, name), *("there" if name in n else "missing" for n in (own, others))
+            here, there = ("there" if name in names else "missing" for names in (own, others))
+            return (*path, name), here, there
         pairs = zip(x.names, x.children, y.children, strict=True)
         todo += [(c, d, (*path, str(name))) for name, c, d in pairs][::-1]
     return (), "one class", "another"

@@ -27,7 +27,7 @@ class Spot(NamedTuple):
     """Its path by our names."""
     levels: tuple[int, ...] = ()
     """For each Stack on the way, where in the path its `layers` is,"""
-    index: tuple[int, ...] = ()
+    indices: tuple[int, ...] = ()
     """and the number of the layer: indices of the leading axes of the Refs in it."""
     part: tuple[tuple[int, int], ...] = ()
     """For each layer that the path does not name, its number and how many there are: the value has a
@@ -36,7 +36,7 @@ class Spot(NamedTuple):
     @property
     def name(self) -> Path:
         """The path in the form that lists have: with the number of a layer for `layers`."""
-        return named(self.path, self.levels, self.index)
+        return named(self.path, self.levels, self.indices)
 
 
 def named(path: Path, levels: Sequence[int], index: Sequence[int]) -> Path:
@@ -140,7 +140,7 @@ class Unrolled:
         return spot._replace(at=_Layers(spot.at), path=(*spot.path, "layers"), levels=levels)
 
     def _layer(self, spot: Spot, number: int) -> Spot:
-        return spot._replace(at=self._template(spot.at.of), index=(*spot.index, number))
+        return spot._replace(at=self._template(spot.at.of), indices=(*spot.indices, number))
 
     def _template(self, stack: Stack) -> Any:
         if id(stack) not in self._templates:

@@ -139,28 +139,28 @@ class Fitting:
                 there, here = _text(jax.tree.leaves(value)), f"{spot.part[0][1]} layers"
                 self._mismatched[given] = (there, here)
                 return
-            if spot.index:
+            if spot.indices:
                 self._add_layer(spot, path, given, part)
             else:
                 self._add_to(path, given, part)
 
     def _add_layer(self, spot: Spot, path: Path, given: Path, value: Any) -> None:
         old = self._current(path)
-        if any(np.ndim(x) < len(spot.index) for x in jax.tree.leaves(old)):
+        if any(np.ndim(x) < len(spot.indices) for x in jax.tree.leaves(old)):
             self._unexpected.append(given)
             return
-        like = jax.tree.map(lambda x: take(_shape(x), spot.index), old)
+        like = jax.tree.map(lambda x: take(_shape(x), spot.indices), old)
         there, here = _text(jax.tree.leaves(value)), _text(jax.tree.leaves(like))
         layers = self._layers.setdefault(path, {})
         self._levels[path] = spot.levels
-        before = layers.get(spot.index)
+        before = layers.get(spot.indices)
         if path in self._given and path not in self._mismatched:
-            before = jax.tree.map(lambda x: take(x, spot.index), self._given[path][1])
+            before = jax.tree.map(lambda x: take(x, spot.indices), self._given[path][1])
         if there != here or jax.tree.structure(value) != jax.tree.structure(like):
             self._mismatched[spot.name] = (there, here)
         elif before is not None and not _equal(before, value):
             self._mismatched[spot.name] = (f"{there} twice, with different values", here)
-        layers[spot.index] = value
+        layers[spot.indices] = value
 
     def _join(self, path: Path) -> None:
         """Make one value of those of the layers."""
