@@ -277,6 +277,7 @@ class GroupNorm(Norm):
             )
         if channels != x.ndim - 1:
             if mask is not None:
+                mask = jnp.asarray(mask)
                 mask = jnp.moveaxis(
                     mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape), channels, -1
                 )
