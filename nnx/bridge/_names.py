@@ -51,3 +51,10 @@ def renamer(names: Names | None) -> Callable[[str], Any]:
         return NO_RULE
 
     return by_regex
+
+
+def without_prefix(name: str, prefix: str | Sequence[str]) -> str:
+    """A name without each of the prefixes, in order, that it begins with."""
+    for head in [prefix] if isinstance(prefix, str) else prefix:
+        name = name.removeprefix(f"{head.rstrip('.')}.")
+    return name

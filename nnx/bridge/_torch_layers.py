@@ -44,18 +44,22 @@ def layer_rule(layer: Any, leaf: str) -> list[Place] | None:
     """
     if isinstance(layer, list | tuple):
         return _layers(layer, "", leaf)
-    rule = next((_RULES[name] for name in _kinds(layer) if name in _RULES), None)
+    rule = next((_RULES[name] for name in kinds_of(layer) if name in _RULES), None)
     return None if rule is None else rule(layer, leaf)
 
 
-def _kinds(layer: Any) -> list[str]:
+def kinds_of(layer: Any) -> list[str]:
     """The names of its classes. One of the user's with such a name may have another layout."""
-    kinds = type(layer).__mro__
-    return [kind.__name__ for kind in kinds if kind.__module__.partition(".")[0] == "nnx"]
+    return [kind.__name__ for kind in type(layer).__mro__ if is_ours(kind)]
+
+
+def is_ours(kind: type) -> bool:
+    """Whether a class is one of this library."""
+    return kind.__module__.partition(".")[0] == "nnx"
 
 
 def _is(layer: Any, *names: str) -> bool:
-    return not set(names).isdisjoint(_kinds(layer))
+    return not set(names).isdisjoint(kinds_of(layer))
 
 
 def _same(array: np.ndarray) -> np.ndarray:

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 import numpy as np
 
 from nnx.bridge._move import BridgeError, Mover, convert, dtype_of, message, nested
 from nnx.bridge._names import NO_RULE, Names, renamer
+from nnx.serialize.fitting import LoadReport
 from refx.partition import Path, dotted
 
 __all__ = ["from_flax", "to_flax"]
+
+M = TypeVar("M")
 
 # Of flax's variables, those that have to be on both sides. Others move where both have them.
 _COLLECTIONS = ("params", "batch_stats")
 
 
-def from_flax(theirs: Any, ours: Any, names: Names | None = None) -> Any:
+@overload
+def from_flax(
+    theirs: Any, ours: M, names: Names | None = None, *, strict: Literal[True] = True
+) -> M: ...
+@overload
+def from_flax(
+    theirs: Any, ours: M, names: Names | None = None, *, strict: Literal[False]
+) -> tuple[M, LoadReport]: ...
+def from_flax(theirs: Any, ours: Any, names: Names | None = None, *, strict: bool = True) -> Any:
     """Move every weight of a flax model into ours, by path.
 
     Layers of nnx have the attribute names and shapes of their `flax.nnx` namesakes, so a model of
     ours with the attributes of the flax model takes its weights as they are. Values are cast to the
-    dtypes that our model has, and go to the devices that its values are on or its shapes name.
+    dtypes that our model has, and go to the devices that its values are on or its shapes name. An
+    `nnx.Stack` takes the weights of a list of layers, and a list those of layers that are stacked.
 
     Args:
       theirs: a `flax.nnx` module or its `State`; or the variables of a Linen module, which are
@@ -33,9 +45,11 @@ def from_flax(theirs: Any, ours: Any, names: Names | None = None) -> Any:
         its paths on the other side.
       names: what is called differently, such as `{"Dense_0": "head"}` for a Linen module: from
         their path to ours, as for `from_state_dict`.
+      strict: whether it is an error if paths are missing or unexpected, or shapes differ. Without it,
+        what fits is moved.
 
     Returns:
-      `ours`.
+      `ours`; with `strict=False`, `(ours, report)`, as from `from_state_dict`.
 
     Raises:
       BridgeError: weights are missing, unexpected or of another shape; the message lists all.
@@ -51,12 +65,14 @@ def from_flax(theirs: Any, ours: Any, names: Names | None = None) -> Any:
     rename = renamer(names)
     for path, value, needed in _flat(theirs, mover):
         target = rename(dotted(path)) if names is not None else path
-        if target is NO_RULE:
-            mover.unexpected += [f"{dotted(path)} (no regex matches it)"] if needed else []
-        elif target is not None and (needed or mover.find(target) is not None):
+        if target is NO_RULE and needed:
+            mover.unexpected[dotted(path)] = "no regex matches it"
+        elif target is None or target is NO_RULE or not (needed or mover.spots(target)):
+            mover.skipped.append(dotted(path))
+        else:
             mover.put(target, value, dotted(path))
-    mover.finish(_COLLECTIONS)
-    return ours
+    report = mover.finish(_COLLECTIONS, strict=strict)
+    return ours if strict else (ours, report)
 
 
 def to_flax(ours: Any, theirs: Any, names: Names | None = None) -> Any:
@@ -84,35 +100,32 @@ def to_flax(ours: Any, theirs: Any, names: Names | None = None) -> Any:
     """
     mover = Mover(ours, "our model")
     values: dict[Path, Any] = {}
-    used: set[Path] = set()
+    used: set[tuple[Path, tuple[int, ...]]] = set()
     missing: list[str] = []
+    wrong: list[str] = []
     rename = renamer(names)
     for path, old, needed in _flat(theirs, mover):
         target = rename(dotted(path)) if names is not None else path
         if target is None:
             continue
-        found = None if target is NO_RULE else mover.find(target)
-        if found is None:
+        spots = [] if target is NO_RULE else mover.used(target)
+        if not spots:
             missing += [dotted(path)] if needed else []
             continue
-        new = mover.cells[found].value
-        if isinstance(new, jax.ShapeDtypeStruct):
-            mover.wrong.append(f"{dotted(path)} gets a shape without values from {dotted(found)}")
+        used.update(spots)
+        if any(isinstance(mover.cells[at].value, jax.ShapeDtypeStruct) for at, _ in spots):
+            wrong.append(f"{dotted(path)} gets a shape without values from {dotted(spots[0][0])}")
             continue
+        new = mover.read(target)
         cast = convert(new, old) if np.shape(new) == np.shape(old) else None
         if cast is None:
-            mover.wrong.append(
+            wrong.append(
                 f"{dotted(path)} is {_short(old)} in the flax model, but {_short(new)} in ours"
             )
         values[path] = cast
-        used.add(found)
-    unexpected = [
-        dotted(path)
-        for path, cell in mover.cells.items()
-        if cell.collection in _COLLECTIONS and path not in used
-    ]
+    unexpected = mover.unused(_COLLECTIONS, used)
     sections = [
-        ("has another shape or dtype", mover.wrong),
+        ("has another shape or dtype", wrong),
         ("is missing in our model", missing),
         ("is unexpected in our model", unexpected),
     ]

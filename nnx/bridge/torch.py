@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import jax.numpy as jnp
 import numpy as np
 
 from nnx.bridge._move import BridgeError, Mover
-from nnx.bridge._names import NO_RULE, Names, renamer
-from nnx.bridge._torch_layers import NoPlaceError, Place, layer_rule
+from nnx.bridge._names import NO_RULE, Names, renamer, without_prefix
+from nnx.bridge._targets import Target, targets
+from nnx.bridge._torch_layers import NoPlaceError
+from nnx.layers._unrolled import Spot, part_of
+from nnx.serialize.errors import LoadError
 from nnx.serialize.files import arrays_of
+from nnx.serialize.fitting import LoadReport
 from nnx.serialize.places import is_path
-from refx import Node
-from refx.node import attributes
+from refx.partition import listed
 
 __all__ = ["from_state_dict"]
 
+M = TypeVar("M")
 
+
+Transforms = Mapping[str, Callable[[np.ndarray], Any]]
+
+
+@overload
+def from_state_dict(
+    state_dict: Any,
+    ours: M,
+    names: Names | None = None,
+    transforms: Transforms | None = None,
+    *,
+    prefix: str | Sequence[str] = (),
+    strict: Literal[True] = True,
+) -> M: ...
+@overload
+def from_state_dict(
+    state_dict: Any,
+    ours: M,
+    names: Names | None = None,
+    transforms: Transforms | None = None,
+    *,
+    prefix: str | Sequence[str] = (),
+    strict: Literal[False],
+) -> tuple[M, LoadReport]: ...
 def from_state_dict(
     state_dict: Any,
     ours: Any,
     names: Names | None = None,
-    transforms: Mapping[str, Callable[[np.ndarray], Any]] | None = None,
+    transforms: Transforms | None = None,
     *,
+    prefix: str | Sequence[str] = (),
     strict: bool = True,
 ) -> Any:
     """Move the weights of a PyTorch model, or of a safetensors file, into ours.
@@ -36,8 +68,9 @@ def from_state_dict(
     have a `scale`; `running_mean` and `running_var` are `mean` and `var`. The joint input
     projection of PyTorch's `MultiheadAttention` is divided, its `out_proj` is `out`, and the layers
     of a PyTorch `Sequential` are those in `layers`. A name that ends as ours do (`kernel`, `scale`)
-    is taken as it is. Values are cast to the dtypes that our model has, and go to the devices that
-    its values are on or its shapes name.
+    is taken as it is. An `nnx.Stack` takes the weights of a list of layers, `blocks.0.weight`,
+    `blocks.1.weight`, ..., and a list those of a Stack. Values are cast to the dtypes that our model
+    has, and go to the devices that its values are on or its shapes name.
 
     An `nnx.RNN` takes the weights of PyTorch's `LSTM`, `GRU` or `RNN` (of `SimpleCell`, with
     `activation_fn=nnx.relu` for its `nonlinearity="relu"`), an `nnx.Bidirectional` also those in
@@ -49,7 +82,8 @@ def from_state_dict(
 
     Args:
       state_dict: a mapping from name to array: NumPy, JAX or torch (bfloat16 too); or the path of a
-        safetensors file, or several.
+        safetensors file, or several; or that of the index file of several
+        (`model.safetensors.index.json`), which lie in its folder.
       ours: the model to write; it may be one of shapes alone, which `nnx.eval_shape` made. Its
         Refs in `"params"` and `"batch_stats"` must all get a value.
       names: a dict from name to our path, where a name may be a prefix (`{"fc": "head"}` maps
@@ -59,14 +93,21 @@ def from_state_dict(
         matches stays as it is; one that no regex matches is an error.
       transforms: by name, or by our dotted path: a function of the NumPy array, in place of the
         change of layout that the class says.
-      strict: whether missing and unexpected names are errors. A wrong shape always is.
+      prefix: what names begin with on their side alone, such as `"module."` of PyTorch's
+        `DataParallel`, `"_orig_mod."` of `torch.compile`, `"model."`; or several, taken off in order.
+        Names that do not begin with it stay as they are.
+      strict: whether it is an error if names are missing or unexpected, or shapes differ. Without it,
+        what fits is moved.
 
     Returns:
-      `ours`.
+      `ours`; with `strict=False`, `(ours, report)`, where the `nnx.LoadReport` says what was loaded,
+      missing, unexpected, mismatched and skipped.
 
     Raises:
-      BridgeError: what is missing, unexpected, or of another shape; the message lists all.
-      LoadError: a path was given, and there is no safetensors file, or one that is damaged.
+      BridgeError: what is missing, unexpected, or of another shape; the message lists all, and names
+        a prefix that would mend it.
+      LoadError: a path was given, and there is no safetensors file, or one that is damaged, or that
+        lacks what the index says.
 
     >>> import numpy as np, nnx
     >>> ours = nnx.Sequential(nnx.Linear.init(0)(2, 1))
@@ -79,47 +120,85 @@ def from_state_dict(
     rename = renamer(names)
     own = dict(transforms or {})
     used: set[str] = set()
-    sums: dict[str, dict[str, Any]] = {}
+    sums: dict[tuple[Any, ...], tuple[Spot, dict[str, Any]]] = {}
+    given: list[str] = []
     for name, value in _arrays(state_dict):
-        path = rename(name)
+        given.append(name)
+        path = rename(without_prefix(name, prefix))
         if path is None:
+            mover.skipped.append(name)
             continue
         if path is NO_RULE:
-            mover.unexpected.append(f"{name} (no regex matches it)")
+            mover.unexpected[name] = "no regex matches it"
             continue
         try:
-            places = _places(ours, str(path))
+            found = targets(mover.unrolled, str(path))
         except NoPlaceError as error:
-            mover.unexpected.append(f"{name} ({error})")
+            mover.unexpected[name] = str(error)
             continue
-        for target, convert, added in places:
-            if target is None:
+        for target in found:
+            if target.spot is None:
+                mover.skipped.append(name)
                 continue
-            key = next((k for k in (name, target) if k in own), None)
+            key = next((k for k in (name, *_both(target)) if k in own), None)
             if key is not None:
                 used.add(key)
-                convert = own[key]
-            array = to_numpy(value)
+                target = target._replace(convert=own[key])
+            spot, array = target.spot, to_numpy(value)
+            assert spot is not None
             try:
-                array = convert(array)
+                array = target.convert(part_of(array, spot))
             except (ValueError, TypeError, IndexError) as error:
-                mover.wrong.append(f"{target}: {name} has shape {array.shape}: {error}")
-                if added:
-                    sums.setdefault(target, {})[name] = None
-                continue
-            if added:
-                sums.setdefault(target, {})[name] = array
-            else:
-                mover.put(target, array, name)
-    for target, parts in sums.items():
-        _put_sum(mover, target, parts, strict)
+                mover.refuse(spot.name, array, name, f"has shape {array.shape}: {error}")
+                array = None
+            if target.added:
+                sums.setdefault((spot.path, spot.indices), (spot, {}))[1][name] = array
+            elif array is not None:
+                mover.put_at(spot, array, name)
+    for spot, parts in sums.values():
+        _put_sum(mover, spot, parts, strict)
     unused = [key for key in own if key not in used]
     if unused:
         raise BridgeError(
             f"No weight has the name or the path {', '.join(map(repr, unused))} of transforms."
         )
-    mover.finish(("params", "batch_stats"), strict=strict)
-    return ours
+    hint = _hint(mover, rename, given, prefix) if strict and mover.unexpected else ""
+    report = mover.finish(("params", "batch_stats"), strict=strict, hint=hint)
+    return ours if strict else (ours, report)
+
+
+def _both(target: Target) -> tuple[str, ...]:
+    """Our dotted path of a target, and that of its layer in a list, where it is in a Stack."""
+    assert target.spot is not None
+    return ".".join(target.spot.path), ".".join(target.spot.name)
+
+
+def _hint(mover: Mover, rename: Any, given: list[str], prefix: Any) -> str:
+    """For a message: the prefix without which names would be those of the model."""
+    names = [without_prefix(name, prefix) for name in given if name in mover.unexpected]
+    for count in (1, 2, 3):
+        heads = Counter(
+            ".".join(name.split(".")[:count]) for name in names if name.count(".") >= count
+        )
+        for head, size in heads.most_common(3):
+            inner = [without_prefix(name, head) for name in names if name.startswith(f"{head}.")]
+            known = sum(_leads_somewhere(mover, rename(name)) for name in inner)
+            if 2 * known > size:
+                return (
+                    f"\nWithout {head + '.'!r}, with which {size} of the {len(given)} names begin, "
+                    f"{known} are names of the model: pass prefix={head + '.'!r}."
+                )
+    return ""
+
+
+def _leads_somewhere(mover: Mover, path: Any) -> bool:
+    if path is None or path is NO_RULE:
+        return False
+    try:
+        found = targets(mover.unrolled, str(path))
+    except NoPlaceError:
+        return False
+    return all(t.spot is not None and mover.find(t.spot.path) is not None for t in found)
 
 
 def to_numpy(value: Any) -> np.ndarray:
@@ -144,76 +223,57 @@ def _arrays(source: Any) -> Iterator[tuple[str, Any]]:
             f"file, but got a {type(source).__name__}. Of a torch module, pass module.state_dict()."
         )
     for path in paths:
-        yield from arrays_of(path)
+        if os.fsdecode(path).endswith(".json"):
+            yield from _shards(os.fsdecode(path))
+        else:
+            yield from arrays_of(path)
 
 
-def _places(ours: Any, path: str) -> list[Place]:
-    """Where the weight with a mapped name goes, by our dotted paths."""
-    *parents, leaf = path.split(".")
-    layer, at = _walk(ours, parents)
-    places = layer_rule(layer, leaf) if isinstance(layer, Node | list | tuple) else None
-    if places is None:
-        places = [Place(leaf, _as_it_is)]
-    return [p if p.name is None else p._replace(name=".".join([*at, p.name])) for p in places]
+def _shards(index: str) -> Iterator[tuple[str, Any]]:
+    """What is in the files that an index file names."""
+    try:
+        with open(index, encoding="utf-8") as file:
+            where = json.load(file)["weight_map"]
+        wanted = {str(name): str(shard) for name, shard in where.items()}
+    except OSError as error:
+        raise LoadError(f"{index} cannot be loaded: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise LoadError(
+            f"{index} cannot be loaded: it is no index of safetensors files, which has the file of "
+            f"each weight in 'weight_map'."
+        ) from error
+    for shard in dict.fromkeys(wanted.values()):
+        # An index names files beside it, and none elsewhere.
+        if os.path.basename(shard) != shard or shard in ("", ".", ".."):
+            raise LoadError(
+                f"{index} cannot be loaded: {shard!r:.80} is no name of a file beside it."
+            )
+        names = {name for name, at in wanted.items() if at == shard}
+        for name, array in arrays_of(os.path.join(os.path.dirname(index), shard)):
+            if name in names:
+                names.discard(name)
+                yield name, array
+        if names:
+            raise LoadError(
+                f"{shard} lacks {listed(sorted(names), 4)}, which {index} says is there."
+            )
 
 
-def _put_sum(mover: Mover, target: str, parts: dict[str, Any], strict: bool) -> None:
+def _put_sum(mover: Mover, spot: Spot, parts: dict[str, Any], strict: bool) -> None:
     """Put the sum of what is added to each other; None is what could not be converted."""
     if any(array is None for array in parts.values()):
         return
-    names = " + ".join(parts)
+    names, target = " + ".join(parts), ".".join(spot.name)
     if len(parts) != 2 and strict:
-        mover.wrong.append(f"{target} is the sum of two biases, but there is {names}")
+        text = f"{target} is the sum of two biases, but there is {names}"
+        mover.refuse(spot.name, None, names, text, whole=True)
         return
     arrays = [np.asarray(array) for array in parts.values()]
     if len({array.shape for array in arrays}) > 1:
         shapes = " and ".join(str(array.shape) for array in arrays)
-        mover.wrong.append(f"{target} is the sum of {names}, but these have shapes {shapes}")
+        text = f"{target} is the sum of {names}, but these have shapes {shapes}"
+        mover.refuse(spot.name, None, names, text, whole=True)
         return
     # Half precision would round the sum twice.
     dtype = np.result_type(np.float32, *arrays)
-    mover.put(target, sum(array.astype(dtype) for array in arrays), names)
-
-
-def _as_it_is(array: np.ndarray) -> np.ndarray:
-    return array
-
-
-# What PyTorch and its users call the parts of our layers.
-_ALIASES = {
-    "MultiHeadAttention": {
-        "out_proj": "out",
-        "o_proj": "out",
-        "q_proj": "query",
-        "k_proj": "key",
-        "v_proj": "value",
-    }
-}
-
-
-def _walk(ours: Any, names: Sequence[str]) -> tuple[Any, list[str]]:
-    """What is at a path of our model, None if there is nothing, and its path by our names."""
-    at, path = ours, []
-    for name in names:
-        if isinstance(at, Node):
-            kinds = {kind.__name__ for kind in type(at).__mro__ if _is_ours(kind)}
-            if "Sequential" in kinds and name.isdecimal():
-                at, path = at.layers, [*path, "layers"]  # pyright: ignore
-            else:
-                for kind in kinds & set(_ALIASES):
-                    if name not in attributes(at):
-                        name = _ALIASES[kind].get(name, name)
-        path = [*path, name]
-        if isinstance(at, Node):
-            at = attributes(at).get(name)
-        elif isinstance(at, Mapping):
-            at = {str(k): v for k, v in at.items()}.get(name)
-        elif isinstance(at, list | tuple) and name.isdecimal() and int(name) < len(at):
-            at = at[int(name)]
-        else:
-            at = None
-    return at, path
-
-
-def _is_ours(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] == "nnx"
+    mover.put_at(spot, sum(array.astype(dtype) for array in arrays), names)

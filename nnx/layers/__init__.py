@@ -4,9 +4,10 @@ from jax.nn import initializers
 
 from nnx.layers import activations, masks, pooling, positions, recurrent
 from nnx.layers.activations import *  # noqa: F403
+from nnx.layers.adaptive_pooling import adaptive_avg_pool, adaptive_max_pool
 from nnx.layers.attention import MultiHeadAttention
 from nnx.layers.attention_functions import dot_product_attention, dot_product_attention_weights
-from nnx.layers.containers import Sequential, Stack
+from nnx.layers.containers import Identity, Sequential, Stack
 from nnx.layers.conv import Conv
 from nnx.layers.conv_transpose import ConvTranspose
 from nnx.layers.embedding import Embed
@@ -16,6 +17,7 @@ from nnx.layers.linear_general import Einsum, LinearGeneral
 from nnx.layers.lora import LoRA, LoRALinear, LoRALinearGeneral
 from nnx.layers.lora_surgery import apply_lora, merge_lora
 from nnx.layers.masks import *  # noqa: F403
+from nnx.layers.mlp import MLP
 from nnx.layers.normalization import BatchNorm
 from nnx.layers.pooling import *  # noqa: F403
 from nnx.layers.positions import *  # noqa: F403
@@ -36,6 +38,7 @@ __all__ = [
     "Embed",
     "Grad",
     "GroupNorm",
+    "Identity",
     "InstanceNorm",
     "Jit",
     "LayerNorm",
@@ -44,6 +47,7 @@ __all__ = [
     "LoRA",
     "LoRALinear",
     "LoRALinearGeneral",
+    "MLP",
     "MultiHeadAttention",
     "PReLU",
     "Partial",
@@ -55,6 +59,8 @@ __all__ = [
     "Stack",
     "VMap",
     "WeightNorm",
+    "adaptive_avg_pool",
+    "adaptive_max_pool",
     "apply_lora",
     "dot_product_attention",
     "dot_product_attention_weights",

@@ -3,21 +3,67 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import refx
+from nnx.layers._alike import difference
 from nnx.module import Module
 from nnx.transforms import remat as nnx_remat
 from nnx.transforms import scan, vmap
 
-__all__ = ["Sequential", "Stack"]
+__all__ = ["Identity", "Sequential", "Stack"]
+
+
+class Identity(Module):
+    """Returns its argument: the layer to put where there is nothing to do.
+
+    Args:
+      *args, **kwargs: ignored, so that it can stand for any other layer.
+
+    >>> import nnx
+    >>> nnx.Identity()(3)
+    3
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        del args, kwargs
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return `x`; other arguments are ignored."""
+        del args, kwargs
+        return x
+
+
+def _number(key: Any) -> int | None:
+    """The position that a key in brackets means; None for a filter."""
+    if isinstance(key, bool):
+        return None
+    try:
+        return operator.index(key)
+    except TypeError:
+        return None
+
+
+def _checked(layer: Module, number: int, length: int) -> int:
+    if not -length <= number < length:
+        raise IndexError(
+            f"{type(layer).__name__} has {length} layers, so there is no layer {number}."
+        )
+    return number % length
 
 
 class Sequential(Module):
     """Calls functions and modules one after the other, each with what the one before returned.
 
     A tuple that one returns is taken as the positional arguments of the next, a dict as its
-    keyword arguments.
+    keyword arguments. It has the length, the positions, the slices and the iteration of a list: a
+    slice is a Sequential with the same layers.
 
     Args:
       *fns: callables: modules, activations, or any other function. They are in the plain list
@@ -28,6 +74,8 @@ class Sequential(Module):
     ...     mlp = nnx.Sequential(nnx.Linear(2, 8), nnx.relu, nnx.Linear(8, 1))
     >>> mlp(jnp.ones((5, 2))).shape
     (5, 1)
+    >>> len(mlp), mlp[:-1](jnp.ones((5, 2))).shape, mlp[-1] is mlp.layers[2]
+    (3, (5, 8), True)
     """
 
     def __init__(self, *fns: Callable[..., Any]):
@@ -43,6 +91,34 @@ class Sequential(Module):
                     f"one of it: {fn.__name__}(...)."
                 )
         self.layers = list(fns)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __bool__(self) -> bool:
+        # Without this a module without layers would be false, as in `module or default`.
+        return True
+
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return iter(self.layers)
+
+    def __getitem__(self, key: Any) -> Any:
+        """The layer with a number, or a Sequential of those in a slice; else as for any module."""
+        if isinstance(key, slice):
+            return Sequential(*self.layers[key])
+        number = _number(key)
+        if number is None:
+            return super().__getitem__(key)
+        return self.layers[_checked(self, number, len(self.layers))]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Put a layer in the place of that with a number; else as for any module."""
+        number = _number(key)
+        if number is None:
+            super().__setitem__(key, value)
+        else:
+            number = _checked(self, number, len(self.layers))
+            self.layers[number] = Sequential(value).layers[0]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layers in order; without any, give back the one argument."""
@@ -65,6 +141,12 @@ class Stack(Module):
     The parameters of the layers are stacked along a leading axis, and the layers run in `nnx.scan`.
     Each layer has initial values of its own, and takes what the one before returned.
 
+    A list of layers and a Stack are two forms of one thing: `Stack.of(layers)` and `stack.unstack()`
+    lead from one to the other, and weights of either form (`blocks.3.kernel`, or `blocks.kernel` with
+    a leading axis) are read into either by `nnx.load_state` and `nnx.bridge`. `stack[i]` is layer `i`
+    with Refs of its own, which hold copies; after changing it, write it back with `stack[i] = layer`.
+    `stack[i:j]` is a Stack of copies, and iteration gives the layers as `stack[i]` does.
+
     Args:
       make: makes one layer, such as a module class or a function; called without arguments.
       length: number of layers.
@@ -81,6 +163,8 @@ class Stack(Module):
     >>> stack = nnx.Stack.init(jax.random.key(0))(lambda: nnx.Linear(4, 4), 8)
     >>> stack.layers.kernel.shape, stack(jnp.ones((2, 4))).shape
     ((8, 4, 4), (2, 4))
+    >>> len(stack), stack[-1].kernel.shape, len(stack[2:5])
+    (8, (4, 4), 3)
     """
 
     def __init__(
@@ -94,11 +178,103 @@ class Stack(Module):
     ):
         if length < 1:
             raise ValueError(f"Stack needs at least one layer, but its length is {length}.")
-        self.layers = vmap(lambda: make(), axis_size=length)()
+        self._set(vmap(lambda: make(), axis_size=length)(), length, remat, policy, unroll)
+
+    def _set(self, layers: Any, length: int, remat: bool, policy: Any, unroll: int) -> None:
+        self.layers = layers
         self.length = length
         self.remat = remat
         self.policy = policy
         self.unroll = unroll
+
+    @classmethod
+    def of(
+        cls,
+        layers: Sequence[Module],
+        *,
+        remat: bool = False,
+        policy: Callable[..., bool] | None = None,
+        unroll: int = 1,
+    ) -> Stack:
+        """The Stack of a list of layers, with copies of their values.
+
+        Args:
+          layers: at least one; all with the same structure, settings, shapes and dtypes.
+          remat, policy, unroll: as for `Stack`.
+
+        Raises:
+          ValueError: the layers differ, or share a Ref; the message says where.
+
+        >>> import jax.numpy as jnp, nnx
+        >>> with nnx.scope(0):
+        ...     layers = [nnx.Linear(4, 4) for _ in range(3)]
+        >>> stack = nnx.Stack.of(layers)
+        >>> bool((stack.layers.kernel[1] == layers[1].kernel).all())
+        True
+        """
+        layers = list(layers)
+        if not layers:
+            raise ValueError("Stack.of needs at least one layer, but the list is empty.")
+        stack = cls.__new__(cls)
+        stack._set(_join(layers), len(layers), remat, policy, unroll)
+        return stack
+
+    def unstack(self) -> list[Any]:
+        """The layers as a list, each with Refs of its own: the inverse of `Stack.of`.
+
+        >>> import nnx
+        >>> layers = nnx.Stack.init(0)(lambda: nnx.Linear(4, 4), 3).unstack()
+        >>> len(layers), layers[0].kernel.shape
+        (3, (4, 4))
+        """
+        return [self[i] for i in range(self.length)]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return (self[i] for i in range(self.length))
+
+    def __getitem__(self, key: Any) -> Any:
+        """Layer `i`, or the Stack of those in a slice, as copies; else as for any module."""
+        if isinstance(key, slice):
+            numbers = range(self.length)[key]
+            if not numbers:
+                raise IndexError(
+                    f"The slice selects none of the {self.length} layers, and a Stack needs one."
+                )
+            stack = type(self).__new__(type(self))
+            layers = self._part(np.array(numbers))
+            stack._set(layers, len(numbers), self.remat, self.policy, self.unroll)
+            return stack
+        number = _number(key)
+        if number is None:
+            return super().__getitem__(key)
+        return self._part(_checked(self, number, self.length))
+
+    def _part(self, key: Any) -> Any:
+        dagdef, values = refx.split(self.layers)
+        return refx.merge(dagdef, jax.tree.map(lambda x: _take(x, key), values))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Write the values of a layer into layer `i`; else as for any module.
+
+        Raises:
+          ValueError: the layer has another structure, or other shapes or dtypes, than those here.
+        """
+        number = _number(key)
+        if number is None:
+            super().__setitem__(key, value)
+            return
+        number = _checked(self, number, self.length)
+        _check_alike([self[number], value], [f"layer {number} of the Stack", "the new layer"])
+        dagdef, values = refx.split(self.layers)
+        new = refx.split(value)[1]
+        joined = jax.tree.map(lambda x, y: jnp.asarray(x).at[number].set(y), values, new)
+        if dagdef.leaf_paths:
+            self.layers = refx.merge(dagdef, joined)
+        else:
+            refx.update(self.layers, joined)
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the layers in order, each as `layer(x, *args, **kwargs)`."""
@@ -108,3 +284,47 @@ class Stack(Module):
 
         body = nnx_remat(call, policy=self.policy) if self.remat else call
         return scan(lambda x, layer: (body(layer, x), None), x, self.layers, unroll=self.unroll)[0]
+
+
+def _take(x: Any, key: Any) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        lead = np.shape(key)
+        return jax.ShapeDtypeStruct(lead + x.shape[1:], x.dtype)
+    return x[key]
+
+
+def _join(layers: list[Module]) -> Any:
+    """One module with the values of all of them along a leading axis."""
+    _check_alike(layers, [f"layer {i}" for i in range(len(layers))])
+    seen: dict[Any, tuple[int, str]] = {}
+    for i, layer in enumerate(layers):
+        for path, ref in refx.refs(layer).items():
+            if ref in seen:
+                j, first = seen[ref]
+                raise ValueError(
+                    f"Layers {j} and {i} share the Ref {first!r}, which would be a copy for each in "
+                    f"a Stack. Give each its own (nnx.clone(layer)), or keep them in a list."
+                )
+            seen[ref] = (i, ".".join(path))
+    dagdef, first = refx.split(layers[0])
+    rest = [refx.split(layer)[1] for layer in layers[1:]]
+    return refx.merge(dagdef, jax.tree.map(_stack, first, *rest))
+
+
+def _stack(*values: Any) -> Any:
+    if all(isinstance(x, jax.ShapeDtypeStruct) for x in values):
+        return jax.ShapeDtypeStruct((len(values), *values[0].shape), values[0].dtype)
+    return jnp.stack(values)
+
+
+def _check_alike(layers: list[Any], names: list[str]) -> None:
+    for layer, name in zip(layers, names, strict=True):
+        if not isinstance(layer, Module):
+            raise TypeError(f"A Stack takes modules, but {name} is a {type(layer).__name__}.")
+    for layer, name in zip(layers[1:], names[1:], strict=True):
+        found = difference(layers[0], layer, names[0], name)
+        if found:
+            raise ValueError(
+                f"The layers of a Stack are alike, but {found}. Keep layers that differ in a list or "
+                f"an nnx.Sequential."
+            )

@@ -172,15 +172,16 @@ class RMSNorm(Norm):
 class GroupNorm(Norm):
     """Group normalization (Wu and He 2018, https://arxiv.org/abs/1803.08494).
 
-    The channels, the last axis, are divided in groups, and each group of each example is normalized
-    over its channels and all positions.
+    The channels, the last axis by default, are divided in groups, and each group of each example is
+    normalized over its channels and all positions.
 
     Args:
       num_features: number of channels.
       num_groups: number of groups, or None and instead
       group_size: number of channels in a group.
-      reduction_axes: the axes that the statistics are over, of which the last must be one;
-        without it, all but the first.
+      reduction_axes: the axes that the statistics are over, of which that of the channels must be
+        one; without it, all but the first.
+      feature_axis: the axis of the channels: 1 for inputs with the channels first.
       epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init, axis_name,
         axis_index_groups, use_fast_variance, promote_dtype, bias_metadata, scale_metadata: as for
         `LayerNorm`.
@@ -211,6 +212,7 @@ class GroupNorm(Norm):
         bias_init: Initializer = zeros,
         scale_init: Initializer = ones,
         reduction_axes: Axes | None = None,
+        feature_axis: int = -1,
         axis_name: str | None = None,
         axis_index_groups: Any = None,
         use_fast_variance: bool = True,
@@ -246,9 +248,12 @@ class GroupNorm(Norm):
         self.group_size = num_features // parts if group_size is None else parts
         self.num_groups = num_features // self.group_size
         self.reduction_axes = reduction_axes
+        self.feature_axis = feature_axis
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalize an input of shape `(batch, ..., num_features)`; the result has its shape.
+
+        With another `feature_axis` than the last, the channels are there.
 
         Args:
           x: the input; with several batch axes, or none, give `reduction_axes`.
@@ -259,16 +264,29 @@ class GroupNorm(Norm):
           ValueError: another number of channels; the message has both shapes.
         """
         x = as_array(self, x)
-        self._features(x, -1)
+        (channels,) = self._features(x, self.feature_axis)
         given = range(min(1, x.ndim - 1), x.ndim)
         if self.reduction_axes is not None:
             given = self.reduction_axes
         axes = self._axes(x, given, "reduction axes")
-        if x.ndim - 1 not in axes:
+        if channels not in axes:
+            where = "the last axis" if channels == x.ndim - 1 else f"axis {channels}"
             raise ValueError(
-                f"GroupNorm has the reduction_axes {self.reduction_axes}, but the last axis, the "
+                f"GroupNorm has the reduction_axes {self.reduction_axes}, but {where}, the "
                 f"channels, must be one of them. The input has the shape {tuple(x.shape)}."
             )
+        if channels != x.ndim - 1:
+            if mask is not None:
+                mask = jnp.asarray(mask)
+                mask = jnp.moveaxis(
+                    mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape), channels, -1
+                )
+            axes = (*(i - (i > channels) for i in axes if i != channels), x.ndim - 1)
+            return jnp.moveaxis(self._last(jnp.moveaxis(x, channels, -1), axes, mask), -1, channels)
+        return self._last(x, axes, mask)
+
+    def _last(self, x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None) -> jax.Array:
+        """Normalize where the channels are the last axis."""
         dtype, x, scale, bias = self._cast(x, self.scale, self.bias)
         groups = (self.num_groups, self.group_size)
         if mask is not None:

@@ -191,6 +191,8 @@ class Bidirectional(Module):
         both shares its parameters.
       merge_fn: a function of the two outputs; it concatenates them along the last axis by default.
       time_major, return_carry: as for `RNN`; they win over the attributes of the two.
+      reverse, keep_order: as for `RNN`: go through the sequence from its end, so that the forward
+        network begins there, and whether the outputs are in the order of the inputs nevertheless.
 
     Attributes: `forward_rnn` and `backward_rnn`.
 
@@ -209,12 +211,16 @@ class Bidirectional(Module):
         merge_fn: Callable[[Any, Any], Any] = _concatenate,
         time_major: bool = False,
         return_carry: bool = False,
+        reverse: bool = False,
+        keep_order: bool = False,
     ):
         self.forward_rnn = forward_rnn
         self.backward_rnn = backward_rnn
         self.merge_fn = merge_fn
         self.time_major = time_major
         self.return_carry = return_carry
+        self.reverse = reverse
+        self.keep_order = keep_order
 
     def __call__(
         self,
@@ -224,6 +230,8 @@ class Bidirectional(Module):
         seq_lengths: jax.Array | None = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
     ) -> Any:
         """Run both; arguments and errors as for a call of `RNN`.
 
@@ -231,21 +239,33 @@ class Bidirectional(Module):
           initial_carry: the two carries, forwards and backwards.
 
         Returns:
-          The merged outputs in the order of the inputs; with `return_carry`, the two final carries
-          and these.
+          The merged outputs, in the order of the inputs unless `reverse` is set without
+          `keep_order`; with `return_carry`, the two final carries and these.
         """
         return_carry = self.return_carry if return_carry is None else return_carry
+        time_major = self.time_major if time_major is None else time_major
+        reverse = self.reverse if reverse is None else reverse
+        keep_order = self.keep_order if keep_order is None else keep_order
         options: dict[str, Any] = {
             "seq_lengths": seq_lengths,
-            "time_major": self.time_major if time_major is None else time_major,
+            "time_major": time_major,
             "return_carry": True,
         }
+        features = getattr(getattr(self.forward_rnn, "cell", None), "num_feature_axes", 1)
+        axes = jnp.ndim(inputs) - 1 - features
+        if reverse:
+            inputs = as_array(self, inputs)
+            inputs = flip_sequences(inputs, seq_lengths, axes, time_major)
         ahead, back = (None, None) if initial_carry is None else initial_carry
         ahead, y = self.forward_rnn(inputs, initial_carry=ahead, reverse=False, **options)
         back, z = self.backward_rnn(
             inputs, initial_carry=back, reverse=True, keep_order=True, **options
         )
         outputs = jax.tree.map(self.merge_fn, y, z)
+        if reverse and keep_order:
+            outputs = jax.tree.map(
+                lambda y: flip_sequences(y, seq_lengths, axes, time_major), outputs
+            )
         return ((ahead, back), outputs) if return_carry else outputs
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from nnx.layers._unrolled import NOTHING, Spot, Unrolled, named, part_of, stacked, take
 from nnx.serialize.errors import LoadError
 from refx import EndedTraceError, Ref
 from refx.dag import dtype_of, update
@@ -25,19 +26,21 @@ __all__ = ["LoadReport"]
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What `load_state` found.
+    """What `load_state`, or a function of `nnx.bridge` with `strict=False`, found.
 
     Attributes:
       loaded: the paths that were read; of a shared Ref its canonical path.
       missing: paths of the model that the file does not have.
       unexpected: paths of the file that the model does not have.
       mismatched: paths with the shape and dtype in the file and in the model, where they differ.
+      skipped: names of the file that were dropped, as the caller's name map said.
     """
 
     loaded: tuple[Path, ...]
     missing: tuple[Path, ...]
     unexpected: tuple[Path, ...]
     mismatched: dict[Path, tuple[str, str]]
+    skipped: tuple[Path, ...] = ()
 
     def __repr__(self) -> str:
         lines = [f"{len(self.loaded)} loaded"]
@@ -52,6 +55,8 @@ class LoadReport:
         ]
         if len(self.mismatched) > 8:
             lines.append(f"and {len(self.mismatched) - 8} more that differ")
+        if self.skipped:
+            lines.append(f"skipped: {_named(self.skipped)}")
         return f"LoadReport({'; '.join(lines)})"
 
 
@@ -97,19 +102,94 @@ class Fitting:
         # Where each value came from, and which it was, also one that does not fit.
         self._given: dict[Path, tuple[Path, Any]] = {}
         self._new: dict[Path, Any] = {}
+        # Layers of a Stack that the file has one by one, by path and number; and their levels.
+        self._layers: dict[Path, dict[tuple[int, ...], Any]] = {}
+        self._levels: dict[Path, tuple[int, ...]] = {}
+        self._missing: list[Path] = []
         self._unexpected: list[Path] = []
         self._mismatched: dict[Path, tuple[str, str]] = {}
+        self._unrolled = Unrolled(tree)
 
     def add_all(self, values: dict[Path, Any]) -> None:
         """Take the values of a file; canonical paths first, then those that lead to the same."""
         for given in sorted(values, key=lambda path: path not in self._old):
             self._add(given, values[given])
+        for path in self._layers:
+            self._join(path)
 
     def _add(self, given: Path, value: Any) -> None:
         path = self._find(given)
         if path is None:
+            self._add_layers(given, value)
+        else:
+            self._add_to(path, given, value)
+
+    def _add_layers(self, given: Path, value: Any) -> None:
+        """Take a value of a list for a Stack, or of a Stack for a list."""
+        spots = self._unrolled.spots(dotted(given).split("."))
+        paths = [self._find(spot.path) for spot in spots]
+        if any(spot.at is NOTHING for spot in spots) or None in paths or not spots:
             self._unexpected.append(given)
-        elif path not in self._given:
+            return
+        for spot, path in zip(spots, paths, strict=True):
+            assert path is not None
+            try:
+                part = part_of(value, spot)
+            except ValueError:
+                there, here = _text(jax.tree.leaves(value)), f"{spot.part[0][1]} layers"
+                self._mismatched[given] = (there, here)
+                return
+            if spot.indices:
+                self._add_layer(spot, path, given, part)
+            else:
+                self._add_to(path, given, part)
+
+    def _add_layer(self, spot: Spot, path: Path, given: Path, value: Any) -> None:
+        old = self._current(path)
+        if any(np.ndim(x) < len(spot.indices) for x in jax.tree.leaves(old)):
+            self._unexpected.append(given)
+            return
+        like = jax.tree.map(lambda x: take(_shape(x), spot.indices), old)
+        there, here = _text(jax.tree.leaves(value)), _text(jax.tree.leaves(like))
+        layers = self._layers.setdefault(path, {})
+        self._levels[path] = spot.levels
+        before = layers.get(spot.indices)
+        if path in self._given and path not in self._mismatched:
+            before = jax.tree.map(lambda x: take(x, spot.indices), self._given[path][1])
+        if there != here or jax.tree.structure(value) != jax.tree.structure(like):
+            self._mismatched[spot.name] = (there, here)
+        elif before is not None and not _equal(before, value):
+            self._mismatched[spot.name] = (f"{there} twice, with different values", here)
+        layers[spot.indices] = value
+
+    def _join(self, path: Path) -> None:
+        """Make one value of those of the layers."""
+        if path in self._given:
+            return
+        layers, old = self._layers[path], self._current(path)
+        count = len(self._levels[path])
+        leaves = jax.tree.leaves(old)
+        lead = np.shape(leaves[0])[:count] if leaves else ()
+        for index in np.ndindex(*lead):
+            name = named(path, self._levels[path], index)
+            if index in layers and name not in self._mismatched:
+                continue
+            if index not in layers:
+                self._missing.append(name)
+            if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+                # A part of a shape cannot be filled.
+                self._given[path] = (path, None)
+                return
+            layers[index] = jax.tree.map(lambda x: x[index], old)  # noqa: B023 — used at once
+        value = stacked(layers, lead)
+        self._given[path] = (path, value)
+        self._compare(path, jax.tree.map(lambda x, y: _cast(x, dtype_of(y)), value, old))
+
+    def _current(self, path: Path) -> Any:
+        return self._arrays[path] if path in self._arrays else self._old[path]
+
+    def _add_to(self, path: Path, given: Path, value: Any) -> None:
+        if path not in self._given:
             self._given[path] = (given, value)
             self._compare(path, value)
         elif not _equal(self._given[path][1], value):
@@ -146,7 +226,7 @@ class Fitting:
 
     def _compare(self, path: Path, value: Any) -> None:
         is_array = path in self._arrays
-        old = self._arrays[path] if is_array else self._old[path]
+        old = self._current(path)
         new_leaves, new_tree = jax.tree.flatten(value)
         old_leaves, old_tree = jax.tree.flatten(old)
         there, here = _text(new_leaves), _text(old_leaves)
@@ -166,7 +246,7 @@ class Fitting:
         """What was found."""
         return LoadReport(
             tuple(self._new),
-            tuple(p for p in (*self._old, *self._arrays) if p not in self._given),
+            (*(p for p in (*self._old, *self._arrays) if p not in self._given), *self._missing),
             tuple(self._unexpected),
             self._mismatched,
         )
@@ -239,6 +319,15 @@ def _equal_leaves(a: Any, b: Any) -> bool:
 def _canonical(x: Any) -> Any:
     # A step would make it that: NumPy's float64 becomes float32.
     return jax.ShapeDtypeStruct(x.shape, dtype_of(x)) if isinstance(x, np.ndarray) else x
+
+
+def _shape(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(np.shape(x), dtype_of(x))
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    # Python's numbers became int64 or float64 where they were stacked.
+    return x if x.dtype == dtype else x.astype(dtype)
 
 
 def _text(leaves: Iterable[Any]) -> str:
