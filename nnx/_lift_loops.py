@@ -14,8 +14,8 @@ from nnx._records import Group, ProbeError, Record, blank, output_of
 from nnx.transforms.carry import CARRY
 from nnx.transforms.loops import scan, while_loop
 from nnx.transforms.sharded import shard_map
+from nnx.transforms.simple import eval_shape
 from nnx.transforms.vmap import vmap
-from nnx.transforms.whole import eval_shape
 from refx import refs, to_predicate
 from refx.node import is_identity
 

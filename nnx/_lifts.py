@@ -20,13 +20,14 @@ import jax.numpy as jnp
 
 from nnx._probing import Context, Key, key_of, suspended
 from nnx._records import Group, ProbeError, Record, count, is_float, output_of
+from nnx.transforms.callables import function_name
 from nnx.transforms.custom import custom_jvp, custom_vjp
 from nnx.transforms.derivatives import _differentiate
 from nnx.transforms.filtered import _JitFilter
 from nnx.transforms.filtered_grad import _gradient as _filtered_gradient
 from nnx.transforms.grad import _gradient
-from nnx.transforms.jit import Jit, function_name
-from nnx.transforms.whole import _transformed, eval_shape
+from nnx.transforms.jit import Jit
+from nnx.transforms.simple import _transformed, eval_shape
 from refx import Partition
 from refx.node import is_identity
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from nnx._ambient import ambient
 from nnx._lift_loops import Active
 from nnx._probing import around, first_axes
 from nnx._reached import reached, substituted
@@ -17,11 +18,10 @@ from nnx._records import Group, Hook, Mark, Probe, Record, count
 from nnx._stand_in import StandIn
 from nnx.module import Module
 from nnx.scope import entered
-from nnx.transforms.jit import unbound
+from nnx.transforms.callables import unbound
 from refx import clone, refs
 from refx.node import is_identity
 from refx.partition import Path, dotted
-from refx.trace import local
 
 __all__ = ["NonFinite", "find_nonfinite"]
 
@@ -143,7 +143,7 @@ class _Search:
         self._arrays = {name: x for name, x in flat if not is_identity(x)}
         self._before = dict(self._values())
         self._modules: dict[Path, Module] = {}
-        context = local.probe if local.probe is not None else Active([], [], ())
+        context = ambient.probe if ambient.probe is not None else Active([], [], ())
         level = len(context.runs)
 
         def mark(path: Path, module: Module, old: Any) -> tuple[Any, frozenset[str]]:
@@ -163,7 +163,7 @@ class _Search:
         )
         called = substituted(inner, new)
         probe = Probe(counts=True, quiet=True)
-        scope = clone(local.scope) if local.scope is not None else None
+        scope = clone(ambient.scope) if ambient.scope is not None else None
         with entered(scope), context.with_probe(probe) as active:
             self._out = called(*args, **kwargs)
         self._group: Group = jax.device_get(active.groups()[level])

@@ -1,7 +1,7 @@
 """What probes do: the hooks on the outputs of marked modules.
 
 A probe (`nnx.capture`, `nnx.patch`, `nnx.output_grad`, `nnx.debug.find_nonfinite`) is a set of hooks.
-The modules that it is about are marked (see `nnx._stand_in`). While its call runs, `local.probe` is a
+The modules that it is about are marked (see `nnx._stand_in`). While its call runs, `ambient.probe` is a
 `Context`, which knows what the marks mean.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nnx._ambient import ambient
 from nnx._records import (
     Group,
     Hook,
@@ -31,9 +32,11 @@ from nnx._stand_in import MARK
 from nnx.surgery import modules
 from nnx.transforms.branches import cond
 from refx import Node, refs
+from refx.describe import transformation
+from refx.frame import local
 from refx.node import attributes, is_identity
 from refx.partition import Path
-from refx.trace import _program_between, current_trace, local, trace_ref, transformation
+from refx.trace import current_trace, program_between, trace_ref
 
 __all__: list[str] = []
 
@@ -118,12 +121,12 @@ class Context:
         self._outer: list[Any] = []
 
     def __enter__(self) -> Context:
-        self._outer.append(local.probe)
-        local.probe = self
+        self._outer.append(ambient.probe)
+        ambient.probe = self
         return self
 
     def __exit__(self, *exc: object) -> None:
-        local.probe = self._outer.pop()
+        ambient.probe = self._outer.pop()
 
     def with_probe(
         self, probe: Probe, functions: Any = (), arrays: Any = (), inputs: Group | None = None
@@ -258,7 +261,7 @@ def _label(method: str) -> str:
 
 
 def _check_kept(run: Run, mark: Mark, label: str) -> None:
-    if _program_between(run.trace(), current_trace(())):
+    if program_between(run.trace(), current_trace(())):
         raise ProbeError(
             f"{output_of(mark.path, label)} cannot be patched in {transformation()} inside of the model: "
             f"JAX keeps the program, and another call would go on with this patch. Use the nnx "
@@ -278,7 +281,7 @@ def _checked(out: Any, mark: Mark, label: str) -> Any:
 def around(name: str, method: Any, module: Any, args: Any, kwargs: Any) -> Any:
     """Call a watched method of a marked module."""
     out = method(module, *args, **kwargs)
-    context: Context | None = local.probe
+    context: Context | None = ambient.probe
     if context is None:
         return out
     found = [
@@ -297,11 +300,11 @@ def around(name: str, method: Any, module: Any, args: Any, kwargs: Any) -> Any:
 
 def suspended(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a transformation that has its probes in its body already."""
-    outer, local.probe = local.probe, None
+    outer, ambient.probe = ambient.probe, None
     try:
         return fn(*args, **kwargs)
     finally:
-        local.probe = outer
+        ambient.probe = outer
 
 
 def sliced_modules(args: Any, before: tuple[frozenset[Any], ...]) -> frozenset[tuple[int, Path]]:

@@ -16,12 +16,12 @@ import jax
 
 from nnx.module import Module
 from refx import Node, Ref
+from refx.access import check_structure
 from refx.node import attributes, expose, is_identity, set_on_class
 from refx.partition import Path
 from refx.snapshot import snapshot
 from refx.static import Static
 from refx.structure import NodeDef, Scan, build, intern, node_paths, revision_of, scan
-from refx.trace import check_structure
 
 __all__: list[str] = []
 

@@ -31,13 +31,40 @@ from refx.partition import dotted
 from refx.selection import check_selection
 from refx.static import TRUSTED
 from refx.structure import scan
-from refx.trace import ALTERNATIVES
+from refx.text import ALTERNATIVES
 
 __all__ = ["Module", "dataclass", "param", "ref", "static"]
 
 # Objects of ours among a module's attributes count by their identity.
 TRUSTED.add("nnx")
-ALTERNATIVES.update(clone="an nnx.clone", frozen="nnx.frozen")
+ALTERNATIVES.update(
+    {
+        "library": "nnx",
+        "clone": "an nnx.clone",
+        "frozen": "nnx.frozen",
+        "param": "nnx.param()",
+        "field": "nnx.ref({!r})",
+        "holder": (
+            "nnx.Partial for a functools.partial; for a method that was transformed or wrapped, "
+            "decorate it in the class, or use nnx.VMap, nnx.Grad or nnx.Remat; make a class of your "
+            "own an nnx.Module or a registered pytree"
+        ),
+        "a transformation": "an nnx transformation",
+        "same name": "the nnx transformation of the same name",
+        "compiles": " (nnx.jit, nnx.scan, nnx.remat, ...)",
+        "looks": " (nnx.{})",
+        "would pass over it": ", nnx.grad and nnx.jit",
+        "writes back": " (nnx.jit, nnx.vmap, nnx.scan, ...)",
+        "in its place": (
+            "the nnx transformation in its place (nnx.jit, nnx.grad, nnx.vmap, ...), which writes "
+            "Refs back for you"
+        ),
+        "not on a copy": (
+            "Use nnx.jit (updates propagate to the caller), nnx.jit_filter (modules in, modules "
+            "out), or change an nnx.clone of the module and return that."
+        ),
+    }
+)
 
 M = TypeVar("M", bound="Module")
 T = TypeVar("T")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from nnx._ambient import ambient
 from nnx._functions import Function
 from nnx._lift_loops import Active
 from nnx._lifts import zeros_like
@@ -30,13 +31,13 @@ from nnx._selecting import Selected, assembled, select
 from nnx._stand_in import MARK, StandIn
 from nnx.module import Module
 from nnx.surgery import Where, listed_modules, modules
+from nnx.transforms.callables import function_name
 from nnx.transforms.grad import value_and_grad
-from nnx.transforms.jit import BoundJit, function_name
-from nnx.transforms.whole import eval_shape
+from nnx.transforms.jit import BoundJit
+from nnx.transforms.simple import eval_shape
 from refx import Partition
 from refx.node import attributes, is_identity
 from refx.partition import Path
-from refx.trace import local
 
 __all__ = ["ProbeError", "capture", "output_grad", "patch", "sow"]
 
@@ -106,7 +107,7 @@ def _run(
       abstract: whether nothing that the call does may be kept.
       **given: the functions and arrays of patches, and what is added to outputs.
     """
-    context = local.probe if local.probe is not None else Active([], [], ())
+    context = ambient.probe if ambient.probe is not None else Active([], [], ())
     level = len(context.runs)
 
     def mark(path: Path, module: Module, old: Any) -> tuple[Hashable, frozenset[str]]:
@@ -206,7 +207,7 @@ def sow(module: Module, name: str, value: Any, collection: Hashable = "intermedi
     >>> float(y), float(captured["input"])
     (9.0, 3.0)
     """
-    context: Active | None = local.probe
+    context: Active | None = ambient.probe
     if context is None:
         return
     for mark in attributes(module).get(MARK, ()):

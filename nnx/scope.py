@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nnx._ambient import ambient
 from nnx.rng import RngStream
 from refx import MISSING, Node, RefError, UnhashableStaticError
-from refx.trace import local
 
 __all__ = ["MissingFlagError", "MissingStreamError", "get_flag", "make_rng", "scope"]
 
@@ -56,7 +56,7 @@ def make_scope(rngs: Any = None, **flags: Any) -> Scope:
                 f"nothing. Did you mean rngs={flag}? Keys and seeds are given by rngs, the first "
                 f"argument."
             )
-    outer: Scope | None = local.scope
+    outer: Scope | None = ambient.scope
     streams = dict(outer.streams) if outer is not None else {}
     if rngs is not None:
         streams = _streams(rngs) if not isinstance(rngs, Mapping) else {**streams, **_streams(rngs)}
@@ -117,12 +117,12 @@ def scope(rngs: Any = None, **flags: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def entered(inner: Scope | None) -> Iterator[None]:
     """Make `inner` the ambient scope of this thread."""
-    outer = local.scope
-    local.scope = inner
+    outer = ambient.scope
+    ambient.scope = inner
     try:
         yield
     finally:
-        local.scope = outer
+        ambient.scope = outer
 
 
 def make_rng(name: str = "default") -> jax.Array:
@@ -140,8 +140,8 @@ def make_rng(name: str = "default") -> jax.Array:
     >>> bool((a == b).all())
     False
     """
-    ambient: Scope | None = local.scope
-    streams = ambient.streams if ambient is not None else {}
+    around: Scope | None = ambient.scope
+    streams = around.streams if around is not None else {}
     if name in streams:
         return streams[name].next()
     if "default" in streams:
@@ -165,12 +165,12 @@ def get_flag(name: str, default: Any = MISSING) -> Any:
     >>> nnx.get_flag("training", False)
     False
     """
-    ambient: Scope | None = local.scope
-    if ambient is not None and name in ambient.flags:
-        return ambient.flags[name]
+    around: Scope | None = ambient.scope
+    if around is not None and name in around.flags:
+        return around.flags[name]
     if default is not MISSING:
         return default
-    flags = sorted(ambient.flags) if ambient is not None else []
+    flags = sorted(around.flags) if around is not None else []
     raise MissingFlagError(
         f"The flag {name!r} is set by no scope (set are: {', '.join(flags) or 'none'}) and has no "
         f"default. Set it with nnx.scope({name}=...), model.apply({name}=...), or as an attribute "

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refx.access import check_value, label, peek, put, writable
 from refx.buffers import dead_error, is_dead
 from refx.errors import (
     DtypeError,
@@ -19,13 +20,14 @@ from refx.errors import (
     ValueTypeError,
 )
 from refx.filters import Filter, to_predicate, to_predicates
+from refx.frame import copy_containers
 from refx.node import Node
 from refx.partition import Partition, Path, as_path, dotted, listed
 from refx.ref import Ref, check_type
 from refx.selection import check_selection, follow
 from refx.snapshot import Snapshot, snapshot
 from refx.structure import DagDef, build, frozen_def
-from refx.trace import check_value, fresh, label, peek, put, writable
+from refx.text import ours
 
 __all__ = ["clone", "frozen", "get_partition", "merge", "refs", "split", "update"]
 
@@ -127,7 +129,7 @@ def merge(dagdef: DagDef, *partitions: Mapping[Path, Any]) -> Any:
             f"The partitions have {listed(p for p in given if p not in known)}, which "
             f"{dagdef!r} has not. Was the tree changed after it was split? Then split it again."
         )
-    values = [fresh(given[path]) for path in paths]
+    values = [copy_containers(given[path]) for path in paths]
     _check_alive(paths, values, "was to be merged")
     return build(dagdef, values, values[len(dagdef.ref_paths) :])[0]
 
@@ -157,7 +159,9 @@ def clone(tree: T, *, copy: bool = False) -> T:
     dagdef = frozen_def(kept.dagdef, False)
     values = [*kept.values(), *kept.leaves()]
     _check_alive(dagdef.paths, values, "was to be cloned")
-    values = [jax.tree.map(_copied, x) for x in values] if copy else list(map(fresh, values))
+    values = (
+        [jax.tree.map(_copied, x) for x in values] if copy else list(map(copy_containers, values))
+    )
     root, objects = build(dagdef, values, values[len(dagdef.ref_paths) :])
     if kept.has_labels:
         label(x for x in objects if type(x) is Ref)
@@ -278,7 +282,7 @@ def values_of(given: Any, filter: Filter = "params") -> str:
     """For a message: how a module of gradients becomes what it should be."""
     if not isinstance(given, Node):
         return ""
-    return f" Pass the values of the module: nnx.get_partition(grads, {filter!r})."
+    return f" Pass the values of the module: {ours('get_partition')}(grads, {filter!r})."
 
 
 def find_ref(tree: Any, given: Any, cells: Mapping[Path, Ref[Any]]) -> tuple[Path, Ref[Any]]:
@@ -304,13 +308,13 @@ def find_ref(tree: Any, given: Any, cells: Mapping[Path, Ref[Any]]) -> tuple[Pat
     if path in snapshot(tree).dagdef.leaf_paths:
         raise UnknownPathError(
             f"Path {dotted(path)!r} is a plain array attribute, not a Ref. Assign the attribute, or "
-            f"make it a Ref: a param() or ref() field, or nnx.Ref(...)."
+            f"make it a Ref: a param() or ref() field, or {ours('Ref')}(...)."
         )
     close = [p for p in cells if path and p and p[-1] == path[-1]] or list(cells)
     raise UnknownPathError(
         f"The tree has no Ref at path {dotted(path)!r}; it has {listed(close)}. Was the partition "
         f"taken of another model, or before a layer was replaced? A part of it can be chosen: "
-        f"{{path: value for path, value in partition.items() if path in nnx.refs(model)}}."
+        f"{{path: value for path, value in partition.items() if path in {ours('refs')}(model)}}."
     )
 
 
@@ -332,13 +336,13 @@ def _check_like(path: Path, cell: Ref[Any], new: Any, strict: bool) -> None:
         if np.shape(a) != np.shape(b):
             raise ShapeError(
                 f"The value at {where} has shape {np.shape(a)}, but the new one has {np.shape(b)}. "
-                f"Pass a value of that shape, or use nnx.update(..., strict=False) to replace it."
+                f"Pass a value of that shape, or use {ours('update')}(..., strict=False) to replace it."
             )
         new_dtype = getattr(b, "dtype", None) or jnp.result_type(b)
         if new_dtype not in (getattr(a, "dtype", None), dtype_of(a)):
             raise DtypeError(
                 f"The value at {where} has dtype {dtype_of(a)}, but the new one has {new_dtype}. Cast "
-                f"it with value.astype({str(dtype_of(a))!r}), or use nnx.update(..., strict=False) to "
+                f"it with value.astype({str(dtype_of(a))!r}), or use {ours('update')}(..., strict=False) to "
                 f"change the dtype."
             )
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
+from refx.access import check_structure, read, write
 from refx.buffers import CONCRETE
 from refx.errors import UnsetFieldError, ValueTypeError
+from refx.frame import local
 from refx.node import Node, attributes, tell
 from refx.ref import Ref, check_type
-from refx.trace import EVAL, check_structure, current_trace, local, read, write
+from refx.trace import EVAL, current_trace
 
 __all__ = ["MISSING", "RefField", "StaticField"]
 
@@ -177,14 +179,14 @@ def get_ref(node: Node, name: str) -> Ref[Any]:
       UnsetFieldError: the node has no such attribute.
       ValueTypeError: the attribute holds no Ref.
 
-    >>> import jax.numpy as jnp, nnx
-    >>> class Embed(nnx.Module):
-    ...     table: jax.Array = nnx.param()
+    >>> import jax.numpy as jnp, refx
+    >>> class Embed(refx.Node):
+    ...     table: jax.Array = refx.RefField("params")
     ...     def __init__(self):
     ...         self.table = jnp.ones((3, 2))
     >>> import jax
     >>> embed, tied = Embed(), Embed()
-    >>> tied.table = nnx.get_ref(embed, "table")
+    >>> tied.table = refx.get_ref(embed, "table")
     >>> embed.table = jnp.zeros((3, 2))
     >>> float(tied.table.sum())
     0.0

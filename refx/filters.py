@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterable
 from refx.errors import FilterError
 from refx.partition import Partition
 from refx.ref import Ref
+from refx.text import ours
 
 __all__ = ["All", "Any", "Filter", "Not", "OfType", "PathContains", "PathMatches", "to_predicate"]
 
@@ -132,8 +133,8 @@ def by_module(kind: type) -> str:
     """What to write instead, for a message, where a class of modules was taken for a filter."""
     return (
         f"Filters look at Refs, their values and their paths, and none of these is a "
-        f"{kind.__name__}. Select by the path of the module, as in nnx.PathMatches('encoder.**') or "
-        f"nnx.PathContains('encoder'), or take the values of the module itself: "
+        f"{kind.__name__}. Select by the path of the module, as in {ours('PathMatches')}('encoder.**') or "
+        f"{ours('PathContains')}('encoder'), or take the values of the module itself: "
         f"model.encoder['params']."
     )
 

@@ -11,12 +11,12 @@ from typing import Any
 from refx.dag import refs
 from refx.errors import FilterError, NotMutableError
 from refx.filters import Filter, reads_paths, selects_nothing, to_predicate
+from refx.frame import local
 from refx.node import Node, attributes
 from refx.partition import dotted
 from refx.ref import Ref
 from refx.selection import check_selection
 from refx.structure import node_paths, scan
-from refx.trace import local
 
 __all__ = ["mutable"]
 

@@ -12,9 +12,12 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from refx.access import check_structure, check_value
 from refx.errors import StructureError, ValueTypeError
+from refx.frame import local
 from refx.ref import Ref
-from refx.trace import check_structure, check_value, local, trace_ref
+from refx.text import ALTERNATIVES, ours
+from refx.trace import trace_ref
 
 __all__ = ["Node"]
 
@@ -161,8 +164,9 @@ class Node(_HasDict, metaclass=NodeType):
         if slots and not hidden_slots:
             raise TypeError(
                 f"{cls.__name__} has __slots__ = {slots!r}, but what is in a slot is no part of the "
-                f"tree: split, clone, nnx.grad and nnx.jit would pass over it. Leave out __slots__ "
-                f"(and slots=True of a dataclass); modules keep their attributes in a dict."
+                f"tree: split, clone{ALTERNATIVES['would pass over it']} would pass over it. Leave "
+                f"out __slots__ (and slots=True of a dataclass); modules keep their attributes in a "
+                f"dict."
             )
         fields: dict[str, Any] = {}
         for base in reversed(cls.__mro__):
@@ -194,7 +198,7 @@ class Node(_HasDict, metaclass=NodeType):
             raise StructureError(
                 f"The class of a {type(self).__name__} cannot be assigned: compiled programs know "
                 f"the module by it. Make a module of the other class, give it the Refs of this one "
-                f"(nnx.get_ref), and put it in this one's place."
+                f"({ours('get_ref')}), and put it in this one's place."
             )
         if name in _SLOTS:
             raise StructureError(f"The attribute name {name!r} is taken by refx; choose another.")
@@ -248,11 +252,11 @@ def _field_in_instance(node: Node, name: str, field: Any) -> ValueTypeError:
             f"class body; in a method, assign the value itself: self.{name} = ..."
         )
     collection = field.collection
-    how = "nnx.param()" if collection == "params" else f"nnx.ref({collection!r})"
+    how = ALTERNATIVES["param" if collection == "params" else "field"].format(collection)
     return ValueTypeError(
         f"Attribute {name!r} of a {cls} was assigned a field and not a value. Declare it in the "
         f"class body: `{name}: jax.Array = {how}`, and in __init__ assign the array: self.{name} = "
-        f"... For a Ref without a field, assign nnx.Ref(value, {collection!r})."
+        f"... For a Ref without a field, assign {ours('Ref')}(value, {collection!r})."
     )
 
 

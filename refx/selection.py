@@ -14,6 +14,7 @@ from refx.node import Node, attributes
 from refx.partition import Partition, Path, as_path
 from refx.ref import Ref
 from refx.snapshot import snapshot
+from refx.text import ours
 
 __all__: list[str] = []
 
@@ -90,7 +91,7 @@ def _path(name: str, tree: Any) -> str | None:
     glob = name if isinstance(found, Ref) else next(matching, None)
     if glob is None and not isinstance(found, Node):
         return None
-    ways = [] if glob is None else [f"nnx.PathMatches({glob!r}) selects by path"]
+    ways = [] if glob is None else [f"{ours('PathMatches')}({glob!r}) selects by path"]
     if found is not None:
         parts = (f"[{p}]" if p.isdecimal() else f".{p}" for p in name.split("."))
         ways.append(f"model{''.join(parts)} goes there")

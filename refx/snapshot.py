@@ -16,10 +16,12 @@ from typing import Any
 
 import jax
 
+from refx.access import read
+from refx.frame import local
 from refx.node import Node, book, class_changes, is_exposed
 from refx.ref import Ref
 from refx.structure import DagDef, Scan, contents, is_array, scan
-from refx.trace import EVAL, LABEL, current_trace, local, read, trace_ref
+from refx.trace import EVAL, LABEL, current_trace, trace_ref
 
 __all__: list[str] = []
 
@@ -104,7 +106,7 @@ class Snapshot:
         return (
             self.frame is local.frame
             and local.allowed is None
-            and (self.frame is None or not self.frame.baked)
+            and (self.frame is None or not self.frame.captured_as_constant)
             and self.trace is not None
             and self.trace() is current_trace(())
         )

@@ -25,13 +25,15 @@ from typing import Any, NamedTuple
 import jax
 
 from refx.errors import StructureError, UnhashableStaticError
+from refx.frame import local
 from refx.node import LEAVES, Node, attributes, book, is_identity, tell
 from refx.node import make as make_node
 from refx.partition import Partition, Path, dotted
 from refx.ref import Ref
 from refx.ref import make as make_ref
 from refx.static import Static
-from refx.trace import FROZEN, local, trace_ref
+from refx.text import ALTERNATIVES
+from refx.trace import FROZEN, trace_ref
 
 __all__ = ["DagDef"]
 
@@ -526,9 +528,7 @@ def _static(obj: Any, link: Any, skip: int, found: Scan) -> Static:
         raise StructureError(
             f"{where} is a {type(obj).__name__} that holds Refs or modules, but it is static, so "
             f"their updates would not be seen, and a copy would go on with the old ones. Use a list, "
-            f"a tuple or a dict in an ordinary attribute; nnx.Partial for a functools.partial; for a "
-            f"method that was transformed or wrapped, decorate it in the class, or use nnx.VMap, "
-            f"nnx.Grad or nnx.Remat; make a class of your own an nnx.Module or a registered pytree."
+            f"a tuple or a dict in an ordinary attribute; {ALTERNATIVES['holder']}."
         )
     return static
 

@@ -30,13 +30,14 @@ from nnx.serialize.grammar import Check, Damaged, check, check_distinct, check_h
 from nnx.serialize.paths import check_paths
 from nnx.serialize.registry import Classes, find, registered_name
 from refx import Node, Partition, Ref
+from refx.frame import local
 from refx.node import attributes, tell
 from refx.node import make as make_node
 from refx.partition import Path, listed
 from refx.ref import check_type
 from refx.ref import make as make_ref
 from refx.structure import scan
-from refx.trace import local, trace_ref
+from refx.trace import trace_ref
 
 __all__: list[str] = []
 

@@ -15,11 +15,12 @@ from jax.core import Tracer
 from nnx.layers._unrolled import NOTHING, Spot, Unrolled, named, part_of, stacked, take
 from nnx.serialize.errors import LoadError
 from refx import EndedTraceError, Ref
+from refx.access import peek
 from refx.dag import dtype_of, update
 from refx.node import Node, attributes
 from refx.partition import Path, dotted, listed
 from refx.structure import Leaf, NodeDef, RefDef, Tree, scan
-from refx.trace import EVAL, current_trace, peek
+from refx.trace import EVAL, current_trace
 
 __all__ = ["LoadReport"]
 

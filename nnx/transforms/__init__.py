@@ -13,9 +13,9 @@ from nnx.transforms.grad import grad, value_and_grad
 from nnx.transforms.jit import jit
 from nnx.transforms.loops import fori_loop, map, scan, while_loop
 from nnx.transforms.sharded import shard_map
+from nnx.transforms.simple import checkify, eval_shape, make_jaxpr, remat
 from nnx.transforms.targets import DifferentiationError
 from nnx.transforms.vmap import vmap
-from nnx.transforms.whole import checkify, eval_shape, make_jaxpr, remat
 
 __all__ = [
     "CARRY",

@@ -129,7 +129,7 @@ def places(call: Call) -> list[Root]:
         for i, (x, (h, k)) in enumerate(zip(joint.leaves, joint.places, strict=True))
     }
     result = []
-    alias = call.alias or {}
+    alias = call.alias
     for kept in map(snapshot, call.roots):
         refs = zip(kept.dagdef.ref_paths, kept.refs, strict=True)
         leaves = zip(kept.dagdef.leaf_paths, kept.leaves(), kept.places(), strict=True)
@@ -315,7 +315,7 @@ class Sorted:
         else:
             specs = [
                 self._of_new(path, x)
-                for path, x in (*outline.fresh, *outline.arrays)
+                for path, x in (*outline.new, *outline.arrays)
                 for _ in jax.tree.leaves(x.value if isinstance(x, Ref) else x)
             ]
         for i, value in zip(packed.spec.written, packed.written, strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nnx._ambient import ambient
 from nnx.transforms.boundary import (
     Outline,
     Packed,
@@ -19,11 +20,10 @@ from nnx.transforms.boundary import (
     until_lifted,
 )
 from nnx.transforms.call import Call, Roots, open_call
+from nnx.transforms.callables import function_name
 from nnx.transforms.eager import compiled_once
-from nnx.transforms.jit import function_name
 from nnx.transforms.streams import counts
 from refx import RefError
-from refx.trace import local
 
 __all__ = ["BranchError", "cond", "switch"]
 
@@ -52,9 +52,9 @@ def cond(
     >>> float(nnx.cond(True, count, lambda x: -x, jnp.array(2.0))), int(n.value)
     (2.0, 1)
     """
-    if local.probe is not None:
+    if ambient.probe is not None:
         call = lambda fns, *given: cond(pred, *fns, *given)  # noqa: E731
-        return local.probe.switch(call, (true_fun, false_fun), operands)
+        return ambient.probe.switch(call, (true_fun, false_fun), operands)
     name = f"nnx.cond({function_name(true_fun)}, {function_name(false_fun)})"
 
     def impl(branches: Any, args: Any) -> Any:
@@ -79,9 +79,9 @@ def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any) -
     >>> int(n.value)
     100
     """
-    if local.probe is not None:
+    if ambient.probe is not None:
         call = lambda fns, *given: switch(index, fns, *given)  # noqa: E731
-        return local.probe.switch(call, tuple(branches), operands)
+        return ambient.probe.switch(call, tuple(branches), operands)
     name = f"nnx.switch({', '.join(map(function_name, branches))})"
 
     def impl(branches: Any, args: Any) -> Any:

@@ -15,14 +15,17 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from nnx._ambient import ambient
 from nnx.transforms.closure import Closure
 from refx import Node, Ref, RefError
+from refx.access import is_label
+from refx.frame import StandIn, local
 from refx.node import is_identity
 from refx.partition import dotted
 from refx.snapshot import Snapshot, snapshot
 from refx.static import Static
 from refx.structure import DagDef, is_array, scan
-from refx.trace import LABEL, is_label, local, trace_ref
+from refx.trace import LABEL, trace_ref
 
 __all__ = ["ArgumentError"]
 
@@ -148,18 +151,17 @@ class Call:
     """
 
     __slots__ = (
-        "alias",
         "at_once",
         "entry",
         "found",
         "layout",
         "leaves",
-        "names",
         "others",
         "refs",
         "repeats",
         "roots",
         "snapshots",
+        "stand_ins",
         "values",
     )
 
@@ -183,14 +185,18 @@ class Call:
         self.found: list[tuple[Any, Any]] = []
         # Whether every Ref may be written where the call was opened, with no need to ask each.
         self.at_once = False
-        # By id, what stands in the surrounding body for a closed-over Ref among the roots.
-        self.alias: dict[int, Any] | None = None
+        # What stands in the surrounding body for Refs from further out, where that matters: a root
+        # may go by either name, and JAX runs derivative rules when that body has ended.
+        self.stand_ins: dict[Ref[Any], StandIn] | None = None
         # The trace that made the call, for transformations that read closed-over Refs in the body.
         self.entry: Any = None
         # How often the body runs: the steps of a loop, the lanes of a batch.
         self.repeats = 1
-        # For those too, the Refs that something stands for in the body around the call.
-        self.names: dict[Ref[Any], Ref[Any]] | None = None
+
+    @property
+    def alias(self) -> dict[int, Any]:
+        """The stand-ins in the surrounding body by the id of what they stand for."""
+        return {id(ref): s.inner for ref, s in (self.stand_ins or {}).items()}
 
     def objects(self) -> list[Any]:
         """The caller's objects, by their numbers in the DagDef."""
@@ -200,10 +206,9 @@ class Call:
         """The same call for a body that JAX may keep: it must not keep the call's tracers alive."""
         bare = Call(self.layout, self.roots, self.snapshots, self.refs, [], [], [])
         bare.found = self.found
-        bare.alias = self.alias
         bare.entry = self.entry
         bare.repeats = self.repeats
-        bare.names = self.names
+        bare.stand_ins = self.stand_ins
         return bare
 
 
@@ -218,7 +223,7 @@ def open_call(
 ) -> Call:
     """Take the arguments of one call apart. `plans` is a function's cache of Plans."""
     form, roots, others = _take_roots(args, kwargs, any_leaf)
-    scope = local.scope
+    scope = ambient.scope
     closed = closure.roots() if closure is not None else ()
     constants: tuple[Any, ...] = ()
     if closed or scope is not None:
@@ -237,10 +242,16 @@ def open_call(
     shape = snapshots[0].dagdef if single else tuple([s.uid for s in snapshots])
     frame = local.frame
     alias: dict[int, Any] | None = None
-    if frame is not None and frame.shadow and any([s.frame is not frame for s in snapshots]):
-        # A closed-over Ref and what stands for it in the body around this call are one cell.
-        alias = {id(ref): inner for ref, inner in frame.shadow.items()}
-        shape = (shape, frame.uid, len(alias))
+    stand_ins: dict[Ref[Any], StandIn] | None = {} if type(closure) is Roots else None
+    if frame is not None and frame.stand_ins:
+        foreign = any([s.frame is not frame for s in snapshots])
+        if foreign or stand_ins is not None:
+            # Before the values are read, which makes more of them.
+            stand_ins = dict(frame.stand_ins)
+        if foreign:
+            # A closed-over Ref and what stands for it in the body around this call are one cell.
+            alias = {id(ref): s.inner for ref, s in frame.stand_ins.items()}
+            shape = (shape, frame.uid, len(alias))
     key = (form, shape, constants, scope is None, statics)
     plan = plans.by_call.get(key) if plans is not None else None
     if plan is None:
@@ -266,11 +277,10 @@ def open_call(
         layout, values, leaves = _labelled(layout, plans, refs, values, leaves)
     call = Call(layout, roots, snapshots, refs, values, leaves, others)
     call.at_once = at_once
-    call.alias = alias
+    call.stand_ins = stand_ins
     if type(closure) is Roots:
         closure.call = call
         call.entry = trace_ref()
-        call.names = dict(frame.shadow) if frame is not None else {}
     return call
 
 

@@ -12,11 +12,12 @@ from nnx.transforms.axes import Specs, places
 from nnx.transforms.boundary import Packed, Spec, check_lifted, run, until_lifted
 from nnx.transforms.call import Call, Roots
 from refx import RefError, StructureError, clone, merge, split
+from refx.access import write
+from refx.frame import local
 from refx.node import is_identity
 from refx.partition import Path, dotted
 from refx.snapshot import Snapshot
 from refx.structure import scan
-from refx.trace import local, write
 
 __all__ = ["CARRY", "CarryError"]
 

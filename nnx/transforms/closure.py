@@ -39,11 +39,11 @@ from nnx.transforms.looking import (
     is_user_object,
 )
 from refx import ClosureError, Node, RefError
+from refx.describe import describe
 from refx.partition import dotted
 from refx.snapshot import Snapshot, snapshot
 from refx.static import Static
 from refx.structure import scan
-from refx.trace import describe
 
 __all__: list[str] = []
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 
+from nnx._ambient import ambient
 from nnx.transforms.boundary import close_call, run, until_lifted
 from nnx.transforms.call import Roots, open_call
-from nnx.transforms.jit import function_name, unbound
+from nnx.transforms.callables import function_name, unbound
 from nnx.transforms.targets import DifferentiationError, Parts, Target, moves, targets_of
 from refx import Filter, Ref, get_partition
 from refx.node import is_identity
-from refx.trace import local
 
 __all__ = ["hessian", "jacfwd", "jacrev", "jvp", "vjp"]
 
@@ -44,9 +44,9 @@ def _differentiate(
     inner, bound = unbound(fn)
     name = f"{kind}({function_name(fn)})"
     args = bound + args
-    if local.probe is not None:
+    if ambient.probe is not None:
         options = numbers, wrt, has_aux, allow_int, transform
-        return local.probe.differentiate(kind, inner, args, kwargs, *options)
+        return ambient.probe.differentiate(kind, inner, args, kwargs, *options)
 
     def attempt(roots: Roots) -> Any:
         call = open_call(args, kwargs, roots)

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
+from nnx._ambient import ambient
 from nnx.transforms.call import Call, Layout
 from nnx.transforms.differences import Program, View, aval, differences, placed_elsewhere, placement
-from refx.trace import local
 
 __all__: list[str] = []
 
@@ -88,7 +88,7 @@ def explain(jitted: Any, call: Call) -> Explanation:
 
 def note_compiled(event: str, duration_secs: float, **_: Any) -> None:
     """A listener of `jax.monitoring`: JAX compiles, perhaps without a trace, for another placement."""
-    call: Call | None = local.call
+    call: Call | None = ambient.call
     if call is None or not event.endswith("backend_compile_duration") or not call.layout.programs:
         return
     avals = tuple(list(map(aval, x)) for x in (call.values, call.leaves, call.others))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nnx._ambient import ambient
 from nnx.transforms.axes import assign
 from nnx.transforms.boundary import (
     Outline,
@@ -25,14 +26,14 @@ from nnx.transforms.boundary import (
     write_back,
 )
 from nnx.transforms.call import ArgumentError, Call, Plans, open_call
+from nnx.transforms.callables import function_name, unbound
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import check_alive, explain_deleted
-from nnx.transforms.jit import function_name, unbound
 from nnx.transforms.statics import Statics, select_arguments
 from nnx.transforms.targets import locate
 from refx import FilterError, TraceLevelError, UnhashableStaticError
 from refx.static import Static
-from refx.trace import local, without_jit
+from refx.trace import without_jit
 
 __all__ = ["is_array", "is_inexact_array", "jit_filter"]
 
@@ -167,7 +168,7 @@ class _JitFilter:
         functools.update_wrapper(self, self._fn, updated=())
 
     def _run(self, layout: Any, static: Any, donated: Any, dynamic: Any) -> Packed:
-        call: Call = local.call
+        call: Call = ambient.call
         treedef, fixed = static
         gone, todo = iter(donated), iter(dynamic)
         flat = [
@@ -281,8 +282,8 @@ class _JitFilter:
         return open_call(args, kwargs, self._closure, self._plans, statics, any_leaf=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if local.probe is not None:
-            return local.probe.jit_filter(self, args, kwargs)
+        if ambient.probe is not None:
+            return ambient.probe.jit_filter(self, args, kwargs)
         args = self._bound + args
         tree, statics = self._filter_tree, None
         if tree is not None and not isinstance(tree, tuple | list):
@@ -292,13 +293,13 @@ class _JitFilter:
                 fixed = self._static.numbers(args)
                 tree = [x for i, x in enumerate(tree, len(self._bound)) if i not in fixed]
             args, kwargs, statics = self._static.take(args, kwargs)
-        outer = local.call
+        outer = ambient.call
         while True:
             call = self._open(args, kwargs, statics)
             if not call.layout.traced and self._closure.meet(call.layout):
                 call = self._open(args, kwargs, statics)
             inputs = self._inputs(call, args, kwargs, tree, statics)
-            local.call = call
+            ambient.call = call
             try:
                 # Without jit the body runs at once, and sees numbers.
                 if not (call.layout.traced or without_jit()):
@@ -311,7 +312,7 @@ class _JitFilter:
                     raise
                 packed = None
             finally:
-                local.call = outer
+                ambient.call = outer
             if call.found:
                 self._closure.add(call, self._name)
                 continue

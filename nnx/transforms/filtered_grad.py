@@ -8,15 +8,15 @@ from typing import Any
 
 import jax
 
+from nnx._ambient import ambient
 from nnx.transforms.axes import along, assign
 from nnx.transforms.call import open_call
+from nnx.transforms.callables import function_name, unbound
 from nnx.transforms.filtered import is_inexact_array, says
-from nnx.transforms.jit import function_name, unbound
 from nnx.transforms.targets import DifferentiationError
 from refx import clone, split
 from refx.buffers import dead_error, is_dead
 from refx.node import is_identity
-from refx.trace import local
 
 __all__ = ["grad_filter", "value_and_grad_filter"]
 
@@ -114,9 +114,9 @@ def _gradient(
     @functools.wraps(inner)
     def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
         args = bound + args
-        if local.probe is not None:
+        if ambient.probe is not None:
             options = filter_fn, filter_tree, argnums, has_aux
-            return local.probe.gradient_filter(kind, inner, args, kwargs, *options)
+            return ambient.probe.gradient_filter(kind, inner, args, kwargs, *options)
         wrong = [n for n in numbers if not -len(args) <= n < len(args)]
         if not args:
             raise DifferentiationError(f"{name} differentiates its first argument, and got none.")

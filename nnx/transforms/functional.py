@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 
-from nnx.transforms.jit import function_name, unbound
+from nnx.transforms.callables import function_name, unbound
 from refx import DagDef, Partition, StructureError, TraceLevelError, merge, split
 from refx.dag import refs
+from refx.describe import describe
+from refx.frame import Frame, StandIn
 from refx.node import is_identity
-from refx.trace import Frame, describe
 
 __all__ = ["functional"]
 
@@ -62,7 +63,8 @@ def functional(
             try:
                 copies = merge(dagdef, state, constants)
                 stand_ins = list(refs(copies).values())
-                frame.shadow.update(zip(cells, stand_ins, strict=True))
+                pairs = zip(cells, stand_ins, strict=True)
+                frame.stand_ins.update((ref, StandIn(ref, inner)) for ref, inner in pairs)
                 out = inner(*copies[: len(bound)], *args, **kwargs)
                 _check(name, frame, out)
                 after, new = split(copies)
@@ -84,12 +86,10 @@ def _of_refs(values: Partition, dagdef: DagDef) -> Partition:
 
 
 def _check(name: str, frame: Frame, out: Any) -> None:
-    for ref, owner in frame.found.items():
-        if frame.shadow[ref] in frame.assigned or frame.entered[ref].changed(
-            frame.shadow[ref]._value
-        ):
+    for met in frame.met():
+        if met.was_written(frame):
             raise TraceLevelError(
-                f"{describe(ref, owner)} was written in {name}, but it is not part of the state. "
+                f"{describe(met.ref, met.owner)} was written in {name}, but it is not part of the state. "
                 f"Give its module to nnx.functional, too: nnx.functional(fn, model, other)."
             )
     if any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity))):

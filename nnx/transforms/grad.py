@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nnx._ambient import ambient
 from nnx.transforms.boundary import close_call, run, until_lifted
 from nnx.transforms.call import Roots, open_call
-from nnx.transforms.jit import function_name, unbound
+from nnx.transforms.callables import function_name, unbound
 from nnx.transforms.targets import DifferentiationError, targets_of
 from refx import Filter
-from refx.trace import local
 
 __all__ = ["grad", "value_and_grad"]
 
@@ -109,9 +109,9 @@ def _gradient(
     @functools.wraps(inner)
     def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
         args = bound + args
-        if local.probe is not None:
+        if ambient.probe is not None:
             options = wrt, argnums, has_aux, holomorphic, allow_int
-            return local.probe.gradient(kind, inner, args, kwargs, *options)
+            return ambient.probe.gradient(kind, inner, args, kwargs, *options)
 
         def attempt(roots: Roots) -> Any:
             call = open_call(args, kwargs, roots)

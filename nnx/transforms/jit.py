@@ -13,48 +13,25 @@ from typing import Any, TypeVar, overload
 
 import jax
 
+from nnx._ambient import ambient
 from nnx.transforms.boundary import Outline, Packed, Spec, close_call, run
 from nnx.transforms.call import Call, Layout, Plans, open_call
+from nnx.transforms.callables import check_plain, function_name, unbound
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import explain_deleted, explain_donation, selected
 from nnx.transforms.explain import Explanation, explain, note
 from nnx.transforms.shardings import Shardings
+from nnx.transforms.simple import eval_shape
 from nnx.transforms.stages import Traced
-from nnx.transforms.statics import Statics, check_plain
+from nnx.transforms.statics import Statics
 from nnx.transforms.tracebacks import shortened
-from refx import Filter, Node
-from refx.trace import local, without_jit
+from refx import Filter
+from refx.frame import local
+from refx.trace import without_jit
 
 __all__ = ["jit"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-def unbound(fn: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A function and the arguments it is bound to: a module or its method takes the module.
-
-    Raises:
-      TypeError: what was given cannot be called.
-    """
-    if not callable(fn):
-        node = isinstance(fn, Node)
-        what = f"a {type(fn).__name__}, which has no __call__" if node else f"{fn!r:.60}"
-        raise TypeError(
-            f"An nnx transformation takes a function, a module or a method, but got {what}."
-        )
-    if isinstance(fn, types.MethodType) and isinstance(fn.__self__, Node):
-        return fn.__func__, (fn.__self__,)
-    if isinstance(fn, Node):
-        return type(fn).__call__, (fn,)  # pyright: ignore[reportAttributeAccessIssue]
-    return fn, ()
-
-
-def function_name(fn: Callable[..., Any]) -> str:
-    """How a message calls a function; of a module or another object that is called, its class."""
-    if isinstance(fn, functools.partial):
-        return f"functools.partial({function_name(fn.func)})"
-    names = (getattr(fn, "__qualname__", None), getattr(fn, "__name__", None))
-    return next((name for name in names if isinstance(name, str)), type(fn).__qualname__)
 
 
 class Jit:
@@ -129,7 +106,7 @@ class Jit:
         return (_method, self._given[:5]) if len(self._given) > 5 else (Jit, self._given)
 
     def _run(self, layout: Any, values: Any, leaves: Any, others: Any) -> Packed:
-        call: Call = local.call
+        call: Call = ambient.call
         fn = self._static.restore(self._fn, layout.statics)
         packed = run(fn, self._name, call, values, leaves, others, layout=layout)
         if layout.traced:
@@ -139,7 +116,7 @@ class Jit:
     def _run_donating(
         self, layout: Any, donated: Any, values: Any, leaves: Any, others: Any
     ) -> Packed:
-        call: Call = local.call
+        call: Call = ambient.call
         full = list(values)
         for i, value in zip(layout.donated, donated, strict=True):
             full[i] = value
@@ -206,12 +183,12 @@ class Jit:
 
     def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """An opened call whose layout is traced, with all that it closes over."""
-        outer = local.call
+        outer = ambient.call
         while True:
             call = self._open(args, kwargs)
             if not call.layout.traced and self._closure.meet(call.layout):
                 call = self._open(args, kwargs)
-            local.call = call
+            ambient.call = call
             try:
                 if not call.layout.traced:
                     self._trace(call)
@@ -219,7 +196,7 @@ class Jit:
                 if not call.found:
                     raise
             finally:
-                local.call = outer
+                ambient.call = outer
             if not call.found:
                 return call
             if _starts_again(call):
@@ -228,9 +205,9 @@ class Jit:
             self._closure.add(call, self._name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if local.probe is not None:
-            return local.probe.jit(self, args, kwargs)
-        outer = local.call
+        if ambient.probe is not None:
+            return ambient.probe.jit(self, args, kwargs)
+        outer = ambient.call
         try:
             while True:
                 if self._direct:
@@ -243,7 +220,7 @@ class Jit:
                     call = self._prepared(args, kwargs)
                 layout = call.layout
                 # The function may be traced for new shapes, and then needs to know its call.
-                local.call = call
+                ambient.call = call
                 try:
                     if self._programs and layout in self._programs:
                         packed = self._programs[layout](layout, *self._inputs(call))
@@ -254,7 +231,7 @@ class Jit:
                     explain_deleted(error, self._name, call)
                     raise
                 finally:
-                    local.call = outer
+                    ambient.call = outer
                 if call.found:
                     # Shapes that were not traced before may take another way through the function.
                     self._plans.drop(layout)
@@ -268,10 +245,10 @@ class Jit:
 
     def _uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call without a program, as `jax.disable_jit()` asks for: the body sees numbers."""
-        outer = local.call
+        outer = ambient.call
         while True:
             call = self._open(args, kwargs)
-            local.call = call
+            ambient.call = call
             try:
                 packed = self._run(call.layout, call.values, call.leaves, call.others)
             except Exception:
@@ -281,7 +258,7 @@ class Jit:
                 if not call.found:
                     return close_call(call, packed)
             finally:
-                local.call = outer
+                ambient.call = outer
             self._closure.add(call, self._name)
 
     def trace(self, *args: Any, **kwargs: Any) -> Traced:
@@ -293,11 +270,11 @@ class Jit:
     ) -> Traced:
         call = self._prepared(bound + args, kwargs)
         compiled = self._programs.get(call.layout, self._compiled)
-        outer, local.call = local.call, call
+        outer, ambient.call = ambient.call, call
         try:
             traced = compiled.trace(call.layout, *self._inputs(call))
         finally:
-            local.call = outer
+            ambient.call = outer
 
         def open_(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
             return self._open(bound + args, kwargs)
@@ -328,8 +305,6 @@ class Jit:
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """The output for these arguments, abstractly; see `nnx.eval_shape`."""
-        from nnx.transforms.whole import eval_shape
-
         return eval_shape(self._fn, *args, **kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -404,7 +379,11 @@ def _starts_again(call: Call) -> bool:
     in every body between, would double the traces with each level.
     """
     frame = local.frame
-    return frame is not None and frame.lifts and any(ref in frame.found for ref, _ in call.found)
+    return (
+        frame is not None
+        and frame.lifts
+        and any(s.ref is ref for s in frame.met() for ref, _ in call.found)
+    )
 
 
 @overload

@@ -13,17 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nnx._ambient import ambient
 from nnx.transforms import plain
 from nnx.transforms.axes import AxisError, ByFilter, Specs, assign, length
 from nnx.transforms.boundary import abstractly, close_call, run
 from nnx.transforms.call import Call, Roots, open_call
+from nnx.transforms.callables import function_name
 from nnx.transforms.carry import CARRY, Loop, run_loop
 from nnx.transforms.eager import compiled_once
-from nnx.transforms.jit import function_name
 from nnx.transforms.vmap import vmap
 from refx import Filter, StructureError
 from refx.node import is_identity
-from refx.trace import local
 
 __all__ = ["fori_loop", "map", "scan", "while_loop"]
 
@@ -72,8 +72,8 @@ def scan(
     >>> sums.tolist(), float(total.value)
     ([0.0, 1.0, 3.0, 6.0], 6.0)
     """
-    if local.probe is not None:
-        return local.probe.scan(f, init, xs, length, reverse, unroll, axes)
+    if ambient.probe is not None:
+        return ambient.probe.scan(f, init, xs, length, reverse, unroll, axes)
     name = f"nnx.scan({function_name(f)})"
     for axis in (axes or {}).values():
         if axis is not CARRY and axis != 0:
@@ -182,8 +182,8 @@ def while_loop(
     >>> int(n.value)
     128
     """
-    if local.probe is not None:
-        return local.probe.while_loop(cond_fun, body_fun, init_val)
+    if ambient.probe is not None:
+        return ambient.probe.while_loop(cond_fun, body_fun, init_val)
     name = f"nnx.while_loop({function_name(body_fun)})"
     return compiled_once(
         lambda fns, args: _while_loop(name, *fns, *args),
@@ -247,8 +247,8 @@ def fori_loop(
     >>> int(total.value)
     10
     """
-    if local.probe is not None:
-        return local.probe.fori_loop(lower, upper, body_fun, init_val, unroll)
+    if ambient.probe is not None:
+        return ambient.probe.fori_loop(lower, upper, body_fun, init_val, unroll)
     name = f"nnx.fori_loop({function_name(body_fun)})"
     # Bounds that are numbers are settings of the program, as they are to JAX.
     given = {i: b for i, b in enumerate((lower, upper)) if isinstance(b, int)}
@@ -332,7 +332,7 @@ def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> A
     """
     name = f"nnx.map({function_name(f)})"
     sizes = _sizes(name, xs)
-    if local.probe is not None:
+    if ambient.probe is not None:
         # What a probe records has one leading axis for the slices, however they are batched.
         return scan(lambda _, x: (None, f(x)), None, xs)[1]
     if batch_size is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from nnx._ambient import ambient
 from nnx.scope import Scope, entered
 from nnx.transforms.axes import (
     AxisError,
@@ -19,9 +20,9 @@ from nnx.transforms.axes import (
 )
 from nnx.transforms.boundary import Outline, Packed, close_call, run, until_lifted
 from nnx.transforms.call import Call, Roots, open_call
-from nnx.transforms.jit import function_name, unbound
+from nnx.transforms.callables import function_name, unbound
 from refx.partition import Path
-from refx.trace import is_batched, local
+from refx.trace import is_batched
 
 __all__ = ["vmap"]
 
@@ -75,9 +76,9 @@ def vmap(
         axes = in_axes
         if bound and not isinstance(axes, list | tuple):
             axes = (None, *[axes] * (len(args) - 1))
-        if local.probe is not None:
+        if ambient.probe is not None:
             options = {"axis_name": axis_name, "axis_size": axis_size}
-            return local.probe.vmap(
+            return ambient.probe.vmap(
                 inner, args, kwargs, axes, out_axes, spmd_axis_name=spmd_axis_name, **options
             )
 
@@ -136,7 +137,7 @@ def _ambient_axis(path: Path, ref: Any) -> int | None:
 @contextlib.contextmanager
 def _lanes(size: int) -> Iterator[None]:
     """The ambient scope with a key for each lane; afterwards each outer stream has moved on by one."""
-    scope: Scope | None = local.scope
+    scope: Scope | None = ambient.scope
     if scope is None:
         yield
         return

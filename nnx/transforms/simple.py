@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import checkify as jax_checkify
 
+from nnx._ambient import ambient
 from nnx.transforms.boundary import (
     Packed,
     abstractly,
@@ -19,8 +20,7 @@ from nnx.transforms.boundary import (
     until_lifted,
 )
 from nnx.transforms.call import Call, Roots, open_call
-from nnx.transforms.jit import function_name, unbound
-from refx.trace import local
+from nnx.transforms.callables import function_name, unbound
 
 __all__ = ["checkify", "eval_shape", "make_jaxpr", "remat"]
 
@@ -34,8 +34,8 @@ def _transformed(
 
     @functools.wraps(inner)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if local.probe is not None:
-            return local.probe.whole(kind, inner, bound + args, kwargs, transform)
+        if ambient.probe is not None:
+            return ambient.probe.whole(kind, inner, bound + args, kwargs, transform)
 
         def attempt(roots: Roots) -> Any:
             call = open_call(bound + args, kwargs, roots)
