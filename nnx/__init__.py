@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 import refx
-from nnx._elsewhere import missing as _missing
+from nnx._hints import missing as _missing
 from nnx.module import Module, dataclass, param, ref, static
 from nnx.purify import purify
 from nnx.rng import RngStream

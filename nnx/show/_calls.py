@@ -12,7 +12,7 @@ import jax
 
 import refx
 from nnx._ambient import ambient
-from nnx._stand_in import MARK, StandIn
+from nnx.probe.stand_in import MARK, StandIn
 from nnx.scope import Scope, entered, make_scope
 from nnx.show._format import is_arraylike
 from nnx.transforms.simple import eval_shape

@@ -6,8 +6,13 @@ from nnx.transforms.call import ArgumentError
 from nnx.transforms.carry import CARRY, CarryError
 from nnx.transforms.custom import CustomRuleError, custom_jvp, custom_vjp
 from nnx.transforms.derivatives import hessian, jacfwd, jacrev, jvp, vjp
-from nnx.transforms.filtered import is_array, is_inexact_array, jit_filter
-from nnx.transforms.filtered_grad import grad_filter, value_and_grad_filter
+from nnx.transforms.filtered import (
+    grad_filter,
+    is_array,
+    is_inexact_array,
+    jit_filter,
+    value_and_grad_filter,
+)
 from nnx.transforms.functional import functional
 from nnx.transforms.grad import grad, value_and_grad
 from nnx.transforms.jit import jit

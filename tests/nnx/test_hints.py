@@ -5,7 +5,7 @@ import re
 import pytest
 
 import nnx
-from nnx._elsewhere import HINTS
+from nnx._hints import HINTS
 
 
 @pytest.mark.parametrize("name", HINTS)

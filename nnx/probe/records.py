@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx._functions import Function
+from nnx.probe.functions import Function
 from refx import RefError
 from refx.node import is_identity
 from refx.partition import Path, dotted

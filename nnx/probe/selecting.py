@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nnx._records import Group, ProbeError, Record, output_of, unwrapped
 from nnx.module import Module
+from nnx.probe.records import Group, ProbeError, Record, output_of, unwrapped
 from nnx.surgery import Where, followed, listed_modules, selector
 from refx import Partition, PathMatches
 from refx.partition import Path

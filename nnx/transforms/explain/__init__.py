@@ -13,7 +13,14 @@ import jax
 
 from nnx._ambient import ambient
 from nnx.transforms.call import Call, Layout
-from nnx.transforms.differences import Program, View, aval, differences, placed_elsewhere, placement
+from nnx.transforms.explain.differences import (
+    Program,
+    View,
+    aval,
+    differences,
+    placed_elsewhere,
+    placement,
+)
 
 __all__: list[str] = []
 

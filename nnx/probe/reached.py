@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from nnx.transforms.filtered import _JitFilter
+from nnx.transforms.filtered.jit import _JitFilter
 from nnx.transforms.jit import Jit
 from refx import Node, Ref
 from refx.node import is_identity

@@ -18,13 +18,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx._probing import Context, Key, key_of, suspended
-from nnx._records import Group, ProbeError, Record, count, is_float, output_of
+from nnx.probe.probing import Context, Key, key_of, suspended
+from nnx.probe.records import Group, ProbeError, Record, count, is_float, output_of
 from nnx.transforms.callables import function_name
 from nnx.transforms.custom import custom_jvp, custom_vjp
 from nnx.transforms.derivatives import _differentiate
-from nnx.transforms.filtered import _JitFilter
-from nnx.transforms.filtered_grad import _gradient as _filtered_gradient
+from nnx.transforms.filtered.grad import _gradient as _filtered_gradient
+from nnx.transforms.filtered.jit import _JitFilter
 from nnx.transforms.grad import _gradient
 from nnx.transforms.jit import Jit
 from nnx.transforms.simple import _transformed, eval_shape

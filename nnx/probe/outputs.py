@@ -1,7 +1,7 @@
 """`nnx.capture`, `nnx.patch`, `nnx.output_grad`: look at outputs inside of a model, and change them.
 
-Each calls a stand-in of the model (`nnx._stand_in`) in which the modules that are selected are marked,
-with a context (`nnx._probing`) that knows what the marks mean.
+Each calls a stand-in of the model (`nnx.probe.stand_in`) in which the modules that are selected are marked,
+with a context (`nnx.probe.probing`) that knows what the marks mean.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import jax
 import numpy as np
 
 from nnx._ambient import ambient
-from nnx._functions import Function
-from nnx._lift_loops import Active
-from nnx._lifts import zeros_like
-from nnx._probing import around, first_axes
-from nnx._records import (
+from nnx.module import Module
+from nnx.probe.functions import Function
+from nnx.probe.lift_loops import Active
+from nnx.probe.lifts import zeros_like
+from nnx.probe.probing import around, first_axes
+from nnx.probe.records import (
     Group,
     Hook,
     Mark,
@@ -27,9 +28,8 @@ from nnx._records import (
     ProbeError,
     is_float,
 )
-from nnx._selecting import Selected, assembled, select
-from nnx._stand_in import MARK, StandIn
-from nnx.module import Module
+from nnx.probe.selecting import Selected, assembled, select
+from nnx.probe.stand_in import MARK, StandIn
 from nnx.surgery import Where, listed_modules, modules
 from nnx.transforms.callables import function_name
 from nnx.transforms.grad import value_and_grad

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from nnx._lifts import Carrying, body_of, named
-from nnx._probing import Key, suspended
-from nnx._records import Group, ProbeError, Record, blank, output_of
+from nnx.probe.lifts import Carrying, body_of, named
+from nnx.probe.probing import Key, suspended
+from nnx.probe.records import Group, ProbeError, Record, blank, output_of
 from nnx.transforms.carry import CARRY
 from nnx.transforms.loops import scan, while_loop
 from nnx.transforms.sharded import shard_map

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 
 from nnx._ambient import ambient
-from nnx._lift_loops import Active
-from nnx._probing import around, first_axes
-from nnx._reached import reached, substituted
-from nnx._records import Group, Hook, Mark, Probe, Record, count
-from nnx._stand_in import StandIn
 from nnx.module import Module
+from nnx.probe.lift_loops import Active
+from nnx.probe.probing import around, first_axes
+from nnx.probe.reached import reached, substituted
+from nnx.probe.records import Group, Hook, Mark, Probe, Record, count
+from nnx.probe.stand_in import StandIn
 from nnx.scope import entered
 from nnx.transforms.callables import unbound
 from refx import clone, refs

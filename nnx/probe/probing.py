@@ -1,7 +1,7 @@
 """What probes do: the hooks on the outputs of marked modules.
 
 A probe (`nnx.capture`, `nnx.patch`, `nnx.output_grad`, `nnx.debug.find_nonfinite`) is a set of hooks.
-The modules that it is about are marked (see `nnx._stand_in`). While its call runs, `ambient.probe` is a
+The modules that it is about are marked (see `nnx.probe.stand_in`). While its call runs, `ambient.probe` is a
 `Context`, which knows what the marks mean.
 """
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx._ambient import ambient
-from nnx._records import (
+from nnx.probe.records import (
     Group,
     Hook,
     Mark,
@@ -28,7 +28,7 @@ from nnx._records import (
     shapes,
     text,
 )
-from nnx._stand_in import MARK
+from nnx.probe.stand_in import MARK
 from nnx.surgery import modules
 from nnx.transforms.branches import cond
 from refx import Node, refs
