@@ -12,6 +12,7 @@ import jax
 
 import refx
 from nnx.scope import Scope, entered, get_flag, make_rng, make_scope
+from nnx.show.html import show_node
 from nnx.show.text import tree_repr
 from refx import (
     MISSING,
@@ -304,6 +305,9 @@ class Module(Node):
 
     def __repr__(self) -> str:
         return tree_repr(self)
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        return show_node(self, path, subtree_renderer)
 
 
 def _is_flag(node: Node, name: str) -> bool:

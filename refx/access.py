@@ -92,6 +92,8 @@ def read(ref: Ref[Any], owner: Any = None) -> Any:
     if ref._trace is FROZEN:
         return _alive(ref, seen_from(frame, ref), owner)
     if ref._frame is not frame:
+        if _outlives_its_body(ref):
+            return _alive(ref, ref._value, owner)
         _check_reachable(ref, owner)
         value = seen_from(frame, ref, owner)
         if frame is not None and current_trace(()) is not frame.trace():
@@ -230,6 +232,18 @@ def check_structure(node: Any, what: str) -> None:
         f"runs. Pass the module to the transformation as an argument of {ALTERNATIVES['a transformation']} "
         f"(its changes propagate back), or set it outside."
     )
+
+
+def _outlives_its_body(ref: Ref[Any]) -> bool:
+    """Whether a Ref of a body that has ended still has a value: nobody can write it, and each tracer
+    in it is of a trace that runs.
+
+    The backward rule of a library reads such Refs. It runs after the body of a gradient, where the
+    library split a module into the leaves to differentiate and the others.
+    """
+    if ref._frame is None or ref._frame.open or (ref._trace not in (READ_ONLY, LABEL)):
+        return False
+    return all([runs(x._trace) for x in jax.tree.leaves(ref._value) if isinstance(x, Tracer)])
 
 
 def _check_reachable(ref: Ref[Any], owner: Any) -> None:

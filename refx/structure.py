@@ -354,21 +354,41 @@ def _hides(obj: Any) -> bool:
     Its leaves would be the values of their Refs, so a copy of it would have Refs of its own, that
     nobody trains. So it is walked as an object: by its attributes.
     """
-    kind = type(obj)
-    if isinstance(obj, tuple) or kind in _STATIC or kind in _NO_PYTREES or is_array(obj):
-        return False
-    held = getattr(obj, "__dict__", None)
-    if type(held) is not dict or not held or isinstance(obj, type | types.ModuleType):
+    if not _has_attributes(obj):
         return False
     outer, local.peeking = local.peeking, True
     try:
         leaves = jax.tree.leaves(obj, is_leaf=is_identity)
+        if len(leaves) == 1 and leaves[0] is obj:
+            return False
+        seen = set(map(id, leaves))
+        return any(id(x) not in seen for x in _held_by_attributes(obj))
     finally:
         local.peeking = outer
-    if len(leaves) == 1 and leaves[0] is obj:
+
+
+def _has_attributes(obj: Any) -> bool:
+    """Whether `obj` may be a pytree of a class of its own, with a dict of attributes."""
+    kind = type(obj)
+    if isinstance(obj, tuple) or kind in _STATIC or kind in _NO_PYTREES or is_array(obj):
         return False
-    seen = set(map(id, leaves))
-    return any(id(x) not in seen for x in _identities(held.values()))
+    if isinstance(obj, type | types.ModuleType) or is_identity(obj):
+        return False
+    held = getattr(obj, "__dict__", None)
+    return type(held) is dict and bool(held)
+
+
+def _held_by_attributes(obj: Any) -> Iterator[Any]:
+    """The Refs and Nodes that an object and the pytrees in it hold in their attributes."""
+    todo, seen = [obj], {id(obj)}
+    while todo:
+        at = todo.pop()
+        for x in jax.tree.leaves(vars(at), is_leaf=lambda x: is_identity(x) or _has_attributes(x)):
+            if is_identity(x):
+                yield x
+            elif id(x) not in seen and _has_attributes(x) and not jax.tree_util.all_leaves([x]):
+                seen.add(id(x))
+                todo.append(x)
 
 
 _NO_PYTREES = frozenset({types.FunctionType, types.MethodType, functools.partial})
