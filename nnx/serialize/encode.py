@@ -41,7 +41,7 @@ from nnx.serialize.grammar import (
     check_distinct,
     entered,
 )
-from nnx.serialize.registry import name_of, registered
+from nnx.serialize.registry import is_config, name_of, registered
 from refx import EndedTraceError, Node, Partition, Ref
 from refx.access import peek
 from refx.node import attributes
@@ -247,7 +247,7 @@ class _Encoder:
         kind: type = type(x)
         known = registered(kind)
         if known is not None and not isinstance(x, enum.Enum):
-            value = known.save(x) if known.save is not None else _fields(x)
+            value = known.save(x) if known.save is not None else _fields(x, path)
             return {"saved": [known.name, self._within("inner", value, path)]}
         exact = _KINDS.get(kind)
         if exact is not None:
@@ -269,6 +269,8 @@ class _Encoder:
             return {"enum": [name, x.name]}
         if isinstance(x, tuple) and hasattr(kind, "_fields"):
             return {"namedtuple": [name, self._all(x, path)]}
+        if is_config(kind):
+            return {"saved": [name, self._within("inner", _fields(x, path), path)]}
         raise _unsaveable(x, path)
 
     def _partition(self, x: Partition, path: Path) -> Any:
@@ -384,8 +386,16 @@ def _has_names(x: enum.Enum) -> bool:
     return x.name in members or all(part in members for part in parts)
 
 
-def _fields(x: Any) -> dict[str, Any]:
-    return {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+def _fields(x: Any, path: Path) -> dict[str, Any]:
+    names = [f.name for f in dataclasses.fields(x)]
+    for name in getattr(x, "__dict__", {}):
+        cached = inspect.getattr_static(type(x), name, None)
+        if name not in names and not isinstance(cached, functools.cached_property):
+            raise SaveError(
+                f"{_at(path)} is a {type(x).__qualname__}, a dataclass that holds {name!r}, which is "
+                f"none of its fields and would be lost. Make it one: field(init=False)."
+            )
+    return {name: getattr(x, name) for name in names}
 
 
 def _text(data: bytes) -> str:
@@ -409,6 +419,11 @@ def _unsaveable(x: Any, path: Path) -> SaveError:
             f"Register it with @nnx.saveable where it is defined, use one of jax.nn, or save the "
             f"values alone: nnx.save(path, nnx.get_partition(tree, ...)), to be read with "
             f"nnx.load_state(path, into=tree)."
+        )
+    if is_config(kind):
+        return SaveError(
+            f"{_at(path)} is a {kind.__qualname__}, a dataclass that no other program could find by "
+            f"its name. Define it at the top of a Python module, or register it with @nnx.saveable(name=...)."
         )
     what = f"the class {x.__qualname__}" if isinstance(x, type) else f"a {kind.__qualname__}"
     return SaveError(
