@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -11,7 +12,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 project = "nnx"
 author = "The nnx authors"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
 exclude_patterns = ["_build"]
 nitpicky = False
 
@@ -23,7 +31,17 @@ html_show_sphinx = False
 html_show_copyright = False
 html_copy_source = False
 
-myst_enable_extensions = ["colon_fence"]
+# Pages with {code-cell} blocks are notebooks: the build runs them and shows what they print and draw.
+nb_execution_mode = "cache"
+nb_execution_cache_path = os.environ.get("NNX_DOCS_CACHE", "")
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_merge_streams = True
+nb_output_stderr = "remove-warn"
+copybutton_exclude = ".linenos, .gp, .go"
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_typehints = "none"
