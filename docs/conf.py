@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import os
 import re
 import sys
 import textwrap
@@ -15,7 +14,6 @@ author = "The nnx authors"
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -33,7 +31,6 @@ html_copy_source = False
 
 # Pages with {code-cell} blocks are notebooks: the build runs them and shows what they print and draw.
 nb_execution_mode = "cache"
-nb_execution_cache_path = os.environ.get("NNX_DOCS_CACHE", "")
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
@@ -44,7 +41,8 @@ copybutton_exclude = ".linenos, .gp, .go"
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
-autodoc_typehints = "none"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "special-members": "__call__"}
@@ -70,9 +68,6 @@ def with_arguments(app, what, name, obj, options, signature, return_annotation):
     except (OSError, TypeError):
         return None
     arguments = ast.parse(source).body[0].args
-    for argument in ast.walk(arguments):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
     (arguments.posonlyargs or arguments.args).pop(0)
     return f"({ast.unparse(arguments)})", None
 
