@@ -16,6 +16,8 @@ from nnx.rng import RngStream
 from nnx.scope import MissingFlagError, MissingStreamError, get_flag, make_rng, scope
 from refx import *  # noqa: F403
 
+__version__ = "0.1.0"
+
 __all__ = [
     "MissingFlagError",
     "MissingStreamError",
