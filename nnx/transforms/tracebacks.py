@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+from jax.extend import source_info_util
 
 from refx import Node
 from refx.partition import dotted
@@ -27,6 +28,9 @@ _HIDDEN = (
     *(str(_ROOT / part) for part in ("refx", "nnx/transforms", "nnx/module.py", "nnx/scope.py")),
     str(Path(jax.__file__).parent),
 )
+# In profiles and in the compiler's messages, too, an operation comes from a line of the user's.
+for _path in _HIDDEN[:-1]:
+    source_info_util.register_exclusion(_path)
 
 
 _KEPT = (
