@@ -31,8 +31,8 @@ from refx.node import attributes, set_on_class
 from refx.partition import dotted
 from refx.selection import check_selection
 from refx.static import TRUSTED
-from refx.structure import scan
 from refx.text import ALTERNATIVES
+from refx.walk import walk
 
 __all__ = ["Module", "dataclass", "param", "ref", "static"]
 
@@ -264,7 +264,7 @@ class Module(Node):
             "deterministic": not training,
             "use_running_average": not training,
         }
-        for node in scan(self).objects:
+        for node in walk(self).objects:
             for name, flag in flags.items():
                 if isinstance(node, Node) and _is_flag(node, name):
                     setattr(node, name, flag)

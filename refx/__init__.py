@@ -7,6 +7,7 @@ again. Everything else here follows from those two.
 
 from refx import filters, pickling, pytree  # noqa: F401 — they tell pickle and JAX about trees
 from refx.dag import clone, frozen, get_partition, merge, refs, split, update
+from refx.dagdef import DagDef
 from refx.errors import (
     ClosureError,
     DonationError,
@@ -34,7 +35,6 @@ from refx.mutability import mutable
 from refx.node import Node
 from refx.partition import Partition
 from refx.ref import Ref
-from refx.structure import DagDef
 
 __all__ = [
     "All",

@@ -11,6 +11,8 @@ import numpy as np
 
 from refx.access import check_value, label, peek, put, writable
 from refx.buffers import dead_error, is_dead
+from refx.build import build
+from refx.dagdef import DagDef, frozen_def
 from refx.errors import (
     DtypeError,
     MissingPathError,
@@ -26,7 +28,6 @@ from refx.partition import Partition, Path, as_path, dotted, listed
 from refx.ref import Ref, check_type
 from refx.selection import check_selection, follow
 from refx.snapshot import Snapshot, snapshot
-from refx.structure import DagDef, build, frozen_def
 from refx.text import ours
 
 __all__ = ["clone", "frozen", "get_partition", "merge", "refs", "split", "update"]

@@ -278,6 +278,11 @@ LEAVES = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 """What an attribute that holds one is a value: arrays, and what stands for one in `eval_shape`."""
 
 
+def is_array(x: Any) -> bool:
+    """Whether `x` is an array attribute, a value; ShapeDtypeStructs stand for one in `eval_shape`."""
+    return isinstance(x, LEAVES)
+
+
 _SLOTS = frozenset(Node.__slots__)
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import jax
 
 from refx.access import label
-from refx.node import Node, on_subclass
+from refx.build import build
+from refx.dagdef import DagDef
+from refx.node import Node, is_array, on_subclass
 from refx.partition import dotted
 from refx.ref import Ref, is_value_copy
 from refx.snapshot import snapshot
-from refx.structure import DagDef, build, is_array
 from refx.trace import READ_ONLY
 
 __all__: list[str] = []

@@ -36,8 +36,8 @@ from refx.node import make as make_node
 from refx.partition import Path, listed
 from refx.ref import check_type
 from refx.ref import make as make_ref
-from refx.structure import scan
 from refx.trace import trace_ref
+from refx.walk import walk
 
 __all__: list[str] = []
 
@@ -102,7 +102,7 @@ class _Decoder:
         tree = self.value(self._structure["root"])
         self._check_used(names)
         # What a walk cannot enter, no program could have saved.
-        found = scan(tree)
+        found = walk(tree)
         paths = {
             id(obj): spec["path"]
             for obj, (kind, spec) in zip(self._objects, self._specs, strict=True)

@@ -44,10 +44,9 @@ from nnx.serialize.grammar import (
 from nnx.serialize.registry import is_config, name_of, registered
 from refx import EndedTraceError, Node, Partition, Ref
 from refx.access import peek
-from refx.node import attributes
+from refx.node import attributes, is_array
 from refx.partition import Path, dotted
 from refx.snapshot import snapshot
-from refx.structure import is_array
 from refx.trace import EVAL, current_trace
 
 __all__: list[str] = []

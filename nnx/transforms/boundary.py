@@ -32,10 +32,12 @@ from nnx.transforms.tracebacks import shortened
 from nnx.transforms.untouched import Untouched, check_arguments, check_found, reachable
 from refx import Node, Ref
 from refx.access import check_structure, label, put, writable
+from refx.build import build
+from refx.dagdef import DagDef, RefDef
 from refx.frame import Frame, Original, StandIn, copy_containers, local
 from refx.node import is_identity
 from refx.partition import Path, dotted
-from refx.structure import DagDef, RefDef, build, scan
+from refx.walk import walk
 
 __all__: list[str] = []
 
@@ -250,7 +252,7 @@ def _pack(
         if was.changed(ref._value) or (assigned and ref in frame.assigned)
     )
     new_values = [inner_refs[i]._value for i in written]
-    after = scan(roots, skip=1)
+    after = walk(roots, skip=1)
     same = (
         after.dagdef is layout.dagdef
         and all(map(is_, after.objects, objects))
@@ -264,7 +266,7 @@ def _pack(
     ours = set(map(id, objects))
     names = frame.stand_ins.values()
     alias.update((id(s.ref), s.inner) for s in names if id(s.inner) in ours)
-    both = scan((roots, out), alias, skip=2)
+    both = walk((roots, out), alias, skip=2)
     strangers = [x for x in both.objects if is_identity(x) and x._frame is not frame]
     if strangers:
         roots_of = [x for x in strangers if isinstance(x, Node)] or strangers

@@ -19,13 +19,14 @@ from nnx._ambient import ambient
 from nnx.transforms.closure import Closure
 from refx import Node, Ref, RefError
 from refx.access import is_label
+from refx.dagdef import DagDef
 from refx.frame import StandIn, local
-from refx.node import is_identity
+from refx.node import is_array, is_identity
 from refx.partition import dotted
 from refx.snapshot import Snapshot, snapshot
 from refx.static import Static
-from refx.structure import DagDef, is_array, scan
 from refx.trace import LABEL, trace_ref
+from refx.walk import walk
 
 __all__ = ["ArgumentError"]
 
@@ -200,7 +201,7 @@ class Call:
 
     def objects(self) -> list[Any]:
         """The caller's objects, by their numbers in the DagDef."""
-        return scan(tuple(self.roots), self.alias, skip=1).objects
+        return walk(tuple(self.roots), self.alias, skip=1).objects
 
     def without_values(self) -> Call:
         """The same call for a body that JAX may keep: it must not keep the call's tracers alive."""
@@ -452,7 +453,7 @@ def _plan(
         known = plans.by_call.get(apart)
         if known is not None:
             return known
-    joint = scan(tuple(roots), alias, skip=1)
+    joint = walk(tuple(roots), alias, skip=1)
     refs = [id(alias.get(id(r), r)) if alias else id(r) for s in snapshots for r in s.refs]
     places = [place for s in snapshots for place in s.places()]
     joint_places = [

@@ -17,7 +17,7 @@ from refx.frame import local
 from refx.node import is_identity
 from refx.partition import Path, dotted
 from refx.snapshot import Snapshot
-from refx.structure import scan
+from refx.walk import walk
 
 __all__ = ["CARRY", "CarryError"]
 
@@ -99,7 +99,7 @@ class Loop:
         # The first roots of the call are the modules of the carry.
         roots = [place for i, place in zip(modules, places(self.call)) if i in renewed]
         numbers = [{path: i for path, _, i in root.leaves} for root in roots]
-        joint = scan(tuple(parts[i] for i in modules if i in renewed))
+        joint = walk(tuple(parts[i] for i in modules if i in renewed))
         return [numbers[int(path[0])][path[1:]] for path in joint.dagdef.leaf_paths]
 
     def sliced(self) -> tuple[list[Any], ...]:
@@ -143,7 +143,7 @@ class Loop:
 
     def _body(self, *args: Any) -> tuple[Any, Any]:
         carry = args[self._position]
-        came = {id(x) for x in scan(args).objects}
+        came = {id(x) for x in walk(args).objects}
         out = self._fn(*args)
         if not isinstance(out, tuple) or len(out) != 2:
             raise CarryError(
@@ -188,7 +188,7 @@ class Loop:
 
     def _check_new(self, x: Any, came: set[int]) -> None:
         frame = local.frame
-        objects = scan(x).objects
+        objects = walk(x).objects
         if id(x) in came or x._frame is not frame:
             raise CarryError(
                 f"The body of {self._name} returns a {type(x).__name__} at a place of the carry where "
@@ -202,7 +202,7 @@ class Loop:
         frame = local.frame
         assert frame is not None
         for i in renewed:
-            if any(ref in frame.assigned for ref in scan(olds[i]).refs):
+            if any(ref in frame.assigned for ref in walk(olds[i]).refs):
                 raise CarryError(self._mixed("written in the step that returns a new one"))
 
     def _mixed(self, how: str) -> str:

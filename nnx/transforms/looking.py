@@ -24,8 +24,9 @@ from jax.core import Tracer
 
 from nnx.transforms.names import names_of
 from refx import Node, Ref, RefError
+from refx.dagdef import DagDef, NodeDef, Tree
 from refx.static import Static
-from refx.structure import DagDef, NodeDef, Tree, scan
+from refx.walk import walk
 
 __all__: list[str] = []
 
@@ -501,7 +502,7 @@ _PLAIN_DATA = (_PLAIN - {type(len)}) | {np.ndarray}
 
 def _scans(x: Any) -> bool:
     try:
-        scan(x)
+        walk(x)
     except RefError:
         return False
     return True

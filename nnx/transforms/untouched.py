@@ -16,11 +16,12 @@ from jax.core import Tracer
 from nnx.transforms.call import Call, Layout
 from refx import Node, Ref
 from refx.access import writable
+from refx.dagdef import DagDef
 from refx.errors import StructureError
 from refx.frame import Frame
 from refx.node import is_identity
 from refx.snapshot import snapshot
-from refx.structure import DagDef, contents, scan
+from refx.walk import contents, walk
 
 __all__: list[str] = []
 
@@ -57,7 +58,7 @@ class Untouched:
         self._kept = [
             (root, content, content.copy())
             for root in self._roots
-            for container in scan(root).containers
+            for container in walk(root).containers
             for content in [contents(container)]
         ]
 

@@ -1,224 +1,29 @@
-"""The structure of a tree: `DagDef`, how it is found (`scan`) and how a tree is built from it.
-
-A tree that holds Refs is a graph: an object with an identity (a Ref, a Node, a list, a dict) may be
-reached along many paths, itself included. The DagDef numbers those objects in the order of first
-visit and says for each what it holds, in terms of these numbers:
-
-* an `int` is the object with that number, so sharing and cycles need nothing of their own;
-* `Leaf(i)` is the i-th plain array; `Static(v)` is a value that is part of the structure;
-* `Tree(treedef, children)` is what has no identity: a tuple, or any registered pytree.
-
-Building is therefore two loops without recursion: make every object, then fill it.
-"""
+"""The walk of a tree: finds its structure and the live objects in it."""
 
 from __future__ import annotations
 
 import functools
-import threading
 import types
-import weakref
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 
+from refx.dagdef import DagDef, Leaf, NodeDef, PathName, RefDef, Tree, intern, parts_of
 from refx.errors import StructureError, UnhashableStaticError
 from refx.frame import local
-from refx.node import LEAVES, Node, attributes, book, is_identity, tell
-from refx.node import make as make_node
+from refx.node import LEAVES, Node, attributes, is_array, is_identity
 from refx.partition import Partition, Path, dotted
 from refx.ref import Ref
-from refx.ref import make as make_ref
 from refx.static import Static
 from refx.text import ALTERNATIVES
-from refx.trace import FROZEN, trace_ref
+from refx.trace import FROZEN
 
-__all__ = ["DagDef"]
-
-
-class Leaf(NamedTuple):
-    """The place of a plain array, by its number among the plain arrays of the tree."""
-
-    number: int
+__all__: list[str] = []
 
 
-class Tree(NamedTuple):
-    """A pytree without identity: one level of it, and what it holds."""
-
-    treedef: Any
-    names: tuple[Any, ...]
-    children: tuple[Any, ...]
-
-
-class RefDef(NamedTuple):
-    """A Ref: what is left of it without its value."""
-
-    collection: Static
-    metadata: tuple[tuple[str, Static], ...]
-    frozen: bool = False
-
-
-class NodeDef(NamedTuple):
-    """A Node (`kind` is its class), a list, a dict or another object, with the names of what it holds.
-
-    `types` are those of the keys of a dict that are no strings: 1 and True are equal keys. `revision`
-    counts the changes of the class of a Node: a method that was replaced makes another program.
-    """
-
-    kind: type
-    names: tuple[Any, ...]
-    children: tuple[Any, ...]
-    types: tuple[type, ...] = ()
-    revision: int = 0
-    frozen: bool = False
-
-
-class DagDef:
-    """The hashable structure that is left when the values are taken out of a tree.
-
-    Equal structures are one object (DagDefs are interned), so comparing and hashing them is as
-    cheap as it can be, and a compiled program is found by its structure's identity.
-
-    >>> import refx
-    >>> a, _ = refx.split({"w": refx.Ref(1.0, "params")})
-    >>> b, _ = refx.split({"w": refx.Ref(2.0, "params")})
-    >>> a is b
-    True
-    """
-
-    __slots__ = ("__weakref__", "_leaf_paths", "_ref_paths", "metadata", "nodes", "root")
-
-    def __init__(self, root: Any, nodes: tuple[Any, ...]):
-        self.root = root
-        self.nodes = nodes
-        self.metadata = [
-            MappingProxyType({k: v.value for k, v in n.metadata}) if type(n) is RefDef else _EMPTY
-            for n in nodes
-        ]
-        self._ref_paths: tuple[Path, ...] | None = None
-        self._leaf_paths: tuple[Path, ...] = ()
-
-    @property
-    def ref_paths(self) -> tuple[Path, ...]:
-        """The canonical path of each Ref, in order."""
-        if self._ref_paths is None:
-            self._find_paths()
-        assert self._ref_paths is not None
-        return self._ref_paths
-
-    @property
-    def leaf_paths(self) -> tuple[Path, ...]:
-        """The path of each plain array, in order."""
-        if self._ref_paths is None:
-            self._find_paths()
-        return self._leaf_paths
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """The path of every value: the Refs' and then the plain arrays'."""
-        return self.ref_paths + self.leaf_paths
-
-    def _find_paths(self) -> None:
-        paths: list[Path | None] = [None] * len(self.nodes)
-        leaves: dict[int, Path] = {}
-        todo: list[tuple[Any, Path]] = [(self.root, ())]
-        while todo:
-            child, path = todo.pop()
-            if type(child) is int:
-                if paths[child] is not None:
-                    continue
-                paths[child] = path
-                child = self.nodes[child]
-            elif type(child) is Leaf:
-                leaves.setdefault(child.number, path)
-            if isinstance(child, (NodeDef, Tree)):
-                todo += [
-                    (c, (*path, *parts_of(name)))
-                    for name, c in zip(reversed(child.names), reversed(child.children), strict=True)
-                ]
-        kinds = zip(self.nodes, paths, strict=True)
-        refs = tuple(p for n, p in kinds if type(n) is RefDef and p is not None)
-        self._leaf_paths = tuple(leaves[i] for i in range(len(leaves)))
-        twice = [p for p, count in Counter(refs + self._leaf_paths).items() if count > 1]
-        if twice:
-            raise StructureError(
-                f"Two values have the same path {dotted(twice[0])!r}: keys of a dict that are "
-                f"different but read the same, such as 1 and '1'. Rename one of the keys."
-            )
-        self._ref_paths = refs
-
-    def __repr__(self) -> str:
-        # Not by the paths, which may be ambiguous: a message that has this repr must come through.
-        kinds = [n.kind.__name__ for n in self.nodes if type(n) is NodeDef]
-        refs = sum(type(n) is RefDef for n in self.nodes)
-        leaves = set()
-        todo = [self.root, *(c for n in self.nodes if type(n) is NodeDef for c in n.children)]
-        while todo:
-            child = todo.pop()
-            if type(child) is Leaf:
-                leaves.add(child.number)
-            elif type(child) is Tree:
-                todo += child.children
-        if type(self.root) is int and type(self.nodes[self.root]) is NodeDef:
-            what = kinds[0]
-        else:
-            what = "Ref" if type(self.root) is int else "tree"
-        return f"DagDef({what}: {refs} Refs, {len(leaves)} arrays, {len(kinds)} nodes)"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The revisions of classes count what happened in this process.
-        nodes = [n._replace(revision=0) if type(n) is NodeDef else n for n in self.nodes]
-        return _restore, (self.root, tuple(nodes))
-
-    def __copy__(self) -> DagDef:
-        return self
-
-    def __deepcopy__(self, memo: Any) -> DagDef:
-        return self
-
-
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
-
-_interned: weakref.WeakValueDictionary[Any, DagDef] = weakref.WeakValueDictionary()
-_intern_lock = threading.Lock()
-
-
-def intern(root: Any, nodes: tuple[Any, ...]) -> DagDef:
-    """The one DagDef with this content."""
-    with _intern_lock:
-        dagdef = _interned.get((root, nodes))
-        if dagdef is None:
-            dagdef = _interned[root, nodes] = DagDef(root, nodes)
-        return dagdef
-
-
-def frozen_def(dagdef: DagDef, frozen: bool) -> DagDef:
-    """The same structure, of which nothing may be written, or everything."""
-    nodes = [
-        n._replace(frozen=frozen and (type(n) is RefDef or issubclass(n.kind, Node)))
-        for n in dagdef.nodes
-    ]
-    return intern(dagdef.root, tuple(nodes))
-
-
-def _restore(root: Any, nodes: tuple[Any, ...]) -> DagDef:
-    now = [n._replace(revision=revision_of(n.kind)) if type(n) is NodeDef else n for n in nodes]
-    return intern(root, tuple(now))
-
-
-def revision_of(kind: type) -> int:
-    """How often the class of a Node has changed; other classes are not asked."""
-    return getattr(kind, "_revision", 0)
-
-
-# To JAX a DagDef is a pytree without leaves, so it crosses plain transformations beside Partitions.
-jax.tree_util.register_pytree_node(DagDef, lambda dagdef: ((), dagdef), lambda dagdef, _: dagdef)
-
-
-class Scan(NamedTuple):
-    """What `scan` finds: the structure, and the live objects in the order of the structure.
+class Walk(NamedTuple):
+    """What `walk` finds: the structure, and the live objects in the order of the structure.
 
     `places` has, for each plain array, the dict or list that holds it and its key there, or a None
     where a tuple or another pytree holds it. `containers` are the Nodes, lists, dicts and objects
@@ -237,15 +42,10 @@ class Scan(NamedTuple):
     functions: list[tuple[str, Any]]
 
 
-def is_array(x: Any) -> bool:
-    """Whether `x` is an array attribute, a value; ShapeDtypeStructs stand for one in `eval_shape`."""
-    return isinstance(x, LEAVES)
-
-
 _STATIC = frozenset({int, float, bool, str, complex, bytes, type(None), type(len), type})
 
 
-def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) -> Scan:
+def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) -> Walk:
     """Walk a tree and find its structure.
 
     Args:
@@ -259,7 +59,7 @@ def scan(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
     """
     nodes: list[Any] = []
     numbers: dict[int, int] = {}
-    found = Scan(None, [], [], [], [], [], [], [], [])  # pyright: ignore[reportArgumentType]
+    found = Walk(None, [], [], [], [], [], [], [], [])  # pyright: ignore[reportArgumentType]
     result: list[Any] = [None]
     # Each entry is an object, its path as a linked list, the place where its code is to go, the
     # container that holds it directly, and its mark.
@@ -404,37 +204,6 @@ def ref_def(collection: Any, metadata: Iterable[tuple[str, Any]]) -> RefDef:
     return RefDef(Static(collection), tuple((k, Static(v)) for k, v in metadata))
 
 
-def mark(dagdef: DagDef, objects: list[Any], leaves: Any) -> None:
-    """Note on the Nodes of a tree which of their attributes are leaves and do not look like ones.
-
-    JAX may put any object in the place of a leaf (a bool of a mask, an axis, a sharding), and the
-    tree has to flatten to the same structure again. A mark is True for a leaf, or for a list, a
-    dict or a tuple a dict of the marks in it.
-    """
-
-    def marks(child: Any, seen: frozenset[int]) -> Any:
-        if type(child) is Leaf:
-            return not is_array(leaves[child.number]) or None
-        if type(child) is int:
-            node = dagdef.nodes[child]
-            if child in seen or type(node) is RefDef or issubclass(node.kind, Node):
-                return None
-            return within(node, seen | {child})
-        return within(child, seen) if type(child) is Tree else None
-
-    def within(node: NodeDef | Tree, seen: frozenset[int]) -> Any:
-        found = {
-            name: inner
-            for name, child in zip(node.names, node.children, strict=True)
-            if (inner := marks(child, seen)) is not None
-        }
-        return found or None
-
-    for node, obj in zip(dagdef.nodes, objects, strict=True):
-        if isinstance(obj, Node) and (found := within(node, frozenset())) is not None:
-            book(obj).marks = found
-
-
 def _types(kind: type, names: tuple[Any, ...]) -> tuple[type, ...]:
     if kind is not dict or all(type(name) is str for name in names):
         return ()
@@ -445,40 +214,10 @@ def _one_level(obj: Any) -> Any:
     return jax.tree_util.tree_flatten_with_path(obj, lambda x: x is not obj)
 
 
-class PathName(tuple[str, ...]):
-    """The name of a value of a Partition, which is a path in itself."""
-
-    __slots__ = ()
-
-
 def _names(obj: Any, keyed: Any) -> tuple[Any, ...]:
     if isinstance(obj, Partition):
         return tuple(map(PathName, obj))
     return tuple(_name(path[0]) for path, _ in keyed)
-
-
-def parts_of(name: Any) -> Path:
-    """What a name adds to a path."""
-    return tuple(name) if type(name) is PathName else (str(name),)
-
-
-def node_paths(dagdef: DagDef) -> dict[int, Path]:
-    """The canonical path of each object of a structure, by its number."""
-    paths: dict[int, Path] = {}
-    todo: list[tuple[Any, Path]] = [(dagdef.root, ())]
-    while todo:
-        child, path = todo.pop()
-        if type(child) is int:
-            if child in paths:
-                continue
-            paths[child] = path
-            child = dagdef.nodes[child]
-        if isinstance(child, (NodeDef, Tree)):
-            todo += [
-                (c, (*path, *parts_of(name)))
-                for name, c in zip(reversed(child.names), reversed(child.children), strict=True)
-            ]
-    return paths
 
 
 def leaves_by_path(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -513,7 +252,7 @@ def _path(link: Any) -> Path:
     return parts
 
 
-def _static(obj: Any, link: Any, skip: int, found: Scan) -> Static:
+def _static(obj: Any, link: Any, skip: int, found: Walk) -> Static:
     path = _path(link)[skip:]
     where = f"Attribute {dotted(path)!r}" if path else "The tree"
     static = Static(obj)
@@ -594,73 +333,3 @@ def _wrapped(obj: Any) -> list[Any]:
 def _clip(obj: Any) -> str:
     text = repr(obj)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def build(
-    dagdef: DagDef,
-    values: Iterable[Any],
-    leaves: Any,
-    *,
-    trace: Any = None,
-    existing: Mapping[int, Any] | None = None,
-    refill: bool = True,
-) -> tuple[Any, list[Any]]:
-    """Make the tree of a DagDef: its root, and its objects in the order of the DagDef.
-
-    Args:
-      dagdef: the structure.
-      values: a value for each Ref that is made, in order.
-      leaves: a value for each plain array, in order.
-      trace: the trace reference of what is made; the current one without it.
-      existing: objects, by number, that are used instead of new ones.
-      refill: whether the existing ones get the content of the DagDef, or stay as they are.
-    """
-    frame = local.frame
-    if trace is None:
-        trace = trace_ref()
-    todo = iter(values)
-    objects: list[Any] = []
-    for i, node in enumerate(dagdef.nodes):
-        if existing is not None and i in existing:
-            objects.append(existing[i])
-        elif type(node) is RefDef:
-            at = FROZEN if node.frozen else trace
-            objects.append(
-                make_ref(next(todo), node.collection.value, dagdef.metadata[i], frame, at)
-            )
-        elif node.kind is list:
-            objects.append([])
-        elif node.kind is dict:
-            objects.append({})
-        elif issubclass(node.kind, Node):
-            objects.append(make_node(node.kind, frame, FROZEN if node.frozen else trace))
-        else:
-            objects.append(object.__new__(node.kind))
-
-    def get(child: Any) -> Any:
-        kind = type(child)
-        if kind is int:
-            return objects[child]
-        if kind is Static:
-            return child.value
-        if kind is Leaf:
-            return leaves[child.number]
-        return jax.tree.unflatten(child.treedef, map(get, child.children))
-
-    for i, (node, obj) in enumerate(zip(dagdef.nodes, objects, strict=True)):
-        known = existing is not None and i in existing
-        if type(node) is RefDef or (known and not refill):
-            continue
-        if node.kind is list:
-            obj[:] = map(get, node.children)
-            continue
-        content = contents(obj)
-        if known:
-            content.clear()
-        for name, child in zip(node.names, node.children, strict=True):
-            content[name] = objects[child] if type(child) is int else get(child)
-        if known and isinstance(obj, Node):
-            tell(obj)
-    if leaves and not all(map(is_array, leaves)):
-        mark(dagdef, objects, leaves)
-    return get(dagdef.root), objects
