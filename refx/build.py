@@ -2,21 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 
 from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree
 from refx.frame import local
-from refx.node import Node, book, is_array, tell
+from refx.node import Node, attributes, book, is_array, tell
 from refx.node import make as make_node
+from refx.ref import Ref
 from refx.ref import make as make_ref
 from refx.static import Static
 from refx.trace import FROZEN, trace_ref
-from refx.walk import contents
 
 __all__: list[str] = []
+
+
+class _Recipe:
+    """How the objects of a DagDef are made and filled, worked out once for each DagDef.
+
+    What an object holds is found by number in one list, the pool: the objects come first, then the
+    plain arrays, the static values, and the pytrees without identity, in the order of their making.
+    So an object is filled by one update of its dict.
+    """
+
+    __slots__ = ("arrays", "fills", "makers", "root", "root_pytrees", "statics")
+
+    def __init__(self, dagdef: DagDef):
+        nodes = dagdef.nodes
+        held = [x for n in nodes if type(n) is NodeDef for c in n.children for x in _parts(c)]
+        held += _parts(dagdef.root)
+        self.statics = [x.value for x in held if type(x) is Static]
+        self.arrays = 1 + max((x.number for x in held if type(x) is Leaf), default=-1)
+        statics = itertools.count(len(nodes) + self.arrays)
+        pytrees = itertools.count(len(nodes) + self.arrays + len(self.statics))
+
+        def place(child: Any, made: list[Any]) -> int:
+            kind = type(child)
+            if kind is int:
+                return child
+            if kind is Leaf:
+                return len(nodes) + child.number
+            if kind is Static:
+                return next(statics)
+            made.append((child.treedef, tuple([place(c, made) for c in child.children])))
+            return next(pytrees)
+
+        self.makers: list[tuple[Any, ...]] = []
+        self.fills: list[tuple[int, type, Any, tuple[int, ...], list[Any]]] = []
+        for i, node in enumerate(nodes):
+            if type(node) is RefDef:
+                self.makers.append((Ref, node.frozen, node.collection.value, dagdef.metadata[i]))
+                continue
+            kind = Node if issubclass(node.kind, Node) else node.kind
+            self.makers.append((kind, node.frozen, node.kind, None))
+            made: list[Any] = []
+            children = tuple([place(c, made) for c in node.children])
+            self.fills.append((i, kind, node.names, children, made))
+        self.root_pytrees: list[Any] = []
+        self.root = place(dagdef.root, self.root_pytrees)
+
+
+def _parts(child: Any) -> Iterator[Any]:
+    """A child or, of a pytree without identity, what is in it."""
+    if type(child) is Tree:
+        for part in child.children:
+            yield from _parts(part)
+    else:
+        yield child
 
 
 def build(
@@ -38,55 +93,47 @@ def build(
       existing: objects, by number, that are used instead of new ones.
       refill: whether the existing ones get the content of the DagDef, or stay as they are.
     """
+    recipe = dagdef.recipe
+    if recipe is None:
+        recipe = dagdef.recipe = _Recipe(dagdef)
     frame = local.frame
     if trace is None:
         trace = trace_ref()
     todo = iter(values)
     objects: list[Any] = []
-    for i, node in enumerate(dagdef.nodes):
+    for i, (kind, frozen, about, metadata) in enumerate(recipe.makers):
+        at = FROZEN if frozen else trace
         if existing is not None and i in existing:
             objects.append(existing[i])
-        elif type(node) is RefDef:
-            at = FROZEN if node.frozen else trace
-            objects.append(
-                make_ref(next(todo), node.collection.value, dagdef.metadata[i], frame, at)
-            )
-        elif node.kind is list:
-            objects.append([])
-        elif node.kind is dict:
-            objects.append({})
-        elif issubclass(node.kind, Node):
-            objects.append(make_node(node.kind, frame, FROZEN if node.frozen else trace))
+        elif kind is Ref:
+            objects.append(make_ref(next(todo), about, metadata, frame, at))
+        elif kind is Node:
+            objects.append(make_node(about, frame, at))
         else:
-            objects.append(object.__new__(node.kind))
-
-    def get(child: Any) -> Any:
-        kind = type(child)
-        if kind is int:
-            return objects[child]
-        if kind is Static:
-            return child.value
-        if kind is Leaf:
-            return leaves[child.number]
-        return jax.tree.unflatten(child.treedef, map(get, child.children))
-
-    for i, (node, obj) in enumerate(zip(dagdef.nodes, objects, strict=True)):
+            objects.append(kind() if kind is list or kind is dict else object.__new__(kind))
+    pool = [*objects, *leaves, *recipe.statics]
+    get = pool.__getitem__
+    for i, kind, names, children, pytrees in recipe.fills:
+        for treedef, parts in pytrees:
+            pool.append(jax.tree.unflatten(treedef, map(get, parts)))
         known = existing is not None and i in existing
-        if type(node) is RefDef or (known and not refill):
+        if known and not refill:
             continue
-        if node.kind is list:
-            obj[:] = map(get, node.children)
+        obj = objects[i]
+        if kind is list:
+            obj[:] = map(get, children)
             continue
-        content = contents(obj)
+        content = attributes(obj) if kind is Node else obj if kind is dict else vars(obj)
         if known:
             content.clear()
-        for name, child in zip(node.names, node.children, strict=True):
-            content[name] = objects[child] if type(child) is int else get(child)
-        if known and isinstance(obj, Node):
+        content.update(zip(names, map(get, children)))
+        if known and kind is Node:
             tell(obj)
+    for treedef, parts in recipe.root_pytrees:
+        pool.append(jax.tree.unflatten(treedef, map(get, parts)))
     if leaves and not all(map(is_array, leaves)):
         mark(dagdef, objects, leaves)
-    return get(dagdef.root), objects
+    return pool[recipe.root], objects
 
 
 def mark(dagdef: DagDef, objects: list[Any], leaves: Any) -> None:

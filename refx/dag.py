@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refx.access import check_value, label, peek, put, writable
-from refx.buffers import dead_error, is_dead
+from refx.buffers import CONCRETE, dead_error, is_dead
 from refx.build import build
 from refx.dagdef import DagDef, frozen_def
 from refx.errors import (
@@ -109,9 +109,9 @@ def merge(dagdef: DagDef, *partitions: Mapping[Path, Any]) -> Any:
     >>> a is b, a is shared
     (True, False)
     """
-    given: dict[Path, Any] = {}
-    for partition in partitions:
-        for path, value in Partition(partition)._items.items():
+    given: dict[Path, Any] = _content(partitions[0]) if len(partitions) == 1 else {}
+    for partition in partitions if len(partitions) > 1 else ():
+        for path, value in _content(partition).items():
             if given.setdefault(path, value) is not value:
                 raise UnknownPathError(
                     f"Two of the partitions have a value for {dotted(path)!r}. Leave one out, or say "
@@ -130,9 +130,19 @@ def merge(dagdef: DagDef, *partitions: Mapping[Path, Any]) -> Any:
             f"The partitions have {listed(p for p in given if p not in known)}, which "
             f"{dagdef!r} has not. Was the tree changed after it was split? Then split it again."
         )
-    values = [copy_containers(given[path]) for path in paths]
-    _check_alive(paths, values, "was to be merged")
+    values = _with_own_containers(paths, [given[path] for path in paths], "was to be merged")
     return build(dagdef, values, values[len(dagdef.ref_paths) :])[0]
+
+
+def _content(partition: Any) -> dict[Path, Any]:
+    return partition._items if type(partition) is Partition else Partition(partition)._items
+
+
+def _with_own_containers(paths: tuple[Path, ...], values: list[Any], what: str) -> list[Any]:
+    """Values for new Refs; raises if the buffer of one is gone."""
+    _check_alive(paths, values, what)
+    # Nearly always all of them are arrays.
+    return values if CONCRETE.issuperset(map(type, values)) else list(map(copy_containers, values))
 
 
 def clone(tree: T, *, copy: bool = False) -> T:
@@ -159,10 +169,9 @@ def clone(tree: T, *, copy: bool = False) -> T:
     kept = snapshot(tree)
     dagdef = frozen_def(kept.dagdef, False)
     values = [*kept.values(), *kept.leaves()]
-    _check_alive(dagdef.paths, values, "was to be cloned")
-    values = (
-        [jax.tree.map(_copied, x) for x in values] if copy else list(map(copy_containers, values))
-    )
+    values = _with_own_containers(dagdef.paths, values, "was to be cloned")
+    if copy:
+        values = [jax.tree.map(_copied, x) for x in values]
     root, objects = build(dagdef, values, values[len(dagdef.ref_paths) :])
     if kept.has_labels:
         label(x for x in objects if type(x) is Ref)
@@ -197,6 +206,9 @@ def _copied(x: Any) -> Any:
 
 
 def _check_alive(paths: Iterable[Path], values: Iterable[Any], what: str) -> None:
+    values = list(values)
+    if CONCRETE.issuperset(map(type, values)) and not any([x.is_deleted() for x in values]):
+        return
     dead = next((path for path, x in zip(paths, values, strict=True) if is_dead(x)), None)
     if dead is not None:
         raise dead_error(f"The value at path {dotted(dead)!r} {what}, but its buffer")

@@ -91,7 +91,7 @@ class DagDef:
     True
     """
 
-    __slots__ = ("__weakref__", "_leaf_paths", "_ref_paths", "metadata", "nodes", "root")
+    __slots__ = ("__weakref__", "_leaf_paths", "_ref_paths", "metadata", "nodes", "recipe", "root")
 
     def __init__(self, root: Any, nodes: tuple[Any, ...]):
         self.root = root
@@ -102,6 +102,8 @@ class DagDef:
         ]
         self._ref_paths: tuple[Path, ...] | None = None
         self._leaf_paths: tuple[Path, ...] = ()
+        # What `build` has worked out.
+        self.recipe: Any = None
 
     @property
     def ref_paths(self) -> tuple[Path, ...]:
@@ -124,25 +126,8 @@ class DagDef:
         return self.ref_paths + self.leaf_paths
 
     def _find_paths(self) -> None:
-        paths: list[Path | None] = [None] * len(self.nodes)
-        leaves: dict[int, Path] = {}
-        todo: list[tuple[Any, Path]] = [(self.root, ())]
-        while todo:
-            child, path = todo.pop()
-            if type(child) is int:
-                if paths[child] is not None:
-                    continue
-                paths[child] = path
-                child = self.nodes[child]
-            elif type(child) is Leaf:
-                leaves.setdefault(child.number, path)
-            if isinstance(child, (NodeDef, Tree)):
-                todo += [
-                    (c, (*path, *parts_of(name)))
-                    for name, c in zip(reversed(child.names), reversed(child.children), strict=True)
-                ]
-        kinds = zip(self.nodes, paths, strict=True)
-        refs = tuple(p for n, p in kinds if type(n) is RefDef and p is not None)
+        paths, leaves = _paths(self)
+        refs = tuple(paths[i] for i, n in enumerate(self.nodes) if type(n) is RefDef)
         self._leaf_paths = tuple(leaves[i] for i in range(len(leaves)))
         twice = [p for p, count in Counter(refs + self._leaf_paths).items() if count > 1]
         if twice:
@@ -199,6 +184,8 @@ def intern(root: Any, nodes: tuple[Any, ...]) -> DagDef:
 
 def frozen_def(dagdef: DagDef, frozen: bool) -> DagDef:
     """The same structure, of which nothing may be written, or everything."""
+    if not frozen and not any([getattr(n, "frozen", False) for n in dagdef.nodes]):
+        return dagdef
     nodes = [
         n._replace(frozen=frozen and (type(n) is RefDef or issubclass(n.kind, Node)))
         for n in dagdef.nodes
@@ -222,7 +209,13 @@ jax.tree_util.register_pytree_node(DagDef, lambda dagdef: ((), dagdef), lambda d
 
 def node_paths(dagdef: DagDef) -> dict[int, Path]:
     """The canonical path of each object of a structure, by its number."""
+    return _paths(dagdef)[0]
+
+
+def _paths(dagdef: DagDef) -> tuple[dict[int, Path], dict[int, Path]]:
+    """The paths of the objects and of the plain arrays of a structure, by their numbers."""
     paths: dict[int, Path] = {}
+    leaves: dict[int, Path] = {}
     todo: list[tuple[Any, Path]] = [(dagdef.root, ())]
     while todo:
         child, path = todo.pop()
@@ -231,9 +224,11 @@ def node_paths(dagdef: DagDef) -> dict[int, Path]:
                 continue
             paths[child] = path
             child = dagdef.nodes[child]
+        elif type(child) is Leaf:
+            leaves.setdefault(child.number, path)
         if isinstance(child, (NodeDef, Tree)):
             todo += [
                 (c, (*path, *parts_of(name)))
                 for name, c in zip(reversed(child.names), reversed(child.children), strict=True)
             ]
-    return paths
+    return paths, leaves
