@@ -13,7 +13,6 @@ from refx.frame import local
 from refx.node import Node, attributes, book, is_array, tell
 from refx.node import make as make_node
 from refx.ref import Ref
-from refx.ref import make as make_ref
 from refx.static import Static
 from refx.trace import FROZEN, trace_ref
 
@@ -101,16 +100,23 @@ def build(
         trace = trace_ref()
     todo = iter(values)
     objects: list[Any] = []
+    new = object.__new__
     for i, (kind, frozen, about, metadata) in enumerate(recipe.makers):
-        at = FROZEN if frozen else trace
         if existing is not None and i in existing:
-            objects.append(existing[i])
+            obj = existing[i]
         elif kind is Ref:
-            objects.append(make_ref(next(todo), about, metadata, frame, at))
+            # As `make` in ref.py does it; there may be thousands.
+            obj = new(Ref)
+            obj._value = next(todo)
+            obj._collection = about
+            obj._metadata = metadata
+            obj._frame = frame
+            obj._trace = FROZEN if frozen else trace
         elif kind is Node:
-            objects.append(make_node(about, frame, at))
+            obj = make_node(about, frame, FROZEN if frozen else trace)
         else:
-            objects.append(kind() if kind is list or kind is dict else object.__new__(kind))
+            obj = kind() if kind is list or kind is dict else new(kind)
+        objects.append(obj)
     pool = [*objects, *leaves, *recipe.statics]
     get = pool.__getitem__
     for i, kind, names, children, pytrees in recipe.fills:
