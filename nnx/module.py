@@ -25,7 +25,7 @@ from refx import (
     UnknownPathError,
     ValueTypeError,
 )
-from refx.dag import find_ref, values_of
+from refx.dag import update_cells, values_of
 from refx.field import Field
 from refx.node import attributes, set_on_class
 from refx.partition import dotted
@@ -290,15 +290,16 @@ class Module(Node):
                 f"model[{filter!r}] = ... takes a Partition, or another mapping from path to value, "
                 f"but got a {type(partition).__name__}.{values_of(partition, filter)}"
             )
-        for given in partition:
-            path, cell = find_ref(self, given, cells)
+
+        def check(given: Any, path: Any, cell: Ref[Any]) -> None:
             if not selects(path, cell):
                 raise UnknownPathError(
                     f"The filter {filter!r} does not select {dotted(given)!r} (collection "
                     f"{cell.collection!r}), so model[{filter!r}] cannot write it. Is this the "
                     f"partition of another filter? nnx.update(model, partition) writes any path."
                 )
-        refx.update(self, partition)
+
+        update_cells(self, cells, [partition], check=check)
 
     # Brackets take filters, so Python's way to iterate by number would never end.
     __iter__ = None

@@ -73,6 +73,12 @@ def _parts(child: Any) -> Iterator[Any]:
         yield child
 
 
+def _recipe(dagdef: DagDef) -> _Recipe:
+    if dagdef.recipe is None:
+        dagdef.recipe = _Recipe(dagdef)
+    return dagdef.recipe
+
+
 def build(
     dagdef: DagDef,
     values: Iterable[Any],
@@ -92,9 +98,7 @@ def build(
       existing: objects, by number, that are used instead of new ones.
       refill: whether the existing ones get the content of the DagDef, or stay as they are.
     """
-    recipe = dagdef.recipe
-    if recipe is None:
-        recipe = dagdef.recipe = _Recipe(dagdef)
+    recipe = _recipe(dagdef)
     frame = local.frame
     if trace is None:
         trace = trace_ref()
@@ -140,6 +144,34 @@ def build(
     if leaves and not all(map(is_array, leaves)):
         mark(dagdef, objects, leaves)
     return pool[recipe.root], objects
+
+
+def objects_of(dagdef: DagDef, tree: Any) -> list[Any] | None:
+    """The objects of a tree of this structure by their numbers; None where only a walk finds them."""
+    recipe = _recipe(dagdef)
+    count = len(dagdef.nodes)
+    objects: list[Any] = [None] * count
+    if recipe.root < count:
+        objects[recipe.root] = tree
+    elif len(recipe.root_pytrees) == 1 and type(tree) is tuple:
+        for number, x in zip(recipe.root_pytrees[0][1], tree, strict=True):
+            if number < count:
+                objects[number] = x
+    else:
+        return None
+    # A number is that of the first visit, so what holds an object comes before it.
+    for i, kind, names, children, pytrees in recipe.fills:
+        if pytrees or kind not in _FOLLOWED:
+            return None
+        obj = objects[i]
+        content = attributes(obj) if kind is Node else obj
+        for name, number in zip(names, children):
+            if number < count:
+                objects[number] = content[name]
+    return objects
+
+
+_FOLLOWED = (Node, list, dict)
 
 
 def mark(dagdef: DagDef, objects: list[Any], leaves: Any) -> None:

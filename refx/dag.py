@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -269,7 +269,17 @@ def update(tree: Any, *partitions: Mapping[Path, Any], strict: bool = True) -> N
     >>> tree["w"].value
     5.0
     """
-    cells = refs(tree)
+    update_cells(tree, refs(tree), partitions, strict)
+
+
+def update_cells(
+    tree: Any,
+    cells: dict[Path, Ref[Any]],
+    partitions: Sequence[Any],
+    strict: bool = True,
+    check: Callable[[Any, Path, Ref[Any]], None] | None = None,
+) -> None:
+    """`update`, where the Refs of the tree are known; `check` is asked about each that is written."""
     writes: dict[Ref[Any], tuple[Any, Any]] = {}
     for partition in partitions:
         if not isinstance(partition, Mapping):
@@ -277,8 +287,11 @@ def update(tree: Any, *partitions: Mapping[Path, Any], strict: bool = True) -> N
                 f"update takes partitions, mappings from path to value, but got a "
                 f"{type(partition).__name__}.{values_of(partition)}"
             )
-        for given, value in partition.items():
+        items = partition._items if type(partition) is Partition else partition
+        for given, value in items.items():
             path, cell = find_ref(tree, given, cells)
+            if check is not None:
+                check(given, path, cell)
             if cell in writes and writes[cell][1] is not value:
                 raise UnknownPathError(
                     f"Two values were given for one shared Ref, at {dotted(writes[cell][0])!r} and "
@@ -332,12 +345,15 @@ def find_ref(tree: Any, given: Any, cells: Mapping[Path, Ref[Any]]) -> tuple[Pat
 
 
 def _check_like(path: Path, cell: Ref[Any], new: Any, strict: bool) -> None:
-    where = f"path {dotted(path)!r} (collection {cell._collection!r})"
     check_type(new)
     check_value(cell, new)
     if not strict:
         return
     old = peek(cell)
+    if isinstance(old, jax.Array) and isinstance(new, jax.Array):
+        if old.shape == new.shape and old.dtype == new.dtype:
+            return
+    where = f"path {dotted(path)!r} (collection {cell._collection!r})"
     old_leaves, old_tree = jax.tree.flatten(old)
     new_leaves, new_tree = jax.tree.flatten(new)
     if old_tree != new_tree:

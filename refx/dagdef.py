@@ -91,7 +91,16 @@ class DagDef:
     True
     """
 
-    __slots__ = ("__weakref__", "_leaf_paths", "_ref_paths", "metadata", "nodes", "recipe", "root")
+    __slots__ = (
+        "__weakref__",
+        "_leaf_paths",
+        "_ref_paths",
+        "alone",
+        "metadata",
+        "nodes",
+        "recipe",
+        "root",
+    )
 
     def __init__(self, root: Any, nodes: tuple[Any, ...]):
         self.root = root
@@ -102,8 +111,9 @@ class DagDef:
         ]
         self._ref_paths: tuple[Path, ...] | None = None
         self._leaf_paths: tuple[Path, ...] = ()
-        # What `build` has worked out.
+        # What `build` has worked out, and the structure of a tuple with this tree alone.
         self.recipe: Any = None
+        self.alone: DagDef | None = None
 
     @property
     def ref_paths(self) -> tuple[Path, ...]:
@@ -180,6 +190,16 @@ def intern(root: Any, nodes: tuple[Any, ...]) -> DagDef:
         if dagdef is None:
             dagdef = _interned[root, nodes] = DagDef(root, nodes)
         return dagdef
+
+
+def alone_in_tuple(dagdef: DagDef) -> DagDef:
+    """The structure of `(tree,)`, where that of the tree is known."""
+    if dagdef.alone is None:
+        dagdef.alone = intern(Tree(_ALONE, ("0",), (dagdef.root,)), dagdef.nodes)
+    return dagdef.alone
+
+
+_ALONE = jax.tree.structure((0,))
 
 
 def frozen_def(dagdef: DagDef, frozen: bool) -> DagDef:

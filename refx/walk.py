@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -199,8 +199,17 @@ def _identities(items: Iterable[Any]) -> list[Any]:
     return [x for x in jax.tree.leaves(list(items), is_leaf=is_identity) if is_identity(x)]
 
 
-def ref_def(collection: Any, metadata: Iterable[tuple[str, Any]]) -> RefDef:
+_plain_refs: dict[str, RefDef] = {}
+
+
+def ref_def(collection: Any, metadata: Collection[tuple[str, Any]]) -> RefDef:
     """What the structure says of a Ref."""
+    if not metadata and type(collection) is str:
+        # As nearly all are.
+        known = _plain_refs.get(collection)
+        if known is None:
+            known = _plain_refs[collection] = RefDef(Static(collection), ())
+        return known
     return RefDef(Static(collection), tuple((k, Static(v)) for k, v in metadata))
 
 

@@ -19,7 +19,8 @@ from nnx._ambient import ambient
 from nnx.transforms.closure import Closure
 from refx import Node, Ref, RefError
 from refx.access import is_label
-from refx.dagdef import DagDef
+from refx.build import objects_of
+from refx.dagdef import DagDef, alone_in_tuple
 from refx.frame import StandIn, local
 from refx.node import is_array, is_identity
 from refx.partition import dotted
@@ -201,6 +202,10 @@ class Call:
 
     def objects(self) -> list[Any]:
         """The caller's objects, by their numbers in the DagDef."""
+        if not self.stand_ins:
+            found = objects_of(self.layout.dagdef, tuple(self.roots))
+            if found is not None:
+                return found
         return walk(tuple(self.roots), self.alias, skip=1).objects
 
     def without_values(self) -> Call:
@@ -447,6 +452,9 @@ def _plan(
     alias: dict[int, Any] | None,
 ) -> Plan:
     apart = None
+    if len(roots) == 1 and alias is None:
+        dagdef = alone_in_tuple(snapshots[0].dagdef)
+        return Plan(_layout(dagdef, parts, plans), None, None)
     if len(roots) > 1 and plans is not None and alias is None and _share_nothing(snapshots):
         # Then what each looks like says what they look like together, whichever they are.
         apart = (*parts, tuple([s.dagdef for s in snapshots]))
@@ -461,13 +469,17 @@ def _plan(
         for x, (h, k) in zip(joint.leaves, joint.places, strict=True)
     ]
     plan = Plan(
-        Layout(joint.dagdef, *parts) if plans is None else plans.layout(joint.dagdef, parts),
+        _layout(joint.dagdef, parts, plans),
         _positions(refs, [id(r) for r in joint.refs]),
         _positions(places, joint_places),
     )
     if plans is not None and apart is not None:
         plans.keep(apart, plan)
     return plan
+
+
+def _layout(dagdef: DagDef, parts: tuple[Any, ...], plans: Plans | None) -> Layout:
+    return Layout(dagdef, *parts) if plans is None else plans.layout(dagdef, parts)
 
 
 def _share_nothing(snapshots: list[Snapshot]) -> bool:
