@@ -15,6 +15,7 @@ from nnx.layers.layer_norm import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from nnx.layers.linear import Linear
 from nnx.layers.linear_general import Einsum, LinearGeneral
 from nnx.layers.lora import LoRA, LoRALinear, LoRALinearGeneral
+from nnx.layers.lora_layers import LoRAConv, LoRAEinsum, LoRAEmbed
 from nnx.layers.lora_surgery import apply_lora, merge_lora
 from nnx.layers.masks import *  # noqa: F403
 from nnx.layers.mlp import MLP
@@ -45,6 +46,9 @@ __all__ = [
     "Linear",
     "LinearGeneral",
     "LoRA",
+    "LoRAConv",
+    "LoRAEinsum",
+    "LoRAEmbed",
     "LoRALinear",
     "LoRALinearGeneral",
     "MLP",
