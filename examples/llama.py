@@ -246,7 +246,7 @@ def main(steps: int, batch_size: int, context: int, config: dict, length: int, o
     small = LlamaConfig(**{**vars(large), "num_hidden_layers": 1})
     models = {"model": Llama.init(0)(large), "draft of one layer": Llama.init(1)(small)}
     curves = {}
-    for (name, model), count in zip(models.items(), (steps, steps // 2), strict=True):
+    for (name, model), count in zip(models.items(), (steps, 3 * steps // 4), strict=True):
         schedule = optax.warmup_cosine_decay_schedule(0, 5e-3, count // 20 + 1, count)
         tx = optax.chain(
             optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.1)
@@ -314,9 +314,9 @@ def plot(curves, bigram: float, plain, fast, out: Path) -> None:
     length = plain[0]
     bars = {"one at a time": plain, "with a draft": fast}
     for i, (count, seconds) in enumerate(bars.values()):
-        axes[1].bar(i, count, color=f"C{i}", width=0.6)
+        axes[1].bar(i, count, color=f"C{i}", width=0.8)
         note = f"{count} passes\n{length / seconds:.0f} characters/s"
-        axes[1].text(i, count / 2, note, ha="center", va="center", color="white")
+        axes[1].text(i, count / 2, note, ha="center", va="center", color="white", size=9)
     axes[1].set_xticks(range(2), list(bars))
     axes[1].set(ylabel=f"passes of the model for {length} characters", xlim=(-0.6, 1.6))
     figure.suptitle("The text of Python's help, small Llama")

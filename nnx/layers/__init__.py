@@ -23,6 +23,7 @@ from nnx.layers.normalization import BatchNorm
 from nnx.layers.pooling import *  # noqa: F403
 from nnx.layers.positions import *  # noqa: F403
 from nnx.layers.prelu import PReLU
+from nnx.layers.quantized import QuantizedLinear
 from nnx.layers.recurrent import *  # noqa: F403
 from nnx.layers.rnn import RNN, Bidirectional, flip_sequences
 from nnx.layers.stochastic import Dropout
@@ -55,6 +56,7 @@ __all__ = [
     "MultiHeadAttention",
     "PReLU",
     "Partial",
+    "QuantizedLinear",
     "RMSNorm",
     "RNN",
     "Remat",

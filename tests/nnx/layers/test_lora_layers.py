@@ -148,7 +148,9 @@ def test_dtypes(dtype):
 class Model(nnx.Module):
     def __init__(self):
         self.embed = nnx.Embed(7, 4)
-        self.stack = nnx.Stack(lambda: nnx.Sequential(nnx.Conv(4, 4, 3), nnx.Einsum("ti,oi->to", (4, 4))), 2)
+        self.stack = nnx.Stack(
+            lambda: nnx.Sequential(nnx.Conv(4, 4, 3), nnx.Einsum("ti,oi->to", (4, 4))), 2
+        )
         self.head = nnx.Linear(4, 3)
 
     def __call__(self, tokens):
@@ -223,5 +225,7 @@ def test_merging_names_a_tied_table():
             self.head.kernel = nnx.get_ref(self.embed, "embedding")
 
     model = nnx.apply_lora(Tied.init(0)(), 1, nnx.Embed, rngs=1)
-    with pytest.raises(ValueError, match=r"embedding of 'embed' is tied to 'head'.*layer.embedding ="):
+    with pytest.raises(
+        ValueError, match=r"embedding of 'embed' is tied to 'head'.*layer.embedding ="
+    ):
         nnx.merge_lora(model)

@@ -67,7 +67,9 @@ def test_what_is_assigned_in_between_counts():
 
 
 def test_other_dtypes_schedules_and_saving(tmp_path):
-    model = nnx.Sequential.init(0)(nnx.Linear.init(1)(2, 2, param_dtype=jnp.bfloat16), nnx.Linear.init(2)(2, 1))
+    model = nnx.Sequential.init(0)(
+        nnx.Linear.init(1)(2, 2, param_dtype=jnp.bfloat16), nnx.Linear.init(2)(2, 1)
+    )
     tx = nnx.training.master_weights(optax.inject_hyperparams(optax.adam)(learning_rate=0.1))
     optimizer = nnx.Optimizer(model, tx)
     dtypes = {str(x.dtype) for path, x in optimizer["opt_state"].items() if "kernel" in path}
