@@ -8,7 +8,7 @@ layers run in one `nnx.scan` (`nnx.Stack`), and compute what is inside them agai
 It learns the text of `char_gpt.py`, Python's own help. Should reach a perplexity of about 4.3 on the
 held-out tenth, where pairs of characters give 12.7 (Python 3.11). A draft of one layer then guesses what it
 would say, and it checks several guesses at once (Leviathan et al. 2022, https://arxiv.org/abs/2211.17192):
-the same text, to the character, in less than half as many passes. It takes less than two minutes on two cores.
+the same text, to the character, in less than half as many passes. It takes two minutes on two cores.
 """
 
 from __future__ import annotations
