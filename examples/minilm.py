@@ -357,7 +357,7 @@ def plot(products, losses, gaps, out: Path) -> None:
         axes[2].hist(gap, bins, alpha=0.6, label=label)
     axes[2].axvline(0, color="k", lw=1)
     axes[2].set(
-        xlabel="nearer to the same meaning than to the opposite, by",
+        xlabel="how much nearer the same meaning is",
         ylabel="sentences",
         title="new words",
     )

@@ -232,7 +232,7 @@ def plot(curve, settings: Settings, before, after, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
     begun = ~np.isnan(curve).all(1)
-    x = (np.arange(len(curve)) + 1)[begun] * settings.environments * settings.steps
+    x = (np.arange(len(curve)) + 1)[begun] * settings.environments * settings.steps / 1000
     low, middle, high = np.nanquantile(curve[begun], [0.1, 0.5, 0.9], axis=1)
     axes[0].fill_between(x, low, high, alpha=0.25, label="10 % to 90 %")
     axes[0].plot(x, middle, label="median")
