@@ -15,6 +15,7 @@ from nnx.layers.layer_norm import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from nnx.layers.linear import Linear
 from nnx.layers.linear_general import Einsum, LinearGeneral
 from nnx.layers.lora import LoRA, LoRALinear, LoRALinearGeneral
+from nnx.layers.lora_layers import LoRAConv, LoRAEinsum, LoRAEmbed
 from nnx.layers.lora_surgery import apply_lora, merge_lora
 from nnx.layers.masks import *  # noqa: F403
 from nnx.layers.mlp import MLP
@@ -22,6 +23,7 @@ from nnx.layers.normalization import BatchNorm
 from nnx.layers.pooling import *  # noqa: F403
 from nnx.layers.positions import *  # noqa: F403
 from nnx.layers.prelu import PReLU
+from nnx.layers.quantized import QuantizedLinear
 from nnx.layers.recurrent import *  # noqa: F403
 from nnx.layers.rnn import RNN, Bidirectional, flip_sequences
 from nnx.layers.stochastic import Dropout
@@ -45,12 +47,16 @@ __all__ = [
     "Linear",
     "LinearGeneral",
     "LoRA",
+    "LoRAConv",
+    "LoRAEinsum",
+    "LoRAEmbed",
     "LoRALinear",
     "LoRALinearGeneral",
     "MLP",
     "MultiHeadAttention",
     "PReLU",
     "Partial",
+    "QuantizedLinear",
     "RMSNorm",
     "RNN",
     "Remat",

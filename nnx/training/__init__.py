@@ -6,8 +6,9 @@ from nnx.training.ema import EMA, EMAError
 from nnx.training.metrics import MultiMetric
 from nnx.training.optimizer import Optimizer
 from nnx.training.optimizer import mask as mask
+from nnx.training.precision import master_weights as master_weights
 
-# `mask` stays here, as `nnx.training.mask`: the name alone would not say of what.
+# `mask` and `master_weights` stay here, as `nnx.training.mask`: the names alone would not say of what.
 __all__ = [
     "EMA",
     "EMAError",
