@@ -16,7 +16,7 @@ import nnx
 from benchmarks.timing import Ratio, interleave
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from llama import Llama, LlamaConfig  # noqa: E402
+from llama import Llama, LlamaConfig
 
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}

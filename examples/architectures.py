@@ -289,7 +289,7 @@ def main(steps: int, out: Path) -> dict[str, float]:
     clean = nnx.jit(lambda m, x: m(x))(unet, dirty)
     results["UNet"] = float(np.mean((clean - x_test) ** 2) / np.mean((dirty - x_test) ** 2))
     model = Seq2Seq.init(0)(symbols)
-    curves["Seq2Seq"] = fit("Seq2Seq", model, write_backwards, sequences(), 3 * steps, 5e-3)
+    curves["Seq2Seq"] = fit("Seq2Seq", model, write_backwards, sequences(), 2 * steps, 5e-3)
     tokens = next(sequences())["tokens"]
     right = (translate(model, tokens, length) == tokens[:, ::-1]).all(1)
     results["Seq2Seq"] = float(right.mean())
@@ -313,9 +313,10 @@ def plot(curves, results, images, dirty, clean, out: Path) -> None:
     axes[0].set(yscale="log", xlabel="part of the training", ylabel="loss of a batch")
     axes[0].grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    rows = [np.hstack(x[:12, :, :, 0]) for x in (images, dirty, clean)]
+    gap = [(0, 0), (1, 1), (1, 1)]
+    rows = [np.hstack(np.pad(x[:12, :, :, 0], gap)) for x in (images, dirty, clean)]
     axes[1].imshow(np.vstack(rows), cmap="gray_r", vmin=0, vmax=1)
-    axes[1].set_yticks([4, 12, 20], ["digits", "with noise", "U-Net"])
+    axes[1].set_yticks([5, 15, 25], ["digits", "with noise", "U-Net"])
     axes[1].set(xticks=[], title="held-out digits")
     figure.savefig(out, dpi=120)
 
