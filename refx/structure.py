@@ -27,7 +27,7 @@ import jax
 from refx.errors import StructureError, UnhashableStaticError
 from refx.node import LEAVES, Node, attributes, book, is_identity, tell
 from refx.node import make as make_node
-from refx.partition import Partition, Path, dotted
+from refx.partition import Name, Partition, Path, dotted, named
 from refx.ref import Ref
 from refx.ref import make as make_ref
 from refx.static import Static
@@ -132,10 +132,7 @@ class DagDef:
             elif type(child) is Leaf:
                 leaves.setdefault(child.number, path)
             if isinstance(child, (NodeDef, Tree)):
-                todo += [
-                    (c, (*path, *parts_of(name)))
-                    for name, c in zip(reversed(child.names), reversed(child.children), strict=True)
-                ]
+                todo += _below(child, path)
         kinds = zip(self.nodes, paths, strict=True)
         refs = tuple(p for n, p in kinds if type(n) is RefDef and p is not None)
         self._leaf_paths = tuple(leaves[i] for i in range(len(leaves)))
@@ -434,7 +431,7 @@ def mark(dagdef: DagDef, objects: list[Any], leaves: Any) -> None:
 
 
 def _types(kind: type, names: tuple[Any, ...]) -> tuple[type, ...]:
-    if kind is not dict or all(type(name) is str for name in names):
+    if kind is not dict or all(type(name) in (str, Name) for name in names):
         return ()
     return tuple(map(type, names))
 
@@ -457,7 +454,7 @@ def _names(obj: Any, keyed: Any) -> tuple[Any, ...]:
 
 def parts_of(name: Any) -> Path:
     """What a name adds to a path."""
-    return tuple(name) if type(name) is PathName else (str(name),)
+    return tuple(map(str, name)) if type(name) is PathName else (str(name),)
 
 
 def node_paths(dagdef: DagDef) -> dict[int, Path]:
@@ -472,11 +469,17 @@ def node_paths(dagdef: DagDef) -> dict[int, Path]:
             paths[child] = path
             child = dagdef.nodes[child]
         if isinstance(child, (NodeDef, Tree)):
-            todo += [
-                (c, (*path, *parts_of(name)))
-                for name, c in zip(reversed(child.names), reversed(child.children), strict=True)
-            ]
+            todo += _below(child, path)
     return paths
+
+
+def _below(at: NodeDef | Tree, path: Path) -> list[tuple[Any, Path]]:
+    """What an object or a pytree holds, with its paths, the last first."""
+    kind = at.kind if type(at) is NodeDef else at.treedef.node_data()[0]
+    return [
+        (c, (*path, *(parts_of(name) if type(name) is PathName else named(kind, name))))
+        for name, c in zip(reversed(at.names), reversed(at.children), strict=True)
+    ]
 
 
 def leaves_by_path(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:

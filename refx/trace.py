@@ -235,6 +235,8 @@ class _Local(threading.local):
     made: tuple[Any, ...]
     # nnx keeps its ambient streams and flags here, so that a boundary crosses one thread-local.
     scope: Any
+    # And here the names of the flags that were asked for, in a call that was given some.
+    asked: set[Any] | None
     # The call that a compiled function is being traced for.
     call: Any
     # Whether a walk looks at what a pytree class makes of a module: no Ref counts as read.
@@ -249,6 +251,7 @@ class _Local(threading.local):
         self.fixed = None
         self.made = ()
         self.scope = None
+        self.asked = None
         self.call = None
         self.peeking = False
         self.probe = None

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from nnx.scope import COMPILED
 from nnx.transforms.closure import Closure
 from refx import Node, Ref, RefError
 from refx.node import is_identity
@@ -219,6 +220,8 @@ def open_call(
     """Take the arguments of one call apart. `plans` is a function's cache of Plans."""
     form, roots, others = _take_roots(args, kwargs, any_leaf)
     scope = local.scope
+    if local.asked is not None:
+        local.asked.add(COMPILED)
     closed = closure.roots() if closure is not None else ()
     constants: tuple[Any, ...] = ()
     if closed or scope is not None:
