@@ -69,7 +69,7 @@ def without_jit() -> bool:
 
 def in_program() -> bool:
     """Whether what runs here becomes part of a program that is compiled and kept."""
-    return _program_between(EVAL, current_trace(()))
+    return _program_between(EVAL, current_trace(())) is not None
 
 
 ALTERNATIVES = {
@@ -479,7 +479,8 @@ def _check_not_baked(ref: Ref[Any], owner: Any, frame: Frame | None, trace: Any)
     home = ref._trace()
     if home is None:
         home = EVAL if frame is None else frame.trace()
-    if ref._trace is READ_ONLY or not _program_between(home, trace):
+    program = None if ref._trace is READ_ONLY else _program_between(home, trace)
+    if program is None:
         return
     of_body = home is not EVAL and not _stands_in(ref, frame)
     leaves = jax.tree.leaves(ref._value)
@@ -492,15 +493,15 @@ def _check_not_baked(ref: Ref[Any], owner: Any, frame: Frame | None, trace: Any)
         return
     abstract = _only_looked_at(trace)
     if abstract is None:
-        kind, fate = kind_of(trace), "become a constant of the compiled program"
+        kind, fate = kind_of(program), "become a constant of the compiled program"
     else:
         kind, fate = f"a plain {abstract}", "be a constant of what JAX keeps for the next call"
     raise ClosureError(
         f"{describe(ref, owner)} was read by closure inside {kind}. Its value would {fate}, and "
         f"later updates would never reach it. Pass the module as an argument, as in "
-        f"jax.jit(lambda m, x: m(x))(model, x), use the nnx transformation of the same name "
-        f"({f'nnx.{abstract[4:]}' if abstract else 'nnx.jit, nnx.scan, nnx.remat, ...'}), which makes "
-        f"inputs of closed-over Refs, or close over {ALTERNATIVES['frozen']}(model), a constant."
+        f"jax.jit(lambda m, x: m(x))(model, x), or use the nnx transformation of the same name "
+        f"({f'nnx.{abstract[4:]}' if abstract else 'nnx.jit, nnx.scan, nnx.remat, ...'}). What closes over "
+        f"its arguments (checkify, numpyro, blackjax) takes {ALTERNATIVES['frozen']}(model), a constant."
     )
 
 
@@ -539,13 +540,13 @@ def _runs(home: Any) -> bool:
     return trace is not None
 
 
-def _program_between(home: Any, trace: Any) -> bool:
-    """Whether a trace that becomes a program, and is kept, lies between `trace` and `home`."""
+def _program_between(home: Any, trace: Any) -> Any:
+    """The trace between `trace` and `home` that becomes a program, and is kept; None without one."""
     while trace is not None and trace is not home:
         if type(trace).__name__ == "DynamicJaxprTrace":
-            return True
+            return trace
         trace = getattr(trace, "parent_trace", None)
-    return False
+    return None
 
 
 def _not_writable(target: Ref[Any], ref: Ref[Any], owner: Any) -> Exception:
