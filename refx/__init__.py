@@ -30,7 +30,17 @@ from refx.errors import (
     ValueTypeError,
 )
 from refx.field import MISSING, RefField, StaticField, get_ref
-from refx.filters import All, Any, Filter, Not, OfType, PathContains, PathMatches, to_predicate
+from refx.filters import (
+    All,
+    Any,
+    Filter,
+    InModule,
+    Not,
+    OfType,
+    PathContains,
+    PathMatches,
+    to_predicate,
+)
 from refx.mutability import mutable
 from refx.node import Node
 from refx.partition import Partition
@@ -47,6 +57,7 @@ __all__ = [
     "Filter",
     "FilterError",
     "ForeignTracerError",
+    "InModule",
     "MISSING",
     "MissingPathError",
     "Node",

@@ -283,7 +283,8 @@ def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: A
     home = ref._trace()
     if home is None:
         home = EVAL if frame is None else frame.trace()
-    if ref._trace is READ_ONLY or not program_between(home, trace):
+    program = None if ref._trace is READ_ONLY else program_between(home, trace)
+    if program is None:
         return
     of_body = home is not EVAL and not _stands_in(ref, frame)
     leaves = jax.tree.leaves(ref._value)
@@ -296,7 +297,7 @@ def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: A
         return
     abstract = only_looked_at(trace) if local.frame is None else None
     if abstract is None:
-        kind, fate = kind_of(trace), "become a constant of the compiled program"
+        kind, fate = kind_of(program), "become a constant of the compiled program"
         which = ALTERNATIVES["compiles"]
     else:
         kind, fate = f"a plain {abstract}", "be a constant of what JAX keeps for the next call"
@@ -304,8 +305,8 @@ def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: A
     raise ClosureError(
         f"{describe(ref, owner)} was read by closure inside {kind}. Its value would {fate}, and "
         f"later updates would never reach it. Pass the module as an argument, as in "
-        f"jax.jit(lambda m, x: m(x))(model, x), use {ALTERNATIVES['same name']}{which}, which "
-        f"makes inputs of closed-over Refs, or close over {ALTERNATIVES['frozen']}(model), a constant."
+        f"jax.jit(lambda m, x: m(x))(model, x), or use {ALTERNATIVES['same name']}{which}. What closes "
+        f"over its arguments (checkify, numpyro, blackjax) takes {ALTERNATIVES['frozen']}(model), a constant."
     )
 
 

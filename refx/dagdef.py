@@ -24,7 +24,7 @@ import jax
 
 from refx.errors import StructureError
 from refx.node import Node
-from refx.partition import Path, dotted
+from refx.partition import Path, dotted, named
 from refx.static import Static
 
 __all__ = ["DagDef"]
@@ -44,7 +44,7 @@ class PathName(tuple[str, ...]):
 
 def parts_of(name: Any) -> Path:
     """What a name adds to a path."""
-    return tuple(name) if type(name) is PathName else (str(name),)
+    return tuple(map(str, name)) if type(name) is PathName else (str(name),)
 
 
 class Tree(NamedTuple):
@@ -247,8 +247,14 @@ def _paths(dagdef: DagDef) -> tuple[dict[int, Path], dict[int, Path]]:
         elif type(child) is Leaf:
             leaves.setdefault(child.number, path)
         if isinstance(child, (NodeDef, Tree)):
-            todo += [
-                (c, (*path, *parts_of(name)))
-                for name, c in zip(reversed(child.names), reversed(child.children), strict=True)
-            ]
+            todo += _below(child, path)
     return paths, leaves
+
+
+def _below(at: NodeDef | Tree, path: Path) -> list[tuple[Any, Path]]:
+    """What an object or a pytree holds, with its paths, the last first."""
+    kind = at.kind if type(at) is NodeDef else at.treedef.node_data()[0]
+    return [
+        (c, (*path, *(parts_of(name) if type(name) is PathName else named(kind, name))))
+        for name, c in zip(reversed(at.names), reversed(at.children), strict=True)
+    ]

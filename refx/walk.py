@@ -13,7 +13,7 @@ from refx.dagdef import DagDef, Leaf, NodeDef, PathName, RefDef, Tree, intern, p
 from refx.errors import StructureError, UnhashableStaticError
 from refx.frame import local
 from refx.node import LEAVES, Node, attributes, is_array, is_identity
-from refx.partition import Partition, Path, dotted
+from refx.partition import Name, Partition, Path, dotted
 from refx.ref import Ref
 from refx.static import Static
 from refx.text import ALTERNATIVES
@@ -214,7 +214,7 @@ def ref_def(collection: Any, metadata: Collection[tuple[str, Any]]) -> RefDef:
 
 
 def _types(kind: type, names: tuple[Any, ...]) -> tuple[type, ...]:
-    if kind is not dict or all(type(name) is str for name in names):
+    if kind is not dict or all(type(name) in (str, Name) for name in names):
         return ()
     return tuple(map(type, names))
 

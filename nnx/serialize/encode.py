@@ -45,7 +45,7 @@ from nnx.serialize.registry import is_config, name_of, registered
 from refx import EndedTraceError, Node, Partition, Ref
 from refx.access import peek
 from refx.node import attributes, is_array
-from refx.partition import Path, dotted
+from refx.partition import Name, Path, dotted
 from refx.snapshot import snapshot
 from refx.trace import EVAL, current_trace
 
@@ -109,7 +109,7 @@ class _Encoder:
                     f"it there. Save the model that it was made of, or a dict of what it says."
                 )
         # For those who want the values by path and not the tree.
-        leaves = [[list(path), self._code(x, path)] for path, x in self._leaves]
+        leaves = [[list(map(str, path)), self._code(x, path)] for path, x in self._leaves]
         structure = {
             "format": FORMAT,
             "version": VERSION,
@@ -151,7 +151,7 @@ class _Encoder:
             raise SaveError(f"{_at(path)} cannot be saved. {error}") from error
         facts = ref.metadata.items()
         return {
-            "path": list(path),
+            "path": list(map(str, path)),
             "collection": self._within("key", ref.collection, path),
             "metadata": [[k, self._within("key", v, (*path, k))] for k, v in facts],
             "value": self._within("content", value, path),
@@ -188,6 +188,8 @@ class _Encoder:
             self._context = outer
 
     def _code(self, x: Any, path: Path) -> Any:
+        if isinstance(x, Name):
+            x = str(x)
         kind = type(x)
         if x is None or kind is bool:
             return x
@@ -274,7 +276,7 @@ class _Encoder:
 
     def _partition(self, x: Partition, path: Path) -> Any:
         # Like the value of a Ref, one of a Partition has no identity inside it.
-        return [[list(p), self._within("content", v, (*path, *p))] for p, v in x.items()]
+        return [[list(map(str, p)), self._within("content", v, (*path, *p))] for p, v in x.items()]
 
     def _partial(self, x: Any, path: Path) -> Any:
         named = [[k, self._code(v, (*path, k))] for k, v in x.keywords.items()]

@@ -16,6 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 from nnx._ambient import ambient
+from nnx.scope import COMPILED
 from nnx.transforms.closure import Closure
 from refx import Node, Ref, RefError
 from refx.access import is_label
@@ -230,6 +231,8 @@ def open_call(
     """Take the arguments of one call apart. `plans` is a function's cache of Plans."""
     form, roots, others = _take_roots(args, kwargs, any_leaf)
     scope = ambient.scope
+    if ambient.asked is not None:
+        ambient.asked.add(COMPILED)
     closed = closure.roots() if closure is not None else ()
     constants: tuple[Any, ...] = ()
     if closed or scope is not None:
