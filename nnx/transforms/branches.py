@@ -22,6 +22,7 @@ from nnx.transforms.boundary import (
 from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.callables import function_name
 from nnx.transforms.eager import compiled_once
+from nnx.transforms.naming import named
 from nnx.transforms.streams import counts
 from refx import RefError
 
@@ -127,7 +128,7 @@ def _branch(
                 written = dict(zip(packed.spec.written, packed.written, strict=True))
                 return packed.out, [written.get(i, values[i]) for i in returned]
 
-            return branch
+            return named(branch, fn, call)
 
         out, written = choose([flat(fn) for fn in branches], *inputs)
         after = {**moved, **dict(zip(returned, written, strict=True))}
@@ -155,7 +156,7 @@ def _learn(
         values = [0 if i in streams else x for i, x in enumerate(values)]
         return body(fn, finish=note)(values, leaves, others)
 
-    packed = abstractly(counted, call.values, call.leaves, call.others)
+    packed = abstractly(named(counted, fn, call), call.values, call.leaves, call.others)
     return packed, drawn
 
 

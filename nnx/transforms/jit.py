@@ -20,6 +20,7 @@ from nnx.transforms.callables import check_plain, function_name, unbound
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import explain_deleted, explain_donation, selected
 from nnx.transforms.explain import Explanation, explain, note
+from nnx.transforms.naming import named
 from nnx.transforms.shardings import Shardings
 from nnx.transforms.simple import eval_shape
 from nnx.transforms.stages import Traced
@@ -69,7 +70,9 @@ class Jit:
         self._shardings = Shardings(self._name, *shardings, bound=bound)
         # Nothing but the arguments as they are: the common case has a shorter way.
         self._direct = not (self._static.active or self._shardings.active)
-        self._compiled = jax.jit(self._run, static_argnums=0, **options)
+        # One function: JAX knows a trace again by it.
+        self._pure = self._named_run()
+        self._compiled = jax.jit(self._pure, static_argnums=0, **options)
         # A function that is itself a Jit has attributes that must not become those of this one.
         functools.update_wrapper(self, fn, updated=())
 
@@ -104,6 +107,18 @@ class Jit:
                 pass
         # As a method the last one given is 1.
         return (_method, self._given[:5]) if len(self._given) > 5 else (Jit, self._given)
+
+    def _named_run(self) -> Callable[..., Packed]:
+        def pure(layout: Any, values: Any, leaves: Any, others: Any) -> Packed:
+            return self._run(layout, values, leaves, others)
+
+        return named(pure, self._fn)
+
+    def _named_run_donating(self) -> Callable[..., Packed]:
+        def pure(layout: Any, donated: Any, values: Any, leaves: Any, others: Any) -> Packed:
+            return self._run_donating(layout, donated, values, leaves, others)
+
+        return named(pure, self._fn)
 
     def _run(self, layout: Any, values: Any, leaves: Any, others: Any) -> Packed:
         call: Call = ambient.call
@@ -163,10 +178,10 @@ class Jit:
                 inputs = options["in_shardings"]
                 options["in_shardings"] = ([inputs[0][i] for i in layout.donated], *inputs)
             self._programs[layout] = jax.jit(
-                self._run_donating, static_argnums=0, donate_argnums=1, **options
+                self._named_run_donating(), static_argnums=0, donate_argnums=1, **options
             )
         elif self._shardings.active:
-            self._programs[layout] = jax.jit(self._run, static_argnums=0, **options)
+            self._programs[layout] = jax.jit(self._pure, static_argnums=0, **options)
         layout.traced = True
         if not layout.donated:
             note(self, layout, call)

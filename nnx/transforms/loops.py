@@ -21,6 +21,7 @@ from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.callables import function_name
 from nnx.transforms.carry import CARRY, Loop, run_loop
 from nnx.transforms.eager import compiled_once
+from nnx.transforms.naming import named
 from nnx.transforms.vmap import vmap
 from refx import Filter, StructureError
 from refx.node import is_identity
@@ -124,14 +125,19 @@ def _scan(
         sliced = loop.sliced()
         slices = jax.eval_shape(lambda: sliced)
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), slices)
-        loop.learn(abstractly(loop.step, loop.first(), one))
+        loop.learn(abstractly(loop.pure_step(), loop.first(), one))
 
         def body(carry: Any, x: Any) -> Any:
             carry, packed = loop.step(carry, x)
             return carry, (packed.out, loop.sliced_of(packed))
 
         last, (out, sliced) = jax.lax.scan(
-            body, loop.first(), sliced, size, reverse=reverse, unroll=unroll
+            named(body, f, call, loop.spread),
+            loop.first(),
+            sliced,
+            size,
+            reverse=reverse,
+            unroll=unroll,
         )
         y = close_call(call, loop.packed(out, last, sliced))
         return loop.last(last), y
@@ -204,7 +210,7 @@ def _while_loop(
         body_of_val = lambda val: (body_fun(val), None)  # noqa: E731
         loop = Loop(name, body_of_val, call, specs, init, renewed=renewed)
         nothing = loop.sliced()
-        loop.learn(abstractly(loop.step, loop.first(), nothing))
+        loop.learn(abstractly(loop.pure_step(), loop.first(), nothing))
 
         def condition(carry: Any) -> Any:
             packed = run(cond_fun, name, call, *loop.place(carry, nothing), mode="constant")
@@ -216,9 +222,14 @@ def _while_loop(
                 )
             return packed.out
 
+        def body(carry: Any) -> Any:
+            return loop.step(carry, nothing)[0]
+
         abstractly(condition, loop.first())
         last = jax.lax.while_loop(
-            condition, lambda carry: loop.step(carry, nothing)[0], loop.first()
+            named(condition, cond_fun, call, loop.spread),
+            named(body, body_fun, call, loop.spread),
+            loop.first(),
         )
         close_call(call, loop.packed(None, last, []))
         return loop.last(last)
@@ -297,14 +308,13 @@ def _fori_loop(
             steps=count,
             renewed=renewed,
         )
-        loop.learn(abstractly(loop.step, loop.first(), ([], [], [index])))
-        last = jax.lax.fori_loop(
-            lower,
-            upper,
-            lambda i, carry: loop.step(carry, ([], [], [i]))[0],
-            loop.first(),
-            unroll=unroll,
-        )
+        loop.learn(abstractly(loop.pure_step(), loop.first(), ([], [], [index])))
+
+        def body(i: Any, carry: Any) -> Any:
+            return loop.step(carry, ([], [], [i]))[0]
+
+        body = named(body, body_fun, call, loop.spread)
+        last = jax.lax.fori_loop(lower, upper, body, loop.first(), unroll=unroll)
         close_call(call, loop.packed(None, last, []))
         return loop.last(last)
 

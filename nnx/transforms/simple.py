@@ -21,6 +21,7 @@ from nnx.transforms.boundary import (
 )
 from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.callables import function_name, unbound
+from nnx.transforms.naming import named
 
 __all__ = ["checkify", "eval_shape", "make_jaxpr", "remat"]
 
@@ -39,7 +40,11 @@ def _transformed(
 
         def attempt(roots: Roots) -> Any:
             call = open_call(bound + args, kwargs, roots)
-            return transform(call, lambda *flat: run(inner, name, call, *flat, mode="read"))
+
+            def pure(values: Any, leaves: Any, others: Any) -> Packed:
+                return run(inner, name, call, values, leaves, others, mode="read")
+
+            return transform(call, named(pure, inner, call))
 
         return until_lifted(attempt)
 

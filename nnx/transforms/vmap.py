@@ -21,6 +21,7 @@ from nnx.transforms.axes import (
 from nnx.transforms.boundary import Outline, Packed, close_call, run, until_lifted
 from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.callables import function_name, unbound
+from nnx.transforms.naming import named
 from refx.partition import Path
 from refx.trace import is_batched
 
@@ -103,15 +104,12 @@ def vmap(
                     _check_output(name, groups[layout.keys.index(None)])
                     return groups
 
+                def pure(values: Any, leaves: Any, others: Any) -> Any:
+                    flat = (values, leaves, others)
+                    return run(inner, name, call, *flat, mode="read", finish=finish)
+
                 results = jax.vmap(
-                    lambda *flat: run(
-                        inner,
-                        name,
-                        call,
-                        *flat,
-                        mode="read",
-                        finish=finish,
-                    ),
+                    named(pure, inner, call),
                     in_axes=(specs.refs, specs.leaves, specs.others),
                     out_axes=layout.keys,
                     axis_name=axis_name,  # pyright: ignore[reportArgumentType]
