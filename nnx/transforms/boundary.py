@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from nnx._layer_names import RootNames
 from nnx.scope import entered
 from nnx.transforms.call import Call, Layout, Roots, unlabelled
 from nnx.transforms.donation import explain_deleted
@@ -162,6 +163,7 @@ def run(
         closed = Untouched(call, layout, objects)
         _shadow(frame, call, layout, mode, outer, objects)
         frame.describe = _namer(layout.dagdef, outer, objects)
+        frame.roots = RootNames(roots, call.roots)
         try:
             args, kwargs = _arguments(layout, roots, others)
             scope = roots[-1] if layout.has_scope else None
