@@ -32,7 +32,7 @@ class LayerCall:
     """The `__call__` of a class of modules: the user's function, in a scope where JAX traces."""
 
     def __init__(self, fn: types.FunctionType):
-        functools.update_wrapper(self, fn, updated=())
+        functools.update_wrapper(self, fn, updated=())  # pyright: ignore[reportArgumentType]
         self.scoped = _scoped(fn)
 
     __wrapped__: types.FunctionType

@@ -20,7 +20,16 @@ E = TypeVar("E", bound=BaseException)
 _ROOT = Path(__file__).parents[2]
 # And those of JAX, which it takes out only where an error leaves one of its own transformations.
 _HIDDEN = (
-    *(str(_ROOT / part) for part in ("refx", "nnx/transforms", "nnx/module.py", "nnx/scope.py", "nnx/_layer_names.py")),
+    *(
+        str(_ROOT / part)
+        for part in (
+            "refx",
+            "nnx/transforms",
+            "nnx/module.py",
+            "nnx/scope.py",
+            "nnx/_layer_names.py",
+        )
+    ),
     str(Path(jax.__file__).parent),
 )
 # In profiles and in the compiler's messages, too, an operation comes from a line of the user's.
