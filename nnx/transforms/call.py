@@ -153,6 +153,7 @@ class Call:
     """
 
     __slots__ = (
+        "__weakref__",
         "at_once",
         "entry",
         "filtered",

@@ -57,10 +57,18 @@ def named(pure: P, fn: Callable[..., Any], call: Any = None, spread: Spread | No
         fn = fn.__func__
     if hasattr(inspect.unwrap(fn) if callable(fn) else fn, "__code__"):
         made.__wrapped__ = fn
-    # By a weak reference: JAX keeps signatures for as long as their programs.
-    ref = weakref.ref(fn) if isinstance(fn, types.FunctionType) else lambda: fn
-    made.__signature__ = _Inputs(pure, ref, call, spread or _lists)
+    made.__signature__ = _Inputs(pure, fn, call, spread or _lists)
     return pure
+
+
+def _weakly(x: Any) -> Callable[[], Any]:
+    # JAX may keep a signature for longer than its function.
+    if isinstance(x, types.MethodType):
+        return weakref.WeakMethod(x)
+    try:
+        return weakref.ref(x)
+    except TypeError:
+        return lambda: x
 
 
 class _Inputs(inspect.Signature):
@@ -68,20 +76,21 @@ class _Inputs(inspect.Signature):
 
     __slots__ = ("_call", "_fn", "_spread")
 
-    def __init__(self, pure: Callable[..., Any], fn: Callable[[], Any], call: Any, spread: Spread):
+    def __init__(self, pure: Callable[..., Any], fn: Any, call: Any, spread: Spread):
         super().__init__(list(inspect.signature(pure, follow_wrapped=False).parameters.values()))
-        self._fn = fn
-        self._call = call
-        self._spread = spread
+        self._fn = _weakly(fn)
+        self._call = None if call is None else _weakly(call)
+        self._spread = _weakly(spread)
 
     def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
         bound = super().bind(*args, **kwargs)
-        call = ambient.call if self._call is None else self._call
-        if call is None:
+        call = ambient.call if self._call is None else self._call()
+        spread = self._spread()
+        if call is None or spread is None:
             return bound
         names = InputNames(self._fn(), call)
         found: dict[str, Any] = {}
-        for kind, i, x in self._spread(bound.arguments, call):
+        for kind, i, x in spread(bound.arguments, call):
             name = names.name(kind, i) if kind in _LISTS else kind
             found[name if name not in found else f"{name} ({len(found)})"] = x
         # JAX puts what this maps to after its name.
