@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,13 @@ class BranchError(RefError, TypeError):
     """Branches that leave different structures, shapes or dtypes behind."""
 
 
+Ts = TypeVarTuple("Ts")
+R = TypeVar("R")
+
+
 def cond(
-    pred: Any, true_fun: Callable[..., Any], false_fun: Callable[..., Any], *operands: Any
-) -> Any:
+    pred: Any, true_fun: Callable[[*Ts], R], false_fun: Callable[[*Ts], R], *operands: *Ts
+) -> R:
     """Apply `true_fun` or `false_fun` to the operands, by the scalar `pred`.
 
     Refs in the operands and Refs that a branch closes over may be read and written; a Ref that only
@@ -67,7 +71,7 @@ def cond(
     return compiled_once(impl, name, (true_fun, false_fun), (pred, *operands), None, plain)
 
 
-def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
+def switch(index: Any, branches: Sequence[Callable[[*Ts], R]], *operands: *Ts) -> R:
     """Apply the branch with the number `index`, clamped as by `jax.lax.switch`; else as `nnx.cond`.
 
     >>> import jax.numpy as jnp, nnx

@@ -8,7 +8,7 @@ others are constants of the loop, which costs nothing and keeps their gradients 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +29,21 @@ from refx.node import is_identity
 __all__ = ["fori_loop", "map", "scan", "while_loop"]
 
 
+C = TypeVar("C")
+X = TypeVar("X")
+Y = TypeVar("Y")
+
+
 def scan(
-    f: Callable[[Any, Any], tuple[Any, Any]],
-    init: Any = None,
-    xs: Any = None,
+    f: Callable[[C, X], tuple[C, Y]],
+    init: C = None,
+    xs: X = None,
     length: int | None = None,
     reverse: bool = False,
     unroll: int | bool = 1,
     *,
     axes: dict[Filter, Any] | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[C, Y]:
     """Run `f(carry, x) -> (carry, y)` over the leading axis of `xs`, as one compiled loop.
 
     Refs in `init`, Refs that `f` closes over, and the streams of the ambient scope are carried.
@@ -168,9 +173,7 @@ def _length(call: Call, specs: Specs, given: int | None, name: str) -> int:
     return length(call, specs, given, name, lambda spec: None if spec is CARRY else spec)
 
 
-def while_loop(
-    cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any
-) -> Any:
+def while_loop(cond_fun: Callable[[C], Any], body_fun: Callable[[C], C], init_val: C) -> C:
     """Run `body_fun(val) -> val` as long as `cond_fun(val)` is true, as one compiled loop.
 
     Refs in `init_val` and Refs that the functions close over are carried, and both see their
@@ -240,11 +243,11 @@ def _while_loop(
 def fori_loop(
     lower: Any,
     upper: Any,
-    body_fun: Callable[[Any, Any], Any],
-    init_val: Any,
+    body_fun: Callable[[Any, C], C],
+    init_val: C,
     *,
     unroll: int | bool | None = None,
-) -> Any:
+) -> C:
     """Run `body_fun(i, val) -> val` for `i` from `lower` to `upper - 1`, as one compiled loop.
 
     Refs in `init_val` and Refs that the body closes over are carried. Arguments as for
@@ -321,7 +324,7 @@ def _fori_loop(
     return run_loop(init_val, attempt)
 
 
-def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> Any:
+def map(f: Callable[[X], Y], xs: X, *, batch_size: int | None = None) -> Y:
     """Apply `f` to each slice of `xs` along the leading axis, one after the other, and stack.
 
     It is `nnx.scan` without a carry, so Refs in `xs` are sliced and closed-over Refs carried.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 
@@ -28,15 +28,19 @@ from refx.trace import is_batched
 __all__ = ["vmap"]
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
 def vmap(
-    fn: Callable[..., Any],
+    fn: Callable[P, R],
     in_axes: Any = 0,
     out_axes: Any = 0,
     *,
     axis_name: Hashable | None = None,
     axis_size: int | None = None,
     spmd_axis_name: Any = None,
-) -> Callable[..., Any]:
+) -> Callable[P, R]:
     """Map a function over an axis of its arguments; Refs are mapped as their axes say.
 
     A Ref with an axis has a slice in each lane, and its writes are stacked again. A Ref with the
