@@ -9,6 +9,7 @@ was taken. The module that the step calls first adds nothing, nor does a call ou
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 import types
 import weakref
@@ -51,8 +52,17 @@ class LayerCall:
             return method(self.__wrapped__, module)
         return method(self.scoped, module)
 
+    def __call__(self, module: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return self.__get__(module)(*args, **kwargs)
+
     def __reduce__(self) -> Any:
         return LayerCall, (self.__wrapped__,)
+
+
+def method_of(cls: type, name: str) -> Any:
+    """What a class has by the name of a method: the function as the user wrote it."""
+    found = inspect.getattr_static(cls, name, None)
+    return found.__wrapped__ if isinstance(found, LayerCall) else found
 
 
 def _scoped(fn: Callable[..., Any]) -> Callable[..., Any]:

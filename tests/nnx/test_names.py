@@ -197,7 +197,7 @@ def test_what_jax_logs_and_raises(net, caplog):
 
 
 def test_incompatible_devices():
-    model = Dense()
+    model = jax.device_put(Dense(), jax.devices()[0])
     with pytest.raises(ValueError, match="Received incompatible devices") as info:
         nnx.jit(lambda model, x: model(x))(model, jax.device_put(X[:, :2], jax.devices()[1]))
     assert "argument model.w of <lambda>" in str(info.value)
