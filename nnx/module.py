@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import types
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NoReturn, TypeVar, cast, dataclass_transform
 
 import jax
 
 import refx
+from nnx._layer_names import LayerCall
 from nnx.scope import Scope, entered, expected, get_flag, make_rng, make_scope
 from nnx.show.html import show_node
 from nnx.show.text import tree_repr
@@ -194,6 +196,12 @@ class Module(Node):
     >>> model(jnp.ones(3)).shape
     (3,)
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        call = vars(cls).get("__call__")
+        if type(call) is types.FunctionType and not hasattr(call, "__isabstractmethod__"):
+            set_on_class(cls, "__call__", LayerCall(call))
 
     @classmethod
     def init(cls: type[M], rngs: Any = None, **flags: Any) -> type[M]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,14 @@ __all__ = ["clone", "frozen", "get_partition", "merge", "refs", "split", "update
 T = TypeVar("T")
 
 
+@overload
+def split(tree: T) -> tuple[DagDef[T], Partition]: ...
+@overload
+def split(tree: T, first: Filter, /) -> tuple[DagDef[T], Partition]: ...
+@overload
+def split(tree: T, first: Filter, second: Filter, /) -> tuple[DagDef[T], Partition, Partition]: ...
+@overload
+def split(tree: T, *filters: Filter) -> tuple[DagDef[T], *tuple[Partition, ...]]: ...
 def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
     """Take a tree apart into its structure and its values.
 
@@ -92,7 +100,7 @@ def _items(kept: Snapshot) -> Iterator[tuple[Path, Any, Any]]:
     yield from zip(kept.dagdef.leaf_paths, leaves, leaves, strict=True)
 
 
-def merge(dagdef: DagDef, *partitions: Mapping[Path, Any]) -> Any:
+def merge(dagdef: DagDef[T], *partitions: Mapping[Path, Any]) -> T:
     """Put a tree together from its structure and its values: the inverse of `split`.
 
     The tree equals the one that was split, with fresh Refs: the same sharing, the same identities

@@ -18,7 +18,7 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 
@@ -28,6 +28,9 @@ from refx.partition import Path, dotted, named
 from refx.static import Static
 
 __all__ = ["DagDef"]
+
+
+T = TypeVar("T", covariant=True)
 
 
 class Leaf(NamedTuple):
@@ -78,7 +81,7 @@ class NodeDef(NamedTuple):
     frozen: bool = False
 
 
-class DagDef:
+class DagDef(Generic[T]):
     """The hashable structure that is left when the values are taken out of a tree.
 
     Equal structures are one object (DagDefs are interned), so comparing and hashing them is as

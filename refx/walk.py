@@ -84,7 +84,7 @@ def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             found.objects.append(obj)
             if kind is Ref:
                 found.refs.append(obj)  # pyright: ignore[reportArgumentType]
-                definition = ref_def(obj._collection, obj._metadata.items())
+                definition = ref_def(obj._collection, obj._metadata.items())  # pyright: ignore
                 frozen = obj._trace is FROZEN
                 nodes.append(definition._replace(frozen=True) if frozen else definition)
                 continue

@@ -196,7 +196,7 @@ def merge_lora(model: M) -> M:
         matrix = matrix_of(layer)
         kernel = get_ref(layer, matrix.name)
         _check_merge(found, path, layer, kernel, matrix.name)
-        lora = layer.lora
+        lora = layer.lora  # pyright: ignore[reportAttributeAccessIssue]
         product = matrix.weight(lora.lora_a @ lora.lora_b * lora.scale)
         kernels.append((kernel, (kernel.value + product).astype(kernel.value.dtype)))
     replace(model, lambda path, layer: path in layers, _without_adapter)

@@ -10,7 +10,6 @@ import base64
 import dataclasses
 import enum
 import functools
-import inspect
 import operator
 import types
 from collections import OrderedDict
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from nnx._layer_names import method_of
 from nnx.serialize.classes import fields_of, why_not
 from nnx.serialize.dtypes import dtype_of, has_bad_bits
 from nnx.serialize.errors import LoadError
@@ -337,7 +337,7 @@ class _Decoder:
 
     def _method(self, content: Any) -> Any:
         node, name = self.value(content[0]), content[1]
-        found = inspect.getattr_static(type(node), name, None)
+        found = method_of(type(node), name)
         if not isinstance(found, types.FunctionType):
             raise LoadError(f"the class {type(node).__name__} has no method {name!r} any more")
         return types.MethodType(found, node)

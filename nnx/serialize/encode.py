@@ -27,6 +27,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
+from nnx._layer_names import method_of
 from nnx.serialize.classes import fields_of, why_not
 from nnx.serialize.dtypes import dtype_name, has_bad_bits
 from nnx.serialize.errors import SaveError
@@ -284,7 +285,7 @@ class _Encoder:
 
     def _method(self, x: types.MethodType, path: Path) -> Any:
         name = x.__func__.__name__
-        if inspect.getattr_static(type(x.__self__), name, None) is not x.__func__:
+        if method_of(type(x.__self__), name) is not x.__func__:
             raise SaveError(
                 f"{_at(path)} is a method {name!r} that its class {type(x.__self__).__name__} does not "
                 f"have by that name. Define it in the class."

@@ -1,6 +1,7 @@
 """Training: optimizers, metrics, moving averages."""
 
 from nnx.training import metrics
+from nnx.training._metric import Metric
 from nnx.training._state import HyperparameterError, OptimizerError
 from nnx.training.ema import EMA, EMAError
 from nnx.training.metrics import MultiMetric
@@ -13,6 +14,7 @@ __all__ = [
     "EMA",
     "EMAError",
     "HyperparameterError",
+    "Metric",
     "MultiMetric",
     "Optimizer",
     "OptimizerError",

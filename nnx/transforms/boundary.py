@@ -19,12 +19,14 @@ aborted trace closed over alive for ever.)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from operator import is_
 from typing import Any, NamedTuple
 
 import jax
 
+from nnx._layer_names import RootNames
 from nnx.scope import entered
 from nnx.transforms.call import Call, Layout, Roots, unlabelled
 from nnx.transforms.donation import explain_deleted
@@ -82,10 +84,23 @@ class Packed:
         self.written = written
 
 
-jax.tree_util.register_pytree_node(
+class _Key:
+    """A part of the output in JAX's names: `result[0]` is that of the user's output."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_KEYS = _Key(""), _Key(".written")
+
+jax.tree_util.register_pytree_with_keys(
     Packed,
-    lambda p: ((p.out, p.written), p.spec),
+    lambda p: (tuple(zip(_KEYS, (p.out, p.written), strict=True)), p.spec),
     lambda spec, children: Packed(spec, *children),
+    lambda p: ((p.out, p.written), p.spec),
 )
 
 
@@ -148,6 +163,7 @@ def run(
         closed = Untouched(call, layout, objects)
         _shadow(frame, call, layout, mode, outer, objects)
         frame.describe = _namer(layout.dagdef, outer, objects)
+        frame.roots = RootNames(roots, call.roots)
         try:
             args, kwargs = _arguments(layout, roots, others)
             scope = roots[-1] if layout.has_scope else None
@@ -314,6 +330,7 @@ def to_its_end(transform: Callable[[Callable[..., Any]], Any], fn: Callable[...,
     """
     raised: list[Exception] = []
 
+    @functools.wraps(fn)
     def pure(*args: Any) -> Any:
         try:
             return fn(*args)

@@ -154,8 +154,10 @@ class Call:
     """
 
     __slots__ = (
+        "__weakref__",
         "at_once",
         "entry",
+        "filtered",
         "found",
         "layout",
         "leaves",
@@ -193,6 +195,8 @@ class Call:
         self.stand_ins: dict[Ref[Any], StandIn] | None = None
         # The trace that made the call, for transformations that read closed-over Refs in the body.
         self.entry: Any = None
+        # Where the inputs of a filtered program are in the lists.
+        self.filtered: Any = None
         # How often the body runs: the steps of a loop, the lanes of a batch.
         self.repeats = 1
 

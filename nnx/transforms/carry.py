@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from nnx.transforms.axes import Specs, places
 from nnx.transforms.boundary import Packed, Spec, check_lifted, run, until_lifted
 from nnx.transforms.call import Call, Roots
+from nnx.transforms.naming import named
 from refx import RefError, StructureError, clone, merge, split
 from refx.access import write
 from refx.frame import local
@@ -105,6 +106,30 @@ class Loop:
     def sliced(self) -> tuple[list[Any], ...]:
         lists = (self.call.values, self.call.leaves, self.call.others)
         return tuple([x[i] for i in at] for x, at in zip(lists, self._slices, strict=True))
+
+    def spread(self, arguments: dict[str, Any], call: Call) -> Iterator[tuple[str, int, Any]]:
+        """The inputs of one step, for their names."""
+        for name, given in arguments.items():
+            if name == "carry":
+                lists = (given.refs, given.leaves, given.others)
+                numbers: Any = (self._refs, self._leaves, self._others)
+            elif name == "x":
+                lists, numbers = given, self._slices
+            else:
+                yield name, 0, given
+                continue
+            for kind, at, values in zip(
+                ("values", "leaves", "others"), numbers, lists, strict=True
+            ):
+                yield from ((kind, i, x) for i, x in zip(at, values, strict=True))
+
+    def pure_step(self) -> Callable[..., Any]:
+        """`step` by the user's names."""
+
+        def pure(carry: Carried, x: Any) -> Any:
+            return self.step(carry, x)
+
+        return named(pure, self._fn, self.call, self.spread)
 
     def first(self) -> Carried:
         """What the first step gets."""

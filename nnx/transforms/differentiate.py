@@ -11,6 +11,7 @@ from nnx._ambient import ambient
 from nnx.transforms.boundary import close_call, run, until_lifted
 from nnx.transforms.call import Roots, open_call
 from nnx.transforms.callables import function_name, unbound
+from nnx.transforms.naming import named
 from nnx.transforms.targets import DifferentiationError, Parts, moves, targets_of
 from refx import Filter, Ref, get_partition
 from refx.node import is_identity
@@ -72,7 +73,7 @@ def differentiate(
             return run(inner, name, call, *flat, mode="constant", split_out=split_out)
 
         parts = [t.take(call.values, call.leaves, call.others) for t in targets]
-        result, packed = transform(pure, parts, targets, name)
+        result, packed = transform(named(pure, inner, call), parts, targets, name)
         closed = close_call(call, packed)
         if holds[-1]:
             return result, lambda _: closed[0], closed[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,69 @@ from nnx._ambient import ambient
 from nnx.transforms.callables import unbound
 from nnx.transforms.differentiate import differentiate
 from nnx.transforms.targets import DifferentiationError, Target
-from refx import Filter
+from refx import Filter, Partition
 
 __all__ = ["grad", "value_and_grad"]
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+A = TypeVar("A")
+
+# A Partition for an argument that holds Refs; for an array, what `jax.grad` gives.
+Gradient = Partition | Any
+
+
+@overload
+def value_and_grad(
+    fn: Callable[P, R],
+    *,
+    wrt: Filter = "params",
+    argnums: int = 0,
+    has_aux: Literal[False] = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, tuple[R, Gradient]]: ...
+@overload
+def value_and_grad(
+    fn: Callable[P, R],
+    *,
+    wrt: Filter = "params",
+    argnums: Sequence[int],
+    has_aux: Literal[False] = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, tuple[R, tuple[Gradient, ...]]]: ...
+@overload
+def value_and_grad(
+    fn: Callable[P, tuple[R, A]],
+    *,
+    wrt: Filter = "params",
+    argnums: int = 0,
+    has_aux: Literal[True],
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, tuple[tuple[R, A], Gradient]]: ...
+@overload
+def value_and_grad(
+    fn: Callable[P, tuple[R, A]],
+    *,
+    wrt: Filter = "params",
+    argnums: Sequence[int],
+    has_aux: Literal[True],
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, tuple[tuple[R, A], tuple[Gradient, ...]]]: ...
+@overload
+def value_and_grad(
+    fn: Callable[P, Any],
+    *,
+    wrt: Filter = "params",
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, Any]: ...
 def value_and_grad(
     fn: Callable[..., Any],
     *,
@@ -60,6 +118,56 @@ def value_and_grad(
     return _gradient("nnx.value_and_grad", fn, wrt, argnums, has_aux, holomorphic, allow_int)
 
 
+@overload
+def grad(
+    fn: Callable[P, R],
+    *,
+    wrt: Filter = "params",
+    argnums: int = 0,
+    has_aux: Literal[False] = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, Gradient]: ...
+@overload
+def grad(
+    fn: Callable[P, R],
+    *,
+    wrt: Filter = "params",
+    argnums: Sequence[int],
+    has_aux: Literal[False] = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, tuple[Gradient, ...]]: ...
+@overload
+def grad(
+    fn: Callable[P, tuple[R, A]],
+    *,
+    wrt: Filter = "params",
+    argnums: int = 0,
+    has_aux: Literal[True],
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, tuple[Gradient, A]]: ...
+@overload
+def grad(
+    fn: Callable[P, tuple[R, A]],
+    *,
+    wrt: Filter = "params",
+    argnums: Sequence[int],
+    has_aux: Literal[True],
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, tuple[tuple[Gradient, ...], A]]: ...
+@overload
+def grad(
+    fn: Callable[P, Any],
+    *,
+    wrt: Filter = "params",
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, Any]: ...
 def grad(
     fn: Callable[..., Any],
     *,

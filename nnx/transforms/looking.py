@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from nnx._layer_names import LayerCall
 from nnx.transforms.names import names_of
 from refx import Node, Ref, RefError
 from refx.dagdef import DagDef, NodeDef, Tree
@@ -393,7 +394,10 @@ def class_dict(cls: Any) -> dict[str, Any]:
     return gc.get_referents(type.__dict__["__dict__"].__get__(cls))[0]
 
 
-_CODE = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
+_CODE = (
+    *(types.FunctionType, staticmethod, classmethod, property, functools.cached_property),
+    LayerCall,
+)
 
 
 def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
