@@ -49,6 +49,9 @@ def main() -> int:
                     break
             if i % 200 == 199:
                 forget()
+            if i % 1000 == 999:
+                seconds = time.monotonic() - start
+                print(f"... {i + 1} programs in {seconds:.0f} s", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print("stopped")
     seconds = time.monotonic() - start
