@@ -87,9 +87,9 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "vmap": lambda f, x: jax.vmap(f, in_axes=None, axis_size=2)(x)[1],
     "cond": lambda f, x: jax.lax.cond(jnp.array(True), f, f, x),
     "scan": lambda f, x: jax.lax.scan(lambda c, _: (c, f(c)), x, None, length=2)[1][1],
-    "while": lambda f, x: (
-        jax.lax.while_loop(lambda c: c[1] < 1, lambda c: (c[0], c[1] + 1, f(c[0])), (x, 0, 0.0))[2]
-    ),
+    "while": lambda f, x: jax.lax.while_loop(
+        lambda c: c[1] < 1, lambda c: (c[0], c[1] + 1, f(c[0])), (x, 0, 0.0)
+    )[2],
     "nnx.cond": lambda f, x: nnx.cond(jnp.array(True), f, f, x),
     "linearize": lambda f, x: jax.linearize(f, x)[0],
     "vjp": lambda f, x: jax.vjp(f, x)[0],
@@ -173,6 +173,7 @@ def mapped_and_back(tree: Any, rng: random.Random) -> str | None:
     """Shapes, bools or names in the place of the leaves, and then arrays again: a module like any other."""
     tree = _one(tree, rng)
     values = iter(jax.tree.leaves(tree))
+    made: dict[int, Any] = {}
     to = rng.choice(
         [
             lambda x: jax.ShapeDtypeStruct(np.shape(x), getattr(x, "dtype", np.float32)),
@@ -183,15 +184,18 @@ def mapped_and_back(tree: Any, rng: random.Random) -> str | None:
             lambda x: (np.shape(x),),
         ]
     )
-    mapped = jax.tree.map(to, tree)
-    stop = lambda x: not isinstance(x, (nnx.Module, nnx.Ref, list, dict))
-    back = jax.tree.map(lambda _: next(values), mapped, is_leaf=stop)
-    if to(jnp.ones(2)) == ((2,),) or not same(_state(tree), _state(back)):
-        # A tuple of shapes is a tree, not a leaf, unless it is stopped at.
-        was = _state(tree)
-        if not same(was, _state(back)):
-            return difference(was, _state(back))
-    if not _only_numbers(tree):
+
+    def new(x: Any) -> Any:
+        found = to(x)
+        made[id(found)] = found
+        return found
+
+    # What stands for a leaf may be a tree itself, unless one stops at it.
+    mapped = jax.tree.map(new, tree)
+    back = jax.tree.map(lambda _: next(values), mapped, is_leaf=lambda x: id(x) in made)
+    if not same(_state(tree), _state(back)):
+        return difference(_state(tree), _state(back))
+    if not all(_is_number(r.value) for r in NNX.refs(tree)):
         return None
     one = nnx.clone(tree)
     NNX.real = False
@@ -295,7 +299,7 @@ def _raise_by_one(module: Any) -> None:
 
 _LABELS: tuple[Callable[[int], Any], ...] = (
     lambda i: f"name {i}",
-    lambda i: jax.ShapeDtypeStruct((i,), jnp.float32),
+    lambda i: "ab"[i % 2],
     lambda i: jax.sharding.PartitionSpec(f"x{i}"),
     lambda i: (f"a{i}", "b"),
     lambda i: np.dtype(["int8", "int16", "int32"][i % 3]),
