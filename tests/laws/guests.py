@@ -240,7 +240,7 @@ def kept_and_changed(tree: Any, rng: random.Random) -> str | None:
 
 def held_in_a_record(tree: Any, rng: random.Random) -> str | None:
     """A pytree that takes modules apart itself: alone, in another, beside the module, and replaced later."""
-    if not _only_numbers(tree):
+    if not _only_numbers(tree) or not all(_is_number(r.value) for r in NNX.refs(tree)):
         return None
     tree = _one(_floating(tree), rng)
     outer = NNX.classes["Plain"]()
@@ -309,11 +309,7 @@ _LABELS: tuple[Callable[[int], Any], ...] = (
 def ref_without_arrays(tree: Any, rng: random.Random) -> str | None:
     """A Ref that holds no array is a constant of a program that closes over it, and is never stale."""
     make = rng.choice(_LABELS)
-    if rng.random() < 0.5:
-        tree = jax.tree.map(lambda _: make(0), _one(tree, rng))
-    else:
-        tree = NNX.classes["Plain"]()
-        tree.x = nnx.Ref(make(0))
+    tree = jax.tree.map(lambda _: make(0), _one(tree, rng))
     refs = NNX.refs(tree)
     if not refs:
         return None
