@@ -24,6 +24,7 @@ from refx.errors import (
     NotMutableError,
     ReadOnlyError,
     TraceLevelError,
+    ValueTypeError,
 )
 from refx.frame import Frame, Original, StandIn, copy_containers, local
 from refx.text import ALTERNATIVES, array_text
@@ -182,7 +183,10 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
 
 
 def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
-    """Raise if `value` holds a tracer that is not of the current trace or one around it."""
+    """Raise if a Ref cannot hold `value`.
+
+    A value holds arrays and scalars, and no tracer that is not of the current trace or one around it.
+    """
     if isinstance(value, jax.Array):
         if not isinstance(value, Tracer):
             if is_dead(value):
@@ -190,7 +194,15 @@ def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
             return
         tracers = [value]
     else:
-        tracers = [x for x in jax.tree.leaves(value) if isinstance(x, Tracer)]
+        leaves = jax.tree.leaves(value)
+        if not (ref is not None and ref._trace is LABEL) and not all(map(_is_value, leaves)):
+            found = next(x for x in leaves if not _is_value(x))
+            raise ValueTypeError(
+                f"{_what(ref, owner)} was given a value that holds a {type(found).__name__}: "
+                f"{found!r:.60}. The value of a Ref must be a pytree of arrays and scalars. Keep a "
+                f"setting or a function in an ordinary attribute, and the arrays beside it in Refs."
+            )
+        tracers = [x for x in leaves if isinstance(x, Tracer)]
         if not tracers and is_dead(value):
             raise dead_error(f"{_what(ref, owner)} was given a value whose buffer")
     for tracer in tracers:
@@ -311,6 +323,17 @@ def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: A
 
 
 _VALUES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+
+
+def _is_value(x: Any) -> bool:
+    """Whether `x` is an array, a number, or what stands for an array."""
+    if isinstance(x, np.ndarray | np.generic):
+        return x.dtype.kind not in "OSU"
+    return (
+        isinstance(x, _VALUES)
+        or hasattr(type(x), "__jax_array__")
+        or (hasattr(x, "shape") and hasattr(x, "dtype"))
+    )
 
 
 def _stands_in(ref: Ref[Any], frame: Frame | None) -> bool:

@@ -256,7 +256,7 @@ def _paths(dagdef: DagDef) -> tuple[dict[int, Path], dict[int, Path]]:
 
 def _below(at: NodeDef | Tree, path: Path) -> list[tuple[Any, Path]]:
     """What an object or a pytree holds, with its paths, the last first."""
-    kind = at.kind if type(at) is NodeDef else at.treedef.node_data()[0]
+    kind = at.kind if isinstance(at, NodeDef) else at.treedef.node_data()[0]
     return [
         (c, (*path, *(parts_of(name) if type(name) is PathName else named(kind, name))))
         for name, c in zip(reversed(at.names), reversed(at.children), strict=True)

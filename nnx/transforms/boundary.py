@@ -122,6 +122,8 @@ def run(
     layout: Layout | None = None,
     mode: str = "lift",
     assigned: bool = False,
+    watch: Callable[..., Any] | None = None,
+    runs_once: bool = True,
     split_out: Callable[[Any], tuple[Any, Any]] | None = None,
     finish: Callable[[Packed, Outline], Any] | None = None,
 ) -> Any:
@@ -138,6 +140,8 @@ def run(
       mode: what reading a closed-over Ref means. `"lift"`: it must become a root. `"read"`: its
         value is taken as it is, since the trace is not kept, and only a written one becomes a
         root. `"constant"`: it may not be written.
+      watch: the user's function, where `fn` is one of ours around it.
+      runs_once: whether the body runs once for each call, and neither more often nor never.
       split_out: divides the output of `fn` in what is returned as it is and what is packed.
       finish: makes of the Packed what is to be returned, while the Refs still stand.
 
@@ -160,7 +164,9 @@ def run(
         outer = call.objects()
         inner_refs = [x for x in objects if type(x) is Ref]
         before = [Original(r._value) for r in inner_refs]
-        closed = Untouched(call, layout, objects)
+        closed = Untouched(
+            fn if watch is None else watch, call, layout, objects, outer, runs_once=runs_once
+        )
         _shadow(frame, call, layout, mode, outer, objects)
         frame.describe = _namer(layout.dagdef, outer, objects)
         frame.roots = RootNames(roots, call.roots)
@@ -176,6 +182,9 @@ def run(
             packed, outline = _pack(
                 frame, layout, call, roots, objects, outer, before, leaves, out, mode, assigned
             )
+            if call.found:
+                # The body runs again, and does then what it has done to the caller's containers.
+                closed.restore()
             result = packed if finish is None else finish(packed, outline)
         except Exception:
             closed.restore()

@@ -109,7 +109,7 @@ def _branch(
         inputs = (call.values, call.leaves, call.others)
 
         def body(fn: Callable[..., Any], **options: Any) -> Callable[..., Packed]:
-            return lambda *flat: run(fn, name, call, *flat, mode="read", **options)
+            return lambda *flat: run(fn, name, call, *flat, mode="read", runs_once=False, **options)
 
         # Which Refs each branch writes is known after an abstract evaluation; what one of them
         # writes, all of them return.

@@ -162,6 +162,8 @@ class Loop:
             *self.place(carry, sliced),
             mode="read",
             assigned=True,
+            watch=self._fn,
+            runs_once=False,
             split_out=lambda out: out,
         )
         return Carried(others, self.carried_of(packed), leaves), packed

@@ -99,13 +99,19 @@ class Graph:
     """Everything that can be reached from some objects, in one fixed order."""
 
     def __init__(
-        self, starts: Iterable[tuple[Any, Any, bool]], expected: Set[tuple[Any, ...]] = frozenset()
+        self,
+        starts: Iterable[tuple[Any, Any, bool]],
+        expected: Set[tuple[Any, ...]] = frozenset(),
+        *,
+        only_near: bool = False,
     ):
         """Look from `starts`, triples of a name, an object and whether it is far.
 
         Names of modules that are not bound count as None where their path is one of `expected`.
+        With `only_near`, no far step is taken.
         """
         self._expected = expected
+        self._only_near = only_near
         self.edges: list[Edge] = []
         self.objects: list[Any] = []
         self._paths: list[tuple[Any, ...]] = []
@@ -130,7 +136,7 @@ class Graph:
         return self._is_far[number]
 
     def _next(self) -> bool:
-        if not self._near and not self._far:
+        if not self._near and (not self._far or self._only_near):
             return False
         number = (self._near or self._far).popleft()
         x, far = self.objects[number], self._is_far[number]
@@ -138,11 +144,14 @@ class Graph:
             self._modules[number] = set()
             return True
         for key, way, value, step_far in self._steps(x):
-            self._edge(number, key, way, value, far or step_far)
+            if not (step_far and self._only_near):
+                self._edge(number, key, way, value, far or step_far)
         return True
 
     def _in_modules(self) -> bool:
         found = False
+        if self._only_near:
+            return False
         for number, done in list(self._modules.items()):
             content = vars(self.objects[number])
             path = self._paths[number]

@@ -216,7 +216,14 @@ def _while_loop(
         loop.learn(abstractly(loop.pure_step(), loop.first(), nothing))
 
         def condition(carry: Any) -> Any:
-            packed = run(cond_fun, name, call, *loop.place(carry, nothing), mode="constant")
+            packed = run(
+                cond_fun,
+                name,
+                call,
+                *loop.place(carry, nothing),
+                mode="constant",
+                runs_once=False,
+            )
             if packed.spec.written:
                 what = call.layout.name_of(packed.spec.written[0])
                 raise StructureError(
