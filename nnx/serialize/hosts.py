@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import time
 import zlib
 from typing import Any
 
@@ -38,22 +40,29 @@ def meet(key: str, path: str, timeout: float, orbax: Any) -> None:
     if jax.process_count() == 1:
         return
     barrier = orbax.multihost.get_barrier_sync_fn()
-    try:
-        barrier(key=f"nnx:{key}", timeout_ms=max(1, int(1000 * timeout)))
-    except jax.errors.JaxRuntimeError as error:
-        raise SaveError(_not_here(str(error), path, timeout)) from error
+    end = time.monotonic() + timeout
+    while True:
+        left = max(0.001, end - time.monotonic())
+        try:
+            return barrier(key=f"nnx:{key}", timeout_ms=math.ceil(1000 * left))
+        except jax.errors.JaxRuntimeError as error:
+            # JAX counts how often each process has come here. One that did not come to an earlier meeting
+            # is told so at once, or what became of that one: it comes again, and then the counts agree.
+            if time.monotonic() >= end or "arrier" not in str(error):
+                raise SaveError(_not_here(str(error), path, timeout)) from error
+        time.sleep(0.02)
 
 
 def _not_here(text: str, path: str, timeout: float) -> str:
     here, count = jax.process_index(), jax.process_count()
     named = re.search(r"timed out task names:\s*([\d\s,]+)", text)
-    absent = re.findall(r"\d+", named[1])[:8] if named else []
+    absent = [n for n in re.findall(r"\d+", named[1]) if int(n) != here][:8] if named else []
     if absent:
         who = f"process {', '.join(absent)} did not come to it within {timeout:g} s"
     elif "DEADLINE_EXCEEDED" in text:
         who = f"not every process came to it within {timeout:g} s"
     else:
-        who = f"another process has given up ({' '.join(text.split())[:200]})"
+        who = f"the processes did not come to it together ({' '.join(text.split())[:150]})"
     return (
         f"{path} cannot be saved: {who}. Every process of the program has to call nnx.save with the same "
         f"path and the same tree; do not put it under `if jax.process_index() == 0`. This is process "
