@@ -32,7 +32,9 @@ def is_directory(path: Any) -> bool:
     if not is_path(path):
         return False
     text = os.fsdecode(path)
-    return is_there(path) or not os.path.splitext(text)[1]
+    # A pipe or a device is written as a file is.
+    special = os.path.exists(path) and not (os.path.isdir(path) or os.path.isfile(path))
+    return is_there(path) or (not os.path.splitext(text)[1] and not special)
 
 
 def is_there(path: Any) -> bool:
@@ -53,10 +55,10 @@ class Sibling:
     """
 
     def __init__(self, path: str):
-        self.path = os.path.realpath(path)
-        parent, name = os.path.split(self.path)
         if "\0" in path:
             raise OSError(errno.EINVAL, "there is a null character in the path")
+        self.path = os.path.realpath(path)
+        parent, name = os.path.split(self.path)
         if "://" in path:
             raise OSError(
                 errno.EINVAL,
