@@ -390,7 +390,10 @@ def placed_elsewhere(old: View, new: Program) -> list[str]:
         if known.get(i) != now.get(i):
             name = names[i] if len(names) > i else f"input {i}"
             reasons.append(f"{name}: {_device(known.get(i))} → {_device(now.get(i))}")
-    return [*reasons, "this is compiled again, but not traced"]
+    # Where a value is on several devices, its place is a part of what is traced.
+    if new.layout is old.program.layout:
+        reasons.append("this is compiled again, but not traced")
+    return reasons
 
 
 def _device(sharding: Any) -> str:
