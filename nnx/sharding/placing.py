@@ -189,9 +189,7 @@ def _said(specs: Specs, tree: Any) -> Callable[[Path, Any], Any]:
     return specs
 
 
-def shard(
-    tree: T, specs: Specs = None, *, axes: Any = None, mesh: AnyMesh | None = None
-) -> T:
+def shard(tree: T, specs: Specs = None, *, axes: Any = None, mesh: AnyMesh | None = None) -> T:
     """Put every value of a tree where it belongs, in place, and return the tree.
 
     Arrays are moved, tracers constrained, and `ShapeDtypeStruct`s annotated. Either everything is

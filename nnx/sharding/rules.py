@@ -214,9 +214,7 @@ def resolve(
                 f"is a multiple of {count}, or leave this dimension whole: a rule or an entry None."
             )
         spec.append(axes[0] if len(axes) == 1 else (axes or None))
-    while spec and spec[-1] is None:
-        spec.pop()
-    return PartitionSpec(*spec)
+    return stripped(spec)
 
 
 def _axes(part: Any, sizes: Mapping[str, int], rules: Rules) -> tuple[str, ...]:
@@ -233,6 +231,16 @@ def _shown(said: Any) -> str:
     return str(said) if isinstance(said, PartitionSpec) else repr(tuple(said))
 
 
-def named(mesh: AnyMesh, spec: PartitionSpec) -> NamedSharding:
-    """The NamedSharding of a spec."""
-    return NamedSharding(mesh, spec)
+def stripped(parts: Iterable[Any]) -> PartitionSpec:
+    """The PartitionSpec without None at its end: JAX writes P("data") and P("data", None) for one place."""
+    kept = list(parts)
+    while kept and kept[-1] is None:
+        kept.pop()
+    return PartitionSpec(*kept)
+
+
+def canonical(sharding: Any) -> Any:
+    """A sharding that equals every other that means the same."""
+    if type(sharding) is not NamedSharding or (sharding.spec and sharding.spec[-1] is not None):
+        return sharding
+    return NamedSharding(sharding.mesh, stripped(sharding.spec))

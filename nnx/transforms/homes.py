@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from nnx.sharding.placing import place
+from nnx.sharding.rules import canonical
 from nnx.transforms.call import Call, Layout
 from refx.buffers import CONCRETE
 
@@ -30,7 +31,9 @@ def at_home(call: Call) -> Layout:
     for known, moved in layout.elsewhere:
         if known == places:
             return moved
-    homes = tuple(map(_home_of, places))
+    homes = tuple(
+        canonical(s) if type(s) is NamedSharding and s.mesh.size > 1 else None for s in places
+    )
     if not any(homes):
         moved = layout
     else:
@@ -40,16 +43,6 @@ def at_home(call: Call) -> Layout:
         layout.elsewhere.clear()
     layout.elsewhere.append((places, moved))
     return moved
-
-
-def _home_of(place: Any) -> NamedSharding | None:
-    if type(place) is not NamedSharding or place.mesh.size == 1:
-        return None
-    parts = list(place.spec)
-    while parts and parts[-1] is None:
-        # JAX writes both P("data") and P("data", None) for one place.
-        parts.pop()
-    return NamedSharding(place.mesh, PartitionSpec(*parts))
 
 
 def kept(layout: Layout, written: tuple[int, ...], values: list[Any]) -> list[Any]:
