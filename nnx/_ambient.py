@@ -15,12 +15,15 @@ class _Ambient(threading.local):
     call: Any
     # What watches the calls of modules; transformations are called by it where there is one.
     probe: Any
+    # What logical axis names stand for; see `nnx.axis_rules`.
+    rules: Any
 
     def __init__(self) -> None:
         # Runs in each thread. As attributes of the instance they are found faster.
         self.scope = None
         self.call = None
         self.probe = None
+        self.rules = None
 
 
 ambient = _Ambient()

@@ -34,4 +34,4 @@ def test_the_error_in_the_readme_is_the_one_that_is_raised(capsys, tmp_path, mon
     for block in blocks(ROOT / "README.md"):
         exec(block, scope)
     out = capsys.readouterr().out
-    assert "norm.mean" in out and "Use nnx.jit" in out
+    assert "Ref BatchNorm.mean" in out and "Use nnx.jit" in out
