@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from nnx.layers._unrolled import NOTHING, Spot, Unrolled, named, part_of, stacked, take
 from nnx.serialize.errors import LoadError
-from nnx.serialize.putting import place_of, put_like
+from nnx.sharding.putting import place_of, put_like
 from refx import EndedTraceError, Ref
 from refx.access import peek
 from refx.dag import dtype_of, update

@@ -8,42 +8,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from nnx.serialize.decode import decode, decode_state
 from nnx.serialize.dtypes import dtype_of, has_bad_bits
 from nnx.serialize.errors import LoadError
 from nnx.serialize.fitting import Fitting
 from nnx.serialize.grammar import Damaged, check
-from nnx.serialize.putting import put, put_keys
+from nnx.sharding.placing import shardings
+from nnx.sharding.putting import put, put_keys
+from nnx.sharding.rules import current_mesh
 from refx import Partition, Ref, get_partition
 
 __all__: list[str] = []
 
 
-def shardings(tree, specs, *, axes, mesh):  # STUB until nnx.sharding is merged
-    from refx import refs
-    from refx.filters import to_predicate
-
-    out = {}
-    for path, ref in refs(tree).items():
-        spec = None
-        if callable(specs):
-            spec = specs(path, ref)
-        else:
-            for f, s in (specs or {}).items():
-                if to_predicate(f)(path, ref):
-                    spec = s
-                    break
-        out[path] = jax.sharding.NamedSharding(
-            mesh, spec if spec is not None else jax.sharding.PartitionSpec()
-        )
-    return out
-
-
 ReadArray = Callable[[str, str, tuple[int, ...]], np.ndarray]
 
 
-def shape_of(name: str, code: Any) -> jax.ShapeDtypeStruct:
+def shape_of(code: Any) -> jax.ShapeDtypeStruct:
     """The shape and dtype in the place of an array."""
     if "key" in code:
         like = jax.eval_shape(lambda: jax.random.key(0, impl=code["key"]))
@@ -116,16 +99,25 @@ def on_devices(name: str, code: Any, x: Any, sharding: Any) -> Any:
 def plan_tree(structure: Any, names: Any, only: Any, specs: Any, axes: Any, mesh: Any) -> Plan:
     """The plan of `load`, whose arguments these are."""
     plan = Plan()
-    placed = not (specs is None and axes is None and mesh is None)
+    here = mesh if mesh is not None else current_mesh()
+    placed = not (specs is None and axes is None and here is None)
     if only is ... and not placed:
         return plan
+    if isinstance(here, jax.sharding.AbstractMesh) and only is not None:
+        raise LoadError(
+            "the mesh is abstract, so it has no devices to put values on. Pass only=None for their shapes, or "
+            "a mesh of jax.make_mesh"
+        )
     by_shape: dict[int, str] = {}
     kept: list[Any] = []
+    numpy: set[str] = set()
 
     def new_array(name: str, code: Any) -> Any:
-        shape = shape_of(name, code)
+        shape = shape_of(code)
         kept.append(shape)  # so that an id means one of them
         by_shape[id(shape)] = name
+        if "numpy" in code:
+            numpy.add(name)
         return shape
 
     tree = decode(structure, names, new_array)
@@ -136,15 +128,24 @@ def plan_tree(structure: Any, names: Any, only: Any, specs: Any, axes: Any, mesh
     if placed:
         where = shardings(tree, specs, axes=axes, mesh=mesh)
         for path, value in get_partition(tree).items():
-            for x in jax.tree.leaves(value):
-                if id(x) in by_shape and path in where:
-                    plan.shardings[by_shape[id(x)]] = where[path]
+            for x, sharding in zip(*_leaves(value, where[path]), strict=True):
+                name = by_shape.get(id(x))
+                if name is not None and name not in numpy:
+                    plan.shardings[name] = sharding
     for x in kept:
         name = by_shape[id(x)]
         if name not in wanted:
             sharding = plan.shardings.get(name)
             plan.shapes[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     return plan
+
+
+def _leaves(value: Any, where: Any) -> tuple[list[Any], list[Any]]:
+    """The parts of a value, and the sharding of each."""
+    leaves = jax.tree.leaves(value)
+    if isinstance(where, Sharding):
+        return leaves, [where] * len(leaves)
+    return leaves, jax.tree.leaves(where, is_leaf=lambda x: x is None)
 
 
 def _nested(partition: Partition) -> Any:
@@ -163,16 +164,16 @@ def plan_state(structure: Any, names: Any, fitting: Fitting) -> Plan:
     plan = Plan()
     by_shape: dict[int, str] = {}
     kept: list[Any] = []
+    numpy: set[str] = set()
 
     def new_array(name: str, code: Any) -> Any:
-        shape = shape_of(name, code)
+        shape = shape_of(code)
         kept.append(shape)  # so that an id means one of them
         by_shape[id(shape)] = name
         if "numpy" in code:
             numpy.add(name)
         return shape
 
-    numpy: set[str] = set()
     wanted: set[str] = set()
     for path, value in decode_state(structure, names, new_array).items():
         if fitting.wants(path):

@@ -21,8 +21,8 @@ from jax.sharding import Sharding
 
 from nnx.serialize.dtypes import dtype_of
 from nnx.serialize.errors import LoadError
-from nnx.serialize.putting import data_sharding, is_key, put_keys
 from nnx.serialize.sums import checksum
+from nnx.sharding.putting import data_sharding, is_key, put_keys
 
 __all__: list[str] = []
 

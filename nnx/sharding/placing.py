@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from nnx._ambient import ambient
+from nnx.sharding.putting import move
 from nnx.sharding.rules import (
     NO_RULES,
     AnyMesh,
@@ -50,7 +51,7 @@ def place(x: Any, sharding: NamedSharding) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type)
     if not isinstance(x, Tracer):
-        return jax.device_put(x, sharding)
+        return move(x, sharding)
     kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
     current = jax.sharding.get_abstract_mesh()
     # What shard_map maps over is not there inside it.

@@ -31,6 +31,19 @@ def put(host: Any, sharding: Sharding | None) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
+def move(x: Any, sharding: Sharding) -> jax.Array:
+    """An array moved to where a sharding says; of random keys too, onto devices of several processes.
+
+    What is not spread yet has to be the same in every process, which JAX checks.
+    """
+    if not is_key(x) or sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    if not x.is_fully_addressable:
+        return jax.jit(lambda x: x, out_shardings=sharding)(x)
+    data = jax.device_put(np.asarray(jax.random.key_data(x)), data_sharding(sharding))
+    return put_keys(data, jax.random.key_impl(x), sharding)
+
+
 def put_keys(data: Any, impl: Any, sharding: Sharding | None) -> jax.Array:
     """Random keys of their data, which is on the host or where the sharding says already."""
     if not isinstance(data, jax.Array):
