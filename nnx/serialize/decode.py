@@ -18,7 +18,6 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
@@ -41,32 +40,32 @@ from refx.walk import walk
 
 __all__: list[str] = []
 
-ReadArray = Callable[[str, str, tuple[int, ...]], np.ndarray]
+NewArray = Callable[[str, Any], Any]
 
 
-def decode(structure: Any, names: Collection[str], read_array: ReadArray) -> Any:
+def decode(structure: Any, names: Collection[str], new_array: NewArray) -> Any:
     """Make the tree of a structure.
 
     Args:
       structure: the parsed JSON.
       names: the names of the arrays that there are.
-      read_array: gives the array of a name, dtype and shape, or raises a LoadError.
+      new_array: gives the array of a name, and of what the structure says of it, or raises a LoadError.
 
     Raises:
       LoadError: without the name of the file.
     """
     check_header(structure)
-    return guarded(lambda: _Decoder(structure, read_array).tree(names))
+    return guarded(lambda: _Decoder(structure, new_array).tree(names))
 
 
-def decode_state(structure: Any, names: Collection[str], read_array: ReadArray) -> dict[Path, Any]:
+def decode_state(structure: Any, names: Collection[str], new_array: NewArray) -> dict[Path, Any]:
     """The values by path: of the Refs of what was saved or, if it is a Partition, of that.
 
     The classes of modules are not needed, so a file whose classes have changed can be read too.
     Arguments and errors are those of `decode`.
     """
     check_header(structure)
-    return guarded(lambda: _Decoder(structure, read_array).by_path(names))
+    return guarded(lambda: _Decoder(structure, new_array).by_path(names))
 
 
 def guarded(make: Callable[[], Any]) -> Any:
@@ -85,11 +84,11 @@ def guarded(make: Callable[[], Any]) -> Any:
 
 
 class _Decoder:
-    def __init__(self, structure: dict[str, Any], read_array: ReadArray):
+    def __init__(self, structure: dict[str, Any], new_array: NewArray):
         self._facts: Check = check(structure)
         self._structure = structure
         self._specs = [kind_of(spec, "an object") for spec in structure["objects"]]
-        self._read_array = read_array
+        self._new_array = new_array
         self._arrays: dict[str, Any] = {}
         self._objects: list[Any] = []
         self._known_classes = Classes()
@@ -246,28 +245,8 @@ class _Decoder:
     def _array(self, code: Any) -> Any:
         name = code["array"]
         if name not in self._arrays:
-            self._arrays[name] = self._new_array(name, tuple(code["shape"]), code)
+            self._arrays[name] = self._new_array(name, code)
         return self._arrays[name]
-
-    def _new_array(self, name: str, shape: tuple[int, ...], code: Any) -> Any:
-        if "key" in code:
-            impl = code["key"]
-            data = self._read_array(name, "uint32", (*shape, *_key_shape(impl)))
-            return jax.random.wrap_key_data(jnp.asarray(data), impl=impl)
-        dtype_of(code["dtype"])
-        host = self._read_array(name, code["dtype"], shape)
-        if has_bad_bits(host):
-            raise Damaged(f"its array {name!r} has bits that are no {host.dtype}")
-        if "numpy" in code:
-            return host
-        # Nobody else has the buffer, so the array may be made of it.
-        array = jax.device_put(host, may_alias=True)
-        if array.dtype != host.dtype:
-            raise LoadError(
-                f"the array {name!r} is {host.dtype}, which JAX would make {array.dtype}. Allow it "
-                f"with jax.config.update('jax_enable_x64', True)"
-            )
-        return array
 
     def _all(self, content: Any) -> list[Any]:
         return [self.value(x) for x in content]
@@ -397,12 +376,6 @@ _KINDS: dict[str, Callable[[_Decoder, Any], Any]] = {
     "list": lambda d, x: d._all(x),
     "dict": lambda d, x: dict(d._pairs(x, "a dict")),
 }
-
-
-@functools.lru_cache(maxsize=64)
-def _key_shape(impl: str) -> tuple[int, ...]:
-    like = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl)))
-    return like.shape
 
 
 def _data(x: str) -> bytes:

@@ -60,13 +60,22 @@ class Encoded(NamedTuple):
     arrays: dict[str, Any]
 
 
-def encode(tree: Any) -> Encoded:
+def encode(tree: Any, *, spread: bool = False) -> Encoded:
     """Take a tree apart.
+
+    Args:
+      tree: the tree.
+      spread: whether a process may have a part of an array only.
 
     Raises:
       SaveError: it holds something that has no name or no inverse; the message has its path.
     """
-    return _Encoder(tree).run()
+    return _Encoder(tree, spread).run()
+
+
+def is_spread(x: Any) -> bool:
+    """Whether an array is on devices of several processes."""
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
 def is_identity(x: Any) -> bool:
@@ -75,8 +84,9 @@ def is_identity(x: Any) -> bool:
 
 
 class _Encoder:
-    def __init__(self, tree: Any):
+    def __init__(self, tree: Any, spread: bool):
         self._tree = tree
+        self._spread = spread
         self._objects: list[Any] = []
         self._paths: list[Path] = []
         self._numbers: dict[int, int] = {}
@@ -317,10 +327,10 @@ class _Encoder:
         if name is None:
             name = self._array_names[id(x)] = self._member(path)
             self._arrays[name] = x
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        if not self._spread and isinstance(x, jax.Array) and not _is_whole(x):
             raise SaveError(
-                f"{_at(path)} is spread over the devices of several processes. Gather it first, "
-                f"as with jax.experimental.multihost_utils.process_allgather, or use orbax."
+                f"{_at(path)} is spread over the devices of several processes, so no process can write it "
+                f"into one file. Save into a directory, in every process: nnx.save('run/', tree)."
             )
         code: dict[str, Any] = {"array": name, "shape": list(x.shape)}
         if isinstance(x, np.ndarray):
@@ -347,6 +357,8 @@ class _Encoder:
         return code | {"dtype": dtype_name(x.dtype)}
 
     def _check_bits(self, x: Any, path: Path) -> None:
+        if isinstance(x, jax.Array) and not _is_whole(x):
+            return
         if np.dtype(x.dtype).kind in "bUV" and has_bad_bits(np.asarray(x)):
             raise SaveError(f"{_at(path)} has bits that are no {x.dtype}. Make the array anew.")
 
@@ -379,6 +391,11 @@ _KINDS: dict[type, tuple[str, _Kind]] = {
     functools.partial: ("partial", _Encoder._partial),
     jax.tree_util.Partial: ("Partial", _Encoder._partial),
 }
+
+
+def _is_whole(x: jax.Array) -> bool:
+    """Whether this process has all of an array."""
+    return x.is_fully_addressable or x.is_fully_replicated
 
 
 def _has_names(x: enum.Enum) -> bool:

@@ -1,23 +1,29 @@
-"""`nnx.save`, `nnx.load` and `nnx.load_state`: a tree in one file, and back."""
+"""`nnx.save`, `nnx.load` and `nnx.load_state`: a tree in one file or a directory, and back."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from nnx.serialize import npz, tensors
 from nnx.serialize.decode import decode, decode_state
-from nnx.serialize.encode import encode
-from nnx.serialize.errors import LoadError, load_error, save_error
+from nnx.serialize.directory import Reader as DirectoryReader
+from nnx.serialize.directory import Saving, save_directory, settle, token_of
+from nnx.serialize.encode import encode, is_spread
+from nnx.serialize.errors import LoadError, SaveError, load_error, save_error
 from nnx.serialize.fitting import Fitting, LoadReport
+from nnx.serialize.folders import is_directory, is_there
+from nnx.serialize.hosts import is_first
 from nnx.serialize.npz import Progress
 from nnx.serialize.places import check_writable, is_path, reading, replacing, shown
+from nnx.serialize.plan import Plan, plan_state, plan_tree
 from refx import RefError
-from refx.partition import listed
+from refx.filters import Filter
+from refx.partition import Path, listed
 
 __all__ = ["load", "load_state", "save"]
 
@@ -26,8 +32,15 @@ def _container(path: Any) -> Any:
     return tensors if shown(path).endswith(".safetensors") else npz
 
 
-def save(path: Any, tree: Any, *, progress: Progress | None = None) -> None:
-    """Write a model, or any tree of modules, Refs and arrays, into one file.
+def save(
+    path: Any,
+    tree: Any,
+    *,
+    progress: Progress | None = None,
+    wait: bool = True,
+    timeout: float = 300,
+) -> Saving | None:
+    """Write a model, or any tree of modules, Refs and arrays, into one file or a directory.
 
     The file is an `.npz`, which `numpy.load` opens without pickle, with the structure as JSON beside
     the arrays; or, if the name ends in `.safetensors`, one of that kind. It holds the classes by
@@ -42,14 +55,29 @@ def save(path: Any, tree: Any, *, progress: Progress | None = None) -> None:
     `nnx.save(path, nnx.get_partition((model, optimizer, stream)))`, and read by
     `nnx.load_state(path, into=(model, optimizer, stream))`.
 
+    A path without a suffix, such as `"run/"`, becomes a directory: the same structure in `nnx.json`, and the
+    arrays through Orbax (`pip install 'nnx[checkpoint]'`). A crash leaves what was there before, or the
+    new one. In a program of several processes every process calls `save`, with the same tree, and writes
+    its own shards; the file system has to be one that all of them see.
+
+    One file of such a program is written by process 0, if arrays are spread over processes; the others
+    return at once. Each array has to be whole in it, that is replicated.
+
     Args:
-      path: the path of the file, or a file that is open for bytes, such as an `io.BytesIO`.
+      path: the path of the file or directory, or a file that is open for bytes, such as an `io.BytesIO`.
       tree: a module, or a tuple, list or dict of modules, Refs and arrays, or a Partition.
-      progress: called as `progress(bytes_done, bytes_in_all)` now and then.
+      progress: called as `progress(bytes_done, bytes_in_all)` now and then; for a directory, at the end.
+      wait: for a directory, whether to return only when it is written. With `wait=False` the values are
+        copied, and the rest goes on in the background.
+      timeout: for a directory, how many seconds to wait for the other processes.
+
+    Returns:
+      With `wait=False` a `Saving`, which has `wait()` and `done()`. Otherwise None.
 
     Raises:
       SaveError: the tree holds something that a file cannot, such as a function that is not
-        registered (see `nnx.saveable`); the message has its path, and nothing is written. Where
+        registered (see `nnx.saveable`); the message has its path, and nothing is written. Or another
+        process did not save in time. Or the save before, with `wait=False`, failed. Where
         the system says no, as with a full disk or without permission, it is also the `OSError` that
         it is, and what was at the path is as it was.
 
@@ -60,30 +88,43 @@ def save(path: Any, tree: Any, *, progress: Progress | None = None) -> None:
     >>> nnx.load(path).kernel.shape
     (3, 2)
     """
+    if is_directory(path):
+        encoded = encode(tree, spread=True)
+        name = os.fsdecode(path)
+        return save_directory(name, encoded, wait=wait, timeout=timeout, progress=progress)
+    if not wait:
+        raise SaveError(
+            f"wait=False is for directories, and {shown(path)} is one file. Give a path without a suffix, "
+            f"such as 'run/'."
+        )
     if not is_path(path):
         check_writable(path)
     encoded = encode(tree)
+    if not is_first() and any(is_spread(x) for x in encoded.arrays.values()):
+        return None
     container = _container(path)
     try:
         if not is_path(path):
             container.write(path, encoded, progress)
             if hasattr(path, "flush"):
                 path.flush()
-            return
+            return None
         with replacing(os.fsdecode(path)) as file:
             container.write(file, encoded, progress)
     except OSError as error:
         raise save_error(error, shown(path)) from error
+    return None
 
 
 @contextlib.contextmanager
-def _reading(path: Any, progress: Progress | None, container: Any = None) -> Iterator[Any]:
-    """Open a file; whatever is wrong with it becomes one LoadError that names it."""
+def _explained(path: Any) -> Iterator[None]:
+    """Whatever is wrong with a file becomes one LoadError that names it."""
     name = shown(path)
     try:
-        with reading(path) as (file, size):
-            yield (container or _container(path)).Reader(file, size, progress)
+        yield
     except LoadError as error:
+        if isinstance(error, OSError):
+            raise
         raise LoadError(f"{name} cannot be loaded: {error}.") from error.__cause__
     except (RefError, ImportError):
         raise
@@ -97,16 +138,41 @@ def _reading(path: Any, progress: Progress | None, container: Any = None) -> Ite
         ) from error
 
 
-def load(path: Any, *, progress: Progress | None = None) -> Any:
-    """Read what `save` wrote: the same tree, from the file alone.
+@contextlib.contextmanager
+def _reading(path: Any, progress: Progress | None, container: Any = None) -> Iterator[Any]:
+    """Open a file; whatever is wrong with it becomes one LoadError that names it."""
+    with _explained(path), reading(path) as (file, size):
+        yield (container or _container(path)).Reader(file, size, progress)
+
+
+def load(
+    path: Any,
+    *,
+    only: Filter = ...,
+    specs: Any = None,
+    axes: Any = None,
+    mesh: Any = None,
+    progress: Progress | None = None,
+) -> Any:
+    """Read what `save` wrote: the same tree, from the file or the directory alone.
 
     Classes and functions are found by name among those that the program has imported; a file never
-    causes an import, and no code of it is run. Arrays are put on the default device. `__init__` does
-    not run: an attribute that it sets by now, and that is no field of the class, is not there.
+    causes an import, and no code of it is run. `__init__` does not run: an attribute that it sets by
+    now, and that is no field of the class, is not there.
+
+    Arrays are put on the default device. With `mesh`, `specs` or `axes` they are put where
+    `nnx.shardings` says, whatever mesh and however many processes they were saved from. From a directory
+    each device reads its own part; one file is read by every process.
 
     Args:
-      path: the path of the file, or a file that is open for bytes, read from where it is.
-      progress: called as `progress(bytes_done, bytes_in_all)` now and then.
+      path: the path of the file or directory, or a file that is open for bytes, read from where it is.
+      only: a filter for what is read. In the place of the rest are `jax.ShapeDtypeStruct`s; with `None`
+        there is nothing else, so no device holds anything.
+      specs: a dict from filter to PartitionSpec, or a callable `(path, ref) -> PartitionSpec`, such as
+        `nnx.fsdp("data")`; it wins over the `sharding` metadata.
+      axes: rules from logical axis names in the metadata to axes of the mesh.
+      mesh: the mesh; by default that of `jax.set_mesh`.
+      progress: called as `progress(bytes_done, bytes_in_all)` now and then; for a directory not at all.
 
     Raises:
       LoadError: the file is damaged, cut short, foreign or newer, or a class is not imported or its
@@ -120,7 +186,11 @@ def load(path: Any, *, progress: Progress | None = None) -> Any:
     >>> a, b = nnx.load(path)
     >>> a is b
     True
+    >>> nnx.load(path, only=None)[0].value
+    ShapeDtypeStruct(shape=(3,), dtype=float32)
     """
+    if is_there(path):
+        return _in_directory(path, lambda reader: _load_directory(reader, only, specs, axes, mesh))
     with _reading(path, progress) as reader:
         structure = reader.structure()
         if structure is None:
@@ -128,13 +198,19 @@ def load(path: Any, *, progress: Progress | None = None) -> Any:
                 f"it holds arrays ({listed(reader.array_names, 4)}), but no structure of nnx.save. "
                 f"Construct the model and use nnx.load_state(path, into=model)"
             )
-        return decode(structure, reader.array_names, reader.read)
+        plan = plan_tree(structure, reader.array_names, only, specs, axes, mesh)
+        return decode(structure, reader.array_names, plan.from_file(reader.read))
 
 
 def load_state(
-    path: Any, *, into: Any, strict: bool = True, progress: Progress | None = None
+    path: Any,
+    *,
+    into: Any,
+    only: Filter = ...,
+    strict: bool = True,
+    progress: Progress | None = None,
 ) -> LoadReport:
-    """Read the values of a file into a model that is there already, by path.
+    """Read the values of a file or a directory into a model that is there already, by path.
 
     The file may be one of a whole model, of a Partition (`nnx.save(path, model["params"])`), or an
     uncompressed `.npz` or a `.safetensors` of another tool whose names are paths joined by dots.
@@ -142,11 +218,13 @@ def load_state(
     of its paths; if the file has several, they must agree.
 
     Args:
-      path: the path of the file, or a file that is open for bytes, read from where it is.
+      path: the path of the file or directory, or a file that is open for bytes, read from where it is.
       into: the model, or another tree that holds Refs.
+      only: a filter for what of the model is read, as in `only="params"`; the rest stays as it is, and
+        what the file has for it, or for nothing in the model, is left out.
       strict: whether it is an error if a path is missing, unexpected, or of another shape or
         dtype. Without it, what fits is read, and the report says what did not.
-      progress: called as `progress(bytes_done, bytes_in_all)` now and then.
+      progress: called as `progress(bytes_done, bytes_in_all)` now and then; for a directory not at all.
 
     Returns:
       A LoadReport.
@@ -162,14 +240,11 @@ def load_state(
     >>> nnx.load_state(path, into=nnx.Linear.init(1)(3, 2))
     LoadReport(2 loaded)
     """
-    fitting = Fitting(into)
-    with _reading(path, progress) as reader:
-        structure = reader.structure()
-        if structure is None:
-            names = reader.array_names
-            values = {tuple(n.split(".")): reader.read(n, None, None) for n in names}
-        else:
-            values = decode_state(structure, reader.array_names, reader.read)
+    fitting = Fitting(into, only)
+    if is_there(path):
+        values = _in_directory(path, lambda reader: _state_of_directory(reader, fitting))
+    else:
+        values = _state_of_file(path, progress)
     fitting.add_all(values)
     report = fitting.report()
     if strict and (report.missing or report.unexpected or report.mismatched):
@@ -179,6 +254,44 @@ def load_state(
         )
     fitting.write()
     return report
+
+
+def _state_of_file(path: Any, progress: Progress | None) -> dict[Path, Any]:
+    with _reading(path, progress) as reader:
+        structure = reader.structure()
+        if structure is None:
+            names = reader.array_names
+            return {tuple(n.split(".")): reader.read(n, None, None) for n in names}
+        return decode_state(structure, reader.array_names, Plan().from_file(reader.read))
+
+
+def _in_directory(path: Any, use: Callable[[DirectoryReader], Any]) -> Any:
+    """What `use` makes of a directory; again, if the next checkpoint takes its place meanwhile."""
+    settle()
+    name = os.fsdecode(path)
+    token = None
+    while True:
+        try:
+            with _explained(path):
+                reader = DirectoryReader(name)
+                token = reader.token
+                return use(reader)
+        except LoadError:
+            if token is None or token_of(name) in (token, None):
+                raise
+
+
+def _load_directory(reader: DirectoryReader, only: Any, specs: Any, axes: Any, mesh: Any) -> Any:
+    structure, names = reader.structure, reader.names
+    plan = plan_tree(structure, names, only, specs, axes, mesh)
+    return decode(structure, names, plan.from_directory(reader))
+
+
+def _state_of_directory(reader: DirectoryReader, fitting: Fitting) -> dict[Path, Any]:
+    structure, names = reader.structure, reader.names
+    plan = plan_state(structure, names, fitting)
+    values = decode_state(structure, names, plan.from_directory(reader))
+    return {path: value for path, value in values.items() if fitting.wants(path)}
 
 
 def arrays_of(path: Any) -> Iterator[tuple[str, np.ndarray]]:

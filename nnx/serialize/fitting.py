@@ -14,12 +14,15 @@ from jax.core import Tracer
 
 from nnx.layers._unrolled import NOTHING, Spot, Unrolled, named, part_of, stacked, take
 from nnx.serialize.errors import LoadError
+from nnx.sharding.putting import place_of, put_like
 from refx import EndedTraceError, Ref
 from refx.access import peek
 from refx.dag import dtype_of, update
 from refx.dagdef import Leaf, NodeDef, RefDef, Tree
+from refx.filters import Filter, to_predicate
 from refx.node import Node, attributes
 from refx.partition import Path, dotted, listed
+from refx.selection import check_selection
 from refx.trace import EVAL, current_trace
 from refx.walk import walk
 
@@ -74,11 +77,15 @@ def _short(text: str, most: int = 80) -> str:
 class Fitting:
     """What of a file's values fits into a tree.
 
+    Args:
+      tree: the tree.
+      only: a filter for what of the tree is to be read; the rest, and what belongs to none, is left.
+
     Raises:
       LoadError: the tree holds tracers.
     """
 
-    def __init__(self, tree: Any):
+    def __init__(self, tree: Any, only: Filter = ...):
         self._tree = tree
         found = walk(tree)
         self._dagdef = found.dagdef
@@ -91,6 +98,7 @@ class Fitting:
         self._places = dict(zip(found.dagdef.leaf_paths, found.places, strict=True))
         for path, x in self._arrays.items():
             _check_outside(path, x)
+        self._chosen = self._choose(only, found.refs)
         # A Node's attributes are set by the Node, not in their dict.
         self._nodes = {id(attributes(x)): x for x in found.containers if isinstance(x, Node)}
         self._by_dots: dict[str, Path] = {}
@@ -123,18 +131,58 @@ class Fitting:
         path = self._find(given)
         if path is None:
             self._add_layers(given, value)
-        else:
+        elif self._is_chosen(path):
             self._add_to(path, given, value)
+
+    def _choose(self, only: Filter, refs: list[Ref[Any]]) -> frozenset[Path] | None:
+        """The paths of what is to be read, or None for all."""
+        if only is ...:
+            return None
+        predicate = to_predicate(only)
+        items = (*zip(self._ref_paths, refs, strict=True), *self._arrays.items())
+        chosen = frozenset(path for path, x in items if predicate(path, x))
+        if not chosen:
+            check_selection(only, self._tree)
+        return chosen
+
+    def _is_chosen(self, path: Path) -> bool:
+        return self._chosen is None or path in self._chosen
+
+    def places_of(self, given: Path, value: Any) -> Iterable[tuple[Any, Any]]:
+        """For each array of a value that the file has, itself and the sharding that it will have.
+
+        Here an array may be a `ShapeDtypeStruct`. What goes nowhere as it is has no sharding.
+        """
+        path = self._find(given)
+        if path is None or not self._is_chosen(path):
+            return
+        leaves, olds = jax.tree.leaves(value), jax.tree.leaves(self._current(path))
+        if _text(leaves) != _text(olds) or len(leaves) != len(olds):
+            return
+        for new, old in zip(leaves, olds, strict=True):
+            yield new, place_of(old)
+
+    def wants(self, given: Path) -> bool:
+        """Whether something at this path of the file may be read into the tree."""
+        path = self._find(given)
+        if path is None:
+            spots = self._unrolled.spots(dotted(given).split("."))
+            paths = [self._find(spot.path) for spot in spots]
+            return self._chosen is None or any(p is not None and p in self._chosen for p in paths)
+        return self._is_chosen(path)
 
     def _add_layers(self, given: Path, value: Any) -> None:
         """Take a value of a list for a Stack, or of a Stack for a list."""
         spots = self._unrolled.spots(dotted(given).split("."))
         paths = [self._find(spot.path) for spot in spots]
         if any(spot.at is NOTHING for spot in spots) or None in paths or not spots:
-            self._unexpected.append(given)
+            if self._chosen is None:
+                self._unexpected.append(given)
             return
         for spot, path in zip(spots, paths, strict=True):
             assert path is not None
+            if not self._is_chosen(path):
+                continue
             try:
                 part = part_of(value, spot)
             except ValueError:
@@ -241,14 +289,17 @@ class Fitting:
         if new_tree != old_tree or not fits:
             self._mismatched[path] = (there, here)
             return
-        placed = [_like(a, b) for a, b in zip(new_leaves, old_leaves, strict=True)]
+        placed = [put_like(a, b) for a, b in zip(new_leaves, old_leaves, strict=True)]
         self._new[path] = jax.tree.unflatten(old_tree, placed)
+
+    def _all(self) -> Iterable[Path]:
+        return (p for p in (*self._old, *self._arrays) if self._is_chosen(p))
 
     def report(self) -> LoadReport:
         """What was found."""
         return LoadReport(
             tuple(self._new),
-            (*(p for p in (*self._old, *self._arrays) if p not in self._given), *self._missing),
+            (*(p for p in self._all() if p not in self._given), *self._missing),
             tuple(self._unexpected),
             self._mismatched,
         )
@@ -343,12 +394,3 @@ def _text(leaves: Iterable[Any]) -> str:
         else:
             shapes.append(type(x).__name__)
     return ", ".join(shapes) or "nothing"
-
-
-def _like(new: Any, old: Any) -> Any:
-    """The new value where the old one is: on its devices, or in NumPy."""
-    if isinstance(old, jax.Array):
-        return jax.device_put(new, old.sharding if old.committed else None)
-    if isinstance(old, jax.ShapeDtypeStruct) and old.sharding is not None:
-        return jax.device_put(new, old.sharding)
-    return np.asarray(new) if isinstance(old, np.ndarray) else new

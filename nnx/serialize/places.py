@@ -75,7 +75,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
         raise
     # The new file is there by now, so that this is no reason to say that it is not.
     with contextlib.suppress(OSError):
-        _sync_folder(folder)
+        sync_folder(folder)
 
 
 def _create(folder: str, prefix: str) -> tuple[BinaryIO, str]:
@@ -83,14 +83,14 @@ def _create(folder: str, prefix: str) -> tuple[BinaryIO, str]:
     while True:
         number, temporary = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
         file = open(number, "wb")  # noqa: SIM115 — it stays open
-        _lock(number, wait=True)
+        try_lock(number, wait=True)
         # Another save may have taken it for stale before it was locked.
         if os.path.exists(temporary):
             return file, temporary
         file.close()
 
 
-def _lock(number: int, *, wait: bool = False) -> bool:
+def try_lock(number: int, *, wait: bool = False) -> bool:
     """Lock a file, unless somebody else has; the system takes the lock off when its owner dies.
 
     With `wait`, wait for one who looks whether the file is stale, and removes it.
@@ -118,7 +118,7 @@ def _remove_stale(folder: str, prefix: str) -> None:
         with contextlib.suppress(OSError):
             number = os.open(stale, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
             with open(number, "rb") as file:
-                if _lock(number):
+                if try_lock(number):
                     if fcntl is None:
                         file.close()
                     os.unlink(stale)
@@ -134,7 +134,7 @@ def _mode(path: str) -> int:
         return 0o666 & ~mask
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
     if os.name == "posix":
         number = os.open(folder, os.O_RDONLY)
         try:

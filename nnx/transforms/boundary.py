@@ -30,6 +30,7 @@ from nnx._layer_names import RootNames
 from nnx.scope import entered
 from nnx.transforms.call import Call, Layout, Roots, unlabelled
 from nnx.transforms.donation import explain_deleted
+from nnx.transforms.homes import kept
 from nnx.transforms.tracebacks import shortened
 from nnx.transforms.untouched import Untouched, check_arguments, check_found, reachable
 from refx import Node, Ref
@@ -276,7 +277,7 @@ def _pack(
         for i, (ref, was) in enumerate(zip(inner_refs, before, strict=True))
         if was.changed(ref._value) or (assigned and ref in frame.assigned)
     )
-    new_values = [inner_refs[i]._value for i in written]
+    new_values = kept(layout, written, [inner_refs[i]._value for i in written])
     after = walk(roots, skip=1)
     same = (
         after.dagdef is layout.dagdef

@@ -296,8 +296,8 @@ def test_hostile_and_long_names_stay_inside_the_folder(tmp_path):
 
 def test_the_same_tree_gives_the_same_file(tmp_path):
     for name in "ab":
-        nnx.save(tmp_path / name, Net())
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+        nnx.save(tmp_path / f"{name}.npz", Net())
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
 def test_a_failed_save_leaves_what_was_there(path, monkeypatch):

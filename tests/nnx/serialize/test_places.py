@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_listed_or_flushed(path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "listdir", refuse)
-        patch.setattr(places, "_sync_folder", refuse)
+        patch.setattr(places, "sync_folder", refuse)
         # The file is there, so this is no failure.
         nnx.save(path, Dense(seed=1))
     assert jnp.array_equal(nnx.load(path).w, Dense(seed=1).w)

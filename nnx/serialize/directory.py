@@ -1,0 +1,317 @@
+"""A checkpoint as a directory: the structure as in one file, the arrays by Orbax."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import threading
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from nnx.serialize import hosts
+from nnx.serialize.decode import guarded
+from nnx.serialize.encode import Encoded
+from nnx.serialize.errors import LoadError, SaveError, save_error
+from nnx.serialize.folders import ARRAYS, STRUCTURE, Sibling
+from nnx.serialize.grammar import Damaged, check, check_header, clip, parse
+from nnx.serialize.store import Store, finish, is_stored, need_orbax, start, to_store
+from nnx.serialize.sums import checksum
+
+__all__ = ["Saving"]
+
+
+class Saving:
+    """A save that goes on in the background: `nnx.save(path, tree, wait=False)`.
+
+    Training may go on, and may donate what was saved: the values were copied before this was returned.
+    The next save to a directory, and a load of one, wait for it. A program does not end before it has.
+
+    >>> import jax, nnx, tempfile, os
+    >>> path = os.path.join(tempfile.mkdtemp(), "run")
+    >>> saving = nnx.save(path, nnx.Linear.init(0)(3, 2), wait=False)
+    >>> saving.wait()
+    >>> saving.done()
+    True
+    """
+
+    def __init__(self, path: str, finish: Callable[[], None]):
+        self._path = path
+        self._finish = finish
+        self._error: BaseException | None = None
+        self._told = False
+        # Not a daemon: the program waits for it at its end.
+        self._thread = threading.Thread(target=self._run, name=f"nnx.save {path}")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._finish()
+        except BaseException as error:
+            self._error = error
+        finally:
+            del self._finish
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait until it has ended.
+
+        Raises:
+          SaveError: it failed, and what was at the path is as it was.
+        """
+        self._thread.join()
+        self._told = True
+        if self._error is not None:
+            raise self._error
+
+    def __repr__(self) -> str:
+        state = "failed" if self._error else "done" if self.done() else "writing"
+        return f"Saving({self._path!r}, {state})"
+
+
+# The save before, and who may begin one: a process writes one directory at a time.
+_last: list[Saving] = []
+_saves = threading.Lock()
+
+
+def settle() -> None:
+    """Wait for the save before, if one goes on.
+
+    Raises:
+      SaveError: it failed, and nobody has been told so far.
+    """
+    for saving in list(_last):
+        saving._thread.join()
+        if not saving._told:
+            saving.wait()
+
+
+def save_directory(
+    path: str, encoded: Encoded, *, wait: bool, timeout: float, progress: Any
+) -> Saving | None:
+    """Write a tree into a directory.
+
+    Raises:
+      SaveError: it cannot be written; nothing has changed.
+    """
+    ocp = need_orbax(path, SaveError)
+    with _saves:
+        settle()
+        saving = Saving(path, _begin(path, encoded, ocp, copy=not wait, timeout=timeout))
+        _last[:] = [saving]
+    if not wait:
+        return saving
+    saving.wait()
+    if progress is not None:
+        total = sum(x.nbytes for x in encoded.arrays.values() if isinstance(x, np.ndarray))
+        total += sum(x.size * x.dtype.itemsize for x in encoded.arrays.values())
+        progress(total, total)
+    return None
+
+
+def _begin(
+    path: str, encoded: Encoded, ocp: Any, *, copy: bool, timeout: float
+) -> Callable[[], None]:
+    """Copy the values and begin to write. What is returned waits for that, and commits."""
+    text = json.dumps(encoded.structure, separators=(",", ":"))
+    hosts.meet(hosts.key_of(path, text), path, timeout, ocp)
+    sibling, said = None, {}
+    if hosts.is_first():
+        try:
+            sibling = Sibling(path)
+            os.mkdir(sibling.arrays)
+            said = {"arrays": sibling.arrays, "path": sibling.path}
+        except OSError as error:
+            said = {"error": str(error.strerror or error), "number": error.errno}
+            if sibling is not None:
+                sibling.close()
+    said = json.loads(hosts.from_first(json.dumps(said)))
+    if "error" in said:
+        raise save_error(OSError(said["number"], said["error"]), path)
+    folder = said["arrays"]
+    failure: BaseException | None = None
+    sums: dict[str, Any] = {}
+
+    def nothing() -> None: ...
+
+    written = nothing
+    try:
+        if not os.path.isdir(folder):
+            raise SaveError(
+                f"{path} cannot be saved: process {jax.process_index()} does not see the folder that "
+                f"process 0 made, {os.path.dirname(folder)!r}. Every process has to see the same file system."
+            )
+        stored = {
+            name: to_store(x, copy=copy) for name, x in encoded.arrays.items() if is_stored(x)
+        }
+        sums = {name: checksum(x) for name, x in stored.items()}
+        written = start(folder, stored, ocp)
+        sums = {name: int(x) for name, x in sums.items()}
+    except BaseException as error:
+        # The others wait at the next meeting.
+        failure = error
+    if failure is not None and jax.process_count() == 1:
+        assert sibling is not None
+        sibling.close()
+        raise _told(failure, path)
+
+    def finish_up() -> None:
+        _finish(path, said, failure, written, sibling, ocp, timeout, _document(encoded, sums, said))
+
+    return finish_up
+
+
+def _document(encoded: Encoded, sums: dict[str, Any], said: dict[str, Any]) -> bytes:
+    """The text of the structure, with a checksum of itself."""
+    structure = {**encoded.structure, "arrays": os.path.basename(said["arrays"]), "sums": sums}
+    text = json.dumps(structure, separators=(",", ":"))
+    return f'{{"crc32":{zlib.crc32(text.encode())},"structure":{text}}}\n'.encode()
+
+
+def _finish(
+    path: str,
+    said: dict[str, Any],
+    failure: BaseException | None,
+    written: Callable[[], None],
+    sibling: Sibling | None,
+    ocp: Any,
+    timeout: float,
+    document: bytes,
+) -> None:
+    folder, token = said["arrays"], os.path.basename(said["arrays"])
+    mark = os.path.join(os.path.dirname(folder), "written.")
+    try:
+        try:
+            written()
+            if failure is None and jax.process_count() > 1:
+                with open(f"{mark}{jax.process_index()}", "xb"):
+                    pass
+        except BaseException as error:
+            failure = failure or error
+        hosts.meet(f"{token}.written", path, timeout, ocp)
+        if sibling is not None and failure is None:
+            try:
+                _check_marks(path, mark)
+                finish(folder, ocp)
+                sibling.commit(document)
+            except BaseException as error:
+                failure = error
+        hosts.meet(f"{token}.committed", path, timeout, ocp)
+        if failure is not None:
+            raise _told(failure, path)
+        if sibling is None and not _is_committed(said["path"], token):
+            raise SaveError(
+                f"{path} cannot be saved: another process could not write its part, and says why. What was "
+                f"there before is as it was. This is process {jax.process_index()}."
+            )
+    finally:
+        if sibling is not None:
+            sibling.close()
+
+
+def _check_marks(path: str, mark: str) -> None:
+    if jax.process_count() == 1:
+        return
+    for process in range(jax.process_count()):
+        if not os.path.exists(f"{mark}{process}"):
+            raise SaveError(
+                f"{path} cannot be saved: process {process} could not write its part, and says why. "
+                f"What was there before is as it was."
+            )
+        os.unlink(f"{mark}{process}")
+
+
+def _is_committed(path: str, token: str) -> bool:
+    with contextlib.suppress(OSError), open(os.path.join(path, STRUCTURE), "rb") as file:
+        return token.encode() in file.read()
+    return False
+
+
+def _told(error: BaseException, path: str) -> BaseException:
+    """An error that a user understands, of one that another library has raised."""
+    if isinstance(error, SaveError) or not isinstance(error, Exception):
+        return error
+    if isinstance(error, OSError):
+        made = save_error(error, path)
+    else:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        made = SaveError(f"{path} cannot be saved: {text}")
+    made.__cause__ = error
+    return made
+
+
+class Reader:
+    """A directory that is read: its structure, and its arrays.
+
+    Args:
+      path: the directory.
+
+    Raises:
+      LoadError: without the name of the directory.
+    """
+
+    def __init__(self, path: str):
+        ocp = need_orbax(path, LoadError)
+        text = _read_structure(path)
+        outer = parse(text)
+        if not isinstance(outer, dict) or outer.keys() != {"crc32", "structure"}:
+            raise LoadError(f"its {STRUCTURE} is not one that nnx.save wrote")
+        self.structure = outer["structure"]
+        again = json.dumps(self.structure, separators=(",", ":")).encode()
+        if zlib.crc32(again) != outer["crc32"]:
+            raise LoadError(f"the checksum of its {STRUCTURE} is wrong")
+        check_header(self.structure)
+        token, sums = self.structure.pop("arrays", None), self.structure.pop("sums", None)
+        if (
+            type(token) is not str
+            or not token.startswith(ARRAYS)
+            or os.path.basename(token) != token
+        ):
+            raise Damaged(f"its arrays are said to be in {clip(token)}")
+        if not isinstance(sums, dict) or any(type(x) is not int for x in sums.values()):
+            raise Damaged("its checksums are no numbers by name")
+        self.token, self._sums, self._ocp = token, sums, ocp
+        # The names of the arrays are those of the folder: a Store compares them.
+        self.names = list(guarded(lambda: check(self.structure)).arrays)
+        self._folder = os.path.join(path, token)
+        if not os.path.isdir(self._folder):
+            raise LoadError(f"its folder {token!r} is missing, where the arrays are")
+
+    def store(self, codes: dict[str, Any]) -> Store:
+        """The arrays; `codes` is what the structure says of them."""
+        return Store(self._folder, codes, self._sums, self._ocp)
+
+
+def token_of(path: str) -> str | None:
+    """The folder of the arrays that a directory names at present."""
+    with contextlib.suppress(LoadError, Damaged, OSError, ValueError):
+        return Reader(path).token
+    return None
+
+
+def _read_structure(path: str) -> bytes:
+    try:
+        with open(os.path.join(path, STRUCTURE), "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        if not os.path.isdir(path):
+            raise
+    names = os.listdir(path)
+    if any(name.startswith(ARRAYS) for name in names):
+        raise LoadError(f"there is no {STRUCTURE} in it, so it was not written to its end")
+    inside = ", ".join(sorted(names)[:4]) or "nothing"
+    text = f"Is a directory without {STRUCTURE}, so nnx.save did not write it; it holds {inside}."
+    if any(n in names for n in ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")):
+        text = (
+            f"Is a directory of Orbax without the structure of a model ({STRUCTURE}). Construct the model, "
+            f"and read it with Orbax into nnx.get_partition(model)."
+        )
+    raise IsADirectoryError(errno.EISDIR, text)

@@ -1,0 +1,188 @@
+"""Which arrays of a file are read, and where each is put."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+
+from nnx.serialize.decode import decode, decode_state
+from nnx.serialize.dtypes import dtype_of, has_bad_bits
+from nnx.serialize.errors import LoadError
+from nnx.serialize.fitting import Fitting
+from nnx.serialize.grammar import Damaged, check
+from nnx.sharding.placing import shardings
+from nnx.sharding.putting import put, put_keys
+from nnx.sharding.rules import current_mesh
+from refx import Partition, Ref, get_partition
+
+__all__: list[str] = []
+
+
+ReadArray = Callable[[str, str, tuple[int, ...]], np.ndarray]
+
+
+def shape_of(code: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype in the place of an array."""
+    if "key" in code:
+        like = jax.eval_shape(lambda: jax.random.key(0, impl=code["key"]))
+        return jax.ShapeDtypeStruct(tuple(code["shape"]), like.dtype)
+    return jax.ShapeDtypeStruct(tuple(code["shape"]), dtype_of(code["dtype"]))
+
+
+class Plan:
+    """For the arrays of a file by name, whether each is read, and its sharding.
+
+    Attributes:
+      shapes: what is in the place of those that are not read.
+      shardings: the sharding of each that has one.
+    """
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
+        self.shardings: dict[str, Any] = {}
+
+    def from_file(self, read: ReadArray) -> Callable[[str, Any], Any]:
+        """Gives an array of one file, by its name and what the structure says of it."""
+
+        def new_array(name: str, code: Any) -> Any:
+            if name in self.shapes:
+                return self.shapes[name]
+            return on_devices(name, code, _read(name, code, read), self.shardings.get(name))
+
+        return new_array
+
+    def from_directory(self, reader: Any) -> Callable[[str, Any], Any]:
+        """Gives an array of a directory, by its name and its code; all are read at once."""
+        codes = check(reader.structure).arrays
+        wanted = {name: self.shardings.get(name) for name in codes if name not in self.shapes}
+        values = reader.store(codes).read(wanted)
+
+        def new_array(name: str, code: Any) -> Any:
+            if name in self.shapes:
+                return self.shapes[name]
+            return on_devices(name, code, values[name], self.shardings.get(name))
+
+        return new_array
+
+
+def _read(name: str, code: Any, read: ReadArray) -> np.ndarray:
+    if "key" in code:
+        like = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=code["key"])))
+        return read(name, "uint32", (*code["shape"], *like.shape))
+    dtype_of(code["dtype"])
+    return read(name, code["dtype"], tuple(code["shape"]))
+
+
+def on_devices(name: str, code: Any, x: Any, sharding: Any) -> Any:
+    """What was read of an array, as the array that it is, in its place."""
+    if "key" in code:
+        return put_keys(x, code["key"], sharding)
+    if isinstance(x, jax.Array):
+        return x
+    if has_bad_bits(x):
+        raise Damaged(f"its array {name!r} has bits that are no {x.dtype}")
+    if "numpy" in code:
+        return x
+    if jnp.result_type(x.dtype) != x.dtype:
+        raise LoadError(
+            f"the array {name!r} is {x.dtype}, which JAX would make {jnp.result_type(x.dtype)}. Allow "
+            f"it with jax.config.update('jax_enable_x64', True)"
+        )
+    return put(x, sharding)
+
+
+def plan_tree(structure: Any, names: Any, only: Any, specs: Any, axes: Any, mesh: Any) -> Plan:
+    """The plan of `load`, whose arguments these are."""
+    plan = Plan()
+    here = mesh if mesh is not None else current_mesh()
+    placed = not (specs is None and axes is None and here is None)
+    if only is ... and not placed:
+        return plan
+    if isinstance(here, jax.sharding.AbstractMesh) and only is not None:
+        raise LoadError(
+            "the mesh is abstract, so it has no devices to put values on. Pass only=None for their "
+            "shapes, or a mesh of jax.make_mesh"
+        )
+    by_shape: dict[int, str] = {}
+    kept: list[Any] = []
+    numpy: set[str] = set()
+
+    def new_array(name: str, code: Any) -> Any:
+        shape = shape_of(code)
+        kept.append(shape)  # so that an id means one of them
+        by_shape[id(shape)] = name
+        if "numpy" in code:
+            numpy.add(name)
+        return shape
+
+    tree = decode(structure, names, new_array)
+    if isinstance(tree, Partition):
+        tree = _nested(tree)
+    chosen = get_partition(tree, only)
+    wanted = {by_shape[id(x)] for x in jax.tree.leaves(list(chosen.values())) if id(x) in by_shape}
+    if placed:
+        where = shardings(tree, specs, axes=axes, mesh=mesh)
+        for path, value in get_partition(tree).items():
+            for x, sharding in zip(*_leaves(value, where[path]), strict=True):
+                name = by_shape.get(id(x))
+                if name is not None and name not in numpy:
+                    plan.shardings[name] = sharding
+    for x in kept:
+        name = by_shape[id(x)]
+        if name not in wanted:
+            sharding = plan.shardings.get(name)
+            plan.shapes[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return plan
+
+
+def _leaves(value: Any, where: Any) -> tuple[list[Any], list[Any]]:
+    """The parts of a value, and the sharding of each."""
+    leaves = jax.tree.leaves(value)
+    if isinstance(where, Sharding):
+        return leaves, [where] * len(leaves)
+    return leaves, jax.tree.leaves(where, is_leaf=lambda x: x is None)
+
+
+def _nested(partition: Partition) -> Any:
+    """A tree that has Refs at the paths of a Partition."""
+    root: dict[str, Any] = {}
+    for path, value in partition.items():
+        at = root
+        for part in path[:-1]:
+            at = at.setdefault(part, {})
+        at[path[-1]] = Ref(value)
+    return root
+
+
+def plan_state(structure: Any, names: Any, fitting: Fitting) -> Plan:
+    """The plan of `load_state`: what goes into a model's values as it is, is put where they are."""
+    plan = Plan()
+    by_shape: dict[int, str] = {}
+    kept: list[Any] = []
+    numpy: set[str] = set()
+
+    def new_array(name: str, code: Any) -> Any:
+        shape = shape_of(code)
+        kept.append(shape)  # so that an id means one of them
+        by_shape[id(shape)] = name
+        if "numpy" in code:
+            numpy.add(name)
+        return shape
+
+    wanted: set[str] = set()
+    for path, value in decode_state(structure, names, new_array).items():
+        if fitting.wants(path):
+            wanted |= {by_shape[id(x)] for x in jax.tree.leaves(value) if id(x) in by_shape}
+        for shape, sharding in fitting.places_of(path, value):
+            name = by_shape.get(id(shape))
+            if name is not None and name not in numpy and sharding is not None:
+                plan.shardings[name] = sharding
+    for x in kept:
+        if by_shape[id(x)] not in wanted:
+            plan.shapes[by_shape[id(x)]] = x
+    return plan
