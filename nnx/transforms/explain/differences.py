@@ -380,7 +380,7 @@ def _weak(was: Any, now: Any) -> str:
     if getattr(was, "weak_type", None) != getattr(now, "weak_type", None):
         kinds = ["a Python number" if x.weak_type else "an array" for x in (was, now)]
         return f", {kinds[0]} (or made of one) before, now {kinds[1]}"
-    return f", sharded otherwise: {was} → {now}"
+    return ", on other devices or sharded otherwise"
 
 
 def placed_elsewhere(old: View, new: Program) -> list[str]:
