@@ -285,8 +285,8 @@ class MultiHeadAttention(Module):
           decode: whether to use the cache.
           is_causal: let query i see the keys 0 to i only. With the cache this is so in any case.
           positions: positions of the queries, for `rotary`, of shape `(query length,)` or
-            `(*batch, query length)`; without it, 0, 1, ..., counted from the first token in the
-            cache when decoding.
+            `(*batch, query length)`; without it, 0, 1, ..., which go on from call to call when
+            decoding, until `init_cache`.
           key_positions: those of the keys; without it, `positions` if the keys are from `inputs_q`,
             else 0, 1, ....
           rng: a key for dropout, instead of the ambient stream's next one.
