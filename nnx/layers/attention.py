@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nnx.layers._common import (
     Dtype,
@@ -21,6 +23,7 @@ from nnx.layers._common import (
     zeros,
 )
 from nnx.layers._decoding import append, check_room, seen
+from nnx.layers._out_sharding import OutSharding, explain_sharding, wanted_sharding
 from nnx.layers.attention_functions import dot_product_attention
 from nnx.layers.layer_norm import LayerNorm
 from nnx.layers.linear_general import LinearGeneral
@@ -257,6 +260,8 @@ class MultiHeadAttention(Module):
         positions: jax.Array | None = None,
         key_positions: jax.Array | None = None,
         rng: jax.Array | None = None,
+        out_sharding: OutSharding = None,
+        qkv_sharding: OutSharding = None,
     ) -> jax.Array:
         """Attend from each query to the keys; the result is `(*batch, query length, out_features)`.
 
@@ -279,9 +284,14 @@ class MultiHeadAttention(Module):
           key_positions: those of the keys; without it, `positions` if the keys are from `inputs_q`,
             else 0, 1, ....
           rng: a key for dropout, instead of the ambient stream's next one.
+          out_sharding: how the output is sharded, as for `Linear`.
+          qkv_sharding: how queries, keys and values are, which have the axes `(*batch, length, heads,
+            head_dim)`: `P("data", None, "model")` shards the heads. Where the key heads cannot be
+            divided, they are whole on every device.
 
         Raises:
-          ValueError: shapes that do not fit; no cache, or a full one; values without keys.
+          ValueError: shapes that do not fit; no cache, or a full one; values without keys; one of
+            the shardings is needed, or does not fit.
           MissingFlagError: weights may be dropped, and `deterministic` is None everywhere.
           MissingStreamError: weights are to be dropped, and there is no stream for a key.
         """
@@ -306,22 +316,55 @@ class MultiHeadAttention(Module):
             first, length = cache[2], cache[0].shape[-3]
         self._check_mask(mask, inputs_q.shape, length)
 
-        query, key, value = self.query(inputs_q), self.key(inputs_k), self.value(inputs_v)
+        start = end = first
+        says = "qkv_sharding"
+        try:
+            query, key, value = self._projected(inputs_q, inputs_k, inputs_v, qkv_sharding)
+            query, key = self._rotated(query, key, positions, key_positions, first)
+            options = self._options(deterministic, rng)
+            if cache is not None:
+                end = start + query.shape[-3]
+                key, value = append(cache[0], key, start), append(cache[1], value, start)
+                mask, is_causal = seen(mask, start, query, key), False
+            x = self.attention_fn(query, key, value, mask=mask, is_causal=is_causal, **options)
+            says = "out_sharding"
+            y = self.out(x) if out_sharding is None else self.out(x, out_sharding)
+        except Exception as error:
+            explain_sharding(self, error, says, inputs_q=inputs_q)
+            raise
+        if cache is None:
+            return y
+        # Last, so that a call that raises leaves the cache as it was.
+        self.cached_key, self.cached_value, self.cache_index = key, value, end
+        return jnp.where(end > length, jnp.nan, y) if isinstance(end, Tracer) else y
+
+    def _projected(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, sharding: OutSharding
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        if sharding is None:
+            query, key, value = self.query(q), self.key(k), self.value(v)
+        else:
+            few = self._kv_sharding(sharding, q)
+            query = self.query(q, sharding)
+            key, value = self.key(k, few), self.value(v, few)
         if self.query_ln is not None and self.key_ln is not None:
             query, key = self.query_ln(query), self.key_ln(key)
-        query, key = self._rotated(query, key, positions, key_positions, first)
-        options = self._options(deterministic, rng)
-        if cache is None:
-            x = self.attention_fn(query, key, value, mask=mask, is_causal=is_causal, **options)
-            return self.out(x)
+        return query, key, value
 
-        start, end = cache[2], cache[2] + query.shape[-3]
-        keys, values = append(cache[0], key, start), append(cache[1], value, start)
-        mask = seen(mask, start, query, keys)
-        y = self.out(self.attention_fn(query, keys, values, mask=mask, is_causal=False, **options))
-        # Last, so that a call that raises leaves the cache as it was.
-        self.cached_key, self.cached_value, self.cache_index = keys, values, end
-        return jnp.where(end > length, jnp.nan, y) if isinstance(end, Tracer) else y
+    def _kv_sharding(self, sharding: OutSharding, q: jax.Array) -> OutSharding:
+        """The same for keys and values, whose heads may be too few to be divided."""
+        heads = q.ndim - 1
+        parts = 1
+        for part in wanted_sharding(self, sharding, q.ndim + 1, q):
+            spec: Any = () if part is None else part.spec
+            if part is not None and len(spec) > heads:
+                axes = spec[heads] if isinstance(spec[heads], tuple) else (spec[heads],)
+                parts *= math.prod(part.mesh.shape[axis] for axis in axes if axis is not None)
+        if self.num_kv_heads % parts == 0:
+            return sharding
+        spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
+        few = PartitionSpec(*(None if i == heads else axis for i, axis in enumerate(spec)))
+        return NamedSharding(sharding.mesh, few) if isinstance(sharding, NamedSharding) else few
 
     def _options(self, deterministic: bool | None, rng: jax.Array | None) -> dict[str, Any]:
         """What `attention_fn` is called with in any case."""

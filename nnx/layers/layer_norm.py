@@ -18,6 +18,7 @@ from nnx.layers._common import (
     zeros,
 )
 from nnx.layers._norm import Axes, Norm
+from nnx.layers._sharding import gathered, placed_as, shards
 
 __all__ = ["GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 
@@ -293,10 +294,14 @@ class GroupNorm(Norm):
             mask = jnp.asarray(mask)
             last = groups if mask.shape[-1] != 1 else (1, 1)
             mask = mask.reshape(*mask.shape[:-1], *last)
+        given, last = x, x.ndim - 1
+        if self.num_groups % shards(x, last):
+            # A group is in the hands of several devices.
+            x = gathered(x, [last])
         grouped = x.reshape(*x.shape[:-1], *groups)
         axes, along = (*axes[:-1], x.ndim), (*(1,) * (x.ndim - 1), *groups)
         y = self._normalized(grouped, axes, mask, scale, bias, along)
-        return y.reshape(x.shape).astype(dtype)
+        return placed_as(y.reshape(x.shape), given, x.ndim).astype(dtype)
 
 
 class InstanceNorm(Norm):
