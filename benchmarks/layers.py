@@ -74,8 +74,6 @@ def page(title: str, rounds: int, dtype: Any) -> tuple[str, dict[str, Ratio]]:
 
 def _layers(name: str, dtype: Any) -> dict[str, Any]:
     kind, args, options, shape, call = LAYERS[name]
-    if kind != "PReLU":
-        options = {**options, "param_dtype": dtype}
     with nnx.scope(0):
         ours = getattr(nnx, kind)(*args, **options)
     rngs = {"rngs": fnx.Rngs(0)} if kind != "PReLU" else {}
@@ -85,9 +83,16 @@ def _layers(name: str, dtype: Any) -> dict[str, Any]:
     else:
         x = jax.random.normal(jax.random.key(0), shape).astype(dtype)
 
-    # As plain programs over arrays, so that it is the layers that are compared.
+    # As plain programs over arrays, so that it is the layers that are compared. Cast after the
+    # draw: flax cannot draw the orthogonal kernel of a recurrent cell in bfloat16.
+    def cast(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
+        )
+
     dagdef, *mine = nnx.split(ours, ("params", "lora"), ...)
     graphdef, *other = fnx.split(theirs, fnx.Param, ...)
+    mine, other = cast(mine), cast(other)
 
     def our_loss(weights: Any, rest: Any, x: jax.Array) -> jax.Array:
         return jnp.sum(call(nnx.merge(dagdef, weights, rest), x).astype(jnp.float32) ** 2)

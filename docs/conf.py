@@ -11,7 +11,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 project = "nnx"
 author = "The nnx authors"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
 exclude_patterns = ["_build"]
 nitpicky = False
 
@@ -23,10 +29,20 @@ html_show_sphinx = False
 html_show_copyright = False
 html_copy_source = False
 
-myst_enable_extensions = ["colon_fence"]
+# Pages with {code-cell} blocks are notebooks: the build runs them and shows what they print and draw.
+nb_execution_mode = "cache"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_merge_streams = True
+nb_output_stderr = "remove-warn"
+copybutton_exclude = ".linenos, .gp, .go"
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
-autodoc_typehints = "none"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "special-members": "__call__"}
@@ -52,9 +68,6 @@ def with_arguments(app, what, name, obj, options, signature, return_annotation):
     except (OSError, TypeError):
         return None
     arguments = ast.parse(source).body[0].args
-    for argument in ast.walk(arguments):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
     (arguments.posonlyargs or arguments.args).pop(0)
     return f"({ast.unparse(arguments)})", None
 

@@ -9,12 +9,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 import refx
-from nnx._elsewhere import missing as _missing
+from nnx._hints import missing as _missing
 from nnx.module import Module, dataclass, param, ref, static
 from nnx.purify import purify
 from nnx.rng import RngStream
 from nnx.scope import MissingFlagError, MissingStreamError, get_flag, make_rng, scope
 from refx import *  # noqa: F403
+
+__version__ = "0.1.0"
 
 __all__ = [
     "MissingFlagError",

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from nnx._nonfinite import NonFinite, find_nonfinite
+from nnx.probe.nonfinite import NonFinite, find_nonfinite
 from nnx.transforms.explain import Explanation, listeners
 from nnx.transforms.jit import BoundJit, Jit
 from refx import RefError

@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from refx import Node, Ref
-from refx.trace import is_eager
+from refx.frame import is_eager
 
 __all__ = ["RngStream"]
 

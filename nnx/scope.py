@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nnx._ambient import ambient
 from nnx.rng import RngStream
 from refx import MISSING, Node, RefError, UnhashableStaticError
-from refx.trace import local
 
 __all__ = ["MissingFlagError", "MissingStreamError", "get_flag", "make_rng", "scope"]
 
@@ -56,7 +57,7 @@ def make_scope(rngs: Any = None, **flags: Any) -> Scope:
                 f"nothing. Did you mean rngs={flag}? Keys and seeds are given by rngs, the first "
                 f"argument."
             )
-    outer: Scope | None = local.scope
+    outer: Scope | None = ambient.scope
     streams = dict(outer.streams) if outer is not None else {}
     if rngs is not None:
         streams = _streams(rngs) if not isinstance(rngs, Mapping) else {**streams, **_streams(rngs)}
@@ -117,12 +118,50 @@ def scope(rngs: Any = None, **flags: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def entered(inner: Scope | None) -> Iterator[None]:
     """Make `inner` the ambient scope of this thread."""
-    outer = local.scope
-    local.scope = inner
+    outer = ambient.scope
+    ambient.scope = inner
     try:
         yield
     finally:
-        local.scope = outer
+        ambient.scope = outer
+
+
+# A model may have no layer that one of these is for, and is still called with it.
+_OF_LAYERS = {"training", "deterministic", "use_running_average", "decode"}
+_ever_asked: set[str] = set()
+
+COMPILED: Any = object()
+"""Among the flags that were asked for: a program ran that may ask for more when it is traced."""
+
+
+@contextlib.contextmanager
+def expected(flags: Mapping[str, Any], call: str, advice: str) -> Iterator[None]:
+    """Within this context, flags that were given by name have to be asked for.
+
+    Warns:
+      UserWarning: nobody asked for one of the flags, so it did nothing.
+    """
+    names = flags.keys() - _OF_LAYERS
+    if not names:
+        yield
+        return
+    asked: set[Any] = set()
+    outer, ambient.asked = ambient.asked, asked
+    try:
+        yield
+    finally:
+        ambient.asked = outer
+        if outer is not None:
+            outer |= asked
+    unused = names - asked - (_ever_asked if COMPILED in asked else set())
+    for name in sorted(unused):
+        known = sorted(x for x in asked if x is not COMPILED)
+        warnings.warn(
+            f"No module asked for the flag {name!r} of {call}, so it changed nothing. The flags that "
+            f"were asked for: {', '.join(known) or 'none'}. {advice}",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def make_rng(name: str = "default") -> jax.Array:
@@ -140,8 +179,8 @@ def make_rng(name: str = "default") -> jax.Array:
     >>> bool((a == b).all())
     False
     """
-    ambient: Scope | None = local.scope
-    streams = ambient.streams if ambient is not None else {}
+    around: Scope | None = ambient.scope
+    streams = around.streams if around is not None else {}
     if name in streams:
         return streams[name].next()
     if "default" in streams:
@@ -165,12 +204,15 @@ def get_flag(name: str, default: Any = MISSING) -> Any:
     >>> nnx.get_flag("training", False)
     False
     """
-    ambient: Scope | None = local.scope
-    if ambient is not None and name in ambient.flags:
-        return ambient.flags[name]
+    around: Scope | None = ambient.scope
+    _ever_asked.add(name)
+    if ambient.asked is not None:
+        ambient.asked.add(name)
+    if around is not None and name in around.flags:
+        return around.flags[name]
     if default is not MISSING:
         return default
-    flags = sorted(ambient.flags) if ambient is not None else []
+    flags = sorted(around.flags) if around is not None else []
     raise MissingFlagError(
         f"The flag {name!r} is set by no scope (set are: {', '.join(flags) or 'none'}) and has no "
         f"default. Set it with nnx.scope({name}=...), model.apply({name}=...), or as an attribute "

@@ -28,7 +28,7 @@ __all__ = [
 
 
 class RefError(Exception):
-    """The base of every error that refx and nnx raise themselves.
+    """The base of every error that refx, and what is built on it, raises itself.
 
     >>> import refx
     >>> issubclass(refx.UnknownPathError, refx.RefError)

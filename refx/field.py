@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
+from refx.access import check_structure, read, write
 from refx.buffers import CONCRETE
 from refx.errors import UnsetFieldError, ValueTypeError
+from refx.frame import local
 from refx.node import Node, attributes, tell
 from refx.ref import Ref, check_type
-from refx.trace import EVAL, check_structure, current_trace, local, read, write
+from refx.trace import EVAL, current_trace
 
 __all__ = ["MISSING", "RefField", "StaticField"]
 
@@ -83,50 +85,50 @@ class Field:
         )
 
 
-class RefField(Field, property):
+class RefField(Field):
     """A field whose value lives in a Ref: reading gives the value, writing writes the Ref.
 
     Assigning a Ref ties the field to that Ref, and assigning None leaves the field without one. It
-    is a `property` since Python calls the getter of one in C.
+    is not a `property`: decorators of classes (beartype) take those apart and make plain ones.
     """
 
     is_ref = True
 
     def __init__(self, collection: Hashable = None, *, metadata: Any = None, **options: Any):
-        Field.__init__(self, **options)
+        super().__init__(**options)
         self.collection = collection
         self.metadata = metadata or {}
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        Field.__set_name__(self, owner, name)
-        property.__init__(self, self._getter(name), self.__set__, self.__delete__)
-
-    def _getter(self, name: str) -> Callable[[Any], Any]:
-        # Everything that a read needs is a local variable here: it is the hottest code of all.
-        def get(
-            node: Any, local: Any = local, current: Any = current_trace, concrete: Any = CONCRETE
-        ) -> Any:
-            try:
-                ref = node._dict[name]
-                frame = local.frame
-                if ref._frame is frame:
-                    value = ref._value
-                    if frame is None:
-                        # Others are looked at by `read`: they may hold arrays.
-                        alive = type(value) in concrete and not value.is_deleted()
-                        if alive and current(()) is EVAL:
-                            return value
-                    elif current(()) is frame.trace():
+    def __get__(
+        self,
+        node: Any,
+        owner: Any = None,
+        # Everything that a read needs is a local variable: it is the hottest code of all.
+        local: Any = local,
+        current: Any = current_trace,
+        concrete: Any = CONCRETE,
+    ) -> Any:
+        try:
+            ref = node._dict[self.name]
+            frame = local.frame
+            if ref._frame is frame:
+                value = ref._value
+                if frame is None:
+                    # Others are looked at by `read`: they may hold arrays.
+                    alive = type(value) in concrete and not value.is_deleted()
+                    if alive and current(()) is EVAL:
                         return value
-            except (KeyError, AttributeError):
-                ref = attributes(node).get(name, MISSING)
-                if ref is MISSING:
-                    raise self._unset(node) from None
-                if not isinstance(ref, Ref):
-                    return ref
-            return read(ref, node)
-
-        return get
+                elif current(()) is frame.trace():
+                    return value
+        except (KeyError, AttributeError):
+            if node is None:
+                return self
+            ref = attributes(node).get(self.name, MISSING)
+            if ref is MISSING:
+                raise self._unset(node) from None
+            if not isinstance(ref, Ref):
+                return ref
+        return read(ref, node)
 
     def __set__(self, node: Any, value: Any) -> None:
         cell = attributes(node).get(self.name)
@@ -148,6 +150,9 @@ class RefField(Field, property):
         if attributes(node).pop(self.name, MISSING) is MISSING:
             raise self._unset(node)
         tell(node)
+
+    def __repr__(self) -> str:
+        return f"field {self.name!r} of collection {self.collection!r}"
 
 
 class StaticField(Field):
@@ -177,14 +182,14 @@ def get_ref(node: Node, name: str) -> Ref[Any]:
       UnsetFieldError: the node has no such attribute.
       ValueTypeError: the attribute holds no Ref.
 
-    >>> import jax.numpy as jnp, nnx
-    >>> class Embed(nnx.Module):
-    ...     table: jax.Array = nnx.param()
+    >>> import jax.numpy as jnp, refx
+    >>> class Embed(refx.Node):
+    ...     table: jax.Array = refx.RefField("params")
     ...     def __init__(self):
     ...         self.table = jnp.ones((3, 2))
     >>> import jax
     >>> embed, tied = Embed(), Embed()
-    >>> tied.table = nnx.get_ref(embed, "table")
+    >>> tied.table = refx.get_ref(embed, "table")
     >>> embed.table = jnp.zeros((3, 2))
     >>> float(tied.table.sum())
     0.0

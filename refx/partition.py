@@ -9,12 +9,33 @@ from typing import Any
 import jax
 
 from refx.buffers import dead_error, is_dead
-from refx.errors import UnknownPathError
+from refx.errors import StructureError, UnknownPathError
 
 __all__ = ["Partition"]
 
 Path = tuple[str, ...]
 _MISSING = object()
+
+
+class Name(str):
+    """One name of a path in a tree: a string that knows the class of the object that it is in.
+
+    A filter by that class asks for it. Copies and pickles are plain strings.
+    """
+
+    __slots__ = ("owner",)
+
+    owner: type
+
+    def __reduce__(self) -> Any:
+        return str, (str(self),)
+
+
+def named(owner: type, name: Any) -> Path:
+    """What the name of a part of an `owner` adds to a path."""
+    part = Name(name)
+    part.owner = owner
+    return (part,)
 
 
 class Partition(Mapping[Path, Any]):
@@ -87,6 +108,91 @@ class Partition(Mapping[Path, Any]):
     def __or__(self, other: Mapping[Path, Any]) -> Partition:
         """The union; where both have a path, the value of `other`."""
         return Partition._of({**self._items, **Partition(other)._items})
+
+    def nested(self) -> Any:
+        """The same values in plain dicts, one in the other, keyed by the names of the paths.
+
+        It is what tools for logs, configurations and checkpoints take (wandb, clu, tensorboardX), and
+        what flax calls a pure dict. The value of a tree that is a single Ref is given as it is.
+
+        Raises:
+          StructureError: there is a value at a path and others below it.
+
+        >>> import refx
+        >>> refx.Partition({("block", "kernel"): 1.0, ("block", "bias"): 2.0}).nested()
+        {'block': {'kernel': 1.0, 'bias': 2.0}}
+        """
+        root: dict[str, Any] = {}
+        made = {id(root)}
+        for path, value in self._items.items():
+            if not path and len(self._items) == 1:
+                return value
+            at: Any = root
+            for name in path[:-1]:
+                if name not in at:
+                    at[name] = {}
+                    made.add(id(at[name]))
+                at = at[name]
+                if id(at) not in made:
+                    break
+            if not path or id(at) not in made or path[-1] in at:
+                raise StructureError(
+                    f"The value at path {dotted(path)!r} has no place in nested dicts: there is another "
+                    f"value above or below it. Leave one of them out, or use the paths: "
+                    f"{{'.'.join(path): value for path, value in partition.items()}}."
+                )
+            at[path[-1]] = value
+        return root
+
+    @classmethod
+    def from_nested(cls, nested: Any, like: Mapping[Path, Any] | None = None) -> Partition:
+        """The inverse of `nested`: a Partition of the values in dicts of dicts.
+
+        Args:
+          nested: dicts in dicts. Their keys become strings, and what is not a dict is a value.
+          like: a Partition that tells where the values are. It is needed where these are dicts
+            themselves. The Partition has its order.
+
+        Raises:
+          UnknownPathError: the dicts lack a value that `like` has, or have another.
+
+        >>> import refx
+        >>> refx.Partition.from_nested({"block": {"kernel": 1.0, "bias": 2.0}})
+        Partition({
+          'block.kernel': 1.0,
+          'block.bias': 2.0,
+        })
+        """
+        known = None if like is None else Partition(like)._items
+        found: dict[Path, Any] = {}
+        todo: list[tuple[Path, Any]] = [((), nested)]
+        while todo:
+            path, value = todo.pop()
+            if isinstance(value, Mapping) and (known is None or path not in known):
+                items = list(value.items())
+                todo += [((*path, str(name)), inner) for name, inner in reversed(items)]
+            else:
+                found[path] = value
+        if known is None:
+            return cls._of(found)
+        for path in (*known, *found):
+            if path not in found or path not in known:
+                lack = "have no" if path not in found else "have a"
+                raise UnknownPathError(
+                    f"The dicts {lack} value at path {dotted(path)!r}; `like` has {listed(known)}."
+                )
+        return cls._of({path: found[path] for path in known})
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        # Treescope asks for this; nobody else does, so it is installed.
+        from treescope import repr_lib
+
+        return repr_lib.render_dictionary_wrapper(
+            object_type=Partition,
+            wrapped_dict={".".join(p): value for p, value in self._items.items()},
+            path=path,
+            subtree_renderer=subtree_renderer,
+        )
 
     # The values are arrays, whose == is no bool, so equality of mappings would raise.
     __eq__ = object.__eq__

@@ -9,22 +9,14 @@ from typing import Any, Generic, TypeVar, final
 import jax
 from jax.core import Tracer
 
+from refx.access import check_value, label, read, write
 from refx.buffers import CONCRETE
+from refx.describe import summary
 from refx.errors import UnhashableStaticError, ValueTypeError
+from refx.frame import Frame, local
 from refx.static import Static
-from refx.trace import (
-    EVAL,
-    READ_ONLY,
-    Frame,
-    check_value,
-    current_trace,
-    label,
-    local,
-    read,
-    summary,
-    trace_ref,
-    write,
-)
+from refx.text import ours
+from refx.trace import EVAL, READ_ONLY, current_trace, trace_ref
 
 __all__ = ["Ref"]
 
@@ -181,7 +173,7 @@ def check_type(value: Any) -> None:
         raise ValueTypeError(
             f"The value of a Ref must be a pytree of arrays and scalars, but it holds a "
             f"{type(found).__name__}. Put that in an attribute, a list or a dict of the module; to "
-            f"tie two fields, assign the Ref to the field: decoder.w = nnx.get_ref(encoder, 'w')."
+            f"tie two fields, assign the Ref to the field: decoder.w = {ours('get_ref')}(encoder, 'w')."
         )
 
 

@@ -16,10 +16,13 @@ from typing import Any
 
 import jax
 
-from refx.node import Node, book, class_changes, is_exposed
+from refx.access import read
+from refx.dagdef import DagDef
+from refx.frame import local
+from refx.node import Node, book, class_changes, is_array, is_exposed
 from refx.ref import Ref
-from refx.structure import DagDef, Scan, contents, is_array, scan
-from refx.trace import EVAL, LABEL, current_trace, local, read, trace_ref
+from refx.trace import EVAL, LABEL, current_trace, trace_ref
+from refx.walk import Walk, contents, walk
 
 __all__: list[str] = []
 
@@ -55,7 +58,7 @@ class Snapshot:
         # Before the walk: what changes meanwhile is looked at again.
         self.stands = keep
         self._class_changes = class_changes[0]
-        found = scan(tree)
+        found = walk(tree)
         self.dagdef: DagDef = found.dagdef
         # A Ref keeps no snapshot. Another at its address is in no tree that a kept one knows.
         self.uid: Any = (id(tree), found.dagdef) if type(tree) is Ref else next(_uids)
@@ -104,7 +107,7 @@ class Snapshot:
         return (
             self.frame is local.frame
             and local.allowed is None
-            and (self.frame is None or not self.frame.baked)
+            and (self.frame is None or not self.frame.captured_as_constant)
             and self.trace is not None
             and self.trace() is current_trace(())
         )
@@ -133,7 +136,7 @@ def _common(refs: list[Ref[Any]], name: str, otherwise: Any) -> Any:
     return next(iter(found.values())) if len(found) == 1 else otherwise
 
 
-def _comparisons(found: Scan) -> tuple[Any, ...]:
+def _comparisons(found: Walk) -> tuple[Any, ...]:
     """What has to be compared to see whether a tree is as it was."""
     plain: list[Any] = list(found.contents)
     parts: list[Any] = [_Opaque(*o) for o in found.opaque]

@@ -65,6 +65,8 @@ _ALIASES = {
         "q_proj": "query",
         "k_proj": "key",
         "v_proj": "value",
+        "q_norm": "query_ln",
+        "k_norm": "key_ln",
     }
 }
 

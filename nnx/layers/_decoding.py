@@ -1,20 +1,22 @@
-"""A cache of keys and values: where new ones go, and who sees them."""
+"""A cache of keys and values: where new ones go, and who sees them.
+
+The token at position p is at place `p % room`, so that a cache that is full forgets its oldest tokens.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from nnx.layers._sharding import placed_as
 
-__all__ = ["append", "check_room", "seen"]
+__all__ = ["append", "check_room", "seen", "within"]
+
+Window = tuple[int | None, int | None]
 
 
-def check_room(
-    index: jax.Array, cache: tuple[int, ...], queries: tuple[int, ...], keys: tuple[int, ...]
-) -> None:
-    """Raise if inputs of these shapes cannot be added to a cache that is filled up to `index`."""
+def check_room(cache: tuple[int, ...], queries: tuple[int, ...], keys: tuple[int, ...]) -> None:
+    """Raise if inputs of these shapes cannot be added to a cache of this shape."""
     *batch, room, _, _ = cache
     if queries[:-1] != keys[:-1] or queries[:-2] != tuple(batch):
         raise ValueError(
@@ -23,26 +25,61 @@ def check_room(
             f"shape {keys[:-1]}. Call init_cache for another batch; pass decode=False for cross "
             f"attention."
         )
-    length = queries[-2]
-    traced = isinstance(index, Tracer)
-    if length > room or (not traced and int(index) + length > room):
-        taken = "" if traced else f", of which {int(index)} are taken"
+    if queries[-2] > room:
         raise ValueError(
-            f"The cache of MultiHeadAttention has room for {room} tokens{taken}, but {length} more "
-            f"came. Make a longer one with init_cache, or empty it by calling init_cache again."
+            f"The cache of MultiHeadAttention has room for {room} tokens, but {queries[-2]} came in "
+            f"one call. Make a longer one with init_cache, or pass fewer at a time."
         )
 
 
 def append(cached: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     """What is cached, with the new keys or values from position `start` on."""
     axis = cached.ndim - 3
-    cached = placed_as(cached, new, axis)
-    return jax.lax.dynamic_update_slice_in_dim(cached, new.astype(cached.dtype), start, axis)
+    room, count = cached.shape[axis], new.shape[axis]
+    cached, new = placed_as(cached, new, axis), new.astype(cached.dtype)
+    if count == 1:
+        return jax.lax.dynamic_update_slice_in_dim(cached, new, start % room, axis)
+    pad = [(0, room - count if i == axis else 0, 0) for i in range(new.ndim)]
+    turned = jnp.roll(jax.lax.pad(new, jnp.zeros((), new.dtype), pad), start % room, axis)
+    is_new = (jnp.arange(room) - start) % room < count
+    return jnp.where(is_new[:, None, None], turned, cached)
 
 
-def seen(mask: jax.Array | None, start: jax.Array, query: jax.Array, keys: jax.Array) -> jax.Array:
-    """The mask for queries that start at `start`: each sees itself and those before."""
-    at = start + jnp.arange(query.shape[-3])
-    causal = jnp.arange(keys.shape[-3]) <= at[:, None]
-    causal = causal.reshape((1,) * (query.ndim - 2) + causal.shape)
+def seen(
+    mask: jax.Array | None,
+    start: jax.Array,
+    count: int,
+    room: int,
+    window: Window | None,
+    ndim: int,
+) -> jax.Array:
+    """The mask for queries from position `start` on: each sees itself and those before it.
+
+    Args:
+      mask: another one that must hold as well.
+      start: the position of the first query.
+      count: how many queries there are.
+      room: length of the cache.
+      window: how many positions before and after a query it sees; None for all.
+      ndim: how many axes queries have.
+    """
+    last = start + count - 1
+    # The latest position that has this place; less than 0 where there was none yet.
+    positions = last - (last - jnp.arange(room)) % room
+    at = start + jnp.arange(count)[:, None]
+    causal = (positions >= 0) & (positions <= at)
+    if window is not None:
+        causal &= within(window, at, positions)
+    causal = causal.reshape((1,) * (ndim - 2) + causal.shape)
     return causal if mask is None else jnp.logical_and(mask, causal)
+
+
+def within(window: Window, queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """Whether keys at these positions are in the window of queries at those."""
+    before, after = window
+    found = jnp.ones(jnp.broadcast_shapes(queries.shape, keys.shape), bool)
+    if before is not None:
+        found &= queries - keys <= before
+    if after is not None:
+        found &= keys - queries <= after
+    return found

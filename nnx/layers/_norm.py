@@ -95,11 +95,12 @@ class Norm(Module):
         bias: jax.Array | None,
         along: Sequence[int],
         center: bool = True,
+        groups: int | None = None,
     ) -> jax.Array:
         """Normalize over the axes; `along` is the shape in which the parameters broadcast to `x`."""
         lanes = {"axis_name": self.axis_name, "axis_index_groups": self.axis_index_groups}
         if center:
-            found = moments(x, axes, mask, fast=self.use_fast_variance, **lanes)
+            found = moments(x, axes, mask, fast=self.use_fast_variance, groups=groups, **lanes)
             y, var, count = found.centered - found.mean, found.var, found.count
         else:
             y = x

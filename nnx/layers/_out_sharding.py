@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from nnx.layers._sharding import explicit_mesh, merged_spec, spec_of
 from nnx.module import Module
 
-__all__ = ["ANYWHERE", "OutSharding", "Wanted", "explain_sharding", "wanted_sharding"]
+__all__ = [
+    "ANYWHERE",
+    "OutSharding",
+    "Wanted",
+    "explain_sharding",
+    "fewer_heads",
+    "wanted_sharding",
+]
 
 OutSharding = Any
 
@@ -128,6 +135,20 @@ def wanted_sharding(layer: Module, given: OutSharding, ndim: int, *arrays: Any) 
     if any(only(AxisType.Auto)) or (explicit is None and AxisType.Auto in kinds.values()):
         auto = NamedSharding(mesh, only(AxisType.Auto))
     return Wanted(explicit, auto)
+
+
+def fewer_heads(layer: Module, given: OutSharding, ndim: int, heads: int, x: Any) -> OutSharding:
+    """What `out_sharding` says of arrays with these heads: nothing, where they cannot be divided."""
+    axis, parts = ndim - 2, 1
+    for where in wanted_sharding(layer, given, ndim, x):
+        spec: Any = () if where is None else where.spec
+        if where is not None and len(spec) > axis:
+            parts *= math.prod(where.mesh.shape[name] for name in _names(spec[axis]))
+    if heads % parts == 0:
+        return given
+    spec = given.spec if isinstance(given, NamedSharding) else given
+    whole = PartitionSpec(*(None if i == axis else entry for i, entry in enumerate(spec)))
+    return NamedSharding(given.mesh, whole) if isinstance(given, NamedSharding) else whole
 
 
 def explain_sharding(

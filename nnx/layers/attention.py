@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 
+from nnx.layers._attention_parts import (
+    check_inputs,
+    check_mask,
+    check_sizes,
+    norm_of_heads,
+    takes,
+    window_of,
+)
 from nnx.layers._common import (
     Dtype,
     Initializer,
@@ -22,10 +27,9 @@ from nnx.layers._common import (
     shape_error,
     zeros,
 )
-from nnx.layers._decoding import append, check_room, seen
-from nnx.layers._out_sharding import OutSharding, explain_sharding, wanted_sharding
+from nnx.layers._decoding import append, check_room, seen, within
+from nnx.layers._out_sharding import OutSharding, explain_sharding, fewer_heads
 from nnx.layers.attention_functions import dot_product_attention
-from nnx.layers.layer_norm import LayerNorm
 from nnx.layers.linear_general import LinearGeneral
 from nnx.layers.positions import RotaryEmbedding
 from nnx.module import Module, ref
@@ -41,7 +45,9 @@ class MultiHeadAttention(Module):
 
     To decode, make a cache with `init_cache`, and call with `decode=True` (or set the attribute, or
     the flag with `model.apply(decode=True)`): the keys and values of the new tokens, one or many, go
-    into the cache after those of the calls before, and each token sees itself and all before it.
+    into the cache after those of the calls before, and each token sees itself and all before it that
+    are in the cache. A full cache forgets its oldest tokens, so it is a sliding window; positions go on.
+    The next text continues the last one, unless `init_cache` empties the cache in between.
 
     Args:
       num_heads: number of query heads.
@@ -64,7 +70,9 @@ class MultiHeadAttention(Module):
       use_bias: whether the projections have a bias.
       attention_fn: a function with the arguments of `nnx.dot_product_attention`.
       decode: use the cache. An argument of the call, then a scope flag of this name, wins over it.
-      normalize_qk: normalize each head of queries and keys (https://arxiv.org/abs/2302.05442).
+      normalize_qk: normalize each head of queries and keys (https://arxiv.org/abs/2302.05442): True
+        for a `LayerNorm` without bias; or a class of norms, such as `nnx.RMSNorm` or
+        `functools.partial(nnx.RMSNorm, epsilon=1e-5)`, which is called with the size of a head.
       rotary: rotates queries and keys by their positions, after that normalization.
       qkv_promote_dtype, out_promote_dtype, ln_promote_dtype: functions for the casts of the
         projections `query`, `key`, `value`; of `out`; of the normalizations.
@@ -75,15 +83,22 @@ class MultiHeadAttention(Module):
       out_kernel_metadata, out_bias_metadata: those of `out`, if others.
       in_v_features: size of the last axis of the values' input; without it, `in_kv_features`.
       v_features: size of the values of all query heads together; without it, `qkv_features`.
+      local_window_size: a query sees only the keys at most so many positions before and after its
+        own: a pair, or one number for both, as for `jax.nn.dot_product_attention`. `(w - 1, 0)` is
+        the sliding window of w tokens of Mistral (https://arxiv.org/abs/2310.06825).
+      sow_weights: store the weights, before dropout, by `nnx.sow` as `attention_weights`, so that
+        `nnx.capture(model, None)` has them. An argument of the call wins over it. An `attention_fn`
+        of your own must then take `module=`, and pass it on to `nnx.dot_product_attention`.
 
     Attributes: the projections `query`, `key` (kernels of shape `(in, heads, head_dim)`), `value`
     (`(in, heads, v_head_dim)`) and `out` (`(num_heads, v_head_dim, out_features)`), which are
-    `LinearGeneral`; `query_ln` and `key_ln`,
-    `LayerNorm` or None; `cached_key`, `cached_value` and `cache_index`, in the collection `"cache"`,
-    None before `init_cache`.
+    `LinearGeneral`; `query_ln` and `key_ln`, norms or None; `cached_key`, `cached_value` and
+    `cache_index`, in the collection `"cache"`, None before `init_cache`.
 
     Raises:
-      ValueError: the features or the key heads cannot be divided among the heads.
+      ValueError: the features or the key heads cannot be divided among the heads; a window that is
+        not of sizes from 0 on.
+      TypeError: `normalize_qk` is neither a bool nor a class of norms.
       MissingStreamError: made outside of a scope with a `"params"` stream.
 
     >>> import jax, jax.numpy as jnp, nnx
@@ -122,7 +137,7 @@ class MultiHeadAttention(Module):
         use_bias: bool = True,
         attention_fn: Callable[..., jax.Array] = dot_product_attention,
         decode: bool | None = None,
-        normalize_qk: bool = False,
+        normalize_qk: bool | Callable[..., Any] = False,
         rotary: RotaryEmbedding | None = None,
         qkv_promote_dtype: Callable[..., Any] = promote_dtype,
         out_promote_dtype: Callable[..., Any] = promote_dtype,
@@ -139,6 +154,8 @@ class MultiHeadAttention(Module):
         key_ln_scale_metadata: Metadata = {},  # noqa: B006
         in_v_features: int | None = None,
         v_features: int | None = None,
+        local_window_size: int | tuple[int | None, int | None] | None = None,
+        sow_weights: bool = False,
     ):
         self.num_heads = num_heads
         self.in_features = in_features
@@ -161,7 +178,9 @@ class MultiHeadAttention(Module):
         self.decode = decode
         self.normalize_qk = normalize_qk
         self.rotary = rotary
-        self._check_sizes()
+        self.local_window_size = local_window_size
+        self.sow_weights = sow_weights
+        check_sizes(self)
 
         shared: dict[str, Any] = {
             "use_bias": use_bias,
@@ -201,31 +220,21 @@ class MultiHeadAttention(Module):
             **shared,
         )
 
-        def norm(scale_metadata: Metadata) -> LayerNorm | None:
-            if not normalize_qk:
-                return None
-            return LayerNorm(
-                self.head_dim,
-                use_bias=False,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                promote_dtype=ln_promote_dtype,
-                scale_metadata=scale_metadata,
-            )
-
-        self.query_ln = norm(query_ln_scale_metadata)
-        self.key_ln = norm(key_ln_scale_metadata)
+        options = {"dtype": dtype, "param_dtype": param_dtype, "promote_dtype": ln_promote_dtype}
+        self.query_ln = norm_of_heads(normalize_qk, self.head_dim, options, query_ln_scale_metadata)
+        self.key_ln = norm_of_heads(normalize_qk, self.head_dim, options, key_ln_scale_metadata)
         self.cached_key = self.cached_value = self.cache_index = None
 
     def init_cache(self, input_shape: Sequence[int], dtype: Dtype = None) -> None:
         """Make an empty cache, or empty the one there is.
 
         For the layers of a `Stack`, each makes its own:
-        `nnx.vmap(lambda block: block.attention.init_cache(shape))(stack.layers)`.
+        `nnx.vmap(lambda block: block.attention.init_cache(shape))(stack.layers)`. All caches of a model
+        are emptied by `model["cache"] = jax.tree.map(jnp.zeros_like, model["cache"])`.
 
         Args:
-          input_shape: `(*batch, length, in_features)`, the shape of the longest input: there is room
-            for `length` tokens.
+          input_shape: `(*batch, length, in_features)`: there is room for the last `length` tokens. For
+            a window of w tokens and inputs of at most n at a time, `w + n - 1` are as good as all.
           dtype: dtype of the cached keys and values; without it, `dtype` of the layer, or else those
             of the kernels that make them.
 
@@ -260,14 +269,14 @@ class MultiHeadAttention(Module):
         positions: jax.Array | None = None,
         key_positions: jax.Array | None = None,
         rng: jax.Array | None = None,
+        sow_weights: bool | None = None,
         out_sharding: OutSharding = None,
         qkv_sharding: OutSharding = None,
     ) -> jax.Array:
         """Attend from each query to the keys; the result is `(*batch, query length, out_features)`.
 
-        When decoding, the key length is the length of the cache. More tokens than there is room for
-        are an error; where the index is traced, as in `nnx.jit`, nothing can be raised, and the
-        result is NaN, from then on until `init_cache` is called again.
+        When decoding, the key length is the length of the cache, and the token at position p is at
+        place `p % length` in it: once it is full, each call forgets as many tokens as it brings.
 
         Args:
           inputs_q: an input of shape `(*batch, query length, in_features)`.
@@ -284,14 +293,16 @@ class MultiHeadAttention(Module):
           key_positions: those of the keys; without it, `positions` if the keys are from `inputs_q`,
             else 0, 1, ....
           rng: a key for dropout, instead of the ambient stream's next one.
+          sow_weights: whether to store the weights for `nnx.capture`.
           out_sharding: how the output is sharded, as for `Linear`.
           qkv_sharding: how queries, keys and values are, which have the axes `(*batch, length, heads,
             head_dim)`: `P("data", None, "model")` shards the heads. Where the key heads cannot be
             divided, they are whole on every device.
 
         Raises:
-          ValueError: shapes that do not fit; no cache, or a full one; values without keys; one of
-            the shardings is needed, or does not fit.
+          ValueError: shapes that do not fit; no cache, or more tokens than it has room for in one
+            call; values without keys; weights to store, of an `attention_fn` without `module=`; one
+            of the shardings is needed, or does not fit.
           MissingFlagError: weights may be dropped, and `deterministic` is None everywhere.
           MissingStreamError: weights are to be dropped, and there is no stream for a key.
         """
@@ -306,37 +317,38 @@ class MultiHeadAttention(Module):
             key_positions = positions if key_positions is None else key_positions
         inputs_k = as_array(self, inputs_k)
         inputs_v = inputs_k if inputs_v is None else as_array(self, inputs_v)
-        self._check_inputs(inputs_q, inputs_k, inputs_v)
+        check_inputs(self, inputs_q, inputs_k, inputs_v)
         if decode is None:
             decode = self.get_flag("decode", False)
         cache = self._cache() if decode else None
         first, length = 0, inputs_k.shape[-2]
         if cache is not None:
-            check_room(cache[2], cache[0].shape, inputs_q.shape, inputs_k.shape)
+            check_room(cache[0].shape, inputs_q.shape, inputs_k.shape)
             first, length = cache[2], cache[0].shape[-3]
-        self._check_mask(mask, inputs_q.shape, length)
+        check_mask(self, mask, inputs_q.shape, length)
 
-        start = end = first
-        says = "qkv_sharding"
+        window, says = window_of(self), "qkv_sharding"
         try:
             query, key, value = self._projected(inputs_q, inputs_k, inputs_v, qkv_sharding)
             query, key = self._rotated(query, key, positions, key_positions, first)
-            options = self._options(deterministic, rng)
+            options = self._options(deterministic, rng, sow_weights)
+            count = query.shape[-3]
             if cache is not None:
-                end = start + query.shape[-3]
-                key, value = append(cache[0], key, start), append(cache[1], value, start)
-                mask, is_causal = seen(mask, start, query, key), False
+                key, value = append(cache[0], key, first), append(cache[1], value, first)
+                mask, is_causal = seen(mask, cache[2], count, length, window, query.ndim), False
+            elif window is not None:
+                inside = within(window, jnp.arange(count)[:, None], jnp.arange(key.shape[-3]))
+                mask = inside if mask is None else jnp.logical_and(mask, inside)
             x = self.attention_fn(query, key, value, mask=mask, is_causal=is_causal, **options)
             says = "out_sharding"
             y = self.out(x) if out_sharding is None else self.out(x, out_sharding)
         except Exception as error:
             explain_sharding(self, error, says, inputs_q=inputs_q)
             raise
-        if cache is None:
-            return y
-        # Last, so that a call that raises leaves the cache as it was.
-        self.cached_key, self.cached_value, self.cache_index = key, value, end
-        return jnp.where(end > length, jnp.nan, y) if isinstance(end, Tracer) else y
+        if cache is not None:
+            # Last, so that a call that raises leaves the cache as it was.
+            self.cached_key, self.cached_value, self.cache_index = key, value, cache[2] + count
+        return y
 
     def _projected(
         self, q: jax.Array, k: jax.Array, v: jax.Array, sharding: OutSharding
@@ -344,36 +356,31 @@ class MultiHeadAttention(Module):
         if sharding is None:
             query, key, value = self.query(q), self.key(k), self.value(v)
         else:
-            few = self._kv_sharding(sharding, q)
+            few = fewer_heads(self, sharding, q.ndim + 1, self.num_kv_heads, q)
             query = self.query(q, sharding)
             key, value = self.key(k, few), self.value(v, few)
         if self.query_ln is not None and self.key_ln is not None:
             query, key = self.query_ln(query), self.key_ln(key)
         return query, key, value
 
-    def _kv_sharding(self, sharding: OutSharding, q: jax.Array) -> OutSharding:
-        """The same for keys and values, whose heads may be too few to be divided."""
-        heads = q.ndim - 1
-        parts = 1
-        for part in wanted_sharding(self, sharding, q.ndim + 1, q):
-            spec: Any = () if part is None else part.spec
-            if part is not None and len(spec) > heads:
-                axes = spec[heads] if isinstance(spec[heads], tuple) else (spec[heads],)
-                parts *= math.prod(part.mesh.shape[axis] for axis in axes if axis is not None)
-        if self.num_kv_heads % parts == 0:
-            return sharding
-        spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
-        few = PartitionSpec(*(None if i == heads else axis for i, axis in enumerate(spec)))
-        return NamedSharding(sharding.mesh, few) if isinstance(sharding, NamedSharding) else few
-
-    def _options(self, deterministic: bool | None, rng: jax.Array | None) -> dict[str, Any]:
+    def _options(
+        self, deterministic: bool | None, rng: jax.Array | None, sow_weights: bool | None
+    ) -> dict[str, Any]:
         """What `attention_fn` is called with in any case."""
         drops = self.dropout_rate > 0 and not evaluates(self, "deterministic", deterministic)
         if not drops:
             rng = None
         elif rng is None:
             rng = self.make_rng("dropout")
+        sows = self.sow_weights if sow_weights is None else sow_weights
+        if sows and not takes(self.attention_fn, "module"):
+            raise ValueError(
+                "MultiHeadAttention is to store its weights, but its attention_fn does not take them "
+                "out. Give that function an argument `module`, and pass it on: "
+                "nnx.dot_product_attention(..., module=module); or leave out sow_weights."
+            )
         return {
+            **({"module": self} if sows else {}),
             "dtype": self.dtype,
             "precision": self.precision,
             "broadcast_dropout": self.broadcast_dropout,
@@ -411,54 +418,3 @@ class MultiHeadAttention(Module):
                 f"{self.in_features})) first, or pass decode=False."
             )
         return cached[0], cached[1], cached[2]
-
-    def _check_inputs(self, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-        named = ("queries", q, self.in_features), ("keys", k, self.in_kv_features)
-        for name, x, size in (*named, ("values", v, self.in_v_features)):
-            if jnp.ndim(x) < 2 or jnp.shape(x)[-1] != size:
-                raise shape_error(self, name, f"(*batch, length, {size})", jnp.shape(x))
-        if q.shape[:-2] != k.shape[:-2] or k.shape[:-1] != v.shape[:-1]:
-            raise ValueError(
-                f"MultiHeadAttention expects queries, keys and values of the same batch, and keys "
-                f"and values of the same length, but got shapes {q.shape}, {k.shape} and {v.shape}."
-            )
-
-    def _check_mask(self, mask: jax.Array | None, queries: tuple[int, ...], length: int) -> None:
-        wanted = (*queries[:-2], self.num_heads, queries[-2], length)
-        try:
-            fits = mask is None or jnp.broadcast_shapes(mask.shape, wanted) == wanted
-        except ValueError:
-            fits = False
-        if mask is not None and not fits:
-            raise ValueError(
-                f"MultiHeadAttention expects a mask that broadcasts to {wanted}, (*batch, heads, "
-                f"query length, key length), but got one of shape {mask.shape}. When decoding, the "
-                f"key length is that of the cache."
-            )
-
-    def _check_sizes(self) -> None:
-        if self.qkv_features % self.num_heads:
-            raise ValueError(
-                f"MultiHeadAttention cannot divide qkv_features={self.qkv_features} among "
-                f"num_heads={self.num_heads}. Make it a multiple."
-            )
-        if self.v_features % self.num_heads:
-            raise ValueError(
-                f"MultiHeadAttention cannot divide v_features={self.v_features} among "
-                f"num_heads={self.num_heads}. Make it a multiple."
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"MultiHeadAttention cannot divide num_heads={self.num_heads} query heads among "
-                f"num_kv_heads={self.num_kv_heads} key heads. Make it a multiple."
-            )
-        if not 0 <= self.dropout_rate <= 1:
-            raise ValueError(
-                f"The dropout_rate of MultiHeadAttention is a probability, from 0 to 1, but got "
-                f"{self.dropout_rate}."
-            )
-        if self.rotary is not None and self.rotary.features != self.head_dim:
-            raise ValueError(
-                f"The heads of MultiHeadAttention have size {self.head_dim} (qkv_features // "
-                f"num_heads), but rotary is a RotaryEmbedding({self.rotary.features})."
-            )

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from nnx.layers._common import Dtype, promote_dtype
 from nnx.layers._sharding import dropped, heads_beside
+from nnx.module import Module
+from nnx.probe import sow
 
 __all__ = ["dot_product_attention", "dot_product_attention_weights"]
 
@@ -30,6 +32,7 @@ def dot_product_attention(
     precision: Any = None,
     promote_dtype: Callable[..., Any] = promote_dtype,
     is_causal: bool = False,
+    module: Module | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
 
@@ -55,6 +58,7 @@ def dot_product_attention(
       precision: precision of the products, as for `jax.lax.dot_general`.
       promote_dtype: a function for the casts, called with `(query, key, value), dtype=`.
       is_causal: let query i see the keys 0 to i only.
+      module: a module that stores the weights, before dropout, as `attention_weights` with `nnx.sow`.
 
     Returns:
       An array of shape `(*batch, query length, heads, value features)`.
@@ -73,7 +77,7 @@ def dot_product_attention(
     drops = dropout_rate > 0 and not deterministic
     # It computes logits in float32 whatever the dtype, and has no float16 on CPU.
     fits = query.dtype in (jnp.float32, jnp.bfloat16) and key.shape == value.shape
-    if fits and not drops and precision is None:
+    if fits and not drops and precision is None and module is None:
         return _plain(query, key, value, bias, mask, is_causal)
     weights = dot_product_attention_weights(
         query,
@@ -88,6 +92,7 @@ def dot_product_attention(
         precision=precision,
         promote_dtype=promote_dtype,
         is_causal=is_causal,
+        module=module,
     )
     heads, groups = query.shape[-2], value.shape[-2]
     shape = (*weights.shape[:-3], groups, heads // groups, *weights.shape[-2:])
@@ -109,6 +114,7 @@ def dot_product_attention_weights(
     precision: Any = None,
     promote_dtype: Callable[..., Any] = promote_dtype,
     is_causal: bool = False,
+    module: Module | None = None,
 ) -> jax.Array:
     """The weights that `dot_product_attention` gives the values, with the same arguments.
 
@@ -146,6 +152,8 @@ def dot_product_attention_weights(
     if seen is not None:
         logits = jnp.where(seen, logits, -0.7 * float(jnp.finfo(wide).max))
     weights = jax.nn.softmax(logits).astype(query.dtype)
+    if module is not None:
+        sow(module, "attention_weights", weights)
     if deterministic or dropout_rate == 0:
         return weights
     if dropout_rng is None:

@@ -184,8 +184,8 @@ class GroupNorm(Norm):
         one; without it, all but the first.
       feature_axis: the axis of the channels: 1 for inputs with the channels first.
       epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init, axis_name,
-        axis_index_groups, use_fast_variance, promote_dtype, bias_metadata, scale_metadata: as for
-        `LayerNorm`.
+        axis_index_groups, promote_dtype, bias_metadata, scale_metadata: as for `LayerNorm`.
+      use_fast_variance: accepted as flax accepts it; the variance is always centered at the mean.
 
     Attributes: `scale` and `bias` of shape `(num_features,)`, in the collection `"params"`.
 
@@ -289,19 +289,13 @@ class GroupNorm(Norm):
     def _last(self, x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None) -> jax.Array:
         """Normalize where the channels are the last axis."""
         dtype, x, scale, bias = self._cast(x, self.scale, self.bias)
-        groups = (self.num_groups, self.group_size)
-        if mask is not None:
-            mask = jnp.asarray(mask)
-            last = groups if mask.shape[-1] != 1 else (1, 1)
-            mask = mask.reshape(*mask.shape[:-1], *last)
-        given, last = x, x.ndim - 1
-        if self.num_groups % shards(x, last):
+        given, channels = x, x.ndim - 1
+        if self.num_groups % shards(x, channels):
             # A group is in the hands of several devices.
-            x = gathered(x, [last])
-        grouped = x.reshape(*x.shape[:-1], *groups)
-        axes, along = (*axes[:-1], x.ndim), (*(1,) * (x.ndim - 1), *groups)
-        y = self._normalized(grouped, axes, mask, scale, bias, along)
-        return placed_as(y.reshape(x.shape), given, x.ndim).astype(dtype)
+            x = gathered(x, [channels])
+        along = (*(1,) * (x.ndim - 1), self.num_features)
+        y = self._normalized(x, axes, mask, scale, bias, along, groups=self.num_groups)
+        return placed_as(y, given, y.ndim).astype(dtype)
 
 
 class InstanceNorm(Norm):

@@ -12,7 +12,7 @@ from typing import Any
 
 from nnx import transforms
 from nnx.module import Module, static
-from nnx.transforms.jit import unbound
+from nnx.transforms.callables import unbound
 from refx import Filter, to_predicate
 
 __all__ = ["Grad", "Jit", "Partial", "Remat", "VMap"]

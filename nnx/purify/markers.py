@@ -19,7 +19,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from nnx.purify.errors import MarkerError
-from refx.trace import Frame, trace_ref
+from refx.frame import Frame
+from refx.trace import trace_ref
 
 __all__ = ["fixed", "intermediate", "param", "prefix", "trivialize"]
 

@@ -10,7 +10,6 @@ import base64
 import dataclasses
 import enum
 import functools
-import inspect
 import operator
 import types
 from collections import OrderedDict
@@ -23,20 +22,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from nnx._layer_names import method_of
 from nnx.serialize.classes import fields_of, why_not
 from nnx.serialize.dtypes import dtype_of, has_bad_bits
 from nnx.serialize.errors import LoadError
 from nnx.serialize.grammar import Check, Damaged, check, check_distinct, check_header, clip, kind_of
 from nnx.serialize.paths import check_paths
-from nnx.serialize.registry import Classes, find, registered_name
+from nnx.serialize.registry import Classes, find, is_config, registered_name
 from refx import Node, Partition, Ref
+from refx.frame import local
 from refx.node import attributes, tell
 from refx.node import make as make_node
 from refx.partition import Path, listed
 from refx.ref import check_type
 from refx.ref import make as make_ref
-from refx.structure import scan
-from refx.trace import local, trace_ref
+from refx.trace import trace_ref
+from refx.walk import walk
 
 __all__: list[str] = []
 
@@ -101,7 +102,7 @@ class _Decoder:
         tree = self.value(self._structure["root"])
         self._check_used(names)
         # What a walk cannot enter, no program could have saved.
-        found = scan(tree)
+        found = walk(tree)
         paths = {
             id(obj): spec["path"]
             for obj, (kind, spec) in zip(self._objects, self._specs, strict=True)
@@ -279,21 +280,23 @@ class _Decoder:
     def _saved(self, content: Any) -> Any:
         name, value = content
         known = registered_name(name)
-        if known is None or not isinstance(known.obj, type):
+        cls = find(name) if known is None else known.obj
+        if not isinstance(cls, type) or (known is None and not is_config(cls)):
             raise LoadError(
                 f"it holds a {name!r}, a class that is not registered. Import the Python module "
-                f"that registers it with nnx.saveable before nnx.load"
+                f"that defines it, or registers it with nnx.saveable, before nnx.load"
             )
         value = self.value(value)
-        if known.load is not None:
+        if known is not None and known.load is not None:
             return known.load(value)
-        names = {f.name for f in dataclasses.fields(known.obj)}
+        names = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(value, dict) or set(value) != names:
             raise LoadError(
                 f"the class {name!r} has changed since it was saved: its fields were "
                 f"{sorted(map(str, value))} and are {sorted(names)}"
             )
-        made = object.__new__(known.obj)
+        # Neither __init__ nor __post_init__ runs: a file never calls what it names.
+        made = object.__new__(cls)
         for field, content in value.items():
             object.__setattr__(made, field, content)
         return made
@@ -334,7 +337,7 @@ class _Decoder:
 
     def _method(self, content: Any) -> Any:
         node, name = self.value(content[0]), content[1]
-        found = inspect.getattr_static(type(node), name, None)
+        found = method_of(type(node), name)
         if not isinstance(found, types.FunctionType):
             raise LoadError(f"the class {type(node).__name__} has no method {name!r} any more")
         return types.MethodType(found, node)

@@ -27,6 +27,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
+from nnx._layer_names import method_of
 from nnx.serialize.classes import fields_of, why_not
 from nnx.serialize.dtypes import dtype_name, has_bad_bits
 from nnx.serialize.errors import SaveError
@@ -41,13 +42,13 @@ from nnx.serialize.grammar import (
     check_distinct,
     entered,
 )
-from nnx.serialize.registry import name_of, registered
+from nnx.serialize.registry import is_config, name_of, registered
 from refx import EndedTraceError, Node, Partition, Ref
-from refx.node import attributes
-from refx.partition import Path, dotted
+from refx.access import peek
+from refx.node import attributes, is_array
+from refx.partition import Name, Path, dotted
 from refx.snapshot import snapshot
-from refx.structure import is_array
-from refx.trace import EVAL, current_trace, peek
+from refx.trace import EVAL, current_trace
 
 __all__: list[str] = []
 
@@ -109,7 +110,7 @@ class _Encoder:
                     f"it there. Save the model that it was made of, or a dict of what it says."
                 )
         # For those who want the values by path and not the tree.
-        leaves = [[list(path), self._code(x, path)] for path, x in self._leaves]
+        leaves = [[list(map(str, path)), self._code(x, path)] for path, x in self._leaves]
         structure = {
             "format": FORMAT,
             "version": VERSION,
@@ -151,7 +152,7 @@ class _Encoder:
             raise SaveError(f"{_at(path)} cannot be saved. {error}") from error
         facts = ref.metadata.items()
         return {
-            "path": list(path),
+            "path": list(map(str, path)),
             "collection": self._within("key", ref.collection, path),
             "metadata": [[k, self._within("key", v, (*path, k))] for k, v in facts],
             "value": self._within("content", value, path),
@@ -188,6 +189,8 @@ class _Encoder:
             self._context = outer
 
     def _code(self, x: Any, path: Path) -> Any:
+        if isinstance(x, Name):
+            x = str(x)
         kind = type(x)
         if x is None or kind is bool:
             return x
@@ -246,7 +249,7 @@ class _Encoder:
         kind: type = type(x)
         known = registered(kind)
         if known is not None and not isinstance(x, enum.Enum):
-            value = known.save(x) if known.save is not None else _fields(x)
+            value = known.save(x) if known.save is not None else _fields(x, path)
             return {"saved": [known.name, self._within("inner", value, path)]}
         exact = _KINDS.get(kind)
         if exact is not None:
@@ -268,11 +271,13 @@ class _Encoder:
             return {"enum": [name, x.name]}
         if isinstance(x, tuple) and hasattr(kind, "_fields"):
             return {"namedtuple": [name, self._all(x, path)]}
+        if is_config(kind):
+            return {"saved": [name, self._within("inner", _fields(x, path), path)]}
         raise _unsaveable(x, path)
 
     def _partition(self, x: Partition, path: Path) -> Any:
         # Like the value of a Ref, one of a Partition has no identity inside it.
-        return [[list(p), self._within("content", v, (*path, *p))] for p, v in x.items()]
+        return [[list(map(str, p)), self._within("content", v, (*path, *p))] for p, v in x.items()]
 
     def _partial(self, x: Any, path: Path) -> Any:
         named = [[k, self._code(v, (*path, k))] for k, v in x.keywords.items()]
@@ -280,7 +285,7 @@ class _Encoder:
 
     def _method(self, x: types.MethodType, path: Path) -> Any:
         name = x.__func__.__name__
-        if inspect.getattr_static(type(x.__self__), name, None) is not x.__func__:
+        if method_of(type(x.__self__), name) is not x.__func__:
             raise SaveError(
                 f"{_at(path)} is a method {name!r} that its class {type(x.__self__).__name__} does not "
                 f"have by that name. Define it in the class."
@@ -383,8 +388,16 @@ def _has_names(x: enum.Enum) -> bool:
     return x.name in members or all(part in members for part in parts)
 
 
-def _fields(x: Any) -> dict[str, Any]:
-    return {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+def _fields(x: Any, path: Path) -> dict[str, Any]:
+    names = [f.name for f in dataclasses.fields(x)]
+    for name in getattr(x, "__dict__", {}):
+        cached = inspect.getattr_static(type(x), name, None)
+        if name not in names and not isinstance(cached, functools.cached_property):
+            raise SaveError(
+                f"{_at(path)} is a {type(x).__qualname__}, a dataclass that holds {name!r}, which is "
+                f"none of its fields and would be lost. Make it one: field(init=False)."
+            )
+    return {name: getattr(x, name) for name in names}
 
 
 def _text(data: bytes) -> str:
@@ -408,6 +421,11 @@ def _unsaveable(x: Any, path: Path) -> SaveError:
             f"Register it with @nnx.saveable where it is defined, use one of jax.nn, or save the "
             f"values alone: nnx.save(path, nnx.get_partition(tree, ...)), to be read with "
             f"nnx.load_state(path, into=tree)."
+        )
+    if is_config(kind):
+        return SaveError(
+            f"{_at(path)} is a {kind.__qualname__}, a dataclass that no other program could find by "
+            f"its name. Define it at the top of a Python module, or register it with @nnx.saveable(name=...)."
         )
     what = f"the class {x.__qualname__}" if isinstance(x, type) else f"a {kind.__qualname__}"
     return SaveError(

@@ -15,11 +15,13 @@ from jax.core import Tracer
 from nnx.layers._unrolled import NOTHING, Spot, Unrolled, named, part_of, stacked, take
 from nnx.serialize.errors import LoadError
 from refx import EndedTraceError, Ref
+from refx.access import peek
 from refx.dag import dtype_of, update
+from refx.dagdef import Leaf, NodeDef, RefDef, Tree
 from refx.node import Node, attributes
 from refx.partition import Path, dotted, listed
-from refx.structure import Leaf, NodeDef, RefDef, Tree, scan
-from refx.trace import EVAL, current_trace, peek
+from refx.trace import EVAL, current_trace
+from refx.walk import walk
 
 __all__ = ["LoadReport"]
 
@@ -78,7 +80,7 @@ class Fitting:
 
     def __init__(self, tree: Any):
         self._tree = tree
-        found = scan(tree)
+        found = walk(tree)
         self._dagdef = found.dagdef
         self._refs: list[Ref[Any]] = found.refs
         self._ref_paths = found.dagdef.ref_paths

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from nnx.transforms.carry import CARRY
-from refx import All, Node, Not, OfType, PathContains, PathMatches
+from refx import All, InModule, Node, Not, OfType, PathContains, PathMatches
 from refx import Any as Any_
 
 __all__ = ["saveable"]
@@ -57,8 +57,8 @@ def saveable(
 ) -> Any:
     """Let `nnx.save` write a function or the instances of a class by name, and `nnx.load` find it.
 
-    Modules, enums, named tuples and what is in `jax.nn`, `jax.nn.initializers`, `jax.numpy` and
-    `jax.lax` need no registration.
+    Modules, enums, named tuples, frozen dataclasses and what is in `jax.nn`, `jax.nn.initializers`,
+    `jax.numpy` and `jax.lax` need no registration.
 
     Args:
       obj: a function, or a class. Instances of a dataclass are saved by their fields; those of
@@ -114,6 +114,16 @@ def registered(obj: Any) -> Saved | None:
 def registered_name(name: str) -> Saved | None:
     """What is registered by this name."""
     return _by_name.get(name)
+
+
+def is_config(obj: Any) -> bool:
+    """Whether it is a class of frozen dataclasses, whose instances are what their fields say."""
+    if not isinstance(obj, type) or issubclass(obj, Node):
+        return False
+    # Through the dicts: looking an attribute up may run something.
+    found = (vars(cls).get("__dataclass_params__") for cls in obj.__mro__)
+    params = next((x for x in found if x is not None), None)
+    return params is not None and params.frozen
 
 
 def _own_name(obj: Any) -> str:
@@ -203,7 +213,7 @@ def find(name: str) -> Any:
     if name in public_names()[0]:
         return public_names()[0][name]
     obj = _walk(name)
-    if isinstance(obj, type) and issubclass(obj, Node | enum.Enum | tuple):
+    if isinstance(obj, type) and (issubclass(obj, Node | enum.Enum | tuple) or is_config(obj)):
         return obj
     if isinstance(obj, types.FunctionType) and obj.__module__.startswith("nnx.layers."):
         return obj
@@ -276,12 +286,17 @@ def _exactly(kind: Any, make: Callable[[Any], Any]) -> Callable[[Any], Any]:
 _NONE = type(None)
 saveable(type(CARRY), name="nnx.CARRY", save=lambda _: None, load=_exactly(_NONE, lambda _: CARRY))
 # Filters are attributes of modules too.
-for _kind, _name in ((PathContains, "part"), (PathMatches, "glob"), (OfType, "kind")):
+for _kind, _name in (
+    (PathContains, "part"),
+    (PathMatches, "glob"),
+    (OfType, "kind"),
+    (InModule, "kind"),
+):
     saveable(
         _kind,
         name=f"refx.{_kind.__name__}",
         save=operator.attrgetter(_name),
-        load=_exactly(type | tuple if _kind is OfType else str, _kind),
+        load=_exactly(type | tuple if _name == "kind" else str, _kind),
     )
 for _kind in (All, Any_, Not):
     saveable(

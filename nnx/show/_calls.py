@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 import jax
 
 import refx
-from nnx._stand_in import MARK, StandIn
+from nnx._ambient import ambient
+from nnx.probe.stand_in import MARK, StandIn
 from nnx.scope import Scope, entered, make_scope
 from nnx.show._format import is_arraylike
-from nnx.transforms.whole import eval_shape
+from nnx.transforms.simple import eval_shape
 from refx import Node, Ref
+from refx.frame import local
 from refx.node import attributes
 from refx.partition import Path
-from refx.trace import current_trace, local, trace_ref
+from refx.trace import current_trace, trace_ref
 
 __all__ = ["Arguments", "Call", "abstract", "record"]
 
@@ -192,9 +194,9 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 def default_scope() -> Scope:
     """The ambient scope; with keys, whose values do not matter, where it has none."""
-    ambient: Scope | None = local.scope
-    if ambient is not None and "default" in ambient.streams:
-        return ambient
+    around: Scope | None = ambient.scope
+    if around is not None and "default" in around.streams:
+        return around
     return make_scope({"default": jax.random.key(0)})
 
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax.extend import core as jex_core
 
 import refx
+from nnx._ambient import ambient
 from nnx.rng import RngStream
 from nnx.scope import Scope, entered
 from nnx.show._calls import Call
 from nnx.show._format import is_arraylike
 from refx import Node, Partition, Ref, get_partition
-from refx.trace import local
 
 __all__ = ["Costs"]
 
@@ -29,7 +29,7 @@ class Costs:
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[float, float] | None] = {}
-        scope: Scope | None = local.scope
+        scope: Scope | None = ambient.scope
         self._flags = dict(scope.flags) if scope is not None else {}
         # Programs by the identity of their jaxpr, which is kept so that the id stays its own.
         self._bodies: dict[int, tuple[Any, float]] = {}

@@ -10,9 +10,9 @@ from typing import Any
 
 from nnx.show._format import clip, short
 from nnx.show._walk import ARRAY, BACK, NODE, REF, STATIC, Walk
-from refx import Node, Partition, Ref
+from refx import Node, Ref
 
-__all__ = ["display", "register"]
+__all__ = ["display", "register", "show_node"]
 
 
 def display(model: Any, path: str | os.PathLike[str] | None = None) -> None:
@@ -102,10 +102,9 @@ def _in_notebook() -> bool:
 
 
 def register() -> None:
-    """Have treescope show modules, Refs and Partitions well wherever it shows anything.
+    """Have treescope show modules and Refs well wherever it shows anything.
 
-    `nnx.display` does it; call it to use `treescope.show` or treescope's notebook integration with
-    models before.
+    `nnx.display` does it, and treescope itself when it is given a module.
 
     Raises:
       ImportError: treescope is not installed.
@@ -114,9 +113,8 @@ def register() -> None:
     from treescope import type_registries
 
     handlers: dict[type[Any], Any] = type_registries.TREESCOPE_HANDLER_REGISTRY
-    handlers[Node] = _show_node
+    handlers[Node] = show_node
     handlers[Ref] = _show_ref
-    handlers[Partition] = _show_partition
     # Treescope warns of mutable objects at several places by their address. Sharing is said here,
     # by path.
     type_registries.IMMUTABLE_TYPES_REGISTRY[Node] = True
@@ -163,7 +161,9 @@ class _Again:
         return parts.custom_text_color(parts.text(f"<same as {name}>"), css_color="#b35900")
 
 
-def _show_node(node: Node, path: str | None, inner: Any) -> Any:
+def show_node(node: Node, path: str | None, inner: Any) -> Any:
+    """A module as treescope is to show it; the part of `__treescope_repr__` that knows treescope."""
+    register()
     if _drawing.root is not None:
         return _shown_once(node, path, inner)
     _drawing.begin(node)
@@ -237,14 +237,3 @@ def _show_ref(cell: Ref[Any], path: str | None, inner: Any) -> Any:
     if _drawing.root is None:
         return _whole(cell, path, inner, None)
     return _shown_once(cell, path, inner)
-
-
-def _show_partition(partition: Partition, path: str | None, inner: Any) -> Any:
-    from treescope import repr_lib
-
-    return repr_lib.render_dictionary_wrapper(
-        object_type=Partition,
-        wrapped_dict={".".join(p): value for p, value in partition.items()},
-        path=path,
-        subtree_renderer=inner,
-    )

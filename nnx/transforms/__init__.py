@@ -5,17 +5,22 @@ from nnx.transforms.branches import BranchError, cond, switch
 from nnx.transforms.call import ArgumentError
 from nnx.transforms.carry import CARRY, CarryError
 from nnx.transforms.custom import CustomRuleError, custom_jvp, custom_vjp
-from nnx.transforms.derivatives import hessian, jacfwd, jacrev, jvp, vjp
-from nnx.transforms.filtered import is_array, is_inexact_array, jit_filter
-from nnx.transforms.filtered_grad import grad_filter, value_and_grad_filter
+from nnx.transforms.derivatives import hessian, jacfwd, jacrev, jvp, linearize, vjp
+from nnx.transforms.filtered import (
+    grad_filter,
+    is_array,
+    is_inexact_array,
+    jit_filter,
+    value_and_grad_filter,
+)
 from nnx.transforms.functional import functional
 from nnx.transforms.grad import grad, value_and_grad
 from nnx.transforms.jit import jit
 from nnx.transforms.loops import fori_loop, map, scan, while_loop
 from nnx.transforms.sharded import shard_map
+from nnx.transforms.simple import checkify, eval_shape, make_jaxpr, remat
 from nnx.transforms.targets import DifferentiationError
 from nnx.transforms.vmap import vmap
-from nnx.transforms.whole import checkify, eval_shape, make_jaxpr, remat
 
 __all__ = [
     "CARRY",
@@ -42,6 +47,7 @@ __all__ = [
     "jit",
     "jit_filter",
     "jvp",
+    "linearize",
     "make_jaxpr",
     "map",
     "remat",

@@ -16,11 +16,11 @@ from nnx.transforms.boundary import Outline, Packed
 from nnx.transforms.call import Call
 from refx import Ref, RefError
 from refx.filters import to_predicate, to_predicates
-from refx.node import is_identity
+from refx.node import is_array, is_identity
 from refx.partition import Partition, Path, dotted
 from refx.selection import check_selection
 from refx.snapshot import snapshot
-from refx.structure import is_array, scan
+from refx.walk import walk
 
 __all__ = ["AxisError"]
 
@@ -122,14 +122,14 @@ class Root(NamedTuple):
 
 def places(call: Call) -> list[Root]:
     """For each root of a call, where its Refs and plain arrays are in the lists of the call."""
-    joint = scan(tuple(call.roots), call.alias)
+    joint = walk(tuple(call.roots), call.alias)
     ref_at = {id(r): i for i, r in enumerate(joint.refs)}
     leaf_at = {
         (id(h), k) if h is not None else id(x): i
         for i, (x, (h, k)) in enumerate(zip(joint.leaves, joint.places, strict=True))
     }
     result = []
-    alias = call.alias or {}
+    alias = call.alias
     for kept in map(snapshot, call.roots):
         refs = zip(kept.dagdef.ref_paths, kept.refs, strict=True)
         leaves = zip(kept.dagdef.leaf_paths, kept.leaves(), kept.places(), strict=True)
@@ -315,7 +315,7 @@ class Sorted:
         else:
             specs = [
                 self._of_new(path, x)
-                for path, x in (*outline.fresh, *outline.arrays)
+                for path, x in (*outline.new, *outline.arrays)
                 for _ in jax.tree.leaves(x.value if isinstance(x, Ref) else x)
             ]
         for i, value in zip(packed.spec.written, packed.written, strict=True):

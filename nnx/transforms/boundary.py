@@ -19,22 +19,27 @@ aborted trace closed over alive for ever.)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from operator import is_
 from typing import Any, NamedTuple
 
 import jax
 
+from nnx._layer_names import RootNames
 from nnx.scope import entered
 from nnx.transforms.call import Call, Layout, Roots, unlabelled
 from nnx.transforms.donation import explain_deleted
 from nnx.transforms.tracebacks import shortened
 from nnx.transforms.untouched import Untouched, check_arguments, check_found, reachable
 from refx import Node, Ref
+from refx.access import check_structure, label, put, writable
+from refx.build import build
+from refx.dagdef import DagDef, RefDef
+from refx.frame import Frame, Original, StandIn, copy_containers, local
 from refx.node import is_identity
 from refx.partition import Path, dotted
-from refx.structure import DagDef, RefDef, build, scan
-from refx.trace import Frame, Kept, check_structure, fresh, label, local, put, writable
+from refx.walk import walk
 
 __all__: list[str] = []
 
@@ -47,7 +52,7 @@ class Graph(NamedTuple):
     """The structure that a call left behind, where it is more than new values.
 
     `dagdef` is that of `(roots, output)`. `known` maps its numbers to those of the call's DagDef
-    for what the caller has already; `fresh` counts the Refs that are new; `leaves` says for each
+    for what the caller has already; `new` counts the Refs that are new; `leaves` says for each
     plain array whether it is the i-th that came in, or (None) one that was returned.
     """
 
@@ -79,17 +84,30 @@ class Packed:
         self.written = written
 
 
-jax.tree_util.register_pytree_node(
+class _Key:
+    """A part of the output in JAX's names: `result[0]` is that of the user's output."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_KEYS = _Key(""), _Key(".written")
+
+jax.tree_util.register_pytree_with_keys(
     Packed,
-    lambda p: ((p.out, p.written), p.spec),
+    lambda p: (tuple(zip(_KEYS, (p.out, p.written), strict=True)), p.spec),
     lambda spec, children: Packed(spec, *children),
+    lambda p: ((p.out, p.written), p.spec),
 )
 
 
 class Outline(NamedTuple):
     """The new Refs and the new plain arrays of a Graph, with their paths in `(roots, output)`."""
 
-    fresh: list[tuple[Path, Ref[Any]]]
+    new: list[tuple[Path, Ref[Any]]]
     arrays: list[tuple[Path, Any]]
 
 
@@ -137,14 +155,15 @@ def run(
     with frame:
         if layout.labels:
             values, leaves = unlabelled(layout, values, leaves)
-        roots, objects = build(layout.dagdef, map(fresh, values), leaves)
+        roots, objects = build(layout.dagdef, map(copy_containers, values), leaves)
         label_stand_ins(layout, objects)
         outer = call.objects()
         inner_refs = [x for x in objects if type(x) is Ref]
-        before = [Kept(r._value) for r in inner_refs]
+        before = [Original(r._value) for r in inner_refs]
         closed = Untouched(call, layout, objects)
         _shadow(frame, call, layout, mode, outer, objects)
         frame.describe = _namer(layout.dagdef, outer, objects)
+        frame.roots = RootNames(roots, call.roots)
         try:
             args, kwargs = _arguments(layout, roots, others)
             scope = roots[-1] if layout.has_scope else None
@@ -194,13 +213,16 @@ def _shadow(
             layout.dagdef, range(len(layout.form.where), len(layout.form.where) + layout.closed)
         )
         pairs = ((o, i) for n, (o, i) in enumerate(zip(outer, objects, strict=True)) if n in reach)
-    frame.shadow.update((o, i) for o, i in pairs if type(o) is Ref)
+    stand_ins = frame.stand_ins
+    stand_ins.update((o, StandIn(o, i)) for o, i in pairs if type(o) is Ref)
     # What stands for a Ref in the body around this one may be reached by that Ref's name. JAX runs
     # derivative rules late, when that body has ended, so a call may have kept the names.
-    around = frame.parent.shadow if call.names is None and frame.parent is not None else call.names
-    for ref, stand_in in (around or {}).items():
-        if stand_in in frame.shadow:
-            frame.shadow[ref] = frame.shadow[stand_in]
+    around = call.stand_ins
+    if around is None:
+        around = frame.parent.stand_ins if frame.parent is not None else {}
+    for ref, known in around.items():
+        if known.inner in stand_ins:
+            stand_ins[ref] = stand_ins[known.inner]._replace(ref=ref)
 
 
 def _namer(dagdef: DagDef, outer: list[Any], objects: list[Any]) -> Callable[[Any], str | None]:
@@ -218,11 +240,11 @@ def _note_found(frame: Frame, mode: str, call: Call) -> None:
     """Note the closed-over Refs that the body met and that have to be roots."""
     if mode == "constant":
         return
-    for ref, owner in frame.found.items():
-        inner = frame.shadow[ref]
-        if mode == "lift" or inner in frame.assigned or frame.entered[ref].changed(inner._value):
+    for met in frame.met():
+        if mode == "lift" or met.was_written(frame):
             # A module that was made in the body may hold the Ref, but cannot be a root outside.
-            call.found.append((ref, ref if owner is None or owner._frame is frame else owner))
+            inside = met.owner is None or met.owner._frame is frame
+            call.found.append((met.ref, met.ref if inside else met.owner))
 
 
 def _pack(
@@ -232,7 +254,7 @@ def _pack(
     roots: tuple[Any, ...],
     objects: list[Any],
     outer: list[Any],
-    before: list[Kept],
+    before: list[Original],
     leaves: Any,
     out: Any,
     mode: str,
@@ -246,7 +268,7 @@ def _pack(
         if was.changed(ref._value) or (assigned and ref in frame.assigned)
     )
     new_values = [inner_refs[i]._value for i in written]
-    after = scan(roots, skip=1)
+    after = walk(roots, skip=1)
     same = (
         after.dagdef is layout.dagdef
         and all(map(is_, after.objects, objects))
@@ -258,8 +280,9 @@ def _pack(
     alias = {id(o): i for o, i in zip(outer, objects, strict=True)}
     # A Ref may go by the name that it has further out, where the call is made in another body.
     ours = set(map(id, objects))
-    alias.update((id(ref), inner) for ref, inner in frame.shadow.items() if id(inner) in ours)
-    both = scan((roots, out), alias, skip=2)
+    names = frame.stand_ins.values()
+    alias.update((id(s.ref), s.inner) for s in names if id(s.inner) in ours)
+    both = walk((roots, out), alias, skip=2)
     strangers = [x for x in both.objects if is_identity(x) and x._frame is not frame]
     if strangers:
         roots_of = [x for x in strangers if isinstance(x, Node)] or strangers
@@ -275,14 +298,14 @@ def _pack(
     )
     # The canonical paths begin with "0" for what hangs on a root and with "1" for the output.
     paths = dict(zip(map(id, both.refs), both.dagdef.ref_paths, strict=True))
-    fresh = [(paths[id(r)], r) for r in both.refs if id(r) not in numbers]
+    new = [(paths[id(r)], r) for r in both.refs if id(r) not in numbers]
     arrays = [
         (path, x)
         for path, x in zip(both.dagdef.leaf_paths, both.leaves, strict=True)
         if id(x) not in came
     ]
-    values = [r._value for _, r in fresh], [x for _, x in arrays]
-    return Packed(Spec(written, graph), values, new_values), Outline(fresh, arrays)
+    values = [r._value for _, r in new], [x for _, x in arrays]
+    return Packed(Spec(written, graph), values, new_values), Outline(new, arrays)
 
 
 def until_lifted(attempt: Callable[[Roots], Any]) -> Any:
@@ -307,6 +330,7 @@ def to_its_end(transform: Callable[[Callable[..., Any]], Any], fn: Callable[...,
     """
     raised: list[Exception] = []
 
+    @functools.wraps(fn)
     def pure(*args: Any) -> Any:
         try:
             return fn(*args)
@@ -366,12 +390,12 @@ def write_back(
         put(target, value)
 
 
-def _apply(call: Call, graph: Graph, fresh: list[Any], arrays: list[Any]) -> Any:
+def _apply(call: Call, graph: Graph, new: list[Any], arrays: list[Any]) -> Any:
     objects = call.objects()
     existing = {n: objects[i] for n, i in graph.known.items()}
     given = iter(arrays)
     leaves = [call.leaves[i] if i is not None else next(given) for i in graph.leaves]
-    (_, out), _ = build(graph.dagdef, fresh, leaves, existing=existing, refill=graph.refill)
+    (_, out), _ = build(graph.dagdef, new, leaves, existing=existing, refill=graph.refill)
     return out
 
 

@@ -15,14 +15,20 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from nnx._ambient import ambient
+from nnx.scope import COMPILED
 from nnx.transforms.closure import Closure
 from refx import Node, Ref, RefError
-from refx.node import is_identity
+from refx.access import is_label
+from refx.build import objects_of
+from refx.dagdef import DagDef, alone_in_tuple
+from refx.frame import StandIn, local
+from refx.node import is_array, is_identity
 from refx.partition import dotted
 from refx.snapshot import Snapshot, snapshot
 from refx.static import Static
-from refx.structure import DagDef, is_array, scan
-from refx.trace import LABEL, is_label, local, trace_ref
+from refx.trace import LABEL, trace_ref
+from refx.walk import walk
 
 __all__ = ["ArgumentError"]
 
@@ -148,18 +154,19 @@ class Call:
     """
 
     __slots__ = (
-        "alias",
+        "__weakref__",
         "at_once",
         "entry",
+        "filtered",
         "found",
         "layout",
         "leaves",
-        "names",
         "others",
         "refs",
         "repeats",
         "roots",
         "snapshots",
+        "stand_ins",
         "values",
     )
 
@@ -183,27 +190,36 @@ class Call:
         self.found: list[tuple[Any, Any]] = []
         # Whether every Ref may be written where the call was opened, with no need to ask each.
         self.at_once = False
-        # By id, what stands in the surrounding body for a closed-over Ref among the roots.
-        self.alias: dict[int, Any] | None = None
+        # What stands in the surrounding body for Refs from further out, where that matters: a root
+        # may go by either name, and JAX runs derivative rules when that body has ended.
+        self.stand_ins: dict[Ref[Any], StandIn] | None = None
         # The trace that made the call, for transformations that read closed-over Refs in the body.
         self.entry: Any = None
+        # Where the inputs of a filtered program are in the lists.
+        self.filtered: Any = None
         # How often the body runs: the steps of a loop, the lanes of a batch.
         self.repeats = 1
-        # For those too, the Refs that something stands for in the body around the call.
-        self.names: dict[Ref[Any], Ref[Any]] | None = None
+
+    @property
+    def alias(self) -> dict[int, Any]:
+        """The stand-ins in the surrounding body by the id of what they stand for."""
+        return {id(ref): s.inner for ref, s in (self.stand_ins or {}).items()}
 
     def objects(self) -> list[Any]:
         """The caller's objects, by their numbers in the DagDef."""
-        return scan(tuple(self.roots), self.alias, skip=1).objects
+        if not self.stand_ins:
+            found = objects_of(self.layout.dagdef, tuple(self.roots))
+            if found is not None:
+                return found
+        return walk(tuple(self.roots), self.alias, skip=1).objects
 
     def without_values(self) -> Call:
         """The same call for a body that JAX may keep: it must not keep the call's tracers alive."""
         bare = Call(self.layout, self.roots, self.snapshots, self.refs, [], [], [])
         bare.found = self.found
-        bare.alias = self.alias
         bare.entry = self.entry
         bare.repeats = self.repeats
-        bare.names = self.names
+        bare.stand_ins = self.stand_ins
         return bare
 
 
@@ -218,7 +234,9 @@ def open_call(
 ) -> Call:
     """Take the arguments of one call apart. `plans` is a function's cache of Plans."""
     form, roots, others = _take_roots(args, kwargs, any_leaf)
-    scope = local.scope
+    scope = ambient.scope
+    if ambient.asked is not None:
+        ambient.asked.add(COMPILED)
     closed = closure.roots() if closure is not None else ()
     constants: tuple[Any, ...] = ()
     if closed or scope is not None:
@@ -237,10 +255,16 @@ def open_call(
     shape = snapshots[0].dagdef if single else tuple([s.uid for s in snapshots])
     frame = local.frame
     alias: dict[int, Any] | None = None
-    if frame is not None and frame.shadow and any([s.frame is not frame for s in snapshots]):
-        # A closed-over Ref and what stands for it in the body around this call are one cell.
-        alias = {id(ref): inner for ref, inner in frame.shadow.items()}
-        shape = (shape, frame.uid, len(alias))
+    stand_ins: dict[Ref[Any], StandIn] | None = {} if type(closure) is Roots else None
+    if frame is not None and frame.stand_ins:
+        foreign = any([s.frame is not frame for s in snapshots])
+        if foreign or stand_ins is not None:
+            # Before the values are read, which makes more of them.
+            stand_ins = dict(frame.stand_ins)
+        if foreign:
+            # A closed-over Ref and what stands for it in the body around this call are one cell.
+            alias = {id(ref): s.inner for ref, s in frame.stand_ins.items()}
+            shape = (shape, frame.uid, len(alias))
     key = (form, shape, constants, scope is None, statics)
     plan = plans.by_call.get(key) if plans is not None else None
     if plan is None:
@@ -266,11 +290,10 @@ def open_call(
         layout, values, leaves = _labelled(layout, plans, refs, values, leaves)
     call = Call(layout, roots, snapshots, refs, values, leaves, others)
     call.at_once = at_once
-    call.alias = alias
+    call.stand_ins = stand_ins
     if type(closure) is Roots:
         closure.call = call
         call.entry = trace_ref()
-        call.names = dict(frame.shadow) if frame is not None else {}
     return call
 
 
@@ -436,13 +459,16 @@ def _plan(
     alias: dict[int, Any] | None,
 ) -> Plan:
     apart = None
+    if len(roots) == 1 and alias is None:
+        dagdef = alone_in_tuple(snapshots[0].dagdef)
+        return Plan(_layout(dagdef, parts, plans), None, None)
     if len(roots) > 1 and plans is not None and alias is None and _share_nothing(snapshots):
         # Then what each looks like says what they look like together, whichever they are.
         apart = (*parts, tuple([s.dagdef for s in snapshots]))
         known = plans.by_call.get(apart)
         if known is not None:
             return known
-    joint = scan(tuple(roots), alias, skip=1)
+    joint = walk(tuple(roots), alias, skip=1)
     refs = [id(alias.get(id(r), r)) if alias else id(r) for s in snapshots for r in s.refs]
     places = [place for s in snapshots for place in s.places()]
     joint_places = [
@@ -450,13 +476,17 @@ def _plan(
         for x, (h, k) in zip(joint.leaves, joint.places, strict=True)
     ]
     plan = Plan(
-        Layout(joint.dagdef, *parts) if plans is None else plans.layout(joint.dagdef, parts),
+        _layout(joint.dagdef, parts, plans),
         _positions(refs, [id(r) for r in joint.refs]),
         _positions(places, joint_places),
     )
     if plans is not None and apart is not None:
         plans.keep(apart, plan)
     return plan
+
+
+def _layout(dagdef: DagDef, parts: tuple[Any, ...], plans: Plans | None) -> Layout:
+    return Layout(dagdef, *parts) if plans is None else plans.layout(dagdef, parts)
 
 
 def _share_nothing(snapshots: list[Snapshot]) -> bool:

@@ -22,14 +22,14 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from nnx._ambient import ambient
 from nnx.transforms.boundary import Packed, Spec, check_lifted, close_call, run, until_lifted
 from nnx.transforms.call import Call, Roots, open_call
-from nnx.transforms.jit import function_name
+from nnx.transforms.callables import function_name
 from nnx.transforms.targets import by_path, locate, moves, shapes, text, zero_tangent
 from refx import Partition, RefError
 from refx.node import is_identity
 from refx.partition import Path, dotted, listed
-from refx.trace import local
 
 __all__ = ["CustomRuleError", "custom_jvp", "custom_vjp"]
 
@@ -141,8 +141,8 @@ class _Custom:
         if any(self in (rule, rule._stands_for) for rule in _learning.rules):
             # A rule that calls its own function: what it leaves behind is all that is asked here.
             return self._fn(*args)
-        if local.probe is not None:
-            return local.probe.custom(self, args)
+        if ambient.probe is not None:
+            return ambient.probe.custom(self, args)
         given, args = self._divide(args)
         fixed = _Fixed(given, self._name)
 
@@ -397,7 +397,7 @@ def _zero_shape(x: Any) -> jax.ShapeDtypeStruct:
 def _closed(call: Call) -> list[int]:
     """The positions of the values that hang on no argument."""
     given = {id(ref) for kept in call.snapshots[: len(call.layout.form.where)] for ref in kept.refs}
-    alias = call.alias or {}
+    alias = call.alias
     given |= {id(alias[i]) for i in given if i in alias}
     return [i for i, ref in enumerate(call.refs) if id(ref) not in given]
 

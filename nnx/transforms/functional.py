@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 
-from nnx.transforms.jit import function_name, unbound
+from nnx.transforms.callables import function_name, unbound
 from refx import DagDef, Partition, StructureError, TraceLevelError, merge, split
 from refx.dag import refs
+from refx.describe import describe
+from refx.frame import Frame, StandIn
 from refx.node import is_identity
-from refx.trace import Frame, describe
 
 __all__ = ["functional"]
 
@@ -27,32 +28,33 @@ def functional(
     Args:
       fn: a function that uses the modules and Refs of `trees` by closure; or a module or a bound
         method of one, which then is one of the trees.
-      *trees: the modules and Refs whose values are the state.
+      *trees: the modules and Refs whose values are the state. The paths are those of the tree, or,
+        where there are several, of the tuple of them.
 
     Returns:
       `(pure, state)`: `pure(state, *args, **kwargs)` gives `(out, new_state)`, where `out` is what
       `fn(*args, **kwargs)` returns. `state` is a Partition of the values that the Refs of the trees
-      have now; plain arrays are constants. `nnx.update(trees, new_state)` writes one back.
+      have now; plain arrays are constants. `nnx.update(tree, new_state)` writes one back.
 
     Raises:
       TraceLevelError: `fn` writes a Ref that is in none of the trees.
       StructureError: `fn` returns a module or a Ref; it can return their values.
 
     >>> import jax, jax.numpy as jnp, nnx
-    >>> count = nnx.Ref(jnp.array(0.0))
-    >>> def add(x):
-    ...     count.value += x
-    ...     return count.value * 2
-    >>> pure, state = nnx.functional(add, count)
-    >>> out, state = jax.jit(pure)(state, 3.0)
-    >>> float(out), float(state["0"]), float(count.value)
-    (6.0, 3.0, 0.0)
+    >>> norm = nnx.BatchNorm(2)
+    >>> pure, state = nnx.functional(lambda x: norm(x).sum(), norm)
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    >>> out, new_state = jax.jit(pure)(state, x)
+    >>> bool((new_state["mean"] > 0).all()), bool((norm.mean == 0).all())
+    (True, True)
+    >>> nnx.update(norm, new_state)
     """
     inner, bound = unbound(fn)
-    trees = (*bound, *trees)
+    trees = tuple({id(tree): tree for tree in (*bound, *trees)}.values())
+    root = trees[0] if len(trees) == 1 else trees
     name = f"nnx.functional({function_name(fn)})"
-    dagdef, values = split(trees)
-    cells = list(refs(trees).values())
+    dagdef, values = split(root)
+    cells = list(refs(root).values())
     # Plain arrays are read where they are, so they are constants.
     constants = {path: values[path] for path in dagdef.leaf_paths}
 
@@ -62,8 +64,10 @@ def functional(
             try:
                 copies = merge(dagdef, state, constants)
                 stand_ins = list(refs(copies).values())
-                frame.shadow.update(zip(cells, stand_ins, strict=True))
-                out = inner(*copies[: len(bound)], *args, **kwargs)
+                pairs = zip(cells, stand_ins, strict=True)
+                frame.stand_ins.update((ref, StandIn(ref, inner)) for ref, inner in pairs)
+                first = copies if len(trees) == 1 else copies[0]
+                out = inner(*((first,) if bound else ()), *args, **kwargs)
                 _check(name, frame, out)
                 after, new = split(copies)
                 if after is not dagdef:
@@ -84,12 +88,10 @@ def _of_refs(values: Partition, dagdef: DagDef) -> Partition:
 
 
 def _check(name: str, frame: Frame, out: Any) -> None:
-    for ref, owner in frame.found.items():
-        if frame.shadow[ref] in frame.assigned or frame.entered[ref].changed(
-            frame.shadow[ref]._value
-        ):
+    for met in frame.met():
+        if met.was_written(frame):
             raise TraceLevelError(
-                f"{describe(ref, owner)} was written in {name}, but it is not part of the state. "
+                f"{describe(met.ref, met.owner)} was written in {name}, but it is not part of the state. "
                 f"Give its module to nnx.functional, too: nnx.functional(fn, model, other)."
             )
     if any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity))):

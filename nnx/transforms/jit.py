@@ -9,55 +9,56 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    ParamSpec,
+    Protocol,
+    Self,
+    TypeVar,
+    overload,
+)
 
 import jax
 
+from nnx._ambient import ambient
 from nnx.transforms.boundary import Outline, Packed, Spec, close_call, run
 from nnx.transforms.call import Call, Layout, Plans, open_call
+from nnx.transforms.callables import check_plain, function_name, unbound
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import explain_deleted, explain_donation, selected
 from nnx.transforms.explain import Explanation, explain, note
+from nnx.transforms.naming import named
 from nnx.transforms.shardings import Shardings
-from nnx.transforms.stages import Traced
-from nnx.transforms.statics import Statics, check_plain
+from nnx.transforms.simple import eval_shape
+from nnx.transforms.stages import Lowered, Traced
+from nnx.transforms.statics import Statics
 from nnx.transforms.tracebacks import shortened
-from refx import Filter, Node
-from refx.trace import local, without_jit
+from refx import Filter
+from refx.frame import local
+from refx.trace import without_jit
 
 __all__ = ["jit"]
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+R = TypeVar("R")
+T = TypeVar("T")
+R_co = TypeVar("R_co", covariant=True)
 
 
-def unbound(fn: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A function and the arguments it is bound to: a module or its method takes the module.
+class _Method(Protocol[P, Q, R_co]):
+    """What an attribute that is a jitted function is on a module: bound, but for its stages."""
 
-    Raises:
-      TypeError: what was given cannot be called.
-    """
-    if not callable(fn):
-        node = isinstance(fn, Node)
-        what = f"a {type(fn).__name__}, which has no __call__" if node else f"{fn!r:.60}"
-        raise TypeError(
-            f"An nnx transformation takes a function, a module or a method, but got {what}."
-        )
-    if isinstance(fn, types.MethodType) and isinstance(fn.__self__, Node):
-        return fn.__func__, (fn.__self__,)
-    if isinstance(fn, Node):
-        return type(fn).__call__, (fn,)  # pyright: ignore[reportAttributeAccessIssue]
-    return fn, ()
+    def __call__(self, *args: Q.args, **kwargs: Q.kwargs) -> R_co: ...
+    def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced: ...
+    def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered: ...
+    def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation: ...
 
 
-def function_name(fn: Callable[..., Any]) -> str:
-    """How a message calls a function; of a module or another object that is called, its class."""
-    if isinstance(fn, functools.partial):
-        return f"functools.partial({function_name(fn.func)})"
-    names = (getattr(fn, "__qualname__", None), getattr(fn, "__name__", None))
-    return next((name for name in names if isinstance(name, str)), type(fn).__qualname__)
-
-
-class Jit:
+class Jit(Generic[P, R]):
     """What `nnx.jit` returns: called like the function, compiled once for each structure.
 
     A layout is traced once before it is compiled, since only then is known what the function closes
@@ -66,7 +67,7 @@ class Jit:
 
     def __init__(
         self,
-        fn: Callable[..., Any],
+        fn: Callable[P, R],
         statics: tuple[Any, Any],
         donate: Filter,
         shardings: tuple[Any, Any],
@@ -92,7 +93,9 @@ class Jit:
         self._shardings = Shardings(self._name, *shardings, bound=bound)
         # Nothing but the arguments as they are: the common case has a shorter way.
         self._direct = not (self._static.active or self._shardings.active)
-        self._compiled = jax.jit(self._run, static_argnums=0, **options)
+        # One function: JAX knows a trace again by it.
+        self._pure = self._named_run()
+        self._compiled = jax.jit(self._pure, static_argnums=0, **options)
         # A function that is itself a Jit has attributes that must not become those of this one.
         functools.update_wrapper(self, fn, updated=())
 
@@ -107,10 +110,12 @@ class Jit:
     _given: tuple[Any, ...]
     __qualname__: str
 
-    def __new__(cls, *given: Any) -> Any:
-        jitted = super().__new__(cls)
-        jitted._given = given  # what copies and pickles are made of
-        return jitted
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *given):
+            jitted = super().__new__(cls)
+            jitted._given = given  # what copies and pickles are made of
+            return jitted
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         fn = copy.deepcopy(self._given[0], memo)
@@ -128,8 +133,20 @@ class Jit:
         # As a method the last one given is 1.
         return (_method, self._given[:5]) if len(self._given) > 5 else (Jit, self._given)
 
+    def _named_run(self) -> Callable[..., Packed]:
+        def pure(layout: Any, values: Any, leaves: Any, others: Any) -> Packed:
+            return self._run(layout, values, leaves, others)
+
+        return named(pure, self._fn)
+
+    def _named_run_donating(self) -> Callable[..., Packed]:
+        def pure(layout: Any, donated: Any, values: Any, leaves: Any, others: Any) -> Packed:
+            return self._run_donating(layout, donated, values, leaves, others)
+
+        return named(pure, self._fn)
+
     def _run(self, layout: Any, values: Any, leaves: Any, others: Any) -> Packed:
-        call: Call = local.call
+        call: Call = ambient.call
         fn = self._static.restore(self._fn, layout.statics)
         packed = run(fn, self._name, call, values, leaves, others, layout=layout)
         if layout.traced:
@@ -139,7 +156,7 @@ class Jit:
     def _run_donating(
         self, layout: Any, donated: Any, values: Any, leaves: Any, others: Any
     ) -> Packed:
-        call: Call = local.call
+        call: Call = ambient.call
         full = list(values)
         for i, value in zip(layout.donated, donated, strict=True):
             full[i] = value
@@ -186,10 +203,10 @@ class Jit:
                 inputs = options["in_shardings"]
                 options["in_shardings"] = ([inputs[0][i] for i in layout.donated], *inputs)
             self._programs[layout] = jax.jit(
-                self._run_donating, static_argnums=0, donate_argnums=1, **options
+                self._named_run_donating(), static_argnums=0, donate_argnums=1, **options
             )
         elif self._shardings.active:
-            self._programs[layout] = jax.jit(self._run, static_argnums=0, **options)
+            self._programs[layout] = jax.jit(self._pure, static_argnums=0, **options)
         layout.traced = True
         if not layout.donated:
             note(self, layout, call)
@@ -206,12 +223,12 @@ class Jit:
 
     def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """An opened call whose layout is traced, with all that it closes over."""
-        outer = local.call
+        outer = ambient.call
         while True:
             call = self._open(args, kwargs)
             if not call.layout.traced and self._closure.meet(call.layout):
                 call = self._open(args, kwargs)
-            local.call = call
+            ambient.call = call
             try:
                 if not call.layout.traced:
                     self._trace(call)
@@ -219,7 +236,7 @@ class Jit:
                 if not call.found:
                     raise
             finally:
-                local.call = outer
+                ambient.call = outer
             if not call.found:
                 return call
             if _starts_again(call):
@@ -227,10 +244,10 @@ class Jit:
                 return call
             self._closure.add(call, self._name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if local.probe is not None:
-            return local.probe.jit(self, args, kwargs)
-        outer = local.call
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if ambient.probe is not None:
+            return ambient.probe.jit(self, args, kwargs)
+        outer = ambient.call
         try:
             while True:
                 if self._direct:
@@ -243,7 +260,7 @@ class Jit:
                     call = self._prepared(args, kwargs)
                 layout = call.layout
                 # The function may be traced for new shapes, and then needs to know its call.
-                local.call = call
+                ambient.call = call
                 try:
                     if self._programs and layout in self._programs:
                         packed = self._programs[layout](layout, *self._inputs(call))
@@ -254,7 +271,7 @@ class Jit:
                     explain_deleted(error, self._name, call)
                     raise
                 finally:
-                    local.call = outer
+                    ambient.call = outer
                 if call.found:
                     # Shapes that were not traced before may take another way through the function.
                     self._plans.drop(layout)
@@ -268,10 +285,10 @@ class Jit:
 
     def _uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call without a program, as `jax.disable_jit()` asks for: the body sees numbers."""
-        outer = local.call
+        outer = ambient.call
         while True:
             call = self._open(args, kwargs)
-            local.call = call
+            ambient.call = call
             try:
                 packed = self._run(call.layout, call.values, call.leaves, call.others)
             except Exception:
@@ -281,10 +298,10 @@ class Jit:
                 if not call.found:
                     return close_call(call, packed)
             finally:
-                local.call = outer
+                ambient.call = outer
             self._closure.add(call, self._name)
 
-    def trace(self, *args: Any, **kwargs: Any) -> Traced:
+    def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced:
         """Trace for these arguments, as `jax.jit(f).trace`: has `.jaxpr` and `.lower()`."""
         return self._stages((), args, kwargs)
 
@@ -293,22 +310,22 @@ class Jit:
     ) -> Traced:
         call = self._prepared(bound + args, kwargs)
         compiled = self._programs.get(call.layout, self._compiled)
-        outer, local.call = local.call, call
+        outer, ambient.call = ambient.call, call
         try:
             traced = compiled.trace(call.layout, *self._inputs(call))
         finally:
-            local.call = outer
+            ambient.call = outer
 
         def open_(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
             return self._open(bound + args, kwargs)
 
         return Traced(traced, self._name, call.layout, open_, self._inputs)
 
-    def lower(self, *args: Any, **kwargs: Any) -> Any:
+    def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered:
         """Lower for these arguments, as `jax.jit(f).lower`: has `.compile()` and `.as_text()`."""
         return self.trace(*args, **kwargs).lower()
 
-    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+    def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation:
         """Whether a call with these arguments is compiled already, and if not, what is new.
 
         Nothing is called, traced or compiled.
@@ -326,12 +343,16 @@ class Jit:
             call = self._open(args, kwargs)
         return explain(self, call)
 
-    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+    def eval_shape(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """The output for these arguments, abstractly; see `nnx.eval_shape`."""
-        from nnx.transforms.whole import eval_shape
-
         return eval_shape(self._fn, *args, **kwargs)
 
+    @overload
+    def __get__(self, instance: None, owner: Any = None) -> Self: ...
+    @overload
+    def __get__(
+        self: Jit[Concatenate[T, Q], R], instance: T, owner: Any = None
+    ) -> _Method[Concatenate[T, Q], Q, R]: ...
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
@@ -393,8 +414,8 @@ def _method(fn: Callable[..., Any], *given: Any) -> Jit:
     try:
         known = _methods.get(key)
     except TypeError:
-        return Jit(fn, *given, 1)
-    return known or _methods.setdefault(key, Jit(fn, *given, 1))
+        return Jit(fn, *given, 1)  # pyright: ignore
+    return known or _methods.setdefault(key, Jit(fn, *given, 1))  # pyright: ignore
 
 
 def _starts_again(call: Call) -> bool:
@@ -404,13 +425,35 @@ def _starts_again(call: Call) -> bool:
     in every body between, would double the traces with each level.
     """
     frame = local.frame
-    return frame is not None and frame.lifts and any(ref in frame.found for ref, _ in call.found)
+    return (
+        frame is not None
+        and frame.lifts
+        and any(s.ref is ref for s in frame.met() for ref, _ in call.found)
+    )
 
 
 @overload
-def jit(fn: F, **options: Any) -> F: ...
+def jit(
+    fn: Callable[P, R],
+    *,
+    static_argnums: int | Iterable[int] | None = None,
+    static_argnames: str | Iterable[str] | None = None,
+    donate: Filter = None,
+    in_shardings: Any = None,
+    out_shardings: Any = None,
+    **options: Any,
+) -> Jit[P, R]: ...
 @overload
-def jit(fn: None = None, **options: Any) -> Callable[[F], F]: ...
+def jit(
+    fn: None = None,
+    *,
+    static_argnums: int | Iterable[int] | None = None,
+    static_argnames: str | Iterable[str] | None = None,
+    donate: Filter = None,
+    in_shardings: Any = None,
+    out_shardings: Any = None,
+    **options: Any,
+) -> Callable[[Callable[P, R]], Jit[P, R]]: ...
 def jit(
     fn: Any = None,
     *,

@@ -22,10 +22,12 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from nnx._layer_names import LayerCall
 from nnx.transforms.names import names_of
 from refx import Node, Ref, RefError
+from refx.dagdef import DagDef, NodeDef, Tree
 from refx.static import Static
-from refx.structure import DagDef, NodeDef, Tree, scan
+from refx.walk import walk
 
 __all__: list[str] = []
 
@@ -392,7 +394,10 @@ def class_dict(cls: Any) -> dict[str, Any]:
     return gc.get_referents(type.__dict__["__dict__"].__get__(cls))[0]
 
 
-_CODE = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
+_CODE = (
+    *(types.FunctionType, staticmethod, classmethod, property, functools.cached_property),
+    LayerCall,
+)
 
 
 def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
@@ -501,7 +506,7 @@ _PLAIN_DATA = (_PLAIN - {type(len)}) | {np.ndarray}
 
 def _scans(x: Any) -> bool:
     try:
-        scan(x)
+        walk(x)
     except RefError:
         return False
     return True

@@ -9,12 +9,13 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from nnx._ambient import ambient
 from nnx.transforms.axes import AxisError, Sorted, assign
 from nnx.transforms.boundary import Outline, Packed, close_call, run, until_lifted
 from nnx.transforms.call import Roots, open_call
-from nnx.transforms.jit import function_name, unbound
+from nnx.transforms.callables import function_name, unbound
+from nnx.transforms.naming import named
 from refx.partition import dotted
-from refx.trace import local
 
 __all__ = ["shard_map"]
 
@@ -72,9 +73,9 @@ def shard_map(
         if bound:
             each = specs if isinstance(specs, list) or type(specs) is tuple else [specs] * len(args)
             specs = (PartitionSpec(), *each)
-        if local.probe is not None:
+        if ambient.probe is not None:
             more = given | options
-            return local.probe.shard_map(inner, bound + args, kwargs, specs, out_specs, more)
+            return ambient.probe.shard_map(inner, bound + args, kwargs, specs, out_specs, more)
 
         def attempt(roots: Roots) -> Any:
             call = open_call(bound + args, kwargs, roots)
@@ -97,9 +98,13 @@ def shard_map(
                         differing[dotted(paths[i][1:]) or "a Ref"] = axes
                 return layout.sort(packed, outline)
 
+            def pure(values: Any, leaves: Any, others: Any) -> Any:
+                flat = (values, leaves, others)
+                return run(inner, name, call, *flat, mode="read", finish=finish)
+
             try:
                 results = jax.shard_map(
-                    lambda *flat: run(inner, name, call, *flat, mode="read", finish=finish),
+                    named(pure, inner, call),
                     in_specs=(where.refs, where.leaves, where.others),
                     out_specs=layout.keys,
                     **given,

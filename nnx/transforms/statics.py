@@ -115,21 +115,6 @@ class Statics:
         return with_statics
 
 
-def check_plain(fn: Any, name: str) -> None:
-    """Refuse a function whose call only makes a coroutine or a generator, and runs nothing."""
-    if inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
-        raise TypeError(
-            f"nnx.jit takes a plain function, but {name} is async: a call of it runs nothing yet, so "
-            f"there is nothing to compile. Jit the part that computes, and await outside of it."
-        )
-    if inspect.isgeneratorfunction(fn):
-        raise TypeError(
-            f"nnx.jit takes a plain function, but {name} is a generator function (it has a yield): "
-            f"a call of it runs nothing yet, so there is nothing to compile. Return a list or a "
-            f"tuple, or use nnx.scan."
-        )
-
-
 def _check_static(name: str, where: Any, value: Any) -> None:
     which = f"argument {where}" if isinstance(where, int) else f"argument {where!r}"
     if any(map(is_identity, jax.tree.leaves(value, is_leaf=is_identity))):

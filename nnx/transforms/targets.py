@@ -15,7 +15,7 @@ from refx.node import is_identity
 from refx.partition import Path, dotted, listed
 from refx.selection import mistake
 from refx.snapshot import snapshot
-from refx.structure import leaves_by_path
+from refx.walk import leaves_by_path
 
 __all__ = ["DifferentiationError"]
 
@@ -62,7 +62,7 @@ def locate(call: Call, args: tuple[Any, ...], number: int) -> Located:
         else:
             others[path] = other + len(others)
     kept = snapshot(args[number])
-    alias = call.alias or {}
+    alias = call.alias
     refs = {id(ref): i for i, ref in enumerate(call.refs)}
     places = [
         Place(path, ref, value, 0, refs[id(alias.get(id(ref), ref))])

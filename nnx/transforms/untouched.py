@@ -15,11 +15,13 @@ from jax.core import Tracer
 
 from nnx.transforms.call import Call, Layout
 from refx import Node, Ref
+from refx.access import writable
+from refx.dagdef import DagDef
 from refx.errors import StructureError
+from refx.frame import Frame
 from refx.node import is_identity
 from refx.snapshot import snapshot
-from refx.structure import DagDef, contents, scan
-from refx.trace import Frame, writable
+from refx.walk import contents, walk
 
 __all__: list[str] = []
 
@@ -56,7 +58,7 @@ class Untouched:
         self._kept = [
             (root, content, content.copy())
             for root in self._roots
-            for container in scan(root).containers
+            for container in walk(root).containers
             for content in [contents(container)]
         ]
 
@@ -96,12 +98,13 @@ class Untouched:
 
 def check_found(frame: Frame) -> None:
     """Raise if the body changed what it met by closure in a way that asks nobody."""
-    for ref, owner in frame.found.items():
-        if frame.constants and frame.entered[ref].changed(frame.shadow[ref]._value):
+    for met in frame.met():
+        owner = met.owner
+        if frame.constants and met.was_written(frame):
             # A list or a dict in a constant was changed in place: the error is that of a write.
-            writable(ref, owner)
+            writable(met.ref, owner)
         # What was made in the body holds the body's tracers by right.
-        if ref._frame is frame or not isinstance(owner, Node) or owner._frame is frame:
+        if met.ref._frame is frame or not isinstance(owner, Node) or owner._frame is frame:
             continue
         if any(
             isinstance(x, Tracer) and x._trace is frame.trace() for x in snapshot(owner).leaves()

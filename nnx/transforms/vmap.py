@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 
+from nnx._ambient import ambient
 from nnx.scope import Scope, entered
 from nnx.transforms.axes import (
     AxisError,
@@ -19,22 +20,27 @@ from nnx.transforms.axes import (
 )
 from nnx.transforms.boundary import Outline, Packed, close_call, run, until_lifted
 from nnx.transforms.call import Call, Roots, open_call
-from nnx.transforms.jit import function_name, unbound
+from nnx.transforms.callables import function_name, unbound
+from nnx.transforms.naming import named
 from refx.partition import Path
-from refx.trace import is_batched, local
+from refx.trace import is_batched
 
 __all__ = ["vmap"]
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
 def vmap(
-    fn: Callable[..., Any],
+    fn: Callable[P, R],
     in_axes: Any = 0,
     out_axes: Any = 0,
     *,
     axis_name: Hashable | None = None,
     axis_size: int | None = None,
     spmd_axis_name: Any = None,
-) -> Callable[..., Any]:
+) -> Callable[P, R]:
     """Map a function over an axis of its arguments; Refs are mapped as their axes say.
 
     A Ref with an axis has a slice in each lane, and its writes are stacked again. A Ref with the
@@ -75,9 +81,9 @@ def vmap(
         axes = in_axes
         if bound and not isinstance(axes, list | tuple):
             axes = (None, *[axes] * (len(args) - 1))
-        if local.probe is not None:
+        if ambient.probe is not None:
             options = {"axis_name": axis_name, "axis_size": axis_size}
-            return local.probe.vmap(
+            return ambient.probe.vmap(
                 inner, args, kwargs, axes, out_axes, spmd_axis_name=spmd_axis_name, **options
             )
 
@@ -102,15 +108,12 @@ def vmap(
                     _check_output(name, groups[layout.keys.index(None)])
                     return groups
 
+                def pure(values: Any, leaves: Any, others: Any) -> Any:
+                    flat = (values, leaves, others)
+                    return run(inner, name, call, *flat, mode="read", finish=finish)
+
                 results = jax.vmap(
-                    lambda *flat: run(
-                        inner,
-                        name,
-                        call,
-                        *flat,
-                        mode="read",
-                        finish=finish,
-                    ),
+                    named(pure, inner, call),
                     in_axes=(specs.refs, specs.leaves, specs.others),
                     out_axes=layout.keys,
                     axis_name=axis_name,  # pyright: ignore[reportArgumentType]
@@ -136,7 +139,7 @@ def _ambient_axis(path: Path, ref: Any) -> int | None:
 @contextlib.contextmanager
 def _lanes(size: int) -> Iterator[None]:
     """The ambient scope with a key for each lane; afterwards each outer stream has moved on by one."""
-    scope: Scope | None = local.scope
+    scope: Scope | None = ambient.scope
     if scope is None:
         yield
         return

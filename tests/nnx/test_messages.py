@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import nnx
-from nnx.transforms.jit import function_name
+from nnx.transforms.callables import function_name
 
 
 class Net(nnx.Module):

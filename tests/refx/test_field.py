@@ -89,7 +89,8 @@ def test_static_defaults_belong_to_the_instance():
 
 
 def test_a_class_shows_its_fields():
-    assert "n" in repr(Layer.n) and isinstance(Layer.w, property)
+    assert repr(Layer.n) == "static field 'n'"
+    assert repr(Layer.w) == "field 'w' of collection 'params'"
 
 
 def test_a_default_factory_may_draw():

@@ -1,5 +1,7 @@
 """MultiHeadAttention against flax.nnx, and decoding against the full causal pass."""
 
+import functools
+
 import flax.nnx as fnx
 import jax
 import jax.numpy as jnp
@@ -57,7 +59,7 @@ def test_the_arguments_are_those_of_flax():
     same_arguments(
         fnx.MultiHeadAttention,
         MultiHeadAttention,
-        added=["rotary", "in_v_features", "v_features"],
+        added=["rotary", "in_v_features", "v_features", "local_window_size", "sow_weights"],
         other=["deterministic"],
     )
     ours, dropout = MultiHeadAttention.init(0)(2, 8), nnx.Dropout(0.5)
@@ -249,25 +251,160 @@ def test_the_dtype_of_the_cache():
     assert run(half, x, decode=True).dtype == jnp.bfloat16
 
 
-def test_a_full_cache_is_an_error_or_nan_and_never_a_wrong_answer():
-    layer = decoder({})
-    x = draw(2, 5, 8)
-    layer.init_cache((2, 4, 8))
-    step = nnx.jit(lambda m, x: m(x, decode=True))
-    assert jnp.isfinite(step(layer, x[:, :3])).all()
+def sliding(length):
+    """A mask: each position sees itself and the `length - 1` before it."""
+    distance = jnp.arange(12)[:, None] - jnp.arange(12)
+    return (distance >= 0) & (distance < length)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 1, "rotary": True}])
+def test_a_full_cache_is_a_sliding_window(options, compiled):
+    layer = decoder(options)
+    x = draw(2, 12, 8)
+    expected = run(layer, x, mask=sliding(5))
+    layer.init_cache((2, 5, 8))
+    step = nnx.jit(lambda m, x: m(x, decode=True)) if compiled else lambda m, x: m(x, decode=True)
+    close(step(layer, x[:, :3]), expected[:, :3])
+    for i in range(3, 12):
+        close(step(layer, x[:, i : i + 1]), expected[:, i : i + 1])
+    assert int(layer.cache_index) == 12
     before = layer["cache"]
     with pytest.raises(
-        ValueError, match="room for 4 tokens, of which 3 are taken, but 2 more came"
+        ValueError, match=r"room for 5 tokens, but 6 came in one call\. Make a longer"
     ):
-        layer(x[:, :2], decode=True)
-    with pytest.raises(ValueError, match=r"room for 4 tokens, but 5 more came\. Make a longer one"):
-        step(layer, x)
+        step(layer, x[:, :6])
     jax.tree.map(np.testing.assert_array_equal, layer["cache"], before)
-    assert jnp.isfinite(step(layer, x[:, :1])).all()
-    for _ in range(2):
-        assert jnp.isnan(step(layer, x[:, :1])).all()
-    layer.init_cache((2, 4, 8))
-    assert jnp.isfinite(step(layer, x[:, :4])).all()
+    # Emptied, it begins again.
+    layer["cache"] = jax.tree.map(jnp.zeros_like, layer["cache"])
+    close(step(layer, x[:, :3]), expected[:, :3])
+
+
+@pytest.mark.parametrize("window", [3, (3, 0), (3, None)])
+def test_a_window_is_the_same_by_the_cache_whatever_comes_at_once(window):
+    layer = decoder({"rotary": True, "local_window_size": window})
+    x = draw(2, 12, 8)
+    causal = run(layer, x, is_causal=True)
+    close(causal, run(decoder({"rotary": True}), x, mask=sliding(4)))
+    for parts in ([4, 4, 4], [1] * 12, [2, 3, 4, 1, 2]):
+        # Room for the window and for what comes at once.
+        layer.init_cache((2, 4 + max(parts) - 1, 8))
+        step = nnx.jit(lambda m, x: m(x, decode=True))
+        ends = np.cumsum(parts)
+        for start, end in zip(ends - parts, ends):
+            close(step(layer, x[:, start:end]), causal[:, start:end])
+
+
+def test_a_window_is_that_of_jax():
+    x, z = draw(2, 7, 8), draw(2, 9, 8)
+    for window, heads in ((2, 4), ((1, 3), 2), ((2, 0), 1)):
+        layer = decoder({"local_window_size": window, "num_kv_heads": heads})
+        for kv in (x, z):
+
+            def by_hand(layer, x, kv):
+                q, k, v = layer.query(x), layer.key(kv), layer.value(kv)
+                return layer.out(jax.nn.dot_product_attention(q, k, v, local_window_size=window))
+
+            close(run(layer, x, kv), nnx.jit(by_hand)(layer, x, kv))
+
+
+class Scaled(nnx.Module):
+    """A norm of the user's, with no options."""
+
+    def __init__(self, features):
+        self.scale = nnx.Ref(jnp.full(features, 2.0), "params")
+
+    def __call__(self, x):
+        return x * self.scale.value
+
+
+@pytest.mark.parametrize(
+    "kind, names, epsilon",
+    [
+        (True, ["scale"], 1e-6),
+        (nnx.RMSNorm, ["scale"], 1e-6),
+        (nnx.LayerNorm, ["scale", "bias"], 1e-6),
+        (functools.partial(nnx.RMSNorm, epsilon=0.1), ["scale"], 0.1),
+        (Scaled, ["scale"], None),
+    ],
+)
+def test_heads_are_normalized_by_any_norm(tmp_path, kind, names, epsilon):
+    layer = decoder({"normalize_qk": kind, "num_kv_heads": 2}, param_dtype=jnp.bfloat16)
+    assert [path[1] for path in layer["params"] if path[0] == "query_ln"] == names
+    if epsilon is not None:
+        assert layer.query_ln.scale.dtype == jnp.bfloat16 and layer.query_ln.epsilon == epsilon
+    x = draw(2, 5, 8)
+
+    def by_hand(layer, x):
+        q, k = layer.query_ln(layer.query(x)), layer.key_ln(layer.key(x))
+        return layer.out(dot_product_attention(q, k, layer.value(x)))
+
+    close(run(layer, x), nnx.jit(by_hand)(layer, x))
+    nnx.save(tmp_path / "m.npz", layer)
+    close(run(nnx.load(tmp_path / "m.npz"), x), run(layer, x))
+
+
+def test_the_metadata_of_the_norms():
+    layer = decoder({"normalize_qk": nnx.RMSNorm}, query_ln_scale_metadata={"tag": 1})
+    assert nnx.get_ref(layer.query_ln, "scale").metadata == {"tag": 1}
+
+
+def test_weights_are_captured():
+    x, rng = draw(2, 5, 8), jax.random.key(0)
+    for options in ({}, {"num_kv_heads": 2, "dropout_rate": 0.5}, {"precision": "highest"}):
+        layer = decoder(options)
+        silent = run(layer, x, is_causal=True, rng=rng)
+        y, captured = nnx.jit(
+            lambda m, x: nnx.capture(m, None)(x, is_causal=True, rng=rng, sow_weights=True)
+        )(layer, x)
+        close(y, silent)
+        assert list(captured) == [("attention_weights",)]
+        weights = captured["attention_weights"]
+        q, k = layer.query(x), layer.key(x)
+        close(weights, nnx.dot_product_attention_weights(q, k, is_causal=True))
+        assert not nnx.capture(layer, None)(x, rng=rng)[1]
+    layer = decoder({"sow_weights": True, "rotary": True})
+    layer.init_cache((2, 6, 8))
+    _, captured = nnx.capture(layer, None)(x, decode=True)
+    weights = captured["attention_weights"]
+    assert weights.shape == (2, 4, 5, 6) and (weights[..., 5] == 0).all()
+    assert layer(x).shape == x.shape  # without a capture it does nothing
+    assert not nnx.capture(layer, None)(x, sow_weights=False)[1]
+    stack = nnx.Stack.init(0)(lambda: decoder({"sow_weights": True}), 3)
+    _, captured = nnx.capture(stack, None)(x)
+    assert captured["layers", "attention_weights"].shape == (3, 2, 4, 5, 5)
+
+
+def test_a_function_for_attention_stores_weights_where_it_takes_the_module():
+    def plain(query, key, value, mask=None, *, dtype=None, **options):
+        return dot_product_attention(query, key, value, mask=mask, **options)
+
+    def without(query, key, value, mask, is_causal, dtype, precision, broadcast_dropout,
+                dropout_rate, dropout_rng, deterministic):  # fmt: skip
+        return query
+
+    x = draw(2, 5, 8)
+    layer = decoder({"attention_fn": plain, "sow_weights": True})
+    assert nnx.capture(layer, None)(x)[1]["attention_weights"].shape == (2, 4, 5, 5)
+    layer = decoder({"attention_fn": without, "sow_weights": True})
+    with pytest.raises(ValueError, match="store its weights, but its attention_fn does not take"):
+        layer(x)
+    assert layer(x, sow_weights=False).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"normalize_qk": "rms"}, TypeError, "normalize_qk .* is True, False or a class of norms.*'rms'"),
+        ({"normalize_qk": nnx.RMSNorm(4)}, TypeError, "a class of norms"),
+        ({"local_window_size": -1}, ValueError, r"such as 128 or \(127, 0\), but got -1"),
+        ({"local_window_size": (1, 2, 3)}, ValueError, r"but got \(1, 2, 3\)"),
+        ({"local_window_size": 2.5}, ValueError, "but got 2.5"),
+    ],
+)  # fmt: skip
+def test_norms_and_windows_that_there_are_not(options, error, message):
+    with pytest.raises(error, match=message):
+        decoder(options)
 
 
 def test_a_call_that_raises_leaves_the_cache():

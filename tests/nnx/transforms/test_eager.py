@@ -157,7 +157,7 @@ def test_recursive_and_nested_functions_partials_and_methods():
         assert nnx.scan(net.step, 0.0, XS)[0] == 12
         step = functools.partial(lambda k, c, x: (c + k["a"] * x, None), {"a": jnp.array(3.0)})
         assert nnx.scan(step, 0.0, XS)[0] == 18
-        assert nnx.cond(True, net.inner.__class__.w.fget, lambda m: -m.w, m) == 2
+        assert nnx.cond(True, net.inner.__class__.w.__get__, lambda m: -m.w, m) == 2
 
 
 @pytest.mark.parametrize("what", ["variable", "list of arrays", "list of modules"])

@@ -1,0 +1,58 @@
+"""What a transformation is given to transform: a function, a module, or a method of one."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+from nnx._layer_names import LayerCall
+from refx import Node
+
+__all__: list[str] = []
+
+
+def unbound(fn: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A function and the arguments it is bound to: a module or its method takes the module.
+
+    Raises:
+      TypeError: what was given cannot be called.
+    """
+    if not callable(fn):
+        node = isinstance(fn, Node)
+        what = f"a {type(fn).__name__}, which has no __call__" if node else f"{fn!r:.60}"
+        raise TypeError(
+            f"An nnx transformation takes a function, a module or a method, but got {what}."
+        )
+    if isinstance(fn, types.MethodType) and isinstance(fn.__self__, Node):
+        return fn.__func__, (fn.__self__,)
+    if isinstance(fn, Node):
+        call = inspect.getattr_static(type(fn), "__call__")
+        # Operations in it have the name of the layer, in whatever it is transformed.
+        return call.scoped if isinstance(call, LayerCall) else type(fn).__call__, (fn,)  # pyright: ignore
+    return fn, ()
+
+
+def function_name(fn: Callable[..., Any]) -> str:
+    """How a message calls a function; of a module or another object that is called, its class."""
+    if isinstance(fn, functools.partial):
+        return f"functools.partial({function_name(fn.func)})"
+    names = (getattr(fn, "__qualname__", None), getattr(fn, "__name__", None))
+    return next((name for name in names if isinstance(name, str)), type(fn).__qualname__)
+
+
+def check_plain(fn: Any, name: str) -> None:
+    """Refuse a function whose call only makes a coroutine or a generator, and runs nothing."""
+    if inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
+        raise TypeError(
+            f"nnx.jit takes a plain function, but {name} is async: a call of it runs nothing yet, so "
+            f"there is nothing to compile. Jit the part that computes, and await outside of it."
+        )
+    if inspect.isgeneratorfunction(fn):
+        raise TypeError(
+            f"nnx.jit takes a plain function, but {name} is a generator function (it has a yield): "
+            f"a call of it runs nothing yet, so there is nothing to compile. Return a list or a "
+            f"tuple, or use nnx.scan."
+        )

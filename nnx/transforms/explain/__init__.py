@@ -1,0 +1,147 @@
+"""Why a compiled function has a new program.
+
+A `Program` is noted where a function was traced, so a call that traces nothing costs nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from nnx._ambient import ambient
+from nnx.transforms.call import Call, Layout
+from nnx.transforms.explain.differences import (
+    Program,
+    View,
+    aval,
+    differences,
+    placed_elsewhere,
+    placement,
+)
+
+__all__: list[str] = []
+
+
+class Explanation:
+    """Whether a call is compiled already, and if not, what is new. Its `str` is for people.
+
+    Attributes:
+      name: the function.
+      compiled: whether there is a program for the call.
+      reasons: what is new compared with the program that is most like it; empty for one that is
+        compiled.
+    """
+
+    def __init__(self, name: str, compiled: bool, reasons: list[str], count: int):
+        self.name = name
+        self.compiled = compiled
+        self.reasons = reasons
+        self._count = count
+
+    def __str__(self) -> str:
+        if self.compiled:
+            return f"{self.name} is compiled for this call."
+        ordinal = f"program number {self._count + 1}" if self._count else "the first program"
+        return "\n  ".join([f"{self.name} compiles {ordinal}:", *self.reasons])
+
+    def __repr__(self) -> str:
+        return f"Explanation({str(self)!r})"
+
+
+_UNASKED = Explanation("", False, [], 0)
+
+listeners: list[Callable[[Any, Explanation], None]] = []
+"""Called with a jitted function and an Explanation for each new trace, in the thread of the call."""
+
+# The jitted functions that have programs, by the code that they run.
+_by_code: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
+
+
+def programs_of(jitted: Any) -> list[Program]:
+    """The programs of a jitted function."""
+    return [p for layout in list(jitted._plans.layouts.values()) for p in layout.programs]
+
+
+def note(jitted: Any, layout: Layout, call: Call) -> None:
+    """A function was traced for a call; called at the end of the trace."""
+    if call.found:
+        # It begins again with one more input.
+        return
+    new = Program(jitted, layout, call)
+    explanation = _explained(jitted, new) if listeners else _UNASKED
+    layout.programs = [p for p in layout.programs if not p.is_like(new)] + [new]
+    code = _code(jitted)
+    if code is not None:
+        _by_code.setdefault(code, weakref.WeakSet()).add(jitted)
+    jitted.traces += 1
+    for listener in list(listeners):
+        listener(jitted, explanation)
+
+
+def explain(jitted: Any, call: Call) -> Explanation:
+    """Whether a call has a program, and if not, what is new."""
+    new = Program(jitted, call.layout, call)
+    for program in call.layout.programs:
+        if program.is_like(new):
+            if new.placements[0] in program.placements:
+                return Explanation(jitted._name, True, [], 0)
+            reasons = placed_elsewhere(View(jitted, program), new)
+            return Explanation(jitted._name, False, reasons, len(programs_of(jitted)))
+    return _explained(jitted, new)
+
+
+def note_compiled(event: str, duration_secs: float, **_: Any) -> None:
+    """A listener of `jax.monitoring`: JAX compiles, perhaps without a trace, for another placement."""
+    call: Call | None = ambient.call
+    if call is None or not event.endswith("backend_compile_duration") or not call.layout.programs:
+        return
+    avals = tuple(list(map(aval, x)) for x in (call.values, call.leaves, call.others))
+    for program in call.layout.programs:
+        if program.avals == avals and (now := placement(call)) not in program.placements:
+            program.placements.append(now)
+
+
+# JAX compiles again without a trace where inputs are on other devices; this is how one hears of it.
+jax.monitoring.register_event_duration_secs_listener(note_compiled)
+
+
+def _explained(jitted: Any, new: Program) -> Explanation:
+    known = programs_of(jitted)
+    reason = jitted.reason or "it was not called before"
+    if any(p.is_like(new) for p in new.layout.programs):
+        reason = (
+            "the same call was traced before: JAX's caches were cleared, or dropped the program"
+        )
+    elif known:
+        view = View(jitted, new)
+        reasons = min((differences(View(jitted, old), view) for old in reversed(known)), key=len)
+        return Explanation(jitted._name, False, reasons, len(known))
+    elif any(programs_of(twin) for twin in _twins(jitted)):
+        reason = (
+            "another function: nnx.jit was called again on the same code, and each result compiles "
+            "for itself. Call nnx.jit once, outside of the loop, and keep what it returns"
+        )
+    elif jitted._plans.forgotten:
+        reason = "more calls that differ were made than are remembered"
+    return Explanation(jitted._name, False, [reason], len(known))
+
+
+def _twins(jitted: Any) -> list[Any]:
+    code = _code(jitted) if jitted.reason is None else None
+    found = _by_code.get(code, ()) if code is not None else ()
+    return [other for other in found if other is not jitted]
+
+
+def _code(jitted: Any) -> Any:
+    fn = jitted._fn
+    while not hasattr(fn, "__code__") and hasattr(fn, "func"):
+        fn = fn.func
+    # The code of a loop or a branch is ours, and the same for all.
+    return None if _is_ours(fn) else getattr(fn, "__code__", None)
+
+
+def _is_ours(fn: Any) -> bool:
+    return (getattr(fn, "__module__", None) or "").startswith("nnx.transforms.")

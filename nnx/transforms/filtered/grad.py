@@ -1,0 +1,219 @@
+"""`nnx.grad_filter` and `nnx.value_and_grad_filter`: gradients with value semantics, leaf by leaf."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from nnx._ambient import ambient
+from nnx.transforms.axes import along, assign
+from nnx.transforms.call import open_call
+from nnx.transforms.callables import function_name, unbound
+from nnx.transforms.filtered.jit import is_inexact_array, says
+from nnx.transforms.targets import DifferentiationError
+from refx import clone, split
+from refx.buffers import dead_error, is_dead
+from refx.node import is_identity
+
+__all__ = ["grad_filter", "value_and_grad_filter"]
+
+
+def value_and_grad_filter(
+    fn: Callable[..., Any] | None = None,
+    *,
+    filter_fn: Callable[[Any], bool] | None = None,
+    filter_tree: Any = None,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+) -> Callable[..., Any]:
+    """The value of a function and its gradient with respect to leaves of its arguments.
+
+    Args:
+      fn: a function that returns a scalar. Modules that it is given are copies inside.
+      filter_fn: a function from leaf to bool: whether it is differentiated. Without it and without
+        `filter_tree`, arrays of floating-point numbers are.
+      filter_tree: a pytree prefix of the argument with bools, which decides instead; for several
+        arguments, of a tuple of them. A function from leaf to bool may stand for a bool, and a dict
+        from filter to bool for those of a module. With `filter_fn` too, a leaf is differentiated if
+        both say so.
+      argnums: the number of the positional argument that is differentiated, or several.
+      has_aux: `fn` returns `(scalar, aux)`.
+
+    Returns:
+      A function that returns `(value, gradient)`, or `((value, aux), gradient)`. The gradient is
+      like the argument, with None for each leaf that is held constant; for a sequence of
+      `argnums` it is a tuple. The gradient of a shared Ref is the sum over its uses, once.
+
+    Raises:
+      DifferentiationError: no leaf is selected, the function returns no scalar, or there is no such
+        argument.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> value, grads = nnx.value_and_grad_filter(lambda p: p["w"] ** 2)({"w": jnp.array(3.0), "n": 1})
+    >>> float(value), float(grads["w"]), grads["n"]
+    (9.0, 6.0, None)
+    """
+    if fn is None:
+        return functools.partial(
+            value_and_grad_filter,
+            filter_fn=filter_fn,
+            filter_tree=filter_tree,
+            argnums=argnums,
+            has_aux=has_aux,
+        )
+    return _gradient("nnx.value_and_grad_filter", fn, filter_fn, filter_tree, argnums, has_aux)
+
+
+def grad_filter(
+    fn: Callable[..., Any] | None = None,
+    *,
+    filter_fn: Callable[[Any], bool] | None = None,
+    filter_tree: Any = None,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+) -> Callable[..., Any]:
+    """The gradient alone; everything else as for `value_and_grad_filter`.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> frozen = {"a": False, "b": True}
+    >>> loss = lambda p: p["a"] * p["b"]
+    >>> nnx.grad_filter(loss, filter_tree=frozen)({"a": jnp.array(2.0), "b": jnp.array(3.0)})
+    {'a': None, 'b': Array(2., dtype=float32, weak_type=True)}
+    """
+    if fn is None:
+        return functools.partial(
+            grad_filter,
+            filter_fn=filter_fn,
+            filter_tree=filter_tree,
+            argnums=argnums,
+            has_aux=has_aux,
+        )
+    both = _gradient("nnx.grad_filter", fn, filter_fn, filter_tree, argnums, has_aux)
+
+    @functools.wraps(both)
+    def gradient(*args: Any, **kwargs: Any) -> Any:
+        value, grads = both(*args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return gradient
+
+
+def _gradient(
+    kind: str, fn: Any, filter_fn: Any, filter_tree: Any, argnums: Any, has_aux: bool
+) -> Callable[..., Any]:
+    inner, bound = unbound(fn)
+    name = f"{kind}({function_name(fn)})"
+    single = isinstance(argnums, int)
+    numbers: tuple[int, ...] = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if filter_fn is None and filter_tree is None:
+        filter_fn = is_inexact_array
+
+    @functools.wraps(inner)
+    def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
+        args = bound + args
+        if ambient.probe is not None:
+            options = filter_fn, filter_tree, argnums, has_aux
+            return ambient.probe.gradient_filter(kind, inner, args, kwargs, *options)
+        wrong = [n for n in numbers if not -len(args) <= n < len(args)]
+        if not args:
+            raise DifferentiationError(f"{name} differentiates its first argument, and got none.")
+        if wrong:
+            raise DifferentiationError(
+                f"{name} was to differentiate argument {wrong[0]}, but it was called with "
+                f"{len(args)} positional arguments."
+            )
+        chosen = [n % len(args) for n in numbers]
+        targets: Any = args[chosen[0]] if single else tuple(args[n] for n in chosen)
+        leaves, treedef = jax.tree.flatten(targets)
+        if any(map(is_dead, leaves)):
+            split(targets)
+            raise dead_error(f"{name} was called with an array whose buffer")
+        mask = [True] * len(leaves)
+        if filter_tree is not None:
+            mask = _broadcast(filter_tree, targets, name)
+        if filter_fn is not None:
+            mask = [m and bool(filter_fn(leaf)) for m, leaf in zip(mask, leaves, strict=True)]
+        if not any(mask):
+            raise DifferentiationError(
+                f"{name} has nothing to differentiate: no leaf of its argument {argnums} is selected, "
+                f"of {len(leaves)}."
+            )
+
+        def loss(given: list[Any]) -> Any:
+            todo = iter(given)
+            flat = [next(todo) if m else x for m, x in zip(mask, leaves, strict=True)]
+            parts = jax.tree.unflatten(treedef, flat)
+            full = list(args)
+            for n, part in zip(chosen, (parts,) if single else parts, strict=True):
+                full[n] = part
+            full, named = _copies((full, kwargs))
+            return _checked(name, inner(*full, **named), has_aux)
+
+        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(
+            [x for m, x in zip(mask, leaves, strict=True) if m]
+        )
+        todo = iter(grads)
+        gradient = jax.tree.unflatten(treedef, [next(todo) if m else None for m in mask])
+        return ((value, aux) if has_aux else value), gradient
+
+    return value_and_gradient
+
+
+def _copies(tree: Any) -> Any:
+    """The tree with copies of its modules, so that writes stay inside; sharing is kept."""
+    flat, treedef = jax.tree.flatten(tree, is_leaf=is_identity)
+    cells = clone([x for x in flat if is_identity(x)])
+    todo = iter(cells)
+    return jax.tree.unflatten(treedef, [next(todo) if is_identity(x) else x for x in flat])
+
+
+def _checked(name: str, out: Any, has_aux: bool) -> tuple[Any, Any]:
+    if has_aux and (not isinstance(out, tuple) or len(out) != 2):
+        raise DifferentiationError(
+            f"With has_aux=True, the function of {name} must return (scalar, aux), but it "
+            f"returned {type(out).__name__}."
+        )
+    loss: Any = out[0] if has_aux else out
+    aux = out[1] if has_aux else None
+    shape = getattr(loss, "shape", None)
+    if shape != ():
+        what = repr(loss) if shape is None else f"an array of shape {shape}"
+        raise DifferentiationError(
+            f"The function of {name} must return a scalar, but it returned {what}."
+        )
+    return loss, aux
+
+
+def _broadcast(prefix: Any, tree: Any, name: str) -> list[bool]:
+    """A bool for each leaf, from a pytree prefix; for a module also a dict from filter to bool."""
+    mask: list[bool] = []
+
+    def put(spec: Any, x: Any) -> None:
+        mask.extend(says(spec, leaf, name) for leaf in jax.tree.leaves(x))
+
+    # Only where a module is do dicts have another meaning than JAX's.
+    holds = any(map(is_identity, jax.tree.leaves(tree, is_leaf=is_identity)))
+    try:
+        parts = along(tree, prefix, name, "its argument") if holds else [(tree, prefix, "")]
+        for x, spec, _ in parts:
+            if is_identity(x) and isinstance(spec, dict):
+                for said, leaf in _by_filter(spec, x, name):
+                    put(said, leaf)
+            else:
+                jax.tree.map(put, spec, x)
+    except ValueError as error:
+        raise DifferentiationError(
+            f"The filter_tree of {name} is no prefix of what it differentiates: {error}"
+        ) from None
+    return mask
+
+
+def _by_filter(rules: dict[Any, Any], module: Any, name: str) -> Iterator[tuple[Any, Any]]:
+    call = open_call((module,), {}, any_leaf=True)
+    specs = assign(
+        call, (module,), {}, (rules,), name=name, keyword=True, ambient=lambda path, ref: True
+    )
+    return zip((*specs.refs, *specs.leaves), (*call.values, *call.leaves), strict=False)

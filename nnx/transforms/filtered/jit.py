@@ -1,0 +1,411 @@
+"""`nnx.jit_filter`: value semantics, and a choice leaf by leaf.
+
+Modules go in and fresh modules come out; nothing of the caller's changes. `filter_fn` and
+`filter_tree` say of each leaf, one finer than of each argument, whether it is traced.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnx._ambient import ambient
+from nnx.transforms.axes import assign
+from nnx.transforms.boundary import (
+    Outline,
+    Packed,
+    Spec,
+    fresh_output,
+    reachable,
+    run,
+    write_back,
+)
+from nnx.transforms.call import ArgumentError, Call, Plans, open_call
+from nnx.transforms.callables import function_name, unbound
+from nnx.transforms.closure import Closure
+from nnx.transforms.donation import check_alive, explain_deleted
+from nnx.transforms.naming import named
+from nnx.transforms.statics import Statics, select_arguments
+from nnx.transforms.targets import locate
+from refx import FilterError, TraceLevelError, UnhashableStaticError
+from refx.static import Static
+from refx.trace import without_jit
+
+__all__ = ["is_array", "is_inexact_array", "jit_filter"]
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` is a JAX or a NumPy array.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> nnx.is_array(jnp.ones(2)), nnx.is_array(1.0)
+    (True, False)
+    """
+    return isinstance(x, jax.Array | np.ndarray)
+
+
+def is_inexact_array(x: Any) -> bool:
+    """Whether `x` is an array of floating-point or complex numbers.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> nnx.is_inexact_array(jnp.ones(2)), nnx.is_inexact_array(jnp.arange(2))
+    (True, False)
+    """
+    return is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def jit_filter(
+    fn: Callable[..., Any] | None = None,
+    *,
+    filter_fn: Callable[[Any], bool] | None = None,
+    filter_tree: Any = None,
+    static_argnums: int | Iterable[int] | None = None,
+    static_argnames: str | Iterable[str] | None = None,
+    donate_argnums: int | Iterable[int] | None = None,
+    donate_argnames: str | Iterable[str] | None = None,
+    **options: Any,
+) -> Callable[..., Any]:
+    """Compile a function with value semantics; leaf by leaf, what is not traced is static.
+
+    A module that the function is given is a copy inside, which may be written and returned. What
+    is returned is fresh: also a module that came in. Closed-over Refs are inputs and may not be
+    written. The ambient scope's streams advance.
+
+    Args:
+      fn: the function, a module, or a bound method of one.
+      filter_fn: a function from leaf to bool: whether it is traced. Without it, arrays are, and
+        what Refs hold; numbers, strings and callables in the arguments are static.
+      filter_tree: a pytree prefix of the positional arguments with bools, which decides instead; a
+        function from leaf to bool may stand for a bool, and a dict from filter to bool for those of
+        a module. With `filter_fn` too, a leaf is traced if both say so.
+      static_argnums, static_argnames: arguments that are static as a whole, as for `jax.jit`.
+      donate_argnums, donate_argnames: arguments whose arrays the program may use for its results,
+        as for `jax.jit`. They are gone afterwards, also where a module holds them.
+      **options: `inline`, `keep_unused`, `compiler_options` and so on, as for `jax.jit`.
+
+    Raises:
+      UnhashableStaticError: a leaf that is to be static cannot be hashed, such as an array.
+      TraceLevelError: the function writes a Ref that it closes over.
+      ArgumentError: an argument is said by a number or a name that the function does not have.
+      DonationError: an array that was donated before is used.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> @nnx.jit_filter
+    ... def bump(counter, by, mode):
+    ...     counter.value += by if mode == "up" else -by
+    ...     return counter
+    >>> counter = nnx.Ref(jnp.array(1))
+    >>> int(bump(counter, jnp.array(2), "up").value), int(counter.value)
+    (3, 1)
+    """
+    given = {
+        "filter_fn": filter_fn,
+        "filter_tree": filter_tree,
+        "static_argnums": static_argnums,
+        "static_argnames": static_argnames,
+        "donate_argnums": donate_argnums,
+        "donate_argnames": donate_argnames,
+    }
+    if fn is None:
+        return functools.partial(jit_filter, **given, **options)  # pyright: ignore
+    for name in ("in_shardings", "out_shardings"):
+        if name in options:
+            raise TypeError(
+                f"nnx.jit_filter takes no {name}, since it divides each argument by its leaves. Use "
+                f"nnx.jit, or jax.lax.with_sharding_constraint inside."
+            )
+    return _JitFilter(fn, options, **given)
+
+
+# Says of a leaf, in the static argument of the program, that its buffer is donated.
+_DONATED = Static("donated")
+
+
+def _inputs(arguments: dict[str, Any], call: Call) -> Iterator[tuple[str, int, Any]]:
+    """The inputs of a program, for their names: leaves of what the call's lists hold."""
+    treedef, fixed = call.filtered
+    lists = jax.tree.unflatten(treedef, range(len(fixed)))
+    at = {
+        n: (kind, i)
+        for kind, items in zip(_LISTS, lists, strict=True)
+        for i, x in enumerate(items)
+        for n in jax.tree.leaves(x)
+    }
+    gone, todo = iter(arguments["donated"]), iter(arguments["dynamic"])
+    for n, x in enumerate(fixed):
+        if x is None or x is _DONATED:
+            yield *at[n], next(todo if x is None else gone)
+
+
+_LISTS = ("values", "leaves", "others")
+
+
+class _JitFilter:
+    def __init__(
+        self,
+        fn: Any,
+        options: dict[str, Any],
+        *,
+        filter_fn: Any,
+        filter_tree: Any,
+        static_argnums: Any,
+        static_argnames: Any,
+        donate_argnums: Any,
+        donate_argnames: Any,
+    ):
+        self._fn, self._bound = unbound(fn)
+        self._name = f"nnx.jit_filter({function_name(fn)})"
+        self._filter_fn = filter_fn
+        self._filter_tree = filter_tree
+        bound = len(self._bound)
+        self._static = Statics(self._name, self._fn, static_argnums, static_argnames, bound=bound)
+        self._donate = select_arguments(
+            self._name, self._fn, donate_argnums, donate_argnames, bound=bound, option="donate"
+        )
+        both = self._static.nums & self._donate[0] or self._static.names & self._donate[1]
+        if both:
+            raise ArgumentError(
+                f"{self._name} cannot both donate an argument and have it static: {sorted(both)[0]!r}."
+            )
+        # This function for the probes that were active where it was called, and what makes it.
+        self.probed: dict[Any, _JitFilter] = {}
+        self.options = options
+        numbers = (static_argnums,) if isinstance(static_argnums, int) else static_argnums or ()
+        self.given: dict[str, Any] = {
+            "filter_fn": filter_fn,
+            "filter_tree": filter_tree,
+            "static_argnums": tuple(n + bound if n >= 0 else n for n in numbers),
+            "static_argnames": static_argnames,
+        }
+        self._closure = Closure(self._fn)
+        self._plans = Plans()
+
+        def pure(layout: Any, static: Any, donated: Any, dynamic: Any) -> Packed:
+            return self._run(layout, static, donated, dynamic)
+
+        pure = named(pure, self._fn, spread=_inputs)
+        self._compiled = jax.jit(pure, static_argnums=(0, 1), donate_argnums=2, **options)
+        functools.update_wrapper(self, self._fn, updated=())
+
+    def _run(self, layout: Any, static: Any, donated: Any, dynamic: Any) -> Packed:
+        call: Call = ambient.call
+        treedef, fixed = static
+        gone, todo = iter(donated), iter(dynamic)
+        flat = [
+            next(todo) if x is None else next(gone) if x is _DONATED else x.value for x in fixed
+        ]
+        lists = jax.tree.unflatten(treedef, flat)
+        marks = jax.tree.unflatten(treedef, fixed) if donated else None
+        return run(
+            self._static.restore(self._fn, layout.statics),
+            self._name,
+            call,
+            *lists,
+            layout=layout,
+            finish=functools.partial(self._finish, layout, lists, marks),
+        )
+
+    def _finish(
+        self, layout: Any, lists: Any, marks: Any, packed: Packed, outline: Outline
+    ) -> Packed:
+        self._check_closed(layout, packed)
+        if marks is None:
+            return packed
+        # What is donated is gone, so it has to come back where the output holds it.
+        values, leaves, _ = lists
+        gone = [
+            {i for i, mark in enumerate(marks[kind]) if _DONATED in jax.tree.leaves(mark)}
+            for kind in (0, 1)
+        ]
+        written = dict(zip(packed.spec.written, packed.written, strict=True))
+        written |= {i: values[i] for i in gone[0] if i not in written}
+        order, graph, out = tuple(sorted(written)), packed.spec.graph, packed.out
+        if graph is not None:
+            fresh, arrays = out
+            todo = iter(arrays)
+            arrays = [
+                next(todo) if i is None else leaves[i]
+                for i in graph.leaves
+                if i is None or i in gone[1]
+            ]
+            kept = tuple(None if i in gone[1] else i for i in graph.leaves)
+            graph, out = graph._replace(leaves=kept), (fresh, arrays)
+        return Packed(Spec(order, graph), out, [written[i] for i in order])
+
+    def _check_closed(self, layout: Any, packed: Packed) -> None:
+        closed = self._numbers(layout, len(layout.form.where), layout.closed)
+        for i in packed.spec.written:
+            if i in closed:
+                raise TraceLevelError(
+                    f"{layout.name_of(i)} was written inside {self._name}, which closes over it. A "
+                    f"filtered transformation has value semantics: pass the module as an argument "
+                    f"and return it, or use nnx.jit, whose updates propagate."
+                )
+
+    @staticmethod
+    def _numbers(layout: Any, start: int, count: int) -> set[int]:
+        """The positions of the Refs that hang on some of the roots."""
+        reach = reachable(layout.dagdef, range(start, start + count))
+        refs = [n for n, node in enumerate(layout.dagdef.nodes) if not hasattr(node, "children")]
+        return {i for i, n in enumerate(refs) if n in reach}
+
+    def _masked(self, call: Call, args: Any, kwargs: Any, tree: Any) -> list[bool]:
+        """Whether each leaf of the flat lists is traced."""
+        lists = (call.values, call.leaves, call.others)
+        said: Any = ([True] * len(items) for items in lists)
+        if tree is not None:
+            said = assign(
+                call,
+                args,
+                kwargs,
+                (*[True] * len(self._bound), *tree),
+                name=self._name,
+                keyword=True,
+                ambient=lambda path, ref: True,
+            )[:3]
+        given = self._numbers(call.layout, 0, len(call.layout.form.where))
+        mask = []
+        for kind, (specs, items) in enumerate(zip(said, lists, strict=True)):
+            for i, (spec, x) in enumerate(zip(specs, items, strict=True)):
+                by_fn = self._filter_fn
+                if kind == 0 and i not in given:
+                    by_fn = None
+                elif by_fn is None and tree is None and kind != 0:
+                    by_fn = is_array
+                for part, leaf in _spread(spec, x):
+                    chosen = says(part, leaf, self._name)
+                    mask.append(chosen and (by_fn is None or bool(by_fn(leaf))))
+        return mask
+
+    def _donates(self, call: Call, args: Any, kwargs: Any, statics: Any) -> list[bool]:
+        """Whether each leaf of the flat lists is of an argument that is donated."""
+        lists = (call.values, call.leaves, call.others)
+        marks = [[False] * len(items) for items in lists]
+        fixed = {i for i, _ in statics[1]} if statics is not None else set()
+        count = len(args) + len(fixed)
+        free = [i for i in range(count) if i not in fixed]
+        nums = {n % count if n < 0 and count else n for n in self._donate[0]}
+        everything = (*args, *(kwargs[k] for k in sorted(kwargs)))
+        chosen = [i for i, number in enumerate(free) if number in nums]
+        chosen += [len(args) + i for i, k in enumerate(sorted(kwargs)) if k in self._donate[1]]
+        for number in chosen:
+            for place in locate(call, everything, number).places:
+                marks[place.kind][place.position] = True
+        return [
+            mark
+            for at, items in zip(marks, lists, strict=True)
+            for mark, x in zip(at, items, strict=True)
+            for _ in jax.tree.leaves(x)
+        ]
+
+    def _open(self, args: Any, kwargs: Any, statics: Any) -> Call:
+        return open_call(args, kwargs, self._closure, self._plans, statics, any_leaf=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if ambient.probe is not None:
+            return ambient.probe.jit_filter(self, args, kwargs)
+        args = self._bound + args
+        tree, statics = self._filter_tree, None
+        if tree is not None and not isinstance(tree, tuple | list):
+            tree = (tree,) * (len(args) - len(self._bound))
+        if self._static.active:
+            if tree is not None and len(tree) == len(args) - len(self._bound):
+                fixed = self._static.numbers(args)
+                tree = [x for i, x in enumerate(tree, len(self._bound)) if i not in fixed]
+            args, kwargs, statics = self._static.take(args, kwargs)
+        outer = ambient.call
+        while True:
+            call = self._open(args, kwargs, statics)
+            if not call.layout.traced and self._closure.meet(call.layout):
+                call = self._open(args, kwargs, statics)
+            inputs = self._inputs(call, args, kwargs, tree, statics)
+            ambient.call = call
+            call.filtered = inputs[0]
+            try:
+                # Without jit the body runs at once, and sees numbers.
+                if not (call.layout.traced or without_jit()):
+                    self._compiled.trace(call.layout, *inputs)
+                    call.layout.traced = not call.found
+                packed = None if call.found else self._compiled(call.layout, *inputs)
+            except Exception as error:
+                if not call.found:
+                    explain_deleted(error, self._name, call)
+                    raise
+                packed = None
+            finally:
+                ambient.call = outer
+            if call.found:
+                self._closure.add(call, self._name)
+                continue
+            assert packed is not None
+            if packed.spec.graph is not None:
+                # What comes out as it came in, and not from the program.
+                passed = set(range(len(call.values))) - set(packed.spec.written)
+                check_alive(self._name, call, passed, packed.spec.graph.leaves)
+            self._advance_streams(call, packed)
+            return fresh_output(call, packed, call.values, call.leaves)
+
+    def _inputs(
+        self, call: Call, args: Any, kwargs: Any, tree: Any, statics: Any
+    ) -> tuple[Any, list[Any], list[Any]]:
+        flat, treedef = jax.tree.flatten((call.values, call.leaves, call.others))
+        mask = self._masked(call, args, kwargs, tree)
+        donated = [False] * len(flat)
+        if any(self._donate):
+            given = self._donates(call, args, kwargs, statics)
+            donated = [d and m and is_array(x) for d, m, x in zip(given, mask, flat, strict=True)]
+        fixed = tuple(
+            _DONATED if d else None if m else self._fixed(leaf)
+            for d, m, leaf in zip(donated, mask, flat, strict=True)
+        )
+        gone = [leaf for d, leaf in zip(donated, flat, strict=True) if d]
+        kept = [leaf for x, leaf in zip(fixed, flat, strict=True) if x is None]
+        return (treedef, fixed), gone, kept
+
+    def _advance_streams(self, call: Call, packed: Packed) -> None:
+        if call.layout.has_scope:
+            scope = self._numbers(call.layout, len(call.roots) - 1, 1)
+            pairs = zip(packed.spec.written, packed.written, strict=True)
+            new = {i: value for i, value in pairs if i in scope}
+            write_back([call.refs[i] for i in new], new.values())
+
+    def _fixed(self, leaf: Any) -> Static:
+        try:
+            hash(leaf)
+        except TypeError:
+            kind = f"{leaf.dtype}{list(leaf.shape)}" if is_array(leaf) else type(leaf).__name__
+            raise UnhashableStaticError(
+                f"A leaf of {self._name} that filter_fn or filter_tree makes static is of type "
+                f"{kind} and cannot be hashed. Have it traced, or pass a hashable value, such as a "
+                f"tuple for an array."
+            ) from None
+        return Static(leaf)
+
+    def __repr__(self) -> str:
+        return f"<{self._name}>"
+
+
+def _spread(spec: Any, value: Any) -> Iterator[tuple[Any, Any]]:
+    """Each leaf of a value with what is said of it: one thing for all, or one for each."""
+    leaves, treedef = jax.tree.flatten(value)
+    parts, like = jax.tree.flatten(spec)
+    return zip(parts if like == treedef else [spec] * len(leaves), leaves, strict=True)
+
+
+def says(spec: Any, leaf: Any, name: str) -> bool:
+    """What an entry of a filter_tree says of a leaf."""
+    if callable(spec) and not isinstance(spec, type):
+        spec = spec(leaf)
+    if spec is None or isinstance(spec, bool | np.bool_ | int):
+        return bool(spec)
+    if is_array(spec) and spec.shape == () and spec.dtype == bool:
+        return bool(spec)
+    raise FilterError(
+        f"The filter_tree of {name} has bools, or functions from leaf to bool, but holds a "
+        f"{type(spec).__name__}: {spec!r:.60}."
+    )

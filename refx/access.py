@@ -1,0 +1,357 @@
+"""Who may read and write a Ref, and where.
+
+A Ref remembers the frame and the JAX trace that it was made in. Reading it in the same frame is
+a comparison and a slot; everything else (a closure, a Ref of an ended trace, a plain `jax`
+transformation in between) is decided here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from refx.buffers import dead_error, is_dead
+from refx.describe import describe, transformation
+from refx.errors import (
+    ClosureError,
+    EndedTraceError,
+    ForeignTracerError,
+    NotMutableError,
+    ReadOnlyError,
+    TraceLevelError,
+)
+from refx.frame import Frame, Original, StandIn, copy_containers, local
+from refx.text import ALTERNATIVES, array_text
+from refx.trace import (
+    CONSTANT,
+    EVAL,
+    FROZEN,
+    LABEL,
+    READ_ONLY,
+    Marker,
+    current_trace,
+    kind_of,
+    only_looked_at,
+    program_between,
+    runs,
+    trace_ref,
+)
+
+if TYPE_CHECKING:
+    from refx.ref import Ref
+
+__all__: list[str] = []
+
+# Outside of stateful transformations, what `Frame.captured_as_constant` is in one: Refs that were
+# made in a plain jax transformation.
+_captured: weakref.WeakSet[Ref[Any]] = weakref.WeakSet()
+
+
+def _stand_in(frame: Frame, ref: Ref[Any], owner: Any) -> Ref[Any]:
+    """The Ref that stands in the body of `frame` for `ref`, a Ref of an enclosing level."""
+    known = frame.stand_ins.get(ref)
+    if known is not None:
+        return known.inner
+    value = copy_containers(_alive(ref, seen_from(frame.parent, ref, owner), owner))
+    entry = frame.entry() if frame.entry is not None else None
+    if entry is not None:
+        here = ref if frame.parent is None else frame.parent.inner(ref)
+        _check_not_captured(here, owner, frame.parent, entry)
+    # Of the same class without naming it: ref.py is built on this file.
+    inner = object.__new__(type(ref))
+    inner._value, inner._collection, inner._metadata = value, ref._collection, ref._metadata
+    inner._frame, inner._trace = frame, CONSTANT if frame.constants else frame.trace
+    # A path instead of an owner is for messages only.
+    owner = None if type(owner) is str else owner
+    frame.stand_ins[ref] = StandIn(ref, inner, owner, Original(value))
+    return inner
+
+
+def seen_from(frame: Frame | None, ref: Ref[Any], owner: Any = None) -> Any:
+    """The value of `ref` at the level of `frame`, an ancestor of the current one or itself."""
+    if ref._frame is frame:
+        return ref._value
+    if ref._trace is FROZEN:
+        # As an input, where the program around has it as one: as a constant it may be large.
+        return (ref if frame is None else frame.inner(ref))._value
+    if frame is None:
+        raise _misplaced(ref, owner)
+    return _stand_in(frame, ref, owner)._value
+
+
+def read(ref: Ref[Any], owner: Any = None) -> Any:
+    """The value of `ref` here, for every case: the callers have the common one inlined."""
+    frame = local.frame
+    if local.peeking:
+        return ref._value
+    if ref._trace is FROZEN:
+        return _alive(ref, seen_from(frame, ref), owner)
+    if ref._frame is not frame:
+        if _outlives_its_body(ref):
+            return _alive(ref, ref._value, owner)
+        _check_reachable(ref, owner)
+        value = seen_from(frame, ref, owner)
+        if frame is not None and current_trace(()) is not frame.trace():
+            _check_not_captured(frame.inner(ref), owner, frame, current_trace(()))
+        return _alive(ref, value, owner)
+    if current_trace(()) is not (EVAL if frame is None else frame.trace()):
+        _check_not_captured(ref, owner, frame, current_trace(()))
+    return _alive(ref, ref._value, owner)
+
+
+def peek(ref: Ref[Any]) -> Any:
+    """The value of `ref` as it is seen here, its buffer gone or not: to compare, or to replace."""
+    return seen_from(local.frame, ref)
+
+
+def _alive(ref: Ref[Any], value: Any, owner: Any) -> Any:
+    if is_dead(value):
+        raise dead_error(f"{describe(ref, owner)} was read, but its buffer")
+    return value
+
+
+def write(ref: Ref[Any], value: Any, owner: Any = None) -> None:
+    """Give `ref` a new value, if that is allowed here; otherwise raise and change nothing."""
+    check_value(ref, value, owner)
+    put(writable(ref, owner), value)
+
+
+def put(target: Ref[Any], value: Any) -> None:
+    """Give a Ref that may be written its new value."""
+    target._value = value
+    if target._trace is LABEL and holds_array(value):
+        target._trace = trace_ref()
+
+
+def holds_array(value: Any) -> bool:
+    """Whether an array or a tracer is in a value; the shape of one is none."""
+    return any([isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(value)])
+
+
+def is_label(value: Any) -> bool:
+    """Whether a value has something in it, but neither arrays nor numbers that might be arrays."""
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and not any([isinstance(x, _VALUES) for x in leaves])
+
+
+def label(refs: Iterable[Ref[Any]]) -> None:
+    """Make labels of those Refs that hold no array."""
+    for ref in refs:
+        known = isinstance(ref._value, jax.Array) or ref._trace is FROZEN
+        if not known and not holds_array(ref._value):
+            ref._trace = LABEL
+
+
+def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
+    """The Ref to write when `ref` is written here: itself or its stand-in. Raises if none may be."""
+    frame = local.frame
+    if ref._trace is FROZEN:
+        raise ReadOnlyError(_frozen_message(describe(ref, owner)))
+    if ref._frame is not frame:
+        _check_reachable(ref, owner)
+        assert frame is not None
+        target = _stand_in(frame, ref, owner)
+    else:
+        target = ref
+    home = target._trace()
+    if target._trace is LABEL:
+        home = EVAL if frame is None else frame.trace()
+    if home is not current_trace(()):
+        raise _not_writable(target, ref, owner)
+    if target in (_captured if frame is None else frame.captured_as_constant):
+        raise ClosureError(
+            f"{describe(ref, owner)} is written after it was read by closure inside a plain jax "
+            f"transformation that keeps its program (jax.jit, lax.scan, jax.checkpoint, ...): "
+            f"another call of that function would go on with the old value. Pass the module to it "
+            f"as an argument, or use {ALTERNATIVES['same name']}."
+        )
+    if local.allowed is not None and not local.allowed(ref):
+        raise NotMutableError(
+            f"{describe(ref, owner)} was written, but the surrounding `mutable` does not allow it. "
+            f"Add {ref._collection!r} to its filter, a tuple of all that may be written, or move "
+            f"the write out of it."
+        )
+    if frame is not None:
+        frame.assigned.add(target)
+    return target
+
+
+def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
+    """Raise if `value` holds a tracer that is not of the current trace or one around it."""
+    if isinstance(value, jax.Array):
+        if not isinstance(value, Tracer):
+            if is_dead(value):
+                raise dead_error(f"{_what(ref, owner)} was given an array whose buffer")
+            return
+        tracers = [value]
+    else:
+        tracers = [x for x in jax.tree.leaves(value) if isinstance(x, Tracer)]
+        if not tracers and is_dead(value):
+            raise dead_error(f"{_what(ref, owner)} was given a value whose buffer")
+    for tracer in tracers:
+        if not runs(tracer._trace):
+            raise ForeignTracerError(
+                f"{_what(ref, owner)} was given a value that holds a tracer of another JAX transformation: "
+                f"{array_text(tracer)}. That transformation has ended or is not the one that runs here, "
+                f"so the value would leak out of it. Return the value from the transformation and "
+                f"assign it outside, or use {ALTERNATIVES['in its place']}."
+            )
+
+
+def _what(ref: Ref[Any] | None, owner: Any) -> str:
+    return "A new Ref" if ref is None else describe(ref, owner)
+
+
+def check_structure(node: Any, what: str) -> None:
+    """Raise if the structure of `node`, a Node, may not be changed here."""
+    name = type(node).__name__
+    if local.fixed is not None and local.fixed(node):
+        raise NotMutableError(
+            f"{what} of a {name} was changed, but the surrounding `mutable` lets nothing be changed. "
+            f"Move the change out of it, or change a clone."
+        )
+    if node._frame is local.frame and node._trace() is current_trace(()):
+        return
+    if node._trace is FROZEN:
+        raise ReadOnlyError(_frozen_message(f"{what} of a {name}"))
+    if node._trace is READ_ONLY:
+        raise ReadOnlyError(_read_only_message(f"{what} of a {name}", transformation()))
+    if node._frame is not None and not node._frame.open:
+        raise EndedTraceError(
+            f"{what} of a {name} was set after {node._frame.name}, where the module was made, had "
+            f"ended. Return the module from the transformation instead of keeping it by other means."
+        )
+    raise TraceLevelError(
+        f"{what} of a {name} was set inside {transformation()}, but the {name} was made outside of "
+        f"it, so the change would happen once, while tracing, and not when the compiled program "
+        f"runs. Pass the module to the transformation as an argument of {ALTERNATIVES['a transformation']} "
+        f"(its changes propagate back), or set it outside."
+    )
+
+
+def _outlives_its_body(ref: Ref[Any]) -> bool:
+    """Whether a Ref of a body that has ended still has a value: nobody can write it, and each tracer
+    in it is of a trace that runs.
+
+    The backward rule of a library reads such Refs. It runs after the body of a gradient, where the
+    library split a module into the leaves to differentiate and the others.
+    """
+    if ref._frame is None or ref._frame.open or (ref._trace not in (READ_ONLY, LABEL)):
+        return False
+    return all([runs(x._trace) for x in jax.tree.leaves(ref._value) if isinstance(x, Tracer)])
+
+
+def _check_reachable(ref: Ref[Any], owner: Any) -> None:
+    home = ref._frame
+    if home is None:
+        return
+    if not home.open:
+        raise _misplaced(ref, owner)
+    frame = local.frame
+    while frame is not None and frame is not home:
+        frame = frame.parent
+    if frame is None:
+        raise _misplaced(ref, owner)
+
+
+def _misplaced(ref: Ref[Any], owner: Any) -> Exception:
+    home = ref._frame
+    assert home is not None
+    if home.open:
+        return TraceLevelError(
+            f"{describe(ref, owner)} belongs to {home.name}, which is running, but it was used "
+            f"outside of that body (in another thread, or in a callback). Read its value inside "
+            f"and pass the value."
+        )
+    return EndedTraceError(
+        f"{describe(ref, owner)} was made inside {home.name}, which has ended; its value was a "
+        f"tracer and means nothing any more. Return the Ref, its module or its value from the "
+        f"function instead of keeping it in a global, a default argument or a closure. To a callback, "
+        f"which runs later, pass the value: jax.debug.callback(fn, model.kernel)."
+    )
+
+
+def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: Any) -> None:
+    # vmap and grad run their function anew at every call, so a closed-over value is always fresh.
+    # jit, scan, checkpoint and the like keep a program in a cache: a concrete value read by closure
+    # becomes a constant of that program, and later writes of the Ref would not reach it.
+    home = ref._trace()
+    if home is None:
+        home = EVAL if frame is None else frame.trace()
+    program = None if ref._trace is READ_ONLY else program_between(home, trace)
+    if program is None:
+        return
+    of_body = home is not EVAL and not _stands_in(ref, frame)
+    leaves = jax.tree.leaves(ref._value)
+    constant = ref._trace is LABEL or not any([isinstance(x, _VALUES) for x in leaves])
+    if of_body or constant or any([isinstance(x, Tracer) for x in leaves]):
+        # A Ref of a body that runs once is closed over by functions of that body, and JAX lifts a
+        # tracer; but the program is kept for the next call of the same function. What holds no
+        # array is a constant, as a shape is, as long as nobody writes it.
+        (_captured if frame is None else frame.captured_as_constant).add(ref)
+        return
+    abstract = only_looked_at(trace) if local.frame is None else None
+    if abstract is None:
+        kind, fate = kind_of(program), "become a constant of the compiled program"
+        which = ALTERNATIVES["compiles"]
+    else:
+        kind, fate = f"a plain {abstract}", "be a constant of what JAX keeps for the next call"
+        which = ALTERNATIVES["looks"].format(abstract.removeprefix("jax."))
+    raise ClosureError(
+        f"{describe(ref, owner)} was read by closure inside {kind}. Its value would {fate}, and "
+        f"later updates would never reach it. Pass the module as an argument, as in "
+        f"jax.jit(lambda m, x: m(x))(model, x), or use {ALTERNATIVES['same name']}{which}. What closes "
+        f"over its arguments (checkify, numpyro, blackjax) takes {ALTERNATIVES['frozen']}(model), a constant."
+    )
+
+
+_VALUES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+
+
+def _stands_in(ref: Ref[Any], frame: Frame | None) -> bool:
+    """Whether `ref` stands in this body for one that it closes over."""
+    return frame is not None and any(s.inner is ref for s in frame.met())
+
+
+def _not_writable(target: Ref[Any], ref: Ref[Any], owner: Any) -> Exception:
+    what = describe(ref, owner)
+    if target._trace is READ_ONLY:
+        return ReadOnlyError(_read_only_message(what, transformation()))
+    if not isinstance(target._trace, Marker) and not runs(target._trace()):
+        return EndedTraceError(
+            f"{what} was made inside a jax transformation that has ended; its value was a tracer "
+            f"and means nothing any more. Return its value from the function instead."
+        )
+    if target._trace is CONSTANT:
+        frame = target._frame
+        return TraceLevelError(
+            f"{what} was written inside {frame.name if frame else 'a transformation'}, which "
+            f"closes over it: a closed-over Ref is a constant there. Pass its module to the "
+            f"function as an argument; updates of arguments propagate to the caller."
+        )
+    return TraceLevelError(
+        f"{what} was written inside {transformation()}, but it was made outside of it. The write "
+        f"would happen once, while tracing, and would leak a tracer. Use "
+        f"{ALTERNATIVES['same name']}{ALTERNATIVES['writes back']}, whose updates propagate to the caller, "
+        f"or return the new value and assign it outside."
+    )
+
+
+def _read_only_message(what: str, where: str) -> str:
+    return (
+        f"{what} was written inside {where}, on a copy: JAX rebuilt the module around tracers, "
+        f"and a plain jax transformation cannot write back, so the update would be lost. "
+        f"{ALTERNATIVES['not on a copy']}"
+    )
+
+
+def _frozen_message(what: str) -> str:
+    return (
+        f"{what} was written, but it is frozen, so that any program may take it as a constant. "
+        f"Write {ALTERNATIVES['clone']} of it instead."
+    )

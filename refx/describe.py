@@ -1,0 +1,63 @@
+"""How messages name a Ref and the place where the code runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from refx.frame import local
+from refx.text import array_text
+from refx.trace import EVAL, current_trace, kind_of
+
+if TYPE_CHECKING:
+    from refx.ref import Ref
+
+__all__: list[str] = []
+
+
+def transformation() -> str:
+    """The innermost transformation that runs here, as a person would name it."""
+    frame, trace = local.frame, current_trace(())
+    if frame is not None and frame.trace() is trace:
+        return frame.name
+    if trace is EVAL:
+        return "code outside of every transformation"
+    return kind_of(trace)
+
+
+def describe(ref: Ref[Any], owner: Any = None) -> str:
+    """Name a Ref for a message: by path where a frame knows it, else by its owner.
+
+    The owner is the module that it was reached through, or a path where only that is known.
+    """
+    frame = local.frame
+    while frame is not None:
+        known = frame.describe(ref) if frame.describe is not None else None
+        if known is not None:
+            return f"Ref {known} ({summary(ref)})"
+        frame = frame.parent
+    if type(owner) is str:
+        return f"Ref {owner!r} ({summary(ref)})"
+    if owner is not None:
+        for name, value in owner._dict.items():
+            if value is ref:
+                return f"Ref {type(owner).__name__}.{name} ({summary(ref)})"
+    return f"A Ref ({summary(ref)})"
+
+
+def summary(ref: Ref[Any]) -> str:
+    """The collection and the shapes of a Ref, without touching its arrays."""
+    if ref._value is None and ref._frame is not None and not ref._frame.open:
+        return f"collection {ref._collection!r}"
+    return f"collection {ref._collection!r}, {value_text(ref._value)}"
+
+
+def value_text(value: Any) -> str:
+    """The dtype and the shape of a value, or what it is."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return array_text(value)
+    leaves = jax.tree.leaves(value)
+    if len(leaves) == 1 and leaves[0] is value:
+        return repr(value)
+    return f"{type(value).__name__} of {len(leaves)} leaves"

@@ -1,0 +1,180 @@
+"""The frame: one running body of a stateful transformation, and what stands for what inside it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+
+from refx.trace import EVAL, current_trace, trace_ref
+
+if TYPE_CHECKING:
+    from refx.ref import Ref
+
+__all__: list[str] = []
+
+
+def copy_containers(value: Any) -> Any:
+    """Copy the lists and dicts inside a value, so that no two Refs share a mutable container."""
+    return value if isinstance(value, jax.Array) else jax.tree.map(lambda x: x, value)
+
+
+class Original:
+    """A value before the body ran: tells whether it was replaced, or changed in place."""
+
+    __slots__ = ("_content", "_value")
+
+    def __init__(self, value: Any):
+        self._value = value
+        self._content = jax.tree.flatten(value)
+
+    def changed(self, now: Any) -> bool:
+        """Whether `now` is another value, or holds others."""
+        if now is not self._value:
+            return True
+        (leaves, treedef), (was, was_def) = jax.tree.flatten(now), self._content
+        return treedef != was_def or not all(a is b for a, b in zip(leaves, was, strict=True))
+
+
+class StandIn(NamedTuple):
+    """What stands in a body for a Ref of an enclosing level.
+
+    `ref` is the Ref outside, `inner` the one cell for it inside. A Ref that the body met by closure
+    has its value then as `before`, and the module it was read through as its `owner`; one that
+    came in as an input has neither.
+    """
+
+    ref: Ref[Any]
+    inner: Ref[Any]
+    owner: Any = None
+    before: Original | None = None
+
+    def was_written(self, frame: Frame) -> bool:
+        """Whether the body gave this closed-over Ref a value, or changed the one that it has."""
+        assert self.before is not None
+        return self.inner in frame.assigned or self.before.changed(self.inner._value)
+
+
+_uids = itertools.count()
+
+
+class Frame:
+    """One running body of a stateful transformation, from its entry to its exit.
+
+    Invariants: a Ref of an enclosing level has one stand-in, so that a closed-over Ref and the
+    same Ref as an argument are one cell; a closed frame answers every use of its Refs with an error.
+    """
+
+    __slots__ = (
+        "assigned",
+        "captured_as_constant",
+        "constants",
+        "describe",
+        "entry",
+        "lifts",
+        "name",
+        "open",
+        "parent",
+        "repeats",
+        "roots",
+        "stand_ins",
+        "trace",
+        "uid",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        lifts: bool = False,
+        constants: bool = False,
+        entry: Callable[[], Any] | None = None,
+        repeats: int = 1,
+    ):
+        """Begin a body.
+
+        Args:
+          name: the transformation and the function, for messages.
+          lifts: whether the body runs again with the Refs that it met by closure as inputs.
+          constants: whether a closed-over Ref may not be written.
+          entry: the trace that called the transformation, where its body reads closed-over Refs
+            itself: a plain jax program may lie between that and the level of the Refs.
+          repeats: how often the body runs for each time that it is traced.
+        """
+        self.name = name
+        self.lifts = lifts
+        self.constants = constants
+        self.entry = entry
+        self.repeats = repeats
+        # A number that is never reused. Caches key on it, since the frame itself holds tracers.
+        self.uid = next(_uids)
+        self.parent = local.frame
+        self.trace = trace_ref()
+        # By the Ref outside, in order of discovery.
+        self.stand_ins: dict[Ref[Any], StandIn] = {}
+        # The Refs of this body that were given a value in it, the same or another.
+        self.assigned: set[Ref[Any]] = set()
+        # The Refs that a plain jax program in this body has read by closure.
+        self.captured_as_constant: set[Ref[Any]] = set()
+        self.describe: Callable[[Ref[Any]], str | None] | None = None
+        # What a library on top of this one knows of the objects that the body was given.
+        self.roots: Any = None
+        self.open = True
+
+    def __enter__(self) -> Frame:
+        local.frame = self
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        local.frame = self.parent
+        self.open = False
+
+    def met(self) -> Iterator[StandIn]:
+        """What the body met by closure and was not passed in, in order."""
+        return (s for s in self.stand_ins.values() if s.before is not None)
+
+    def inner(self, ref: Ref[Any]) -> Ref[Any]:
+        """The stand-in of `ref`, or `ref` where it has none."""
+        known = self.stand_ins.get(ref)
+        return ref if known is None else known.inner
+
+    def close(self) -> None:
+        """Drop everything that could keep a tracer alive."""
+        for stand_in in self.met():
+            stand_in.inner._value = None
+        self.stand_ins.clear()
+        self.assigned.clear()
+        self.captured_as_constant.clear()
+        self.describe = None
+        self.roots = None
+
+
+class _Local(threading.local):
+    frame: Frame | None
+    # Set by `mutable`: says whether a Ref may be written. None allows everything.
+    allowed: Callable[[Ref[Any]], bool] | None
+    # Set by `mutable` where nothing may change: whether the attributes of a Node are fixed; and the
+    # collections that take note of Nodes made since then.
+    fixed: Callable[[Any], bool] | None
+    made: tuple[Any, ...]
+    # Whether a walk looks at what a pytree class makes of a module: no Ref counts as read.
+    peeking: bool
+
+    def __init__(self) -> None:
+        # Runs in each thread. As attributes of the instance they are found faster.
+        self.frame = None
+        self.allowed = None
+        self.fixed = None
+        self.made = ()
+        self.peeking = False
+
+
+local = _Local()
+
+
+def is_eager() -> bool:
+    """Whether code runs outside of every transformation."""
+    return local.frame is None and current_trace(()) is EVAL

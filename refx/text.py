@@ -1,0 +1,35 @@
+"""What messages say: arrays by dtype and shape, and what a library on top of this one calls things."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__: list[str] = []
+
+ALTERNATIVES = {
+    "library": "refx",
+    "clone": "a refx.clone",
+    "frozen": "refx.frozen",
+    "param": 'refx.RefField("params")',
+    "field": "refx.RefField({!r})",
+    "holder": "make a class of your own a refx.Node or a registered pytree",
+    "a transformation": "a transformation that merges its arguments",
+    "same name": "a transformation that splits what it is given and closes over",
+    "compiles": "",
+    "looks": "",
+    "would pass over it": " and every transformation",
+    "writes back": "",
+    "in its place": "one that splits what it is given and updates it from what it returns",
+    "not on a copy": "Change a refx.clone of the module and return that.",
+}
+"""What messages advise, by what it does. A library on top of this one puts its own names here."""
+
+
+def array_text(x: Any, dtype: Any = None) -> str:
+    """`float32[8,128]`, of anything with a shape and a dtype; no data is read."""
+    return f"{x.dtype if dtype is None else dtype}[{','.join(map(str, x.shape))}]"
+
+
+def ours(name: str) -> str:
+    """A public name as a user finds it: `refx.clone`, or in a library on top of this one."""
+    return f"{ALTERNATIVES['library']}.{name}"
