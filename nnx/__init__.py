@@ -14,6 +14,7 @@ from nnx.module import Module, dataclass, param, ref, static
 from nnx.purify import purify
 from nnx.rng import RngStream
 from nnx.scope import MissingFlagError, MissingStreamError, get_flag, make_rng, scope
+from nnx.sharding import ShardingError, axis_rules, constrain, fsdp, shard, shardings
 from refx import *  # noqa: F403
 
 __version__ = "0.1.0"
@@ -23,10 +24,14 @@ __all__ = [
     "MissingStreamError",
     "Module",
     "RngStream",
+    "ShardingError",
+    "axis_rules",
     "bridge",
+    "constrain",
     "dataclass",
     "debug",
     "display",
+    "fsdp",
     "get_flag",
     "graph",
     "make_rng",
@@ -34,6 +39,8 @@ __all__ = [
     "purify",
     "ref",
     "scope",
+    "shard",
+    "shardings",
     "static",
     "tabulate",
 ]

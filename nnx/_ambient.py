@@ -17,6 +17,8 @@ class _Ambient(threading.local):
     probe: Any
     # The names of the flags that were asked for, in a call that was given some.
     asked: set[Any] | None
+    # What logical axis names stand for; see `nnx.axis_rules`.
+    rules: Any
 
     def __init__(self) -> None:
         # Runs in each thread. As attributes of the instance they are found faster.
@@ -24,6 +26,7 @@ class _Ambient(threading.local):
         self.call = None
         self.probe = None
         self.asked = None
+        self.rules = None
 
 
 ambient = _Ambient()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, final
 
@@ -23,6 +23,10 @@ __all__ = ["Ref"]
 T = TypeVar("T")
 
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
+
+
+# What a library does with the value of a new Ref that has metadata, such as a sharding.
+at_birth: Callable[[Any, Hashable, Mapping[str, Any]], Any] | None = None
 
 
 @final
@@ -64,6 +68,8 @@ class Ref(Generic[T]):
             _check_hashable(f"metadata {name!r}", fact)
         check_type(value)
         check_value(None, value)
+        if metadata and at_birth is not None:
+            value = at_birth(value, collection, metadata)
         self._value = value
         self._collection = collection
         self._metadata = MappingProxyType(metadata) if metadata else _NO_METADATA

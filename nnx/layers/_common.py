@@ -11,6 +11,7 @@ from jax.nn import initializers
 
 from nnx.module import Module
 from nnx.scope import MissingFlagError, get_flag, make_rng
+from nnx.sharding.placing import drawn_in_place
 from refx import Ref
 
 Dtype = Any
@@ -41,7 +42,9 @@ def new_ref(
     key = None if init in (zeros, ones) else make_rng("params")
     # JAX draws in the dtype, and some of the small ones cannot hold what is between.
     small = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
-    value = init(key, shape, jnp.float32).astype(dtype) if small else init(key, shape, dtype)
+    drawn_in = jnp.float32 if small else dtype
+    value = drawn_in_place(init, key, shape, drawn_in, metadata.get("sharding"))
+    value = (init(key, shape, drawn_in) if value is None else value).astype(dtype)
     return Ref(value, "params", **metadata)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 import refx
 from nnx.module import Module, ref
@@ -164,8 +165,8 @@ class Optimizer(Module):
         for keys, x in flat:
             path, param = _state_path(keys, names)
             shapes, metadata = facts[param] if param is not None else ((), {})
-            metadata = metadata if jnp.shape(x) in shapes else {}
-            state[path] = Ref(fresh(x), "opt_state", **metadata)
+            facts_here = _facts_of_state(path, jnp.shape(x), shapes, metadata)
+            state[path] = Ref(fresh(x), "opt_state", **facts_here)
         self.step = jnp.zeros((), jnp.int32)
         self.state = nest(state)
         self.tx = tx
@@ -408,6 +409,32 @@ def _per_example(grads: Partition, params: Partition) -> str | None:
 
 def _shapes(value: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(map(jnp.shape, jax.tree.leaves(value)))
+
+
+def _facts_of_state(
+    path: Path,
+    shape: tuple[int, ...],
+    shapes: Collection[tuple[int, ...]],
+    facts: Mapping[str, Any],
+) -> Mapping[str, Any]:
+    """The metadata of an array of the state: that of its parameter, as far as it has its dimensions.
+
+    Factored states, such as adafactor's, lack one dimension of the parameter. Of two that are as long,
+    optax leaves out the last in `v_row` and the first in `v_col`.
+    """
+    if shape in shapes:
+        return facts
+    said = facts.get("sharding")
+    if said is None or len(shapes) != 1:
+        return {}
+    (whole,) = shapes
+    parts = [*said, *[None] * (len(whole) - len(said))]
+    lacking = [i for i in range(len(whole)) if shape == (*whole[:i], *whole[i + 1 :])]
+    if not lacking:
+        return {}
+    i = lacking[0 if "v_col" in path else -1]
+    del parts[i]
+    return {**facts, "sharding": type(said)(*parts) if isinstance(said, P) else tuple(parts)}
 
 
 def _state_path(keys: Any, params: Mapping[str, Path]) -> tuple[Path, Path | None]:

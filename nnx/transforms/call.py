@@ -48,10 +48,13 @@ class Layout:
         "constants",
         "dagdef",
         "donated",
+        "elsewhere",
         "form",
         "has_scope",
+        "homes",
         "labels",
         "programs",
+        "rules",
         "shardings",
         "statics",
         "traced",
@@ -65,6 +68,7 @@ class Layout:
         constants: tuple[Any, ...],
         has_scope: bool,
         statics: Any,
+        rules: Any = None,
         labels: tuple[tuple[int, Any], ...] = (),
     ):
         self.dagdef = dagdef
@@ -77,6 +81,8 @@ class Layout:
         self.constants = constants
         self.has_scope = has_scope
         self.statics = statics
+        # What logical axis names stand for where the call is made.
+        self.rules = rules
         # Whether a compiled function was traced for this layout, so that its closures are known.
         self.traced = False
         # What the calls looked like for which a program was made; see `explain`.
@@ -84,6 +90,19 @@ class Layout:
         # What `nnx.jit` learned by that: the Refs whose buffers it takes.
         self.donated: tuple[int, ...] = ()
         self.shardings: Any = None
+        # Where each value is that several devices share; None in place of it for the others. What is
+        # written goes back there. `elsewhere` has, by the placements of the inputs, the layouts of
+        # the same call in other places.
+        self.homes: tuple[Any, ...] | None = None
+        self.elsewhere: list[tuple[list[Any], Layout]] = []
+
+    def moved(self, homes: tuple[Any, ...]) -> Layout:
+        """The layout of the same call with its values in other places."""
+        parts = (self.dagdef, self.form, self.closed, self.constants, self.has_scope)
+        layout = Layout(*parts, self.statics, self.rules, self.labels)
+        layout.homes = homes
+        layout.programs = self.programs
+        return layout
 
     def name_of(self, i: int) -> str:
         """How a message calls the i-th Ref."""
@@ -128,8 +147,18 @@ class Plans:
             layout = self.layouts.setdefault(key, Layout(dagdef, *parts))
         return layout
 
+    def every(self) -> list[Layout]:
+        """All layouts, those in other places too."""
+        found = list(self.layouts.values())
+        moved = [layout for known in found for _, layout in known.elsewhere]
+        return list(dict.fromkeys([*found, *moved]))
+
     def drop(self, layout: Layout) -> None:
         """Forget a layout that was traced without an input. JAX keeps that trace for it."""
+        if layout.homes is not None:
+            for known in self.layouts.values():
+                known.elsewhere = [pair for pair in known.elsewhere if pair[1] is not layout]
+            return
         self.layouts = {key: x for key, x in self.layouts.items() if x is not layout}
         self.by_call = {
             key: plan for key, plan in self.by_call.items() if plan.layout is not layout
@@ -265,10 +294,11 @@ def open_call(
             # A closed-over Ref and what stands for it in the body around this call are one cell.
             alias = {id(ref): s.inner for ref, s in frame.stand_ins.items()}
             shape = (shape, frame.uid, len(alias))
-    key = (form, shape, constants, scope is None, statics)
+    rules = ambient.rules
+    key = (form, shape, constants, scope is None, statics, rules)
     plan = plans.by_call.get(key) if plans is not None else None
     if plan is None:
-        parts = (form, len(closed), constants, scope is not None, statics)
+        parts = (form, len(closed), constants, scope is not None, statics, rules)
         plan = _plan(parts, roots, snapshots, plans, alias)
         if plans is not None:
             plans.keep(key, plan, again=not single)
@@ -314,7 +344,7 @@ def _labelled(
     if not found:
         return layout, values, leaves
     parts = (layout.form, layout.closed, layout.constants, layout.has_scope, layout.statics)
-    parts = (*parts, tuple(found))
+    parts = (*parts, layout.rules, tuple(found))
     if plans is None:
         return Layout(layout.dagdef, *parts), values, leaves
     return plans.layout(layout.dagdef, parts), values, leaves

@@ -30,6 +30,7 @@ from nnx.transforms.callables import check_plain, function_name, unbound
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import explain_deleted, explain_donation, selected
 from nnx.transforms.explain import Explanation, explain, note
+from nnx.transforms.homes import at_home
 from nnx.transforms.naming import named
 from nnx.transforms.shardings import Shardings
 from nnx.transforms.simple import eval_shape
@@ -93,6 +94,9 @@ class Jit(Generic[P, R]):
         self._shardings = Shardings(self._name, *shardings, bound=bound)
         # Nothing but the arguments as they are: the common case has a shorter way.
         self._direct = not (self._static.active or self._shardings.active)
+        # Whether values may be on several devices, where what is written goes back to its place; None
+        # until it is called, since to ask starts the devices.
+        self._spread: bool | None = False if self._shardings.active else None
         # One function: JAX knows a trace again by it.
         self._pure = self._named_run()
         self._compiled = jax.jit(self._pure, static_argnums=0, **options)
@@ -181,6 +185,10 @@ class Jit(Generic[P, R]):
         call = open_call(args, kwargs, self._closure, self._plans, statics)
         if self._shardings.active and not call.layout.traced:
             self._shardings.learn(call, args, kwargs)
+        if self._spread is None:
+            self._spread = jax.local_device_count() > 1 or jax.process_count() > 1
+        if self._spread:
+            call.layout = at_home(call)
         return call
 
     def _trace(self, call: Call) -> None:
@@ -192,7 +200,7 @@ class Jit(Generic[P, R]):
         spec = traced.out_info.spec
         options = dict(self._options)
         if len(self._programs) > len(self._plans.layouts):
-            known = set(self._plans.layouts.values())
+            known = set(self._plans.every())
             self._programs = {k: v for k, v in self._programs.items() if k in known}
         if self._shardings.active:
             options |= self._shardings.options(layout, traced.out_info)
@@ -250,7 +258,7 @@ class Jit(Generic[P, R]):
         outer = ambient.call
         try:
             while True:
-                if self._direct:
+                if self._direct and self._spread is False:
                     call = open_call(args, kwargs, self._closure, self._plans)
                 else:
                     call = self._open(args, kwargs)
@@ -357,7 +365,7 @@ class Jit(Generic[P, R]):
         return self if instance is None else types.MethodType(self, instance)
 
     def __repr__(self) -> str:
-        count = sum(layout.traced for layout in list(self._plans.layouts.values()))
+        count = sum(layout.traced for layout in self._plans.every())
         return f"<{self._name}, traced for {count} structure{'' if count == 1 else 's'}>"
 
 

@@ -72,7 +72,10 @@ def note(jitted: Any, layout: Layout, call: Call) -> None:
         return
     new = Program(jitted, layout, call)
     explanation = _explained(jitted, new) if listeners else _UNASKED
-    layout.programs = [p for p in layout.programs if not p.is_like(new)] + [new]
+    before = [p for p in layout.programs if p.is_like(new)]
+    new.placements = [x for p in before for x in p.placements] + new.placements
+    # In place: layouts of one structure in several places have one list.
+    layout.programs[:] = [p for p in layout.programs if p not in before] + [new]
     code = _code(jitted)
     if code is not None:
         _by_code.setdefault(code, weakref.WeakSet()).add(jitted)
@@ -111,7 +114,11 @@ jax.monitoring.register_event_duration_secs_listener(note_compiled)
 def _explained(jitted: Any, new: Program) -> Explanation:
     known = programs_of(jitted)
     reason = jitted.reason or "it was not called before"
-    if any(p.is_like(new) for p in new.layout.programs):
+    like = [p for p in new.layout.programs if p.is_like(new)]
+    if like and new.placements[0] not in like[-1].placements:
+        reasons = placed_elsewhere(View(jitted, like[-1]), new)
+        return Explanation(jitted._name, False, reasons, len(known))
+    if like:
         reason = (
             "the same call was traced before: JAX's caches were cleared, or dropped the program"
         )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.core import Tracer
 
+from nnx.sharding.rules import canonical
 from nnx.transforms.call import Call, Layout
 from refx import Node
 from refx.dagdef import Leaf, NodeDef, RefDef, Tree
@@ -92,7 +93,7 @@ def placement(call: Call) -> dict[int, Any]:
     """Where the inputs are that are on a device by the user's will, by their numbers."""
     inputs = itertools.chain(call.values, call.leaves, call.others)
     return {
-        i: x.sharding
+        i: canonical(x.sharding)
         for i, x in enumerate(inputs)
         if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed
     }
@@ -379,7 +380,7 @@ def _weak(was: Any, now: Any) -> str:
     if getattr(was, "weak_type", None) != getattr(now, "weak_type", None):
         kinds = ["a Python number" if x.weak_type else "an array" for x in (was, now)]
         return f", {kinds[0]} (or made of one) before, now {kinds[1]}"
-    return f", sharded otherwise: {was} → {now}"
+    return ", on other devices or sharded otherwise"
 
 
 def placed_elsewhere(old: View, new: Program) -> list[str]:
@@ -390,7 +391,10 @@ def placed_elsewhere(old: View, new: Program) -> list[str]:
         if known.get(i) != now.get(i):
             name = names[i] if len(names) > i else f"input {i}"
             reasons.append(f"{name}: {_device(known.get(i))} → {_device(now.get(i))}")
-    return [*reasons, "this is compiled again, but not traced"]
+    # Where a value is on several devices, its place is a part of what is traced.
+    if new.layout is old.program.layout:
+        reasons.append("this is compiled again, but not traced")
+    return reasons
 
 
 def _device(sharding: Any) -> str:

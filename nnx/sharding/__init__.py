@@ -1,0 +1,6 @@
+"""Placement said once: beside a parameter or by rule, and held from construction to checkpoint."""
+
+from nnx.sharding.placing import constrain, fsdp, shard, shardings
+from nnx.sharding.rules import ShardingError, axis_rules
+
+__all__ = ["ShardingError", "axis_rules", "constrain", "fsdp", "shard", "shardings"]

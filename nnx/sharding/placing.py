@@ -1,0 +1,360 @@
+"""Where the values of a tree belong, and putting them there."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import refx.ref as ref_module
+from nnx._ambient import ambient
+from nnx.sharding.rules import (
+    NO_RULES,
+    AnyMesh,
+    Rules,
+    ShardingError,
+    as_rules,
+    current_mesh,
+    resolve,
+    the_mesh,
+)
+from refx import Partition, Ref
+from refx.access import put, writable
+from refx.filters import to_predicates
+from refx.partition import Path, dotted
+from refx.selection import check_selection
+from refx.snapshot import snapshot
+
+__all__ = ["constrain", "fsdp", "shard", "shardings"]
+
+T = TypeVar("T")
+Specs = Mapping[Any, PartitionSpec] | Callable[[Path, Any], PartitionSpec | None] | None
+
+KEY = "sharding"
+
+
+def rules_for(axes: Any) -> Rules:
+    """The rules that hold here, with those of a call in front."""
+    around = ambient.rules if ambient.rules is not None else NO_RULES
+    return around if axes is None else as_rules(axes, around)
+
+
+def place(x: Any, sharding: NamedSharding) -> Any:
+    """One array where a sharding says: an array is moved, a tracer constrained, a shape annotated."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type)
+    if not isinstance(x, Tracer):
+        return jax.device_put(x, sharding)
+    kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    current = jax.sharding.get_abstract_mesh()
+    # What shard_map maps over is not there inside it.
+    kinds |= dict(zip(current.axis_names, current.axis_types, strict=True))
+    explicit = _only(sharding.spec, [a for a, kind in kinds.items() if kind == AxisType.Explicit])
+    auto = _only(sharding.spec, [a for a, kind in kinds.items() if kind == AxisType.Auto])
+    mesh = sharding.mesh if current.empty else current
+    if AxisType.Explicit in kinds.values():
+        x = jax.sharding.reshard(x, NamedSharding(mesh, explicit))
+        if all(part is None for part in auto):
+            return x
+    if AxisType.Auto in kinds.values():
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, auto))
+    return x
+
+
+def _only(spec: PartitionSpec, axes: list[str]) -> PartitionSpec:
+    """A spec with nothing but some of the mesh axes."""
+    parts = []
+    for part in spec:
+        names = part if isinstance(part, tuple) else (part,)
+        kept = tuple(name for name in names if name in axes)
+        free = part is PartitionSpec.UNCONSTRAINED
+        parts.append(part if free else kept[0] if len(kept) == 1 else (kept or None))
+    return PartitionSpec(*parts)
+
+
+def map_value(value: Any, said: Any, mesh: AnyMesh, rules: Rules, where: str) -> Any:
+    """The NamedSharding of a value, or a tree of them for a value that is a tree of arrays.
+
+    In a tree, what is said is of the arrays with that many dimensions. What is not an array, such
+    as a Python number, has None.
+    """
+    if _is_array(value):
+        return NamedSharding(mesh, resolve(said, value.shape, mesh, rules, where))
+    leaves, treedef = jax.tree.flatten(value)
+
+    def of(x: Any) -> NamedSharding | None:
+        if not _is_array(x):
+            return None
+        mine = said if said is not None and len(said) == x.ndim else None
+        return NamedSharding(mesh, resolve(mine, x.shape, mesh, rules, where))
+
+    return jax.tree.unflatten(treedef, list(map(of, leaves)))
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | jax.ShapeDtypeStruct | np.ndarray)
+
+
+def shardings(
+    tree: Any, specs: Specs = None, *, axes: Any = None, mesh: AnyMesh | None = None
+) -> Partition:
+    """Where each value of a tree belongs.
+
+    Nothing is moved: see `shard`. The result fits `jax.jit`'s `in_shardings`, and `nnx.load(specs=)`.
+
+    Args:
+      tree: a module, a Ref, or a pytree that holds some; of arrays or of shapes (`nnx.eval_shape`).
+      specs: a dict from filter to PartitionSpec, of which the first that selects a Ref counts, or a
+        function `(path, ref) -> PartitionSpec`, such as `nnx.fsdp("data")`. They win over the
+        metadata. A Ref that no filter selects, or for which the function returns None, has what
+        its `sharding` metadata says, and without that it is whole on every device.
+      axes: axis rules for this call, in front of those of `nnx.axis_rules`.
+      mesh: a `jax.sharding.Mesh`, or an `AbstractMesh` for devices that are not there; without it,
+        that of `jax.set_mesh`.
+
+    Returns:
+      A Partition with a `NamedSharding` for each path.
+
+    Raises:
+      ShardingError: an array cannot have its sharding; the message names the Ref, its shape and the
+        axis. There is no mesh.
+      FilterError: a filter of `specs` selects nothing.
+
+    >>> import jax, nnx
+    >>> mesh = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
+    >>> model = nnx.eval_shape(lambda: nnx.Linear.init(0)(8, 16))
+    >>> where = nnx.shardings(model, {nnx.PathContains("kernel"): jax.P("data", "model")}, mesh=mesh)
+    >>> where["kernel"].spec, where["bias"].spec
+    (PartitionSpec('data', 'model'), PartitionSpec())
+    """
+    mesh = the_mesh(mesh, "nnx.shardings")
+    return Partition._of({path: s for path, _, _, s in _planned(tree, specs, axes, mesh)})
+
+
+def _planned(tree: Any, specs: Specs, axes: Any, mesh: AnyMesh) -> list[tuple[Any, Any, Any, Any]]:
+    """Path, Ref (or the plain array), value and sharding of everything in a tree."""
+    rules, said = rules_for(axes), _said(specs, tree)
+    kept = snapshot(tree)
+    cells = [*zip(kept.dagdef.ref_paths, kept.refs, kept.values(), strict=True)]
+    leaves = kept.leaves()
+    cells += [*zip(kept.dagdef.leaf_paths, leaves, leaves, strict=True)]
+    planned = []
+    for path, cell, value in cells:
+        outer, _planning.mesh = _planning.mesh, mesh
+        try:
+            what = said(path, cell)
+        finally:
+            _planning.mesh = outer
+        if what is None and isinstance(cell, Ref):
+            what = cell._metadata.get(KEY)
+        where = f"Ref {dotted(path)!r}" if path else "A Ref"
+        planned.append((path, cell, value, map_value(value, what, mesh, rules, where)))
+    return planned
+
+
+def _said(specs: Specs, tree: Any) -> Callable[[Path, Any], Any]:
+    if specs is None:
+        return lambda path, cell: None
+    if isinstance(specs, Mapping):
+        predicates = to_predicates(specs)
+        kept = snapshot(tree)
+        items = [*zip(kept.dagdef.ref_paths, kept.refs, strict=True)]
+        items += [*zip(kept.dagdef.leaf_paths, kept.leaves(), strict=True)]
+        for filter, predicate in zip(specs, predicates, strict=True):
+            if filter is not ... and not any(predicate(path, cell) for path, cell in items):
+                check_selection(filter, tree)
+        values = list(specs.values())
+
+        def chosen(path: Path, cell: Any) -> Any:
+            hits = (v for p, v in zip(predicates, values, strict=True) if p(path, cell))
+            return next(hits, None)
+
+        return chosen
+    if isinstance(specs, PartitionSpec):
+        raise TypeError(
+            f"specs says which array has which sharding: write {{...: {specs!r}}} for all, or "
+            f"{{'params': {specs!r}}} for those of a collection."
+        )
+    if not callable(specs):
+        raise TypeError(
+            f"specs is a dict from filter to PartitionSpec, or a function (path, ref) -> "
+            f"PartitionSpec such as nnx.fsdp('data'), but got a {type(specs).__name__}."
+        )
+    return specs
+
+
+def shard(tree: T, specs: Specs = None, *, axes: Any = None, mesh: AnyMesh | None = None) -> T:
+    """Put every value of a tree where it belongs, in place, and return the tree.
+
+    Arrays are moved, tracers constrained, and `ShapeDtypeStruct`s annotated. Either everything is
+    put in its place or, where that raises, nothing. Shared Refs stay shared.
+
+    Args:
+      tree: a module, a Ref, or a pytree that holds some. Plain arrays of modules, lists and dicts are put
+        in place, too.
+      specs, axes, mesh: what belongs where; see `shardings`.
+
+    Raises:
+      ShardingError: an array cannot have its sharding; there is no mesh.
+      FilterError: a filter of `specs` selects nothing.
+      TraceLevelError, ReadOnlyError: as for any write.
+
+    >>> import jax, nnx
+    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> model = nnx.Linear.init(0)(8, 16)
+    >>> nnx.shard(model, nnx.fsdp("data"), mesh=mesh).kernel.sharding.mesh.shape["data"]
+    1
+    """
+    mesh = the_mesh(mesh, "nnx.shard")
+    planned = _planned(tree, specs, axes, mesh)
+    refs = [(path, cell, value, s) for path, cell, value, s in planned if isinstance(cell, Ref)]
+    targets = [writable(cell, dotted(path)) for path, cell, _, _ in refs]
+    placed = [_placed(value, s) for _, _, value, s in planned]
+    kept = snapshot(tree)
+    holders = kept.holders()
+    leaves = placed[len(refs) :]
+    paths = kept.dagdef.leaf_paths
+    for (holder, _), path, new, old in zip(holders, paths, leaves, kept.leaves(), strict=True):
+        if holder is None and new is not old:
+            raise ShardingError(
+                f"The plain array {dotted(path)!r} is in a tuple or another pytree that cannot be "
+                f"changed in place. Keep it in an attribute, a list, a dict, or a Ref."
+            )
+    for target, new in zip(targets, placed, strict=False):
+        put(target, new)
+    for (holder, key), new in zip(holders, leaves, strict=True):
+        if holder is not None:
+            holder[key] = new
+    return tree
+
+
+def _placed(value: Any, where: Any) -> Any:
+    if isinstance(where, NamedSharding):
+        return place(value, where)
+    return jax.tree.map(
+        lambda x, s: x if s is None else place(x, s), value, where, is_leaf=lambda x: x is None
+    )
+
+
+def fsdp(
+    axis: str | tuple[str, ...], min_size: int = 2**16
+) -> Callable[[Path, Any], PartitionSpec | None]:
+    """A rule for `shardings` and `shard`: every large array is divided along its largest dimension.
+
+    This is fully sharded data parallelism (ZeRO stage 3; Rajbhandari et al. 2019,
+    https://arxiv.org/abs/1910.02054): each device keeps a part of every array, and XLA gathers what a
+    layer needs while it runs.
+
+    Args:
+      axis: the mesh axis, or several that divide together.
+      min_size: arrays with fewer elements are whole on every device: to gather them costs more than
+        to keep them.
+
+    Returns:
+      A function `(path, ref) -> PartitionSpec`. The dimension is the largest whose size the number of
+      devices divides; where there is none, the array stays whole. It needs to know the sizes of the
+      mesh, so it is for `shardings` and `shard`, which tell it.
+
+    >>> import jax, nnx
+    >>> mesh = jax.sharding.AbstractMesh((8,), ("data",))
+    >>> model = nnx.eval_shape(lambda: nnx.Linear.init(0)(1024, 512))
+    >>> nnx.shardings(model, nnx.fsdp("data"), mesh=mesh)["kernel"].spec
+    PartitionSpec('data',)
+    """
+    names = (axis,) if isinstance(axis, str) else tuple(axis)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"nnx.fsdp takes the name of a mesh axis, or a tuple of them, but got {axis!r}."
+        )
+
+    def rule(path: Path, ref: Any) -> PartitionSpec | None:
+        mesh = _planning.mesh or the_mesh(None, "nnx.fsdp")
+        sizes = dict(mesh.shape)
+        if unknown := [name for name in names if name not in sizes]:
+            raise ShardingError(
+                f"nnx.fsdp({axis!r}) needs a mesh axis {unknown[0]!r}, but the mesh has "
+                f"{', '.join(map(repr, sizes)) or 'no axes'}."
+            )
+        value = ref._value if isinstance(ref, Ref) else ref
+        count = math.prod(sizes[name] for name in names)
+        if not _is_array(value) or value.size < min_size:
+            return None
+        divisible = [i for i, size in enumerate(value.shape) if size and size % count == 0]
+        if not divisible:
+            return None
+        largest = max(divisible, key=lambda i: value.shape[i])
+        return PartitionSpec(*[None] * largest, names[0] if len(names) == 1 else names)
+
+    return rule
+
+
+def constrain(x: Any, *names: Any, axes: Any = None, mesh: AnyMesh | None = None) -> Any:
+    """Say where an activation belongs, by the names that the parameters use.
+
+    Under `nnx.jit` this constrains the compiled program; outside it moves the array. Without a mesh
+    it returns `x` as it is, so a model that uses it runs on one device, too.
+
+    Args:
+      x: an array.
+      *names: for each dimension a logical name, a mesh axis, a tuple of these, or None. A name that
+        the mesh and the rules do not know leaves the dimension whole.
+      axes: axis rules for this call.
+      mesh: the mesh; without it, that of `jax.set_mesh`.
+
+    Raises:
+      ShardingError: another number of names than `x` has dimensions; an axis twice; a size that does not
+        divide.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> nnx.constrain(jnp.ones((4, 8)), "batch", "embed").shape
+    (4, 8)
+    """
+    mesh = current_mesh() if mesh is None else the_mesh(mesh, "nnx.constrain")
+    if len(names) != x.ndim:
+        raise ShardingError(
+            f"nnx.constrain got an array of shape {tuple(x.shape)} and {len(names)} names: "
+            f"{names!r}. Give one for each dimension; None leaves a dimension whole."
+        )
+    if mesh is None:
+        return x
+    spec = resolve(names, x.shape, mesh, rules_for(axes), "The array given to nnx.constrain")
+    return place(x, NamedSharding(mesh, spec))
+
+
+class _Planning(threading.local):
+    # The mesh that specs are asked for.
+    mesh: AnyMesh | None = None
+
+
+_planning = _Planning()
+
+
+def at_birth(value: Any, collection: Any, metadata: Mapping[str, Any]) -> Any:
+    """The value of a new Ref, where its metadata and the current mesh say."""
+    said = metadata.get(KEY)
+    mesh = current_mesh() if said is not None else None
+    if mesh is None:
+        return value
+    where = map_value(value, said, mesh, rules_for(None), f"A new Ref of {collection!r}")
+    return _placed(value, where)
+
+
+def drawn_in_place(
+    init: Callable[..., Any], key: Any, shape: tuple[int, ...], dtype: Any, said: Any
+) -> Any:
+    """The result of an initializer of which each device draws its own part; None without a mesh."""
+    mesh = current_mesh() if said is not None else None
+    if mesh is None or isinstance(mesh, jax.sharding.AbstractMesh) or isinstance(key, Tracer):
+        return None
+    spec = resolve(said, shape, mesh, rules_for(None), "A new parameter")
+    draw = jax.jit(init, static_argnums=(1, 2), out_shardings=NamedSharding(mesh, spec))
+    return draw(key, shape, dtype)
+
+
+ref_module.at_birth = at_birth

@@ -1,0 +1,246 @@
+"""From names to places: what `sharding` metadata, axis rules and a mesh say of one array."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from nnx._ambient import ambient
+from refx import RefError
+
+__all__ = ["ShardingError", "axis_rules"]
+
+AnyMesh = Mesh | AbstractMesh
+# A mesh axis, several that divide one dimension together, or None for none.
+Target = str | tuple[str, ...] | None
+
+
+class ShardingError(RefError, ValueError):
+    """A sharding that an array cannot have: another rank, an axis twice, a size that does not divide."""
+
+
+class Rules(Mapping[str, Target]):
+    """Logical names with the mesh axes that they stand for. It counts by its content."""
+
+    __slots__ = ("_hash", "_items")
+
+    def __init__(self, items: Mapping[str, Target]):
+        self._items = dict(items)
+        self._hash = hash(frozenset(self._items.items()))
+
+    def __getitem__(self, name: str) -> Target:
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Rules) and self._items == other._items)
+
+
+NO_RULES = Rules({})
+
+
+def as_rules(given: Any, around: Rules = NO_RULES) -> Rules:
+    """Rules from a mapping or from pairs, with those around them for the names that they lack.
+
+    Raises:
+      TypeError: a name or an axis is not a string, or a name stands twice.
+    """
+    if isinstance(given, Rules) and not around:
+        return given
+    pairs = list(given.items() if isinstance(given, Mapping) else given)
+    found: dict[str, Target] = {}
+    for pair in pairs:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise TypeError(
+                f"Axis rules are a dict from a logical name to a mesh axis, a tuple of mesh axes, or "
+                f"None, as in {{'embed': 'fsdp', 'batch': ('data', 'fsdp')}}, but got {pair!r}."
+            )
+        name, target = pair
+        if isinstance(target, list):
+            target = tuple(target)
+        if not (target is None or isinstance(target, str) or _all_strings(target)):
+            raise TypeError(
+                f"The axis rule for {name!r} is {target!r}. It must be the name of a mesh axis, a "
+                f"tuple of such names, or None."
+            )
+        if name in found:
+            raise TypeError(f"There are two axis rules for {name!r}. Keep one of them.")
+        found[name] = target
+    return Rules({**around, **found})
+
+
+def _all_strings(x: Any) -> bool:
+    return isinstance(x, tuple) and all(isinstance(name, str) for name in x)
+
+
+@contextmanager
+def axis_rules(rules: Mapping[str, Target] | Iterable[tuple[str, Target]]) -> Iterator[None]:
+    """Map logical axis names to mesh axes for a block of code, in this thread.
+
+    A name without a rule is a mesh axis if the mesh has one of that name, else that dimension is
+    not sharded. The same holds for an axis that a rule names and the mesh lacks, so the same rules
+    serve a laptop and a cluster. Inside another block, these rules win and the others still hold.
+    Functions under `nnx.jit` compile once for each set of rules; plain `jax.jit` uses the rules that
+    are there when it traces.
+
+    Args:
+      rules: a mapping (or pairs) from a logical name to a mesh axis, to a tuple of mesh axes that
+        divide the dimension together, or to None.
+
+    Raises:
+      TypeError: something else is given, or a name twice.
+
+    >>> import jax, nnx
+    >>> mesh = jax.sharding.AbstractMesh((2, 4), ("data", "tensor"))
+    >>> model = nnx.Linear.init(0)(8, 16, kernel_metadata={"sharding": ("embed", "mlp")})
+    >>> with nnx.axis_rules({"mlp": "tensor"}):
+    ...     nnx.shardings(model, mesh=mesh)["kernel"].spec
+    PartitionSpec(None, 'tensor')
+    """
+    outer = ambient.rules
+    ambient.rules = as_rules(rules, outer if outer is not None else NO_RULES)
+    try:
+        yield
+    finally:
+        ambient.rules = outer
+
+
+def current_mesh() -> AnyMesh | None:
+    """The mesh that `jax.set_mesh` has set: abstract while a program is traced."""
+    abstract = jax.sharding.get_abstract_mesh()
+    if abstract.empty:
+        return None
+    try:
+        mesh = jax.sharding.get_mesh()
+    except ValueError:  # JAX's way to say that a program is being traced
+        return abstract
+    return abstract if mesh.empty else mesh
+
+
+def the_mesh(given: AnyMesh | None, what: str) -> AnyMesh:
+    """The mesh that was given, or the current one.
+
+    Raises:
+      ShardingError: there is none.
+    """
+    mesh = current_mesh() if given is None else given
+    if mesh is None:
+        raise ShardingError(
+            f"{what} needs a mesh, and there is none. Pass mesh=jax.make_mesh(...), or call it inside "
+            f"`with jax.set_mesh(mesh):`."
+        )
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"{what} takes a jax.sharding.Mesh, but got a {type(mesh).__name__}.")
+    return mesh
+
+
+def entries(said: Any) -> tuple[Any, ...]:
+    """The entries of a sharding: one for each dimension that it speaks of.
+
+    Raises:
+      TypeError: it is not a PartitionSpec or a tuple of names.
+    """
+    if said is None:
+        return ()
+    if isinstance(said, PartitionSpec | tuple | list):
+        parts = tuple(tuple(x) if isinstance(x, list) else x for x in said)
+        free = PartitionSpec.UNCONSTRAINED
+        if all(x is None or x is free or isinstance(x, str) or _all_strings(x) for x in parts):
+            return parts
+    hint = f" Write a tuple: ({said!r},)." if isinstance(said, str) else ""
+    raise TypeError(
+        f"A sharding is a PartitionSpec, or a tuple with a name, a tuple of names, or None for each "
+        f"dimension, but got {said!r}.{hint}"
+    )
+
+
+def resolve(
+    said: Any, shape: tuple[int, ...], mesh: AnyMesh, rules: Rules, where: str
+) -> PartitionSpec:
+    """The PartitionSpec over mesh axes that `said` means for an array of `shape`.
+
+    Args:
+      said: a PartitionSpec or a tuple of names, logical or of mesh axes.
+      shape: the shape of the array.
+      mesh: the mesh.
+      rules: what logical names stand for.
+      where: how a message calls the array.
+
+    Raises:
+      ShardingError: the rank is another, a mesh axis serves two dimensions, a size does not divide.
+      TypeError: `said` is something else.
+    """
+    parts = entries(said)
+    exact = not isinstance(said, PartitionSpec)
+    if len(parts) > len(shape) or (exact and parts and len(parts) != len(shape)):
+        raise ShardingError(
+            f"{where} has the shape {shape}, but its sharding {_shown(said)} has {len(parts)} "
+            f"entries. Give one entry for each dimension; None leaves a dimension whole."
+        )
+    sizes = dict(mesh.shape)
+    taken: dict[str, Any] = {}
+    spec: list[Any] = []
+    for size, part in zip(shape, parts):
+        if part is PartitionSpec.UNCONSTRAINED:
+            spec.append(part)
+            continue
+        axes = _axes(part, sizes, rules)
+        for axis in axes:
+            if axis in taken:
+                raise ShardingError(
+                    f"{where} would be divided twice along the mesh axis {axis!r}, for "
+                    f"{taken[axis]!r} and for {part!r} in {_shown(said)}. A mesh axis serves one "
+                    f"dimension of an array: give one of the names another rule, or None."
+                )
+            taken[axis] = part
+        count = math.prod(sizes[axis] for axis in axes)
+        if size % count:
+            raise ShardingError(
+                f"{where} has the shape {shape}, and its dimension of size {size} cannot be divided "
+                f"into {count} equal parts along {' and '.join(map(repr, axes))}. Choose a size that "
+                f"is a multiple of {count}, or leave this dimension whole: a rule or an entry None."
+            )
+        spec.append(axes[0] if len(axes) == 1 else (axes or None))
+    return stripped(spec)
+
+
+def _axes(part: Any, sizes: Mapping[str, int], rules: Rules) -> tuple[str, ...]:
+    found: list[str] = []
+    for name in () if part is None else (part,) if isinstance(part, str) else part:
+        target = rules.get(name, name)
+        for axis in () if target is None else (target,) if isinstance(target, str) else target:
+            if axis in sizes and axis not in found:
+                found.append(axis)
+    return tuple(found)
+
+
+def _shown(said: Any) -> str:
+    return str(said) if isinstance(said, PartitionSpec) else repr(tuple(said))
+
+
+def stripped(parts: Iterable[Any]) -> PartitionSpec:
+    """The PartitionSpec without None at its end: JAX writes P("data") and P("data", None) for one place."""
+    kept = list(parts)
+    while kept and kept[-1] is None:
+        kept.pop()
+    return PartitionSpec(*kept)
+
+
+def canonical(sharding: Any) -> Any:
+    """A sharding that equals every other that means the same."""
+    if type(sharding) is not NamedSharding or (sharding.spec and sharding.spec[-1] is not None):
+        return sharding
+    return NamedSharding(sharding.mesh, stripped(sharding.spec))

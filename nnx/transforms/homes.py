@@ -1,0 +1,64 @@
+"""A compiled step keeps each value where it is: what it writes goes back to where it came from.
+
+XLA may choose another place for an output than for the input that it replaces, and the next call
+would compile again. So the places of the inputs belong to the layout of a call, where one process has
+several devices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+
+from nnx.sharding.placing import place
+from nnx.sharding.rules import canonical
+from nnx.transforms.call import Call, Layout
+from refx.buffers import CONCRETE
+
+__all__: list[str] = []
+
+# So many places are remembered for one structure.
+_MOST = 32
+
+
+def at_home(call: Call) -> Layout:
+    """The layout of a call for the places that its values have."""
+    layout = call.layout
+    places = [v.sharding if type(v) in CONCRETE else None for v in call.values]
+    # Outputs of one program share their sharding objects, so this compares identities.
+    for known, moved in layout.elsewhere:
+        if known == places:
+            return moved
+    homes = tuple(
+        canonical(s) if type(s) is NamedSharding and s.mesh.size > 1 else None for s in places
+    )
+    if not any(homes):
+        moved = layout
+    else:
+        same = (x for _, x in layout.elsewhere if x.homes == homes)
+        moved = next(same, None) or layout.moved(homes)
+    if len(layout.elsewhere) >= _MOST:
+        layout.elsewhere.clear()
+    layout.elsewhere.append((places, moved))
+    return moved
+
+
+def kept(layout: Layout, written: tuple[int, ...], values: list[Any]) -> list[Any]:
+    """The values that were written, each in the place of the one that it replaces."""
+    homes = layout.homes
+    if homes is None:
+        return values
+    return [_home(homes[i], value) for i, value in zip(written, values, strict=True)]
+
+
+def _home(home: NamedSharding | None, value: Any) -> Any:
+    if home is None or not isinstance(value, Tracer) or len(home.spec) > value.ndim:
+        return value
+    try:
+        home.shard_shape(value.shape)
+    except ValueError:
+        # It has another shape now, which cannot be divided so.
+        return value
+    return place(value, home)
