@@ -168,6 +168,7 @@ class Jit:
         elif self._shardings.active:
             self._programs[layout] = jax.jit(self._run, static_argnums=0, **options)
         layout.traced = True
+        self._closure.traced()
         if not layout.donated:
             note(self, layout, call)
 

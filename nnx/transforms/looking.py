@@ -39,7 +39,7 @@ _LIBRARIES = sys.stdlib_module_names | frozenset(
 _HOLDERS = frozenset(
     {"builtins", "collections", "functools", "itertools", "types", "weakref", "queue", "nnx"}
 )
-_ARRAYS = (np.ndarray, np.generic, np.dtype, Tracer, jax.Array)
+ARRAYS = (np.ndarray, np.generic, np.dtype, Tracer, jax.Array)
 _PLAIN = frozenset(
     {int, float, complex, bool, str, bytes, bytearray, type(None), type(...), range, slice}
     | {type(NotImplemented), types.CodeType, types.GetSetDescriptorType, type(len)}
@@ -123,6 +123,8 @@ class Graph:
         self.strings: set[str] = set()
         # Those of attributes that code sets, other than where an object is made.
         self.stored: set[str] = set()
+        # Those of variables and attributes whose content code changes: it notes something there.
+        self.filled: set[str] = set()
         self._modules: dict[int, set[str]] = {}
         for name, x, far in starts:
             self._vertex(x, (name,), far)
@@ -241,6 +243,7 @@ class Graph:
         names = names_of(fn.__code__)
         self.names |= names.attributes
         self.strings.update(names.strings)
+        self.filled |= names.filled
         if fn.__name__ not in ("__init__", "__post_init__", "__new__"):
             self.stored |= names.stored
         for name in names.loaded:
@@ -274,7 +277,7 @@ def _of_closure(fn: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
 def is_plain(x: Any) -> bool:
     """Whether nothing can be reached from `x` that would matter."""
     kind = type(x)
-    if kind in _PLAIN or issubclass(kind, _ARRAYS):
+    if kind in _PLAIN or issubclass(kind, ARRAYS):
         # A bound method of C code, such as that of a dict, leads to what it is bound to.
         return kind is not type(len) or type(x.__self__) in _PLAIN | {types.ModuleType}
     if issubclass(kind, types.ModuleType):
@@ -289,6 +292,8 @@ def is_module(x: Any) -> bool:
 
 def content(x: Any) -> list[Any]:
     """The items of a container, or what a C object refers to: compared to see a change."""
+    if issubclass(type(x), collections.OrderedDict):
+        return [part for item in collections.OrderedDict.items(x) for part in item]
     if issubclass(type(x), dict):
         return [*dict.keys(x), *dict.values(x)]
     return _items(x) if is_container(x) else gc.get_referents(x)
@@ -321,7 +326,7 @@ def is_data(x: Any) -> bool:
     kind = type(x)
     return (
         kind in SCALARS
-        or issubclass(kind, (*_ARRAYS, enum.Enum))
+        or issubclass(kind, (*ARRAYS, enum.Enum))
         or (is_container(x) and _all_plain(x))
     )
 
@@ -329,6 +334,22 @@ def is_data(x: Any) -> bool:
 SCALARS = frozenset(
     {int, float, complex, bool, str, bytes, bytearray, type(None), type(...), range, slice}
 )
+
+
+def data_in(x: Any, depth: int = 3) -> list[Any] | None:
+    """The containers that hold nothing but data, from `x` on; None if there is anything else."""
+    if not is_container(x) or len(x) > SMALL:
+        return None
+    found = [x]
+    if not _all_plain(x):
+        for part in _items(x):
+            if is_data(part) and not is_container(part):
+                continue
+            inner = data_in(part, depth - 1) if depth else None
+            if inner is None:
+                return None
+            found += inner
+    return found if len(found) <= SMALL else None
 
 
 def containers(x: Any) -> list[Any]:
@@ -375,6 +396,8 @@ def _title(x: Any) -> Any:
 
 
 def _of_class(cls: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
+    if not _is_library(_home(type(cls))):
+        yield "metaclass", (None, functools.partial(type, cls)), type(cls), True
     for base in type.__dict__["__mro__"].__get__(cls):
         if _is_library(_home(base)):
             continue
@@ -413,7 +436,9 @@ def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
         if home.partition(".")[0] == "nnx":
             return
     if issubclass(kind, dict):
-        for key, value in list(dict.items(x)):
+        # An OrderedDict has an order of its own.
+        kind_of = collections.OrderedDict if issubclass(kind, collections.OrderedDict) else dict
+        for key, value in list(kind_of.items(x)):
             known = type(key) in _PLAIN
             yield key if known else ("key", id(key)), None, value, False
             if not known:
