@@ -198,6 +198,8 @@ class Closure:
         self._constants: dict[tuple[Any, ...], tuple[list[Callable[[], Any]], int]] = {}
         self._next_constant = 0
         self._traced = False
+        # Whether a trace went through a method that no code names.
+        self._all_methods = False
         self._arrays: dict[Any, list[Any]] = {}
         # The snapshots of roots that are no modules and so do not keep one themselves.
         self._kept: dict[int, tuple[Any, Snapshot]] = {}
@@ -269,17 +271,11 @@ class Closure:
         with _lock:
             missing = {id(ref): ref for ref, _ in call.found}
             known = len(self._places)
-            held: dict[int, set[int]] = {}
-            for edge in self._graph().edges:
-                if edge.candidate is None:
-                    continue
-                ids = held.get(id(edge.candidate))
-                if ids is None:
-                    ids = held[id(edge.candidate)] = _objects(edge.candidate)
-                inside = [i for i in ids if i in missing]
-                if inside:
-                    self._places.add(edge.path)
-            reached = set().union(*held.values())
+            reached = self._reach(missing)
+            if not self._all_methods and not reached >= missing.keys():
+                # A library, or a name that was put together, led to a method that no code names.
+                self._all_methods = True
+                reached = self._reach(missing)
             lost = [(ref, root) for ref, root in call.found if id(ref) not in reached]
             if len(self._places) == known and self._added == set(missing):
                 # It was met before, and is an input since: nothing would change by another trace.
@@ -292,9 +288,23 @@ class Closure:
             ref, root = lost[0]
             raise ClosureError(_unreachable(ref, root, name))
 
+    def _reach(self, missing: dict[int, Any]) -> set[int]:
+        """The ids of all that looking leads to; where that is something missing becomes an input."""
+        held: dict[int, set[int]] = {}
+        for edge in self._graph().edges:
+            if edge.candidate is None:
+                continue
+            ids = held.get(id(edge.candidate))
+            if ids is None:
+                ids = held[id(edge.candidate)] = _objects(edge.candidate)
+            if not ids.isdisjoint(missing):
+                self._places.add(edge.path)
+        return set().union(*held.values())
+
     def _graph(self) -> Graph:
         starts = [(name, x, True) for name, x in self._starts.values()]
-        return Graph([*self._origin(), *starts], self._places | self._hopeful)
+        expected = self._places | self._hopeful
+        return Graph([*self._origin(), *starts], expected, all_methods=self._all_methods)
 
     def _look(self) -> _State:
         graph = self._graph()
@@ -318,12 +328,14 @@ class Closure:
         hopeful = {e.path for e in edges if e.hopeful}
         shape: list[Any] = []
         read: list[Any] = []
+        counted: set[int] = set()
         for n, edge in enumerate(edges):
             source = graph.objects[edge.source]
             by_name = type(source) in (types.FunctionType, types.ModuleType)
             counts = n not in selected and _counts(edge, source, graph, self._noted)
             if counts and edge.key not in DEFAULTS:
                 read.append((edge.path, self._constant(edge)))
+                counted.add(edge.source)
                 state.data += [(edge.path, x, content(x)) for x in data_in(edge.value) or ()]
             if (
                 (edge.source in watched and not edge.data)
@@ -345,6 +357,7 @@ class Closure:
                     state.contents.append((x, items))
             elif n in near:
                 state.names += [(d, list(d)) for d in attribute_dicts(x)]
+        for x in (graph.objects[n] for n in sorted(watched | counted)):
             if issubclass(type(x), type) and not is_plain(x):
                 # `A.__bases__ = ...` makes another order of classes.
                 state.calls.append(functools.partial(_order, x))

@@ -58,6 +58,10 @@ SMALL = 1024
 _MOST = 4000
 
 
+# Code that uses one of these may call a method whose name is not written anywhere.
+_BY_NAME = frozenset({"getattr", "attrgetter", "methodcaller", "vars", "__dict__", "dir"})
+
+
 class _Absent:
     def __repr__(self) -> str:
         return "ABSENT"
@@ -102,12 +106,16 @@ class Graph:
         expected: Set[tuple[Any, ...]] = frozenset(),
         *,
         only_near: bool = False,
+        all_methods: bool = False,
     ):
         """Look from `starts`, triples of a name, an object and whether it is far.
 
         Names of modules that are not bound count as None where their path is one of `expected`.
-        With `only_near`, no far step is taken.
+        With `only_near`, no far step is taken; with `all_methods`, also methods are looked into that
+        no code names.
         """
+        self._all_methods = all_methods
+        self._classes: dict[int, set[Any]] = {}
         self._expected = expected
         self._only_near = only_near
         self.edges: list[Edge] = []
@@ -128,7 +136,7 @@ class Graph:
         self._modules: dict[int, set[str]] = {}
         for name, x, far in starts:
             self._vertex(x, (name,), far)
-        while self._next() or self._in_modules():
+        while self._next() or self._in_modules() or self._in_classes():
             pass
 
     def is_far(self, number: int) -> bool:
@@ -142,6 +150,10 @@ class Graph:
         x, far = self.objects[number], self._is_far[number]
         if type(x) is types.ModuleType:
             self._modules[number] = set()
+            return True
+        if issubclass(type(x), type):
+            self._classes[number] = set()
+            self._of_class_at(number)
             return True
         for key, way, value, step_far in self._steps(x):
             if not (step_far and self._only_near):
@@ -165,6 +177,32 @@ class Graph:
                 found = True
                 self._edge(number, name, (content, name), content.get(name, ABSENT), True)
         return found
+
+    def _in_classes(self) -> bool:
+        return any([self._of_class_at(number) for number in list(self._classes)])
+
+    def _of_class_at(self, number: int) -> bool:
+        """Take the steps from a class that are new: methods, as soon as some code names them."""
+        done, far, found = self._classes[number], self._is_far[number], False
+        cls = self.objects[number]
+        for key, way, value, step_far in _of_class(cls):
+            if key in done or (step_far and self._only_near):
+                continue
+            if type(value) in _CODE and not self._is_named(cls, key[1]):
+                continue
+            done.add(key)
+            found = True
+            self._edge(number, key, way, value, far or step_far)
+        return found
+
+    def _is_named(self, cls: type, name: str) -> bool:
+        """Whether a method may be called: by name, by Python, or by a library that it is an override of."""
+        if self._all_methods or name in self.names or name.startswith("__"):
+            return True
+        if not self.names.isdisjoint(_BY_NAME):
+            return True
+        bases = type.__dict__["__mro__"].__get__(cls)
+        return any(name in class_dict(b) for b in bases if _is_library(_home(b)))
 
     def _edge(self, source: int, key: Any, way: Any, value: Any, far: bool) -> None:
         path = (*self._paths[source], key)
@@ -220,8 +258,6 @@ class Graph:
         elif kind is property or kind is functools.cached_property:
             getter = x.fget if kind is property else x.func  # pyright: ignore
             yield "__func__", None, getter, False
-        elif issubclass(kind, type):
-            yield from _of_class(x)
         elif issubclass(kind, weakref.ref):
             get = functools.partial(weakref.ref.__call__, x)
             yield "()", (None, get), get(), True

@@ -93,6 +93,10 @@ def _filled(code: types.CodeType) -> set[str]:
     return found
 
 
+_NAMING = frozenset(
+    {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_CLASSDEREF"}
+    | {"IMPORT_NAME", "IMPORT_FROM", "LOAD_FROM_DICT_OR_GLOBALS"}
+)
 _LOADS = frozenset({"LOAD_DEREF", "LOAD_GLOBAL", "LOAD_CLASSDEREF", "LOAD_NAME", "LOAD_ATTR"})
 
 
@@ -116,12 +120,13 @@ def names_of(code: types.CodeType) -> Names:
                 loaded[step.argval] = None
             elif step.opname == "IMPORT_NAME":
                 imported[step.argval] = None
+            if step.opname in _NAMING and step.argval in at.co_names:
+                attributes.add(step.argval)
             elif step.opname in ("STORE_ATTR", "DELETE_ATTR", "STORE_DEREF"):
                 stored.add(step.argval)
         for total, found in zip((puts, reads, others), _used_variables(at), strict=True):
             total |= found
         filled |= _filled(at)
-        attributes.update(at.co_names)
         strings.update((c, None) for c in at.co_consts if type(c) is str and c.isidentifier())
         todo += [c for c in at.co_consts if isinstance(c, types.CodeType)]
     if not attributes & _BY_STRING:
