@@ -216,6 +216,7 @@ class Jit(Generic[P, R]):
         elif self._shardings.active:
             self._programs[layout] = jax.jit(self._pure, static_argnums=0, **options)
         layout.traced = True
+        self._closure.traced()
         if not layout.donated:
             note(self, layout, call)
 

@@ -331,6 +331,7 @@ class _JitFilter:
                 if not (call.layout.traced or without_jit()):
                     self._compiled.trace(call.layout, *inputs)
                     call.layout.traced = not call.found
+                    self._closure.traced()
                 packed = None if call.found else self._compiled(call.layout, *inputs)
             except Exception as error:
                 if not call.found:
