@@ -56,6 +56,7 @@ ALTERNATIVES.update(
         "same name": "the nnx transformation of the same name",
         "compiles": " (nnx.jit, nnx.scan, nnx.remat, ...)",
         "looks": " (nnx.{})",
+        "mask": ", or nnx.training.mask(model, {!r})",
         "would pass over it": ", nnx.grad and nnx.jit",
         "writes back": " (nnx.jit, nnx.vmap, nnx.scan, ...)",
         "in its place": (

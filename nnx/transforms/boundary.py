@@ -29,9 +29,10 @@ import jax
 import refx.ref as ref_module
 from nnx._layer_names import RootNames
 from nnx.scope import entered
-from nnx.transforms.call import Call, Layout, Roots, unlabelled
+from nnx.transforms.call import Call, Roots, unlabelled
 from nnx.transforms.donation import explain_deleted
 from nnx.transforms.homes import kept
+from nnx.transforms.layout import Layout
 from nnx.transforms.tracebacks import shortened
 from nnx.transforms.untouched import Untouched, check_arguments, check_found, reachable
 from refx import Node, Ref

@@ -25,12 +25,13 @@ import jax
 
 from nnx._ambient import ambient
 from nnx.transforms.boundary import Outline, Packed, Spec, close_call, run
-from nnx.transforms.call import Call, Layout, Plans, open_call
+from nnx.transforms.call import Call, open_call
 from nnx.transforms.callables import check_plain, function_name, unbound
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import explain_deleted, explain_donation, selected
 from nnx.transforms.explain import Explanation, explain, note
 from nnx.transforms.homes import at_home
+from nnx.transforms.layout import Layout, Plans
 from nnx.transforms.naming import named
 from nnx.transforms.shardings import Shardings
 from nnx.transforms.simple import eval_shape

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from nnx._ambient import ambient
-from nnx.transforms.call import Call, Layout
+from nnx.transforms.call import Call
 from nnx.transforms.explain.differences import (
     Program,
     View,
@@ -21,6 +21,7 @@ from nnx.transforms.explain.differences import (
     placed_elsewhere,
     placement,
 )
+from nnx.transforms.layout import Layout
 
 __all__: list[str] = []
 

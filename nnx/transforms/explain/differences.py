@@ -11,7 +11,8 @@ import jax
 from jax.core import Tracer
 
 from nnx.sharding.rules import canonical
-from nnx.transforms.call import Call, Layout
+from nnx.transforms.call import Call
+from nnx.transforms.layout import Layout
 from refx import Node
 from refx.dagdef import Leaf, NodeDef, RefDef, Tree
 from refx.partition import Path, dotted
