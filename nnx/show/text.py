@@ -76,6 +76,8 @@ def _print(walk: Walk, run: list[int], depth: int, out: list[str], todo: list[An
         out.append(f"{line}<same as {_targets(walk, run)}>")
     elif item.kind == REF:
         out.append(f"{line}{item.text}{_times(run)}  # {_facts(item)}")
+    elif item.kind == ARRAY and walk.items[item.parent].kind == NODE:
+        out.append(f"{line}{item.text}{_times(run)}  # no collection: not trained")
     elif item.kind in (STATIC, ARRAY):
         out.append(f"{line}{item.text}{_times(run)}")
     else:

@@ -192,6 +192,12 @@ class Optimizer(Module):
             shape or dtype; a model whose parameters have other paths or shapes than those that the
             optimizer was made for. Another model of the same structure is taken as it comes.
         """
+        if isinstance(model, Mapping) and isinstance(grads, Node):
+            raise TypeError(
+                f"optimizer.update takes the model first and then the gradients, as in "
+                f"optimizer.update(model, grads), but got a {type(model).__name__} and a "
+                f"{type(grads).__name__}."
+            )
         cells = selected(model, self.wrt)
         params = values_of(model, cells)
         grads = self._matching(grads, params)
