@@ -178,3 +178,22 @@ def test_a_converter_sees_each_value_and_no_ref():
     other.w = nnx.get_ref(model, "w")
     model.w = [6]
     assert other.w.tolist() == [6]
+
+
+def test_a_float_that_changes_at_each_step_is_warned_of_once():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.rate = 0.1
+            self.w = nnx.Ref(jnp.ones(3))
+
+    @nnx.jit
+    def step(model):
+        model.w.value *= model.rate
+
+    model = Model()
+    with pytest.warns(UserWarning, match="another value of model.rate alone") as seen:
+        for i in range(8):
+            model.rate = 0.5**i + 0.01
+            step(model)
+    assert len(seen) == 1
+    assert "A float is part of the program. Make it an array or a Ref" in str(seen[0].message)
