@@ -372,7 +372,7 @@ class Module(Node):
         return tree_repr(self)
 
     def _repr_html_(self) -> str:
-        return tree_html(self)
+        return tree_html(repr(self))
 
     def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
         return show_node(self, path, subtree_renderer)

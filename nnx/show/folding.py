@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import html
 
-from nnx.show.text import tree_repr
-from refx import Node
-
 __all__ = ["tree_html"]
 
 # So many levels are open at first, of a model that is not wide.
@@ -14,12 +11,12 @@ _OPEN = 2
 _SHORT = 40
 
 
-def tree_html(node: Node) -> str:
-    """The lines of `tree_repr`, where each part that has lines of its own folds.
+def tree_html(text: str) -> str:
+    """What a model prints, where each part that has lines of its own folds.
 
     Everything is in the text itself: no script, no style sheet, no network.
     """
-    lines = tree_repr(node).split("\n")
+    lines = text.split("\n")
     out = ['<div style="font-family: monospace; white-space: pre; line-height: 1.4">']
     depth = 0
     for i, line in enumerate(lines):
