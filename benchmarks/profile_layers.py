@@ -32,7 +32,10 @@ def by_layer(compiled: str, events: list[dict]) -> dict[str, list[float]]:
         backward = "transpose(" in name
         parts = [
             part
-            for part in name.replace("transpose(", "").replace("jvp(", "").replace(")", "").split("/")
+            for part in name.replace("transpose(", "")
+            .replace("jvp(", "")
+            .replace(")", "")
+            .split("/")
             if re.match(r"[a-z_]+(\.\w+)*$", part)
         ]
         path = [p for p in parts[:-1] if p not in _NO_LAYERS]

@@ -60,7 +60,10 @@ NET = Net.init(0)()
             "optimizer.update(model, grads), but got a Partition and a Net.",
         ),
         (lambda: Forward()(3), "it has a method named forward, and no __call__. Rename it"),
-        (lambda: nnx.jit(Forward())(3), "it has a method named forward, and no __call__. Rename it"),
+        (
+            lambda: nnx.jit(Forward())(3),
+            "it has a method named forward, and no __call__. Rename it",
+        ),
         (
             lambda: nnx.grad(lambda m: m(1.0))(Plain()),
             "Its arrays are plain attributes, which no filter selects and no training changes: declare "
@@ -79,7 +82,9 @@ def test_attributes_of_other_libraries_lead_to_ours(name):
     model = Plain()
     if hasattr(Plain, name):
         pytest.fail(f"{name} is an attribute, and needs no hint")
-    with pytest.raises(AttributeError, match=f"^'Plain' object has no attribute '{name}': ") as info:
+    with pytest.raises(
+        AttributeError, match=f"^'Plain' object has no attribute '{name}': "
+    ) as info:
         getattr(model, name)
     assert HINTS[name] in str(info.value) and (info.value.name, info.value.obj) == (name, model)
 
