@@ -12,6 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 import refx
 from nnx.module import Module, ref
+from nnx.show._format import bytes_text, count_text, short
+from nnx.show._walk import Walk
+from nnx.show.text import collection_sizes, number_text
 from nnx.training._cells import (
     fresh,
     nest,
@@ -32,9 +35,11 @@ from nnx.training._state import (
     key_name,
     unguard,
 )
+from nnx.training._text import transformation_text
 from nnx.transforms.boundary import write_back
 from refx import Filter, Node, Partition, Ref, UnmatchedPathError
 from refx.filters import to_predicates
+from refx.node import attributes
 from refx.partition import Path, dotted, listed
 from refx.selection import check_selection
 
@@ -173,6 +178,17 @@ class Optimizer(Module):
         self.wrt = wrt
         self.layout = Layout(treedef, tuple(state), tuple((p, s) for p, (s, _) in facts.items()))
 
+    def __repr__(self) -> str:
+        if not {"step", "state", "tx", "layout"} <= attributes(self).keys():
+            return super().__repr__()
+        walk = Walk(self)
+        n, size = collection_sizes(walk).get("opt_state", (0, 0))
+        lines = [f"tx = {transformation_text(self.tx)}", f"wrt = {short(self.wrt)}"]
+        if (now := number_text(self.step)) is not None:
+            lines.append(f"step = {now}")
+        lines.append(f"state = {self.layout!r}  # opt_state: {count_text(n)} ({bytes_text(size)})")
+        return "\n  ".join(["Optimizer(", *lines]) + "\n)"
+
     def update(self, model: Any, grads: Mapping[Path, Any], **extra: Any) -> None:
         """Apply gradients: write the model's parameters, the optimizer's state, and `step`.
 
@@ -192,6 +208,12 @@ class Optimizer(Module):
             shape or dtype; a model whose parameters have other paths or shapes than those that the
             optimizer was made for. Another model of the same structure is taken as it comes.
         """
+        if isinstance(model, Mapping) and isinstance(grads, Node):
+            raise TypeError(
+                f"optimizer.update takes the model first and then the gradients, as in "
+                f"optimizer.update(model, grads), but got a {type(model).__name__} and a "
+                f"{type(grads).__name__}."
+            )
         cells = selected(model, self.wrt)
         params = values_of(model, cells)
         grads = self._matching(grads, params)

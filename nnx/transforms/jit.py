@@ -89,6 +89,9 @@ class Jit(Generic[P, R]):
         # How often the function was traced for a program of its own; why there is this one at all.
         self.traces = 0
         self.reason: str | None = None
+        # The last program; the float that alone made the last ones new, and how many.
+        self.last_program: Any = None
+        self.float_changes = "", 0
         self._static = Statics(self._name, self._fn, *statics, bound=bound)
         self._donate = donate
         self._options = options
