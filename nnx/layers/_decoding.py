@@ -32,7 +32,7 @@ def check_room(cache: tuple[int, ...], queries: tuple[int, ...], keys: tuple[int
         )
 
 
-def append(cached: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+def append(cached: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Array:
     """What is cached, with the new keys or values from position `start` on."""
     axis = cached.ndim - 3
     room, count = cached.shape[axis], new.shape[axis]

@@ -178,8 +178,10 @@ class ConvTranspose(Module):
 
             if flat.explicit is not None:
                 # jax.lax.conv_transpose has no out_sharding.
-                transposed = auto_axes(transposed, out_sharding=flat.explicit)
-            y = transposed(x, kernel)
+                placed: Any = auto_axes(transposed, out_sharding=flat.explicit)
+                y = placed(x, kernel)
+            else:
+                y = transposed(x, kernel)
             if bias is not None:
                 y = add_bias(y, bias)
         except (TypeError, ValueError):
