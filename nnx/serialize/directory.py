@@ -281,7 +281,7 @@ class Reader:
         self.token, self._sums, self._ocp = token, sums, ocp
         # The names of the arrays are those of the folder: a Store compares them.
         self.names = list(guarded(lambda: check(self.structure)).arrays)
-        self._folder = os.path.join(path, token)
+        self._folder = os.path.join(os.path.realpath(path), token)
         if not os.path.isdir(self._folder):
             raise LoadError(f"its folder {token!r} is missing, where the arrays are")
 

@@ -105,8 +105,8 @@ def plan_tree(structure: Any, names: Any, only: Any, specs: Any, axes: Any, mesh
         return plan
     if isinstance(here, jax.sharding.AbstractMesh) and only is not None:
         raise LoadError(
-            "the mesh is abstract, so it has no devices to put values on. Pass only=None for their shapes, or "
-            "a mesh of jax.make_mesh"
+            "the mesh is abstract, so it has no devices to put values on. Pass only=None for their "
+            "shapes, or a mesh of jax.make_mesh"
         )
     by_shape: dict[int, str] = {}
     kept: list[Any] = []
@@ -150,8 +150,10 @@ def _leaves(value: Any, where: Any) -> tuple[list[Any], list[Any]]:
 
 def _nested(partition: Partition) -> Any:
     """A tree that has Refs at the paths of a Partition."""
-    root: dict[str, Any] = {}
+    root: Any = {}
     for path, value in partition.items():
+        if not path:
+            return Ref(value)
         at = root
         for part in path[:-1]:
             at = at.setdefault(part, {})
