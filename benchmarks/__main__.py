@@ -19,6 +19,7 @@ from benchmarks import (
     epoch,
     growth,
     layers,
+    llama,
     memory,
     purify,
     report,
@@ -36,7 +37,7 @@ KINDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     names = ["steps", "eager", "compile", "epoch", "transformer", "pytrees", "memory", "growth"]
-    names += ["layers", "checkpoint", "purify"]
+    names += ["layers", "llama", "checkpoint", "purify"]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="few rounds, small sizes")
     parser.add_argument("--sizes", nargs="+", type=int, default=None)
@@ -107,6 +108,12 @@ def main() -> None:
         for dtype in (jnp.float32, jnp.bfloat16):
             title = f"Layers, value and gradient in {dtype.__name__}: ratios to flax"
             page(f"layers, {dtype.__name__}", *layers.page(title, rounds, dtype))
+    if "llama" in only:
+        for name, rows in (
+            ("training", llama.training(3 if arguments.quick else 7)),
+            ("decoding", llama.decoding(3 if arguments.quick else 7)),
+        ):
+            page(f"llama, {name}", report.table(f"examples/llama.py, {name}", rows), rows)
     if "checkpoint" in only:
         files = checkpoint.measure(64 if arguments.quick else 1024)
         page("checkpoint", report.table("Saving and loading", files), files)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import random
 import statistics
 import time
 from typing import Any
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 
 import nnx
 from benchmarks import workloads as w
+from benchmarks.timing import Ratio, ratio
 
 
 def _steps(layers: int) -> dict[str, Any]:
@@ -56,29 +59,39 @@ def _steps(layers: int) -> dict[str, Any]:
     return {"jax.jit": hand, "nnx.jit": ours, "equinox": equinox, "flax nnx.jit": flax}
 
 
-def stages(layers: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Median ratios to the hand-written step, by stage and in all."""
+STAGES = ("trace", "lower", "compile", "all")
+
+
+def stages(layers: int, rounds: int) -> dict[str, dict[str, Ratio]]:
+    """Ratios to the hand-written step, by stage and in all."""
     contenders = _steps(layers)
     times: dict[str, list[tuple[float, ...]]] = {name: [] for name in contenders}
+    order, rng = list(contenders), random.Random(0)
     for _ in range(rounds + 1):
-        for name, trace in contenders.items():
+        rng.shuffle(order)
+        for name in order:
+            gc.collect()
+            gc.disable()
             marks = [time.perf_counter()]
-            traced = trace()
+            traced = contenders[name]()
             marks.append(time.perf_counter())
             lowered = traced.lower()
             marks.append(time.perf_counter())
             lowered.compile()
             marks.append(time.perf_counter())
+            gc.enable()
             parts = [b - a for a, b in zip(marks, marks[1:], strict=False)]
             times[name].append((*parts, sum(parts)))
-    result = {}
-    for name, rows in times.items():
-        # The first round warms up what is compiled once in a process.
-        pairs = list(zip(rows, times["jax.jit"], strict=True))[1:]
-        ratios = [statistics.median(r[i] / b[i] for r, b in pairs) for i in range(4)]
-        result[name] = dict(zip(("trace", "lower", "compile", "all"), ratios, strict=True))
-        result[name]["seconds"] = statistics.median(r[3] for r in rows[1:])
-    return result
+    # The first round warms up what is compiled once in a process.
+    by_stage = {name: list(zip(*rows[1:], strict=True)) for name, rows in times.items()}
+    base = by_stage["jax.jit"]
+    return {
+        name: {
+            stage: ratio(list(mine), list(theirs))
+            for stage, mine, theirs in zip(STAGES, rows, base, strict=True)
+        }
+        for name, rows in by_stage.items()
+    }
 
 
 def depth(rounds: int, depths: tuple[int, ...] = (8, 64)) -> dict[str, float]:

@@ -49,7 +49,7 @@ def interleave(
             gc.collect()
     finally:
         gc.enable()
-    return {name: _ratio(ts, times[baseline]) for name, ts in times.items()}
+    return {name: ratio(ts, times[baseline]) for name, ts in times.items()}
 
 
 def _calls(run: Contender, seconds: float) -> int:
@@ -64,7 +64,8 @@ def _time(run: Contender, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _ratio(times: list[float], base: list[float]) -> Ratio:
+def ratio(times: list[float], base: list[float]) -> Ratio:
+    """The times of a contender against those of the baseline, round by round."""
     ratios = sorted(t / b for t, b in zip(times, base, strict=True))
     at = len(ratios) - 1
     return Ratio(

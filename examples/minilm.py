@@ -136,7 +136,7 @@ class Batch(NamedTuple):
     mask: np.ndarray
 
 
-def tokenizer(folder: Path, length: int = 16):
+def tokenizer(folder: Path, length: int = 12):
     """A function from sentences to a Batch, padded to a multiple of `length`: few shapes, few programs."""
     pieces = Tokenizer.from_file(str(folder / "tokenizer.json"))
     pieces.enable_padding(pad_to_multiple_of=length)
@@ -227,7 +227,7 @@ def fine_tune(model, tokenize, rows: np.ndarray, steps: int, batch_size: int) ->
     nnx.apply_lora(
         model, rank=8, filter=(nnx.PathContains("query"), nnx.PathContains("value")), rngs=1
     )
-    schedule = optax.warmup_cosine_decay_schedule(0, 2e-3, steps // 10 + 1, steps)
+    schedule = optax.warmup_cosine_decay_schedule(0, 4e-3, steps // 10 + 1, steps)
     optimizer = nnx.Optimizer(model, optax.adam(schedule), wrt="lora")
     rng = np.random.default_rng(0)
     model.train()
@@ -263,10 +263,12 @@ def main(folder: Path, steps: int, batch_size: int, test_rows: int, out: Path) -
     picture.write_text(str(nnx.graph(model)))
 
     before = ranking(model, tokenize)
+    answers = list(QUERIES.values())
     for i, query in enumerate(QUERIES):
-        print(f"\n{query}")
-        for j in np.argsort(-before[i]):
-            print(f"  {before[i, j]:6.3f}  {list(QUERIES.values())[j]}")
+        first, second = np.argsort(-before[i])[:2]
+        print(
+            f"{query:40} → {answers[first]:55} {before[i, first]:.2f}, then {before[i, second]:.2f}"
+        )
 
     words = [triple.split() for triple in WORDS.split(";")]
     known, new = words[:-8], words[-8:]
@@ -355,7 +357,7 @@ def plot(products, losses, gaps, out: Path) -> None:
         axes[2].hist(gap, bins, alpha=0.6, label=label)
     axes[2].axvline(0, color="k", lw=1)
     axes[2].set(
-        xlabel="product with the same meaning, less that with the opposite",
+        xlabel="how much nearer the same meaning is",
         ylabel="sentences",
         title="new words",
     )

@@ -15,6 +15,8 @@ class _Ambient(threading.local):
     call: Any
     # What watches the calls of modules; transformations are called by it where there is one.
     probe: Any
+    # The names of the flags that were asked for, in a call that was given some.
+    asked: set[Any] | None
     # What logical axis names stand for; see `nnx.axis_rules`.
     rules: Any
 
@@ -23,6 +25,7 @@ class _Ambient(threading.local):
         self.scope = None
         self.call = None
         self.probe = None
+        self.asked = None
         self.rules = None
 
 

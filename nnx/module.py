@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import types
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NoReturn, TypeVar, cast, dataclass_transform
 
 import jax
 
 import refx
-from nnx.scope import Scope, entered, get_flag, make_rng, make_scope
+from nnx._layer_names import LayerCall
+from nnx.scope import Scope, entered, expected, get_flag, make_rng, make_scope
 from nnx.show.html import show_node
 from nnx.show.text import tree_repr
 from refx import (
@@ -25,14 +27,14 @@ from refx import (
     UnknownPathError,
     ValueTypeError,
 )
-from refx.dag import find_ref, values_of
+from refx.dag import update_cells, values_of
 from refx.field import Field
 from refx.node import attributes, set_on_class
 from refx.partition import dotted
 from refx.selection import check_selection
 from refx.static import TRUSTED
-from refx.structure import scan
 from refx.text import ALTERNATIVES
+from refx.walk import walk
 
 __all__ = ["Module", "dataclass", "param", "ref", "static"]
 
@@ -195,22 +197,30 @@ class Module(Node):
     (3,)
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        call = vars(cls).get("__call__")
+        if type(call) is types.FunctionType and not hasattr(call, "__isabstractmethod__"):
+            set_on_class(cls, "__call__", LayerCall(call))
+
     @classmethod
     def init(cls: type[M], rngs: Any = None, **flags: Any) -> type[M]:
         """Construct within a scope: `Cls.init(jax.random.key(0))(*constructor_arguments)`.
 
         Args:
           rngs: a key, a seed, or a mapping from stream name to key, as for `nnx.scope`.
-          **flags: flags for the constructor.
+          **flags: flags for the constructor. One that nothing asks for is a UserWarning.
 
         Returns:
           A callable with the constructor's arguments. It is typed as the class.
         """
         inner = make_scope(rngs, **flags)
+        name = cls.__name__
 
         @functools.wraps(cls, updated=())
         def construct(*args: Any, **kwargs: Any) -> M:
-            with entered(inner):
+            advice = f"Arguments of the constructor go in the second brackets: {name}.init(0)(...)."
+            with expected(flags, f"{name}.init", advice), entered(inner):
                 return cls(*args, **kwargs)
 
         return cast("type[M]", construct)
@@ -221,12 +231,13 @@ class Module(Node):
         Args:
           rngs: a key, a seed, or a mapping from stream name to key, as for `nnx.scope`.
           mutable: a filter; a write of a Ref of this module that it does not select is an error.
-          **flags: flags for the call; they win over attributes of the same name.
+          **flags: flags for the call; they win over attributes of the same name. One that no module
+            asks for in the call is a UserWarning.
 
         Returns:
           A stand-in for the module whose call and methods run in the scope; typed as the module.
         """
-        return cast("M", _Applied(self, make_scope(rngs, **flags), mutable))
+        return cast("M", _Applied(self, make_scope(rngs, **flags), mutable, flags))
 
     def make_rng(self, name: str = "default") -> jax.Array:
         """The next key of the ambient stream `name`; see `nnx.make_rng`."""
@@ -264,7 +275,7 @@ class Module(Node):
             "deterministic": not training,
             "use_running_average": not training,
         }
-        for node in scan(self).objects:
+        for node in walk(self).objects:
             for name, flag in flags.items():
                 if isinstance(node, Node) and _is_flag(node, name):
                     setattr(node, name, flag)
@@ -283,22 +294,24 @@ class Module(Node):
         """
         selects = refx.to_predicate(filter)
         cells = refx.refs(self)
-        if not any(selects(path, cell) for path, cell in cells.items()):
+        selected = {path for path, cell in cells.items() if selects(path, cell)}
+        if not selected:
             check_selection(filter, self)
         if not isinstance(partition, Mapping):
             raise ValueTypeError(
                 f"model[{filter!r}] = ... takes a Partition, or another mapping from path to value, "
                 f"but got a {type(partition).__name__}.{values_of(partition, filter)}"
             )
-        for given in partition:
-            path, cell = find_ref(self, given, cells)
-            if not selects(path, cell):
+
+        def check(given: Any, path: Any, cell: Ref[Any]) -> None:
+            if path not in selected:
                 raise UnknownPathError(
                     f"The filter {filter!r} does not select {dotted(given)!r} (collection "
                     f"{cell.collection!r}), so model[{filter!r}] cannot write it. Is this the "
                     f"partition of another filter? nnx.update(model, partition) writes any path."
                 )
-        refx.update(self, partition)
+
+        update_cells(self, cells, [partition], check=check)
 
     # Brackets take filters, so Python's way to iterate by number would never end.
     __iter__ = None
@@ -317,6 +330,9 @@ def _is_flag(node: Node, name: str) -> bool:
     return isinstance(value, bool | None) and not isinstance(there, RefField)
 
 
+_ASK = "A module asks with self.get_flag(name, default), in the method that is called."
+
+
 class _Applied:
     """A module, its submodules and its methods, as they are when called in a scope."""
 
@@ -327,23 +343,32 @@ class _Applied:
         "`with nnx.scope(key, decode=True):`"
     )
 
-    def __init__(self, target: Any, scope: Scope, mutable: Filter, root: Module | None = None):
+    def __init__(
+        self,
+        target: Any,
+        scope: Scope,
+        mutable: Filter,
+        flags: Mapping[str, Any],
+        root: Module | None = None,
+    ):
         self._target = target
         self._scope = scope
         self._mutable = mutable
+        self._flags = flags
         self._root = target if root is None else root
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._mutable is ...:
-            with entered(self._scope):
+        call = f"{type(self._root).__name__}.apply"
+        with expected(self._flags, call, _ASK), entered(self._scope):
+            if self._mutable is ...:
                 return self._target(*args, **kwargs)
-        with entered(self._scope), refx.mutable(self._mutable, self._root):
-            return self._target(*args, **kwargs)
+            with refx.mutable(self._mutable, self._root):
+                return self._target(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._target, name)
         if callable(found):
-            return _Applied(found, self._scope, self._mutable, self._root)
+            return _Applied(found, self._scope, self._mutable, self._flags, self._root)
         return found
 
     def __repr__(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -125,6 +126,44 @@ def entered(inner: Scope | None) -> Iterator[None]:
         ambient.scope = outer
 
 
+# A model may have no layer that one of these is for, and is still called with it.
+_OF_LAYERS = {"training", "deterministic", "use_running_average", "decode"}
+_ever_asked: set[str] = set()
+
+COMPILED: Any = object()
+"""Among the flags that were asked for: a program ran that may ask for more when it is traced."""
+
+
+@contextlib.contextmanager
+def expected(flags: Mapping[str, Any], call: str, advice: str) -> Iterator[None]:
+    """Within this context, flags that were given by name have to be asked for.
+
+    Warns:
+      UserWarning: nobody asked for one of the flags, so it did nothing.
+    """
+    names = flags.keys() - _OF_LAYERS
+    if not names:
+        yield
+        return
+    asked: set[Any] = set()
+    outer, ambient.asked = ambient.asked, asked
+    try:
+        yield
+    finally:
+        ambient.asked = outer
+        if outer is not None:
+            outer |= asked
+    unused = names - asked - (_ever_asked if COMPILED in asked else set())
+    for name in sorted(unused):
+        known = sorted(x for x in asked if x is not COMPILED)
+        warnings.warn(
+            f"No module asked for the flag {name!r} of {call}, so it changed nothing. The flags that "
+            f"were asked for: {', '.join(known) or 'none'}. {advice}",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
 def make_rng(name: str = "default") -> jax.Array:
     """The next key of the ambient stream `name`, or of `"default"` if there is none of that name.
 
@@ -166,6 +205,9 @@ def get_flag(name: str, default: Any = MISSING) -> Any:
     False
     """
     around: Scope | None = ambient.scope
+    _ever_asked.add(name)
+    if ambient.asked is not None:
+        ambient.asked.add(name)
     if around is not None and name in around.flags:
         return around.flags[name]
     if default is not MISSING:

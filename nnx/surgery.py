@@ -11,9 +11,10 @@ import jax
 from nnx.module import Module
 from refx import All, Filter, FilterError, Node, Not, PathMatches, to_predicate
 from refx import Any as AnyOf
+from refx.dagdef import node_paths
 from refx.node import attributes, is_identity
 from refx.partition import Path, dotted
-from refx.structure import node_paths, scan
+from refx.walk import walk
 
 __all__ = ["modules", "replace"]
 
@@ -40,7 +41,7 @@ def modules(tree: Any, kind: type[N] = Module) -> dict[Path, N]:
     >>> [".".join(path) for path in nnx.modules(model, nnx.Linear)]
     ['layers.0', 'layers.2']
     """
-    found = scan(tree)
+    found = walk(tree)
     paths = node_paths(found.dagdef)
     return {paths[i]: x for i, x in enumerate(found.objects) if isinstance(x, kind)}
 
@@ -119,7 +120,7 @@ def replace(tree: M, where: Where, fn: Callable[[Any], Any]) -> M:
       fn = Linear(
     ...
     """
-    found = scan(tree)
+    found = walk(tree)
     paths, selects = node_paths(found.dagdef), selector(where)
     chosen = [
         (paths[i], x)

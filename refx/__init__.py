@@ -7,6 +7,7 @@ again. Everything else here follows from those two.
 
 from refx import filters, pickling, pytree  # noqa: F401 — they tell pickle and JAX about trees
 from refx.dag import clone, frozen, get_partition, merge, refs, split, update
+from refx.dagdef import DagDef
 from refx.errors import (
     ClosureError,
     DonationError,
@@ -29,12 +30,21 @@ from refx.errors import (
     ValueTypeError,
 )
 from refx.field import MISSING, RefField, StaticField, get_ref
-from refx.filters import All, Any, Filter, Not, OfType, PathContains, PathMatches, to_predicate
+from refx.filters import (
+    All,
+    Any,
+    Filter,
+    InModule,
+    Not,
+    OfType,
+    PathContains,
+    PathMatches,
+    to_predicate,
+)
 from refx.mutability import mutable
 from refx.node import Node
 from refx.partition import Partition
 from refx.ref import Ref
-from refx.structure import DagDef
 
 __all__ = [
     "All",
@@ -47,6 +57,7 @@ __all__ = [
     "Filter",
     "FilterError",
     "ForeignTracerError",
+    "InModule",
     "MISSING",
     "MissingPathError",
     "Node",

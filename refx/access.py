@@ -24,6 +24,7 @@ from refx.errors import (
     NotMutableError,
     ReadOnlyError,
     TraceLevelError,
+    ValueTypeError,
 )
 from refx.frame import Frame, Original, StandIn, copy_containers, local
 from refx.text import ALTERNATIVES, array_text
@@ -182,7 +183,10 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
 
 
 def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
-    """Raise if `value` holds a tracer that is not of the current trace or one around it."""
+    """Raise if a Ref cannot hold `value`.
+
+    A value holds arrays and scalars, and no tracer that is not of the current trace or one around it.
+    """
     if isinstance(value, jax.Array):
         if not isinstance(value, Tracer):
             if is_dead(value):
@@ -190,7 +194,15 @@ def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
             return
         tracers = [value]
     else:
-        tracers = [x for x in jax.tree.leaves(value) if isinstance(x, Tracer)]
+        leaves = jax.tree.leaves(value)
+        if not (ref is not None and ref._trace is LABEL) and not all(map(_is_value, leaves)):
+            found = next(x for x in leaves if not _is_value(x))
+            raise ValueTypeError(
+                f"{_what(ref, owner)} was given a value that holds a {type(found).__name__}: "
+                f"{found!r:.60}. The value of a Ref must be a pytree of arrays and scalars. Keep a "
+                f"setting or a function in an ordinary attribute, and the arrays beside it in Refs."
+            )
+        tracers = [x for x in leaves if isinstance(x, Tracer)]
         if not tracers and is_dead(value):
             raise dead_error(f"{_what(ref, owner)} was given a value whose buffer")
     for tracer in tracers:
@@ -283,7 +295,8 @@ def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: A
     home = ref._trace()
     if home is None:
         home = EVAL if frame is None else frame.trace()
-    if ref._trace is READ_ONLY or not program_between(home, trace):
+    program = None if ref._trace is READ_ONLY else program_between(home, trace)
+    if program is None:
         return
     of_body = home is not EVAL and not _stands_in(ref, frame)
     leaves = jax.tree.leaves(ref._value)
@@ -296,7 +309,7 @@ def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: A
         return
     abstract = only_looked_at(trace) if local.frame is None else None
     if abstract is None:
-        kind, fate = kind_of(trace), "become a constant of the compiled program"
+        kind, fate = kind_of(program), "become a constant of the compiled program"
         which = ALTERNATIVES["compiles"]
     else:
         kind, fate = f"a plain {abstract}", "be a constant of what JAX keeps for the next call"
@@ -304,12 +317,23 @@ def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: A
     raise ClosureError(
         f"{describe(ref, owner)} was read by closure inside {kind}. Its value would {fate}, and "
         f"later updates would never reach it. Pass the module as an argument, as in "
-        f"jax.jit(lambda m, x: m(x))(model, x), use {ALTERNATIVES['same name']}{which}, which "
-        f"makes inputs of closed-over Refs, or close over {ALTERNATIVES['frozen']}(model), a constant."
+        f"jax.jit(lambda m, x: m(x))(model, x), or use {ALTERNATIVES['same name']}{which}. What closes "
+        f"over its arguments (checkify, numpyro, blackjax) takes {ALTERNATIVES['frozen']}(model), a constant."
     )
 
 
 _VALUES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+
+
+def _is_value(x: Any) -> bool:
+    """Whether `x` is an array, a number, or what stands for an array."""
+    if isinstance(x, np.ndarray | np.generic):
+        return x.dtype.kind not in "OSU"
+    return (
+        isinstance(x, _VALUES)
+        or hasattr(type(x), "__jax_array__")
+        or (hasattr(x, "shape") and hasattr(x, "dtype"))
+    )
 
 
 def _stands_in(ref: Ref[Any], frame: Frame | None) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from refx.access import check_value, label, peek, put, writable
-from refx.buffers import dead_error, is_dead
+from refx.buffers import CONCRETE, dead_error, is_dead
+from refx.build import build
+from refx.dagdef import DagDef, frozen_def
 from refx.errors import (
     DtypeError,
     MissingPathError,
@@ -26,7 +28,6 @@ from refx.partition import Partition, Path, as_path, dotted, listed
 from refx.ref import Ref, check_type
 from refx.selection import check_selection, follow
 from refx.snapshot import Snapshot, snapshot
-from refx.structure import DagDef, build, frozen_def
 from refx.text import ours
 
 __all__ = ["clone", "frozen", "get_partition", "merge", "refs", "split", "update"]
@@ -34,6 +35,14 @@ __all__ = ["clone", "frozen", "get_partition", "merge", "refs", "split", "update
 T = TypeVar("T")
 
 
+@overload
+def split(tree: T) -> tuple[DagDef[T], Partition]: ...
+@overload
+def split(tree: T, first: Filter, /) -> tuple[DagDef[T], Partition]: ...
+@overload
+def split(tree: T, first: Filter, second: Filter, /) -> tuple[DagDef[T], Partition, Partition]: ...
+@overload
+def split(tree: T, *filters: Filter) -> tuple[DagDef[T], *tuple[Partition, ...]]: ...
 def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
     """Take a tree apart into its structure and its values.
 
@@ -91,7 +100,7 @@ def _items(kept: Snapshot) -> Iterator[tuple[Path, Any, Any]]:
     yield from zip(kept.dagdef.leaf_paths, leaves, leaves, strict=True)
 
 
-def merge(dagdef: DagDef, *partitions: Mapping[Path, Any]) -> Any:
+def merge(dagdef: DagDef[T], *partitions: Mapping[Path, Any]) -> T:
     """Put a tree together from its structure and its values: the inverse of `split`.
 
     The tree equals the one that was split, with fresh Refs: the same sharing, the same identities
@@ -108,9 +117,9 @@ def merge(dagdef: DagDef, *partitions: Mapping[Path, Any]) -> Any:
     >>> a is b, a is shared
     (True, False)
     """
-    given: dict[Path, Any] = {}
-    for partition in partitions:
-        for path, value in Partition(partition)._items.items():
+    given: dict[Path, Any] = _content(partitions[0]) if len(partitions) == 1 else {}
+    for partition in partitions if len(partitions) > 1 else ():
+        for path, value in _content(partition).items():
             if given.setdefault(path, value) is not value:
                 raise UnknownPathError(
                     f"Two of the partitions have a value for {dotted(path)!r}. Leave one out, or say "
@@ -129,9 +138,19 @@ def merge(dagdef: DagDef, *partitions: Mapping[Path, Any]) -> Any:
             f"The partitions have {listed(p for p in given if p not in known)}, which "
             f"{dagdef!r} has not. Was the tree changed after it was split? Then split it again."
         )
-    values = [copy_containers(given[path]) for path in paths]
-    _check_alive(paths, values, "was to be merged")
+    values = _with_own_containers(paths, [given[path] for path in paths], "was to be merged")
     return build(dagdef, values, values[len(dagdef.ref_paths) :])[0]
+
+
+def _content(partition: Any) -> dict[Path, Any]:
+    return partition._items if type(partition) is Partition else Partition(partition)._items
+
+
+def _with_own_containers(paths: tuple[Path, ...], values: list[Any], what: str) -> list[Any]:
+    """Values for new Refs; raises if the buffer of one is gone."""
+    _check_alive(paths, values, what)
+    # Nearly always all of them are arrays.
+    return values if CONCRETE.issuperset(map(type, values)) else list(map(copy_containers, values))
 
 
 def clone(tree: T, *, copy: bool = False) -> T:
@@ -158,10 +177,9 @@ def clone(tree: T, *, copy: bool = False) -> T:
     kept = snapshot(tree)
     dagdef = frozen_def(kept.dagdef, False)
     values = [*kept.values(), *kept.leaves()]
-    _check_alive(dagdef.paths, values, "was to be cloned")
-    values = (
-        [jax.tree.map(_copied, x) for x in values] if copy else list(map(copy_containers, values))
-    )
+    values = _with_own_containers(dagdef.paths, values, "was to be cloned")
+    if copy:
+        values = [jax.tree.map(_copied, x) for x in values]
     root, objects = build(dagdef, values, values[len(dagdef.ref_paths) :])
     if kept.has_labels:
         label(x for x in objects if type(x) is Ref)
@@ -196,6 +214,9 @@ def _copied(x: Any) -> Any:
 
 
 def _check_alive(paths: Iterable[Path], values: Iterable[Any], what: str) -> None:
+    values = list(values)
+    if CONCRETE.issuperset(map(type, values)) and not any([x.is_deleted() for x in values]):
+        return
     dead = next((path for path, x in zip(paths, values, strict=True) if is_dead(x)), None)
     if dead is not None:
         raise dead_error(f"The value at path {dotted(dead)!r} {what}, but its buffer")
@@ -256,7 +277,17 @@ def update(tree: Any, *partitions: Mapping[Path, Any], strict: bool = True) -> N
     >>> tree["w"].value
     5.0
     """
-    cells = refs(tree)
+    update_cells(tree, refs(tree), partitions, strict)
+
+
+def update_cells(
+    tree: Any,
+    cells: dict[Path, Ref[Any]],
+    partitions: Sequence[Any],
+    strict: bool = True,
+    check: Callable[[Any, Path, Ref[Any]], None] | None = None,
+) -> None:
+    """`update`, where the Refs of the tree are known; `check` is asked about each that is written."""
     writes: dict[Ref[Any], tuple[Any, Any]] = {}
     for partition in partitions:
         if not isinstance(partition, Mapping):
@@ -264,8 +295,11 @@ def update(tree: Any, *partitions: Mapping[Path, Any], strict: bool = True) -> N
                 f"update takes partitions, mappings from path to value, but got a "
                 f"{type(partition).__name__}.{values_of(partition)}"
             )
-        for given, value in partition.items():
+        items = partition._items if type(partition) is Partition else partition
+        for given, value in items.items():
             path, cell = find_ref(tree, given, cells)
+            if check is not None:
+                check(given, path, cell)
             if cell in writes and writes[cell][1] is not value:
                 raise UnknownPathError(
                     f"Two values were given for one shared Ref, at {dotted(writes[cell][0])!r} and "
@@ -319,12 +353,15 @@ def find_ref(tree: Any, given: Any, cells: Mapping[Path, Ref[Any]]) -> tuple[Pat
 
 
 def _check_like(path: Path, cell: Ref[Any], new: Any, strict: bool) -> None:
-    where = f"path {dotted(path)!r} (collection {cell._collection!r})"
     check_type(new)
     check_value(cell, new)
     if not strict:
         return
     old = peek(cell)
+    if isinstance(old, jax.Array) and isinstance(new, jax.Array):
+        if old.shape == new.shape and old.dtype == new.dtype:
+            return
+    where = f"path {dotted(path)!r} (collection {cell._collection!r})"
     old_leaves, old_tree = jax.tree.flatten(old)
     new_leaves, new_tree = jax.tree.flatten(new)
     if old_tree != new_tree:

@@ -12,11 +12,21 @@ import typing
 from collections.abc import Callable, Hashable, Iterable
 
 from refx.errors import FilterError
-from refx.partition import Partition
+from refx.partition import Name, Partition
 from refx.ref import Ref
 from refx.text import ours
 
-__all__ = ["All", "Any", "Filter", "Not", "OfType", "PathContains", "PathMatches", "to_predicate"]
+__all__ = [
+    "All",
+    "Any",
+    "Filter",
+    "InModule",
+    "Not",
+    "OfType",
+    "PathContains",
+    "PathMatches",
+    "to_predicate",
+]
 
 Path = tuple[str, ...]
 Predicate = Callable[[Path, object], bool]
@@ -45,7 +55,7 @@ def to_predicate(filter: Filter) -> Predicate:
         raise FilterError(
             f"A {kind.__name__} is not a filter. The tree comes first, and then what selects of it: "
             f"a collection name, a tuple of filters (any of), ..., None, a callable (path, ref) -> "
-            f"bool, or All, Any, Not, PathContains, PathMatches, OfType."
+            f"bool, or All, Any, Not, InModule, PathContains, PathMatches, OfType."
         )
     if callable(filter) and not isinstance(filter, type):
         return typing.cast(Predicate, filter)
@@ -64,7 +74,7 @@ def to_predicate(filter: Filter) -> Predicate:
     except TypeError:
         raise FilterError(
             f"{filter!r:.200} is not a filter. A filter is a collection name, a tuple of filters (any "
-            f"of), ..., None, a callable (path, ref) -> bool, or All, Any, Not, PathContains, "
+            f"of), ..., None, a callable (path, ref) -> bool, or All, Any, Not, InModule, PathContains, "
             f"PathMatches, OfType. For a list of filters, write a tuple."
         ) from None
     return _InCollection(filter)
@@ -133,9 +143,9 @@ def by_module(kind: type) -> str:
     """What to write instead, for a message, where a class of modules was taken for a filter."""
     return (
         f"Filters look at Refs, their values and their paths, and none of these is a "
-        f"{kind.__name__}. Select by the path of the module, as in {ours('PathMatches')}('encoder.**') or "
-        f"{ours('PathContains')}('encoder'), or take the values of the module itself: "
-        f"model.encoder['params']."
+        f"{kind.__name__}. Select what is in one with {ours('InModule')}({kind.__name__}), or by path, as "
+        f"in {ours('PathMatches')}('encoder.**') or {ours('PathContains')}('encoder'), or take the values "
+        f"of the module itself: model.encoder['params']."
     )
 
 
@@ -297,6 +307,45 @@ def _matches(parts: Path, path: Path) -> bool:
     if parts[0] == "**":
         return any(_matches(parts[1:], path[i:]) for i in range(len(path) + 1))
     return bool(path) and fnmatch.fnmatchcase(path[0], parts[0]) and _matches(parts[1:], path[1:])
+
+
+class InModule:
+    """Selects by the class of a module: what such a module holds, itself or in a part of it.
+
+    An instance of a subclass counts as well. A Ref that several modules share counts where its
+    path leads, which is the first of its places. Other classes count too, such as a pytree's.
+
+    >>> import refx
+    >>> class Norm(refx.Node):
+    ...     def __init__(self):
+    ...         self.scale = refx.Ref(1.0, "params")
+    >>> tree = {"w": refx.Ref(2.0, "params"), "norm": Norm()}
+    >>> refx.get_partition(tree, refx.InModule(Norm))
+    Partition({
+      'norm.scale': 1.0,
+    })
+    """
+
+    def __init__(self, kind: type | tuple[type, ...]):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not kinds or not all(isinstance(k, type) for k in kinds):
+            raise FilterError(
+                f"InModule takes the class of a module, or a tuple of classes, but got {kind!r:.80}."
+            )
+        self.kind = kind
+
+    def __call__(self, path: Path, ref: object) -> bool:
+        return any(isinstance(n, Name) and issubclass(n.owner, self.kind) for n in path)
+
+    def __repr__(self) -> str:
+        kinds = self.kind if isinstance(self.kind, tuple) else (self.kind,)
+        return f"InModule({', '.join(k.__name__ for k in kinds)})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, InModule) and other.kind == self.kind
+
+    def __hash__(self) -> int:
+        return hash((InModule, self.kind))
 
 
 class OfType:

@@ -79,6 +79,7 @@ class Frame:
         "open",
         "parent",
         "repeats",
+        "roots",
         "stand_ins",
         "trace",
         "uid",
@@ -119,6 +120,8 @@ class Frame:
         # The Refs that a plain jax program in this body has read by closure.
         self.captured_as_constant: set[Ref[Any]] = set()
         self.describe: Callable[[Ref[Any]], str | None] | None = None
+        # What a library on top of this one knows of the objects that the body was given.
+        self.roots: Any = None
         self.open = True
 
     def __enter__(self) -> Frame:
@@ -146,6 +149,7 @@ class Frame:
         self.assigned.clear()
         self.captured_as_constant.clear()
         self.describe = None
+        self.roots = None
 
 
 class _Local(threading.local):

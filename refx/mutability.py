@@ -9,6 +9,7 @@ from operator import is_
 from typing import Any
 
 from refx.dag import refs
+from refx.dagdef import node_paths
 from refx.errors import FilterError, NotMutableError
 from refx.filters import Filter, reads_paths, selects_nothing, to_predicate
 from refx.frame import local
@@ -16,7 +17,7 @@ from refx.node import Node, attributes
 from refx.partition import dotted
 from refx.ref import Ref
 from refx.selection import check_selection
-from refx.structure import node_paths, scan
+from refx.walk import walk
 
 __all__ = ["mutable"]
 
@@ -112,7 +113,7 @@ class _Content:
     """What the modules, lists and dicts of a tree hold."""
 
     def __init__(self, tree: Any):
-        found = scan(tree)
+        found = walk(tree)
         self._ids = frozenset(map(id, found.objects))
         paths = node_paths(found.dagdef)
         numbers = {id(x): i for i, x in enumerate(found.objects)}

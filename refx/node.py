@@ -6,7 +6,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import jax
 import numpy as np
@@ -69,8 +69,11 @@ class Book:
                 snapshot.stands = False
 
 
-# That of Protocol, and so of ABC, so that a class may have both a Node and one of those as its base.
-_Meta: Any = type(Protocol)
+if TYPE_CHECKING:
+    from abc import ABCMeta as _Meta
+else:
+    # So that a class may have both a Node and a Protocol, or an ABC, as its base.
+    _Meta = type(Protocol)
 
 
 class NodeType(_Meta):
@@ -148,14 +151,16 @@ class Node(_HasDict, metaclass=NodeType):
     _trace: Any
     _book: Book | None
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        node = make(cls, local.frame, trace_ref())
-        for field in cls._defaults:
-            if field.is_ref:
-                field.__set__(node, field.make_default())
-            else:
-                attributes(node)[field.name] = field.make_default()
-        return node
+    if not TYPE_CHECKING:
+        # A checker has it from `__init__`: what is made, and of which arguments.
+        def __new__(cls, *args, **kwargs):
+            node = make(cls, local.frame, trace_ref())
+            for field in cls._defaults:
+                if field.is_ref:
+                    field.__set__(node, field.make_default())
+                else:
+                    attributes(node)[field.name] = field.make_default()
+            return node
 
     def __init_subclass__(cls, *, hidden_slots: bool = False, **kwargs: Any) -> None:
         # `hidden_slots` is for what a class of ours keeps beside the structure, as a cache.
@@ -180,7 +185,7 @@ class Node(_HasDict, metaclass=NodeType):
         for register in on_subclass:
             register(cls)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def _setattr(self, name: str, value: Any) -> None:
         if hasattr(type(value), "is_field"):
             raise _field_in_instance(self, name, value)
         field = type(self)._fields.get(name)
@@ -216,7 +221,7 @@ class Node(_HasDict, metaclass=NodeType):
                 own.marks = {n: mark for n, mark in own.marks.items() if n != name}
             own.tell()
 
-    def __delattr__(self, name: str) -> None:
+    def _delattr(self, name: str) -> None:
         check_structure(self, f"Attribute {name!r}")
         field = type(self)._fields.get(name)
         if field is not None:
@@ -225,8 +230,13 @@ class Node(_HasDict, metaclass=NodeType):
             object.__delattr__(self, name)
         tell(self)
 
+    if not TYPE_CHECKING:
+        # A checker that knew of them would take any attribute for a good one.
+        __setattr__ = _setattr
+        __delattr__ = _delattr
+
     @property
-    def __dict__(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def __dict__(self) -> dict[str, Any]:  # pyright: ignore
         # Whoever holds this dict can change it, and the Node is not asked.
         if self._book is None or not self._book.exposed:
             expose(self)
@@ -276,6 +286,11 @@ def _are_alike(old: Any, new: Any) -> bool:
 
 LEAVES = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 """What an attribute that holds one is a value: arrays, and what stands for one in `eval_shape`."""
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` is an array attribute, a value; ShapeDtypeStructs stand for one in `eval_shape`."""
+    return isinstance(x, LEAVES)
 
 
 _SLOTS = frozenset(Node.__slots__)

@@ -17,6 +17,27 @@ Path = tuple[str, ...]
 _MISSING = object()
 
 
+class Name(str):
+    """One name of a path in a tree: a string that knows the class of the object that it is in.
+
+    A filter by that class asks for it. Copies and pickles are plain strings.
+    """
+
+    __slots__ = ("owner",)
+
+    owner: type
+
+    def __reduce__(self) -> Any:
+        return str, (str(self),)
+
+
+def named(owner: type, name: Any) -> Path:
+    """What the name of a part of an `owner` adds to a path."""
+    part = Name(name)
+    part.owner = owner
+    return (part,)
+
+
 class Partition(Mapping[Path, Any]):
     """An immutable mapping path → value, in the order of the tree it came from.
 

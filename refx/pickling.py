@@ -15,10 +15,10 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+from refx.dagdef import DagDef, NodeDef, RefDef, Tree
 from refx.errors import UnpicklableStaticError
 from refx.partition import Path, dotted
 from refx.static import Static
-from refx.structure import DagDef, NodeDef, RefDef, Tree
 
 __all__: list[str] = []
 

@@ -11,12 +11,14 @@ from typing import Any
 import jax
 
 from refx.access import label
-from refx.node import Node, on_subclass
+from refx.buffers import CONCRETE
+from refx.build import build
+from refx.dagdef import DagDef
+from refx.node import Node, is_array, on_subclass
 from refx.partition import dotted
 from refx.ref import Ref, is_value_copy
 from refx.snapshot import snapshot
-from refx.structure import DagDef, build, is_array
-from refx.trace import READ_ONLY
+from refx.trace import EVAL, READ_ONLY, current_trace
 
 __all__: list[str] = []
 
@@ -41,11 +43,13 @@ def _flatten_with_keys(node: Node) -> tuple[list[tuple[Any, Any]], DagDef]:
 
 def _unflatten(dagdef: DagDef, children: Any) -> Any:
     children = list(children)
-    copied = is_value_copy(jax.tree.leaves(children))
+    # Nearly always all of them are arrays, and no program is traced.
+    arrays = CONCRETE.issuperset(map(type, children)) and current_trace(()) is EVAL
+    copied = not arrays and is_value_copy(jax.tree.leaves(children))
     trace = READ_ONLY if copied else None
     count = len(dagdef.ref_paths)
     root, objects = build(dagdef, children, children[count:], trace=trace)
-    if not copied and not all(map(is_array, children[:count])):
+    if not arrays and not copied and not all(map(is_array, children[:count])):
         label(x for x in objects if type(x) is Ref)
     return root
 

@@ -9,14 +9,14 @@ from typing import Any, Generic, TypeVar, final
 import jax
 from jax.core import Tracer
 
-from refx.access import check_value, label, read, write
+from refx.access import check_value, is_label, label, read, write
 from refx.buffers import CONCRETE
 from refx.describe import summary
 from refx.errors import UnhashableStaticError, ValueTypeError
 from refx.frame import Frame, local
 from refx.static import Static
 from refx.text import ours
-from refx.trace import EVAL, READ_ONLY, current_trace, trace_ref
+from refx.trace import EVAL, LABEL, READ_ONLY, current_trace, trace_ref
 
 __all__ = ["Ref"]
 
@@ -44,7 +44,8 @@ class Ref(Generic[T]):
 
     Raises:
       ForeignTracerError: the value holds a tracer of a transformation that does not run here.
-      ValueTypeError: the value is or holds a Ref or a module. Put those in attributes.
+      ValueTypeError: the value is or holds a Ref or a module, or something that is neither an array
+        nor a number. Put those in attributes.
       UnhashableStaticError: the collection or a metadata value cannot be hashed.
 
     >>> import refx
@@ -135,7 +136,13 @@ setattr(Ref, "__jax_array__", property(_no_arithmetic))  # noqa: B010
 
 
 def _restore(value: Any, collection: Hashable, metadata: Any) -> Ref[Any]:
-    return Ref(value, collection, **metadata)
+    facts = MappingProxyType(metadata) if metadata else _NO_METADATA
+    # Also of what JAX puts in the place of an array and no `Ref(...)` takes.
+    at = LABEL if is_label(value) else trace_ref()
+    ref = make(value, collection, facts, local.frame, at)
+    for made in local.made:
+        made[id(ref)] = ref
+    return ref
 
 
 def make(

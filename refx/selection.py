@@ -9,7 +9,7 @@ import numpy as np
 
 from refx import filters
 from refx.errors import FilterError
-from refx.filters import Filter, OfType, PathMatches, by_module
+from refx.filters import Filter, InModule, OfType, PathMatches, by_module
 from refx.node import Node, attributes
 from refx.partition import Partition, Path, as_path
 from refx.ref import Ref
@@ -42,6 +42,11 @@ def mistake(filter: Filter, *trees: Any) -> str | None:
         kinds = filter.kind if isinstance(filter.kind, tuple) else (filter.kind,)
         module = next((kind for kind in kinds if getattr(kind, "_is_node", False)), None)
         return None if module is None else f"{filter!r} selects nothing. {by_module(module)}"
+    if isinstance(filter, InModule) and trees and all(isinstance(t, Partition) for t in trees):
+        return (
+            f"The values of a Partition are in no module, so the filter {filter!r} selects none. Apply "
+            f"it to the model: model[{filter!r}], or nnx.training.mask(model, {filter!r})."
+        )
     if filter is None or filter is ... or isinstance(filter, bool) or callable(filter):
         return None
     if trees and all(isinstance(tree, Partition) for tree in trees):

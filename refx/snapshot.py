@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from itertools import chain
+from itertools import chain, islice
 from operator import is_
 from typing import Any
 
 import jax
 
 from refx.access import read
+from refx.dagdef import DagDef
 from refx.frame import local
-from refx.node import Node, book, class_changes, is_exposed
+from refx.node import Node, book, class_changes, is_array, is_exposed
 from refx.ref import Ref
-from refx.structure import DagDef, Scan, contents, is_array, scan
 from refx.trace import EVAL, LABEL, current_trace, trace_ref
+from refx.walk import Walk, contents, walk
 
 __all__: list[str] = []
 
@@ -42,6 +43,7 @@ class Snapshot:
         "_compared",
         "_leaves",
         "_places",
+        "containers",
         "dagdef",
         "frame",
         "has_labels",
@@ -57,7 +59,7 @@ class Snapshot:
         # Before the walk: what changes meanwhile is looked at again.
         self.stands = keep
         self._class_changes = class_changes[0]
-        found = scan(tree)
+        found = walk(tree)
         self.dagdef: DagDef = found.dagdef
         # A Ref keeps no snapshot. Another at its address is in no tree that a kept one knows.
         self.uid: Any = (id(tree), found.dagdef) if type(tree) is Ref else next(_uids)
@@ -73,6 +75,8 @@ class Snapshot:
         self.frame: Any = _common(found.refs, "_frame", False)
         self.trace: Any = _common(found.refs, "_trace", None)
         self.has_labels = any([r._trace is LABEL for r in found.refs])
+        # The lists and dicts of the tree, and the dicts of attributes of its Nodes.
+        self.containers = list(map(contents, found.containers)) if keep else []
         self._compared: tuple[Any, ...] = ()
         if keep:
             me = weakref.ref(self)
@@ -135,7 +139,7 @@ def _common(refs: list[Ref[Any]], name: str, otherwise: Any) -> Any:
     return next(iter(found.values())) if len(found) == 1 else otherwise
 
 
-def _comparisons(found: Scan) -> tuple[Any, ...]:
+def _comparisons(found: Walk) -> tuple[Any, ...]:
     """What has to be compared to see whether a tree is as it was."""
     plain: list[Any] = list(found.contents)
     parts: list[Any] = [_Opaque(*o) for o in found.opaque]
@@ -149,16 +153,17 @@ def _comparisons(found: Scan) -> tuple[Any, ...]:
         else:
             plain.append(container)
     if plain:
-        parts.append(_Plain(plain))
+        parts.append(Contents(plain))
     return tuple(parts)
 
 
-class _Plain:
-    """Lists and dicts, compared item by item and by identity, in C."""
+class Contents:
+    """What some lists and dicts hold, to be compared item by item and by identity, in C."""
 
-    __slots__ = ("_items", "_sizes", "_views")
+    __slots__ = ("_containers", "_items", "_sizes", "_views")
 
     def __init__(self, containers: list[Any]):
+        self._containers = containers
         # The views of a dict follow it.
         self._views: list[Any] = []
         for c in containers:
@@ -167,9 +172,28 @@ class _Plain:
         self._items = list(chain.from_iterable(self._views))
 
     def same(self) -> bool:
+        """Whether every list and dict still holds what it held."""
         return list(map(len, self._views)) == self._sizes and all(
             map(is_, chain.from_iterable(self._views), self._items)
         )
+
+    def changed(self) -> dict[int, Any]:
+        """What the lists and dicts that hold something else now held then, by their positions."""
+        items = iter(self._items)
+        sizes = iter(self._sizes)
+        found: dict[int, Any] = {}
+        for i, x in enumerate(self._containers):
+            if isinstance(x, dict):
+                keys = list(islice(items, next(sizes)))
+                was = dict(zip(keys, islice(items, next(sizes)), strict=True))
+                same = len(x) == len(was) and all(map(is_, x, keys))
+                same = same and all(map(is_, x.values(), was.values()))
+            else:
+                was = list(islice(items, next(sizes)))
+                same = len(x) == len(was) and all(map(is_, x, was))
+            if not same:
+                found[i] = was
+        return found
 
 
 _ARRAY = object()

@@ -69,18 +69,18 @@ def runs(trace: Any) -> bool:
     return at is not None
 
 
-def program_between(home: Any, trace: Any) -> bool:
-    """Whether a trace that becomes a program, and is kept, lies between `trace` and `home`."""
+def program_between(home: Any, trace: Any) -> Any:
+    """The trace between `trace` and `home` that becomes a program, and is kept; None without one."""
     while trace is not None and trace is not home:
         if type(trace).__name__ == "DynamicJaxprTrace":
-            return True
+            return trace
         trace = getattr(trace, "parent_trace", None)
-    return False
+    return None
 
 
 def in_program() -> bool:
     """Whether what runs here becomes part of a program that is compiled and kept."""
-    return program_between(EVAL, current_trace(()))
+    return program_between(EVAL, current_trace(())) is not None
 
 
 def without_jit() -> bool:

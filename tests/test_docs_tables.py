@@ -3,6 +3,7 @@
 `UPDATE_DOCS=1 pytest tests/test_docs_tables.py` makes `docs/errors.md` and the picture of the tutorial anew.
 """
 
+import ast
 import importlib.util
 import os
 import re
@@ -117,3 +118,21 @@ def test_figures_are_those_that_were_measured():
     (step,) = re.findall(r"### SGD step\n\n(.*?)\n\n", measured, re.S)
     medians = [re.findall(r"(\d+\.\d+) \(", row) for row in step.splitlines()[3:]]
     assert len(rows) > 4 and rows == medians
+
+
+def test_what_the_table_of_architectures_names_is_there():
+    page = (DOCS / "architectures.md").read_text()
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|")][2:]
+    assert len(rows) >= 12 and len({row[0] for row in rows}) == len(rows)
+    for name, paper, file, at, _ in rows:
+        (path,) = re.findall(r"^`(examples/\w+\.py)`$", file.strip())
+        assert re.search(r"^\[[^]]+ \d{4}\]\(https://[^)]+\)$", paper.strip()), name
+        source = ast.parse((ROOT / path).read_text())
+        there = {node.name for node in source.body if hasattr(node, "name")}
+        assigned = [x for node in source.body if isinstance(node, ast.Assign) for x in node.targets]
+        there |= {x.id for x in assigned if isinstance(x, ast.Name)}
+        named = re.findall(r"`(\w+)`", at)
+        assert named and set(named) <= there, name
+        # CI runs the file, or the README does.
+        run = (ROOT / ".ci" / "run").read_text()
+        assert Path(path).stem in run, name

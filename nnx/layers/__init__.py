@@ -2,8 +2,36 @@
 
 from jax.nn import initializers
 
-from nnx.layers import activations, masks, pooling, positions, recurrent
-from nnx.layers.activations import *  # noqa: F403
+from nnx.layers.activations import (
+    celu,
+    elu,
+    gelu,
+    glu,
+    hard_sigmoid,
+    hard_silu,
+    hard_swish,
+    hard_tanh,
+    identity,
+    leaky_relu,
+    log_sigmoid,
+    log_softmax,
+    mish,
+    one_hot,
+    relu,
+    relu6,
+    selu,
+    sigmoid,
+    silu,
+    soft_sign,
+    softmax,
+    softplus,
+    sparse_plus,
+    sparse_sigmoid,
+    squareplus,
+    standardize,
+    swish,
+    tanh,
+)
 from nnx.layers.adaptive_pooling import adaptive_avg_pool, adaptive_max_pool
 from nnx.layers.attention import MultiHeadAttention
 from nnx.layers.attention_functions import dot_product_attention, dot_product_attention_weights
@@ -15,14 +43,37 @@ from nnx.layers.layer_norm import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from nnx.layers.linear import Linear
 from nnx.layers.linear_general import Einsum, LinearGeneral
 from nnx.layers.lora import LoRA, LoRALinear, LoRALinearGeneral
+from nnx.layers.lora_layers import LoRAConv, LoRAEinsum, LoRAEmbed
 from nnx.layers.lora_surgery import apply_lora, merge_lora
-from nnx.layers.masks import *  # noqa: F403
+from nnx.layers.masks import (
+    combine_masks,
+    make_attention_mask,
+    make_causal_mask,
+    make_padding_mask,
+    make_window_mask,
+)
 from nnx.layers.mlp import MLP
 from nnx.layers.normalization import BatchNorm
-from nnx.layers.pooling import *  # noqa: F403
-from nnx.layers.positions import *  # noqa: F403
+from nnx.layers.pooling import (
+    avg_pool,
+    max_pool,
+    min_pool,
+    pool,
+)
+from nnx.layers.positions import (
+    RotaryEmbedding,
+    apply_rotary,
+    sinusoidal_positions,
+)
 from nnx.layers.prelu import PReLU
-from nnx.layers.recurrent import *  # noqa: F403
+from nnx.layers.quantized import QuantizedLinear
+from nnx.layers.recurrent import (
+    GRUCell,
+    LSTMCell,
+    OptimizedLSTMCell,
+    RNNCellBase,
+    SimpleCell,
+)
 from nnx.layers.rnn import RNN, Bidirectional, flip_sequences
 from nnx.layers.stochastic import Dropout
 from nnx.layers.transformed import Grad, Jit, Partial, Remat, VMap
@@ -36,25 +87,35 @@ __all__ = [
     "Dropout",
     "Einsum",
     "Embed",
+    "GRUCell",
     "Grad",
     "GroupNorm",
     "Identity",
     "InstanceNorm",
     "Jit",
+    "LSTMCell",
     "LayerNorm",
     "Linear",
     "LinearGeneral",
     "LoRA",
+    "LoRAConv",
+    "LoRAEinsum",
+    "LoRAEmbed",
     "LoRALinear",
     "LoRALinearGeneral",
     "MLP",
     "MultiHeadAttention",
+    "OptimizedLSTMCell",
     "PReLU",
     "Partial",
+    "QuantizedLinear",
     "RMSNorm",
     "RNN",
+    "RNNCellBase",
     "Remat",
+    "RotaryEmbedding",
     "Sequential",
+    "SimpleCell",
     "SpectralNorm",
     "Stack",
     "VMap",
@@ -62,14 +123,48 @@ __all__ = [
     "adaptive_avg_pool",
     "adaptive_max_pool",
     "apply_lora",
+    "apply_rotary",
+    "avg_pool",
+    "celu",
+    "combine_masks",
     "dot_product_attention",
     "dot_product_attention_weights",
+    "elu",
     "flip_sequences",
+    "gelu",
+    "glu",
+    "hard_sigmoid",
+    "hard_silu",
+    "hard_swish",
+    "hard_tanh",
+    "identity",
     "initializers",
+    "leaky_relu",
+    "log_sigmoid",
+    "log_softmax",
+    "make_attention_mask",
+    "make_causal_mask",
+    "make_padding_mask",
+    "make_window_mask",
+    "max_pool",
     "merge_lora",
+    "min_pool",
+    "mish",
+    "one_hot",
+    "pool",
+    "relu",
+    "relu6",
+    "selu",
+    "sigmoid",
+    "silu",
+    "sinusoidal_positions",
+    "soft_sign",
+    "softmax",
+    "softplus",
+    "sparse_plus",
+    "sparse_sigmoid",
+    "squareplus",
+    "standardize",
+    "swish",
+    "tanh",
 ]
-__all__ += activations.__all__
-__all__ += masks.__all__
-__all__ += pooling.__all__
-__all__ += positions.__all__
-__all__ += recurrent.__all__

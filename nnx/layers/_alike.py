@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 import refx
+from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree
 from refx.partition import Path, dotted
 from refx.snapshot import snapshot
 from refx.static import Static
-from refx.structure import DagDef, Leaf, NodeDef, RefDef, Tree
 
 __all__: list[str] = []
 

@@ -135,6 +135,21 @@ class Conv(Module):
           ValueError: too few axes, or another number of channels; nothing along a spatial axis to
             pad with. The message has both shapes.
         """
+        x = self._checked(x)
+        kernel, bias = self.kernel, self.bias
+        try:
+            if self.mask is not None:
+                # The mask must not change the dtype of what flows through the network.
+                kernel = kernel * self.mask.astype(kernel.dtype)
+            x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
+            y = self._convolved(x, kernel)
+            return y if bias is None else add_bias(y, bias)
+        except (TypeError, ValueError):
+            check_parameters(self, kernel=self.kernel_shape, bias=(self.out_features,))
+            raise
+
+    def _checked(self, x: Any) -> jax.Array:
+        """The input, which has the shape that the layer takes."""
         x = as_array(self, x)
         axes = len(self.kernel_size)
         if x.ndim < axes + 1 or x.shape[-1] != self.in_features:
@@ -143,38 +158,32 @@ class Conv(Module):
         if self.padding in ("CIRCULAR", "REFLECT") and 0 in x.shape[-axes - 1 : -1]:
             expected = f"(*batch, *spatial, {self.in_features}) with no empty spatial axis to pad"
             raise shape_error(self, "an input", expected, x.shape)
+        return x
+
+    def _convolved(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The input convolved with a kernel, which may have other output channels than the layer."""
+        axes = len(self.kernel_size)
         batch = x.shape[: x.ndim - axes - 1]
         x = x.reshape(math.prod(batch), *x.shape[len(batch) :])
         padding = self.padding
         if isinstance(padding, str) and padding in _PAD_MODES:
             x, padding = self._padded(x, padding), "VALID"
-        kernel, bias = self.kernel, self.bias
         options: dict[str, Any] = {}
         if self.preferred_element_type is not None:
             options["preferred_element_type"] = self.preferred_element_type
         spatial = "DHW"[-axes:] if axes <= 3 else "".join(map(chr, range(97, 97 + axes)))
-        try:
-            if self.mask is not None:
-                # The mask must not change the dtype of what flows through the network.
-                kernel = kernel * self.mask.astype(kernel.dtype)
-            x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
-            y = self.conv_general_dilated(
-                x,
-                kernel,
-                self.strides,
-                padding,
-                lhs_dilation=self.input_dilation,
-                rhs_dilation=self.kernel_dilation,
-                dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-                feature_group_count=self.feature_group_count,
-                precision=self.precision,
-                **options,
-            )
-            if bias is not None:
-                y = add_bias(y, bias)
-        except (TypeError, ValueError):
-            check_parameters(self, kernel=self.kernel_shape, bias=(self.out_features,))
-            raise
+        y = self.conv_general_dilated(
+            x,
+            kernel,
+            self.strides,
+            padding,
+            lhs_dilation=self.input_dilation,
+            rhs_dilation=self.kernel_dilation,
+            dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+            feature_group_count=self.feature_group_count,
+            precision=self.precision,
+            **options,
+        )
         return y.reshape(*batch, *y.shape[1:])
 
     def _padded(self, x: jax.Array, mode: str) -> jax.Array:

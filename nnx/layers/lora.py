@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from nnx.layers._common import Dtype, Initializer, Metadata, promote_dtype, shape_error, zeros
+from nnx.layers._matrices import matrix_of
 from nnx.layers._numerics import is_half
 from nnx.layers.linear import Linear
 from nnx.layers.linear_general import LinearGeneral
@@ -107,24 +108,28 @@ class LoRA(Module):
         if not jnp.ndim(x) or jnp.shape(x)[-1] != self.in_features:
             raise shape_error(self, "an input", f"(..., {self.in_features})", jnp.shape(x))
         given = x
-        x, a, b = self.promote_dtype((x, self.lora_a, self.lora_b), dtype=self.dtype)
-        y = x @ a @ b
-        if self.scale != 1:
-            y = y * self.scale
+        x, a, b = self.promoted(x)
+        y = self.scaled(x @ a @ b)
         if self.base_module is None:
             return y
         # Not in the dtype that only the adapter has.
-        return _added(self.base_module(given if self.dtype is None else x, **kwargs), y)
+        return added(self.base_module(given if self.dtype is None else x, **kwargs), y)
+
+    def promoted(self, *inputs: jax.Array) -> tuple[jax.Array, ...]:
+        """Inputs, `lora_a` and `lora_b` in the dtype of the products."""
+        return self.promote_dtype((*inputs, self.lora_a, self.lora_b), dtype=self.dtype)
+
+    def scaled(self, product: jax.Array) -> jax.Array:
+        """What a product with both matrices adds."""
+        return product if self.scale == 1 else product * self.scale
 
 
-class _WithAdapter(Module):
+class WithAdapter(Module):
     """What the layers with an adapter have in common: the base class of the layer comes after it."""
 
     def __init__(
         self,
-        in_features: int | Sequence[int],
-        out_features: int | Sequence[int],
-        *,
+        *args: Any,
         lora_rank: int,
         lora_dtype: Dtype = None,
         lora_param_dtype: Dtype = jnp.float32,
@@ -137,7 +142,7 @@ class _WithAdapter(Module):
         alpha: float | None = None,
         **kwargs: Any,
     ):
-        super().__init__(in_features, out_features, **kwargs)  # pyright: ignore[reportCallIssue]
+        super().__init__(*args, **kwargs)
         layer: Any = self
         self.lora = beside(
             layer,
@@ -154,7 +159,7 @@ class _WithAdapter(Module):
         )
 
 
-class LoRALinear(_WithAdapter, Linear):
+class LoRALinear(WithAdapter, Linear):
     """A `Linear` with a low-rank adapter beside it; see `LoRA` and `apply_lora`.
 
     Args:
@@ -175,10 +180,10 @@ class LoRALinear(_WithAdapter, Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the layer to an input of shape `(..., in_features)`; errors as for `Linear`."""
-        return _added(super().__call__(x), self.lora(x))
+        return added(super().__call__(x), self.lora(x))
 
 
-class LoRALinearGeneral(_WithAdapter, LinearGeneral):
+class LoRALinearGeneral(WithAdapter, LinearGeneral):
     """A `LinearGeneral` with a low-rank adapter beside it; see `LoRA` and `apply_lora`.
 
     The adapter takes the axes that are summed over as one, and gives the new axes as one. With
@@ -212,36 +217,41 @@ class LoRALinearGeneral(_WithAdapter, LinearGeneral):
         if batch:
             # A product of stacks of matrices wants exactly one axis of rows.
             rows = (math.prod(rows),)
-        added = self.lora(x.reshape(*batch, *rows, self.lora.in_features))
-        return _added(y, added.reshape(y.shape))
+        low_rank = self.lora(x.reshape(*batch, *rows, self.lora.in_features))
+        return added(y, low_rank.reshape(y.shape))
 
 
-def _added(y: jax.Array, low_rank: jax.Array) -> jax.Array:
+def added(y: jax.Array, low_rank: jax.Array) -> jax.Array:
     """Their sum, in the dtype of `y`: an adapter in float32 does not make a network so."""
     total = y + low_rank
     return total.astype(y.dtype) if is_half(y.dtype) else total
 
 
-def beside(layer: Linear | LinearGeneral, rank: int, **options: Any) -> LoRA:
+def beside(layer: Any, rank: int, **options: Any) -> LoRA:
     """An adapter that fits a layer, with the layer's leading axes, and options of `LoRA`.
 
     Raises:
-      ValueError: the kernel has not the shape that the layer's settings say.
+      ValueError: the weight has not the shape that the layer's settings say, or is no matrix.
     """
-    if isinstance(layer, LinearGeneral):
-        inputs, outputs = layer.in_features, layer.out_features
-        batch = tuple(layer.batch_axis[i] for i in range(len(layer.batch_axis)))
-    else:
-        inputs, outputs, batch = (layer.in_features,), (layer.out_features,), ()
-    shape, own = tuple(layer.kernel.shape), (*batch, *inputs, *outputs)
-    stacked = len(shape) - len(own)
-    if stacked < 0 or shape[stacked:] != own:
+    matrix = matrix_of(layer)
+    inputs, outputs = matrix.sizes(matrix.inputs), matrix.sizes(matrix.outputs)
+    shape = tuple(getattr(layer, matrix.name).shape)
+    stacked = len(shape) - len(matrix.shape)
+    if stacked < 0 or shape[stacked:] != matrix.shape:
         raise ValueError(
             f"A low-rank adapter of a {type(layer).__name__} from {inputs} to {outputs} features "
-            f"needs a kernel of shape {own}, or with axes of a stack before these, but it has shape "
-            f"{shape}. Stack along the first axis, as nnx.Stack does."
+            f"needs its {matrix.name} to be of shape {matrix.shape}, or with axes of a stack before "
+            f"these, but it has shape {shape}. Stack along the first axis, as nnx.Stack does."
         )
-    lead = (*shape[:stacked], *batch)
+    if getattr(layer, "mask", None) is not None:
+        raise ValueError(
+            f"A {type(layer).__name__} with a mask can have no low-rank adapter, as the product would "
+            f"not have the mask. Leave it out by a filter, or multiply its kernel with the mask once."
+        )
+    if matrix.name == "embedding" and options["a_initializer"] is default_a_initializer:
+        # One row is looked up, and not the sum over all of them.
+        options["a_initializer"] = initializers.normal(rank**-0.5)
+    lead = (*shape[:stacked], *matrix.sizes(matrix.batch))
     for name in ("a_initializer", "b_initializer"):
         options[name] = _independent(options[name], lead)
     return LoRA(math.prod(inputs), rank, math.prod(outputs), **options)

@@ -8,9 +8,13 @@ from typing import Any, TypeVar
 import jax
 
 from nnx.layers._common import Dtype, Initializer, zeros
+from nnx.layers._matrices import matrix_of
+from nnx.layers.conv import Conv
+from nnx.layers.embedding import Embed
 from nnx.layers.linear import Linear
-from nnx.layers.linear_general import LinearGeneral
+from nnx.layers.linear_general import Einsum, LinearGeneral
 from nnx.layers.lora import LoRALinear, LoRALinearGeneral, beside, default_a_initializer
+from nnx.layers.lora_layers import LoRAConv, LoRAEinsum, LoRAEmbed
 from nnx.layers.weight_norm import SpectralNorm, WeightNorm
 from nnx.module import Module
 from nnx.scope import scope
@@ -27,6 +31,9 @@ Path = tuple[str, ...]
 _ADAPTED: dict[type[Module], type[Module]] = {
     Linear: LoRALinear,
     LinearGeneral: LoRALinearGeneral,
+    Einsum: LoRAEinsum,
+    Conv: LoRAConv,
+    Embed: LoRAEmbed,
 }
 _PLAIN = {adapted: plain for plain, adapted in _ADAPTED.items()}
 
@@ -34,7 +41,7 @@ _PLAIN = {adapted: plain for plain, adapted in _ADAPTED.items()}
 def apply_lora(
     model: M,
     rank: int,
-    filter: Filter = ...,
+    filter: Filter = (Linear, LinearGeneral),
     alpha: float | None = None,
     *,
     dtype: Dtype = None,
@@ -44,22 +51,24 @@ def apply_lora(
     lora_param_type: Hashable = "lora",
     rngs: Any = None,
 ) -> M:
-    """Put a low-rank adapter beside every `Linear` and `LinearGeneral` of a model, in place.
+    """Put low-rank adapters beside layers of a model, in place: by default its linear ones.
 
-    In the place of each comes a `LoRALinear` or a `LoRALinearGeneral` with the same Refs of kernel
-    and bias: one with one adapter for a layer that the model holds at several paths, in modules,
+    `Linear`, `LinearGeneral`, `Einsum`, `Conv` and `Embed` can have one. In the place of each that is
+    selected comes a `LoRALinear`, `LoRALinearGeneral`, `LoRAEinsum`, `LoRAConv` or `LoRAEmbed` with the
+    same Refs: one with one adapter for a layer that the model holds at several paths, in modules,
     lists, tuples and dicts. Layers that are stacked, as in `nnx.Stack`, get stacked adapters. What
     the model computes stays the same at first, as `lora_b` is zero.
 
     Args:
       model: the model.
       rank: the rank of the adapters.
-      filter: which layers: a filter of paths, such as `nnx.PathContains("query")`, several of
-        them in a tuple, or a predicate `(path, module) -> bool`. Other layers, subclasses of these
-        two and layers that have an adapter are never taken.
+      filter: which of these layers: a class, a filter of paths, such as `nnx.PathContains("query")`,
+        several of them in a tuple, a predicate `(path, module) -> bool`, or `...` for all. Without it,
+        every `Linear` and `LinearGeneral`. Other layers, subclasses of these and layers that have an
+        adapter are never taken.
       alpha: the adapters' products are multiplied with `alpha / rank`, with None not at all.
       dtype, param_dtype: of the adapters; without them, those of the layer.
-      a_initializer, b_initializer, lora_param_type: as for `LoRA`.
+      a_initializer, b_initializer, lora_param_type: as for the layers, such as `LoRALinear`.
       rngs: a key or a seed for the initial values, as for `nnx.scope`; without it they are drawn
         from the ambient stream `"params"`.
 
@@ -113,15 +122,15 @@ def apply_lora(
         already = f", and {_listed(adapted)} with an adapter already" if adapted else ""
         raise ValueError(
             f"apply_lora selects no layer of {type(model).__name__} with the filter {filter!r}. "
-            f"Its Linear and LinearGeneral layers are: {_listed(layers)}{already}. A filter selects "
-            f"by these paths, as PathContains does, or is a predicate (path, module) -> bool; a "
-            f"collection is none."
+            f"Its {_kinds(layers)} layers are: {_listed(layers)}{already}. A filter selects "
+            f"by these paths, as PathContains does, or is a class or a predicate (path, module) -> "
+            f"bool; a collection is none."
         )
     if () in selected:
-        name = type(model).__name__
+        name, weight = type(model).__name__, "embedding" if isinstance(model, Embed) else "kernel"
         raise ValueError(
-            f"apply_lora puts other layers into a model, so a {name} alone cannot be the model. Put "
-            f"it into one, or make an nnx.LoRA{name} and tie its kernel and bias."
+            f"apply_lora puts other layers into a model, so {'an' if name[0] in 'AEIOU' else 'a'} {name} "
+            f"alone cannot be the model. Put it into one, or make an nnx.LoRA{name} and tie its {weight}."
         )
 
     def adapted_one(path: Path, layer: Any) -> Module:
@@ -150,11 +159,12 @@ def apply_lora(
 
 
 def merge_lora(model: M) -> M:
-    """Add the adapter of every `LoRALinear` and `LoRALinearGeneral` of a model to its kernel.
+    """Add the adapter of every layer that has one, such as a `LoRALinear`, to its kernel.
 
-    This is in place: the Ref of the kernel gets `kernel + scale * lora_a @ lora_b`, in its dtype,
-    and a `Linear` or `LinearGeneral` with the same Refs comes in the place of the layer. What the
-    model computes stays the same, but for rounding.
+    This is in place: the Ref of the kernel (of an `Embed`, the embedding) gets
+    `kernel + scale * lora_a @ lora_b`, in its dtype, and the layer without an adapter, such as a
+    `Linear`, with the same Refs comes in the place of the layer. What the model computes stays the
+    same, but for rounding.
 
     Returns:
       The model.
@@ -177,15 +187,17 @@ def merge_lora(model: M) -> M:
     layers = {path: layer for path, layer in found.items() if type(layer) in _PLAIN and path}
     if not layers:
         raise ValueError(
-            f"merge_lora found no LoRALinear or LoRALinearGeneral in {type(model).__name__}. One "
-            f"that is itself the model has no place to put another layer in; put it into a module."
+            f"merge_lora found no LoRALinear or LoRALinearGeneral in {type(model).__name__}, and no "
+            f"other layer with an adapter. One that is itself the model has no place to put another "
+            f"layer in; put it into a module."
         )
     kernels: list[tuple[Ref[Any], jax.Array]] = []
     for path, layer in layers.items():
-        kernel = get_ref(layer, "kernel")
-        _check_merge(found, path, layer, kernel)
-        lora = layer.lora
-        product = (lora.lora_a @ lora.lora_b * lora.scale).reshape(kernel.value.shape)
+        matrix = matrix_of(layer)
+        kernel = get_ref(layer, matrix.name)
+        _check_merge(found, path, layer, kernel, matrix.name)
+        lora = layer.lora  # pyright: ignore[reportAttributeAccessIssue]
+        product = matrix.weight(lora.lora_a @ lora.lora_b * lora.scale)
         kernels.append((kernel, (kernel.value + product).astype(kernel.value.dtype)))
     replace(model, lambda path, layer: path in layers, _without_adapter)
     for kernel, value in kernels:
@@ -198,13 +210,15 @@ def _without_adapter(layer: Any) -> Module:
     return _made_of(_PLAIN[type(layer)], kept)
 
 
-def _check_merge(found: dict[Path, Any], path: Path, layer: Any, kernel: Ref[Any]) -> None:
+def _check_merge(
+    found: dict[Path, Any], path: Path, layer: Any, kernel: Ref[Any], name: str
+) -> None:
     """Raise where adding to this kernel would not be all that happens."""
     for other, holder in found.items():
         if holder is not layer and any(x is kernel for x in _direct(holder)):
             raise ValueError(
-                f"The kernel of {'.'.join(path)!r} is tied to {'.'.join(other)!r}, which would "
-                f"change, too. Untie it first: layer.kernel = nnx.Ref(layer.kernel, 'params')."
+                f"The {name} of {'.'.join(path)!r} is tied to {'.'.join(other)!r}, which would "
+                f"change, too. Untie it first: layer.{name} = nnx.Ref(layer.{name}, 'params')."
             )
         if isinstance(holder, WeightNorm | SpectralNorm) and any(
             cell is kernel
@@ -212,7 +226,7 @@ def _check_merge(found: dict[Path, Any], path: Path, layer: Any, kernel: Ref[Any
             for at, cell in refs(holder.layer_instance).items()
         ):
             raise ValueError(
-                f"The kernel of {'.'.join(path)!r} is normalized by {type(holder).__name__}, but "
+                f"The {name} of {'.'.join(path)!r} is normalized by {type(holder).__name__}, but "
                 f"the product of its adapter is not, so the two cannot be added. Leave the adapter "
                 f"where it is."
             )
@@ -222,6 +236,15 @@ def _direct(module: Any) -> list[Any]:
     """What a module holds itself, in lists and tuples too, but not by another module."""
     held = list(module.__getstate__().values())
     return jax.tree.leaves(held, is_leaf=is_identity)
+
+
+def _kinds(layers: Mapping[Path, Any]) -> str:
+    """The names of the classes that there are, of those that can have an adapter."""
+    linear = [Linear, LinearGeneral]
+    others = [kind for kind in _ADAPTED if kind not in linear]
+    there = {type(layer) for layer in layers.values()}
+    names = [kind.__name__ for kind in linear + [kind for kind in others if kind in there]]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _listed(paths: Iterable[Path]) -> str:

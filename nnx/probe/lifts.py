@@ -22,7 +22,7 @@ from nnx.probe.probing import Context, Key, key_of, suspended
 from nnx.probe.records import Group, ProbeError, Record, count, is_float, output_of
 from nnx.transforms.callables import function_name
 from nnx.transforms.custom import custom_jvp, custom_vjp
-from nnx.transforms.derivatives import _differentiate
+from nnx.transforms.differentiate import differentiate
 from nnx.transforms.filtered.grad import _gradient as _filtered_gradient
 from nnx.transforms.filtered.jit import _JitFilter
 from nnx.transforms.grad import _gradient
@@ -290,10 +290,10 @@ class Carrying(Context):
         allow_int: bool,
         transform: Any,
     ) -> Any:
-        """`nnx.vjp`, `nnx.jvp`, and the Jacobians."""
+        """`nnx.vjp`, `nnx.jvp`, `nnx.linearize`, and the Jacobians."""
         body = _with_aux(type(self), fn, self.key, self._payload(), has_aux)
         result, own, (aux, groups) = suspended(
-            _differentiate, kind, body, args, kwargs, numbers, wrt, True, allow_int, transform
+            differentiate, kind, body, args, kwargs, numbers, wrt, True, allow_int, transform
         )
         self.deliver(groups)
         return result, own, aux

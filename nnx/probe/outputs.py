@@ -369,7 +369,7 @@ def output_grad(
 
         body.__qualname__ = function_name(loss)
         (_, aux), grads = value_and_grad(body, has_aux=True)(zeros_like(shapes), root, arrays)
-        named = assembled(name, found, selected, _in_place(shapes, grads))
+        named = assembled(name, found, selected, _in_place(shapes, grads))  # pyright: ignore[reportArgumentType]
         return (named, aux) if has_aux else named
 
     return functools.wraps(target.call)(gradient) if target.model is None else gradient

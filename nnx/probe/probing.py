@@ -261,7 +261,7 @@ def _label(method: str) -> str:
 
 
 def _check_kept(run: Run, mark: Mark, label: str) -> None:
-    if program_between(run.trace(), current_trace(())):
+    if program_between(run.trace(), current_trace(())) is not None:
         raise ProbeError(
             f"{output_of(mark.path, label)} cannot be patched in {transformation()} inside of the model: "
             f"JAX keeps the program, and another call would go on with this patch. Use the nnx "

@@ -17,11 +17,13 @@ import jax
 from nnx.module import Module
 from refx import Node, Ref
 from refx.access import check_structure
+from refx.build import build
+from refx.dagdef import NodeDef, intern, node_paths, revision_of
 from refx.node import attributes, expose, is_identity, set_on_class
 from refx.partition import Path
 from refx.snapshot import snapshot
 from refx.static import Static
-from refx.structure import NodeDef, Scan, build, intern, node_paths, revision_of, scan
+from refx.walk import Walk, walk
 
 __all__: list[str] = []
 
@@ -93,7 +95,7 @@ class StandIn:
         mark: Callable[[Path, Module, Any], tuple[Hashable, frozenset[str]]],
         around: Around,
     ):
-        found = scan(tree)
+        found = walk(tree)
         paths = node_paths(found.dagdef)
         nodes = [
             _marked(node, around, *mark(paths[i], x, attributes(x).get(MARK)))
@@ -125,7 +127,7 @@ class StandIn:
         if now.dagdef is not self._before.dagdef or not all(
             a is b for a, b in zip(now.leaves(), self._leaves, strict=True)
         ):
-            self._take_back(scan(self.root))
+            self._take_back(walk(self.root))
 
     def originals(self, out: Any) -> Any:
         """An output with the modules of the tree in the place of those that stand for them."""
@@ -137,7 +139,7 @@ class StandIn:
             is_leaf=is_identity,
         )
 
-    def _take_back(self, after: Scan) -> None:
+    def _take_back(self, after: Walk) -> None:
         existing: dict[int, Any] = {}
         for i, x in enumerate(after.objects):
             if isinstance(x, Ref):

@@ -27,13 +27,52 @@ save by name would meet our names.
 """
 
 from nnx.purify import custom, distributions, equations, errors, markers  # noqa: F401
-from nnx.purify.distributions import *  # noqa: F403
-from nnx.purify.errors import *  # noqa: F403
-from nnx.purify.markers import *  # noqa: F403
+from nnx.purify.distributions import (
+    log_normal,
+    log_normal_variable,
+    normal,
+    normal_like,
+    normal_variable,
+    uniform,
+    uniform_variable,
+    zeros_like,
+)
+from nnx.purify.errors import (
+    DuplicateNameError,
+    MarkerError,
+    MissingNameError,
+    PurifyError,
+    UnexpectedNameError,
+)
+from nnx.purify.markers import (
+    fixed,
+    intermediate,
+    param,
+    prefix,
+    trivialize,
+)
 from nnx.purify.namespace import purify
 from nnx.purify.pure import Purified
 
-__all__ = ["Purified", "purify"]
-__all__ += distributions.__all__
-__all__ += errors.__all__
-__all__ += markers.__all__
+__all__ = [
+    "DuplicateNameError",
+    "MarkerError",
+    "MissingNameError",
+    "Purified",
+    "PurifyError",
+    "UnexpectedNameError",
+    "fixed",
+    "intermediate",
+    "log_normal",
+    "log_normal_variable",
+    "normal",
+    "normal_like",
+    "normal_variable",
+    "param",
+    "prefix",
+    "purify",
+    "trivialize",
+    "uniform",
+    "uniform_variable",
+    "zeros_like",
+]

@@ -10,7 +10,6 @@ import base64
 import dataclasses
 import enum
 import functools
-import inspect
 import operator
 import types
 from collections import OrderedDict
@@ -22,6 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from nnx._layer_names import method_of
 from nnx.serialize.classes import fields_of, why_not
 from nnx.serialize.dtypes import dtype_of, has_bad_bits
 from nnx.serialize.errors import LoadError
@@ -35,8 +35,8 @@ from refx.node import make as make_node
 from refx.partition import Path, listed
 from refx.ref import check_type
 from refx.ref import make as make_ref
-from refx.structure import scan
 from refx.trace import trace_ref
+from refx.walk import walk
 
 __all__: list[str] = []
 
@@ -101,7 +101,7 @@ class _Decoder:
         tree = self.value(self._structure["root"])
         self._check_used(names)
         # What a walk cannot enter, no program could have saved.
-        found = scan(tree)
+        found = walk(tree)
         paths = {
             id(obj): spec["path"]
             for obj, (kind, spec) in zip(self._objects, self._specs, strict=True)
@@ -316,7 +316,7 @@ class _Decoder:
 
     def _method(self, content: Any) -> Any:
         node, name = self.value(content[0]), content[1]
-        found = inspect.getattr_static(type(node), name, None)
+        found = method_of(type(node), name)
         if not isinstance(found, types.FunctionType):
             raise LoadError(f"the class {type(node).__name__} has no method {name!r} any more")
         return types.MethodType(found, node)

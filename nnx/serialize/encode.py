@@ -27,6 +27,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
+from nnx._layer_names import method_of
 from nnx.serialize.classes import fields_of, why_not
 from nnx.serialize.dtypes import dtype_name, has_bad_bits
 from nnx.serialize.errors import SaveError
@@ -44,10 +45,9 @@ from nnx.serialize.grammar import (
 from nnx.serialize.registry import is_config, name_of, registered
 from refx import EndedTraceError, Node, Partition, Ref
 from refx.access import peek
-from refx.node import attributes
-from refx.partition import Path, dotted
+from refx.node import attributes, is_array
+from refx.partition import Name, Path, dotted
 from refx.snapshot import snapshot
-from refx.structure import is_array
 from refx.trace import EVAL, current_trace
 
 __all__: list[str] = []
@@ -120,7 +120,7 @@ class _Encoder:
                     f"it there. Save the model that it was made of, or a dict of what it says."
                 )
         # For those who want the values by path and not the tree.
-        leaves = [[list(path), self._code(x, path)] for path, x in self._leaves]
+        leaves = [[list(map(str, path)), self._code(x, path)] for path, x in self._leaves]
         structure = {
             "format": FORMAT,
             "version": VERSION,
@@ -162,7 +162,7 @@ class _Encoder:
             raise SaveError(f"{_at(path)} cannot be saved. {error}") from error
         facts = ref.metadata.items()
         return {
-            "path": list(path),
+            "path": list(map(str, path)),
             "collection": self._within("key", ref.collection, path),
             "metadata": [[k, self._within("key", v, (*path, k))] for k, v in facts],
             "value": self._within("content", value, path),
@@ -199,6 +199,8 @@ class _Encoder:
             self._context = outer
 
     def _code(self, x: Any, path: Path) -> Any:
+        if isinstance(x, Name):
+            x = str(x)
         kind = type(x)
         if x is None or kind is bool:
             return x
@@ -285,7 +287,7 @@ class _Encoder:
 
     def _partition(self, x: Partition, path: Path) -> Any:
         # Like the value of a Ref, one of a Partition has no identity inside it.
-        return [[list(p), self._within("content", v, (*path, *p))] for p, v in x.items()]
+        return [[list(map(str, p)), self._within("content", v, (*path, *p))] for p, v in x.items()]
 
     def _partial(self, x: Any, path: Path) -> Any:
         named = [[k, self._code(v, (*path, k))] for k, v in x.keywords.items()]
@@ -293,7 +295,7 @@ class _Encoder:
 
     def _method(self, x: types.MethodType, path: Path) -> Any:
         name = x.__func__.__name__
-        if inspect.getattr_static(type(x.__self__), name, None) is not x.__func__:
+        if method_of(type(x.__self__), name) is not x.__func__:
             raise SaveError(
                 f"{_at(path)} is a method {name!r} that its class {type(x.__self__).__name__} does not "
                 f"have by that name. Define it in the class."

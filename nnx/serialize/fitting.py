@@ -18,12 +18,13 @@ from nnx.sharding.putting import place_of, put_like
 from refx import EndedTraceError, Ref
 from refx.access import peek
 from refx.dag import dtype_of, update
+from refx.dagdef import Leaf, NodeDef, RefDef, Tree
 from refx.filters import Filter, to_predicate
 from refx.node import Node, attributes
 from refx.partition import Path, dotted, listed
 from refx.selection import check_selection
-from refx.structure import Leaf, NodeDef, RefDef, Tree, scan
 from refx.trace import EVAL, current_trace
+from refx.walk import walk
 
 __all__ = ["LoadReport"]
 
@@ -86,7 +87,7 @@ class Fitting:
 
     def __init__(self, tree: Any, only: Filter = ...):
         self._tree = tree
-        found = scan(tree)
+        found = walk(tree)
         self._dagdef = found.dagdef
         self._refs: list[Ref[Any]] = found.refs
         self._ref_paths = found.dagdef.ref_paths

@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnx.serialize.grammar import Damaged, check_distinct, clip
+from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree, parts_of
 from refx.partition import dotted
-from refx.structure import DagDef, Leaf, NodeDef, RefDef, Scan, Tree, parts_of
+from refx.walk import Walk
 
 __all__: list[str] = []
 
 
 def check_paths(
-    found: Scan, paths: dict[int, list[str]], leaves: list[tuple[list[str], Any]]
+    found: Walk, paths: dict[int, list[str]], leaves: list[tuple[list[str], Any]]
 ) -> None:
     """Raise if a file has other paths than its tree.
 

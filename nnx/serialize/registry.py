@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from nnx.transforms.carry import CARRY
-from refx import All, Node, Not, OfType, PathContains, PathMatches
+from refx import All, InModule, Node, Not, OfType, PathContains, PathMatches
 from refx import Any as Any_
 
 __all__ = ["saveable"]
@@ -286,12 +286,17 @@ def _exactly(kind: Any, make: Callable[[Any], Any]) -> Callable[[Any], Any]:
 _NONE = type(None)
 saveable(type(CARRY), name="nnx.CARRY", save=lambda _: None, load=_exactly(_NONE, lambda _: CARRY))
 # Filters are attributes of modules too.
-for _kind, _name in ((PathContains, "part"), (PathMatches, "glob"), (OfType, "kind")):
+for _kind, _name in (
+    (PathContains, "part"),
+    (PathMatches, "glob"),
+    (OfType, "kind"),
+    (InModule, "kind"),
+):
     saveable(
         _kind,
         name=f"refx.{_kind.__name__}",
         save=operator.attrgetter(_name),
-        load=_exactly(type | tuple if _kind is OfType else str, _kind),
+        load=_exactly(type | tuple if _name == "kind" else str, _kind),
     )
 for _kind in (All, Any_, Not):
     saveable(

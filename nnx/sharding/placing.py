@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import refx.ref as ref_module
 from nnx._ambient import ambient
 from nnx.sharding.putting import move
 from nnx.sharding.rules import (
@@ -24,7 +25,6 @@ from nnx.sharding.rules import (
     resolve,
     the_mesh,
 )
-import refx.ref as ref_module
 from refx import Partition, Ref
 from refx.access import put, writable
 from refx.filters import to_predicates
@@ -61,9 +61,9 @@ def place(x: Any, sharding: NamedSharding) -> Any:
     mesh = sharding.mesh if current.empty else current
     if AxisType.Explicit in kinds.values():
         x = jax.sharding.reshard(x, NamedSharding(mesh, explicit))
-    if AxisType.Auto in kinds.values() and AxisType.Explicit not in kinds.values():
-        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, auto))
-    elif any(part is not None for part in auto):
+    if (AxisType.Auto in kinds.values() and AxisType.Explicit not in kinds.values()) or any(
+        part is not None for part in auto
+    ):
         x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, auto))
     return x
 

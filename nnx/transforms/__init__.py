@@ -5,7 +5,7 @@ from nnx.transforms.branches import BranchError, cond, switch
 from nnx.transforms.call import ArgumentError
 from nnx.transforms.carry import CARRY, CarryError
 from nnx.transforms.custom import CustomRuleError, custom_jvp, custom_vjp
-from nnx.transforms.derivatives import hessian, jacfwd, jacrev, jvp, vjp
+from nnx.transforms.derivatives import hessian, jacfwd, jacrev, jvp, linearize, vjp
 from nnx.transforms.filtered import (
     grad_filter,
     is_array,
@@ -47,6 +47,7 @@ __all__ = [
     "jit",
     "jit_filter",
     "jvp",
+    "linearize",
     "make_jaxpr",
     "map",
     "remat",

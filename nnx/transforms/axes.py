@@ -16,11 +16,11 @@ from nnx.transforms.boundary import Outline, Packed
 from nnx.transforms.call import Call
 from refx import Ref, RefError
 from refx.filters import to_predicate, to_predicates
-from refx.node import is_identity
+from refx.node import is_array, is_identity
 from refx.partition import Partition, Path, dotted
 from refx.selection import check_selection
 from refx.snapshot import snapshot
-from refx.structure import is_array, scan
+from refx.walk import walk
 
 __all__ = ["AxisError"]
 
@@ -122,7 +122,7 @@ class Root(NamedTuple):
 
 def places(call: Call) -> list[Root]:
     """For each root of a call, where its Refs and plain arrays are in the lists of the call."""
-    joint = scan(tuple(call.roots), call.alias)
+    joint = walk(tuple(call.roots), call.alias)
     ref_at = {id(r): i for i, r in enumerate(joint.refs)}
     leaf_at = {
         (id(h), k) if h is not None else id(x): i

@@ -19,12 +19,14 @@ aborted trace closed over alive for ever.)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from operator import is_
 from typing import Any, NamedTuple
 
 import jax
 
+from nnx._layer_names import RootNames
 from nnx.scope import entered
 from nnx.transforms.call import Call, Layout, Roots, unlabelled
 from nnx.transforms.donation import explain_deleted
@@ -33,10 +35,12 @@ from nnx.transforms.tracebacks import shortened
 from nnx.transforms.untouched import Untouched, check_arguments, check_found, reachable
 from refx import Node, Ref
 from refx.access import check_structure, label, put, writable
+from refx.build import build
+from refx.dagdef import DagDef, RefDef
 from refx.frame import Frame, Original, StandIn, copy_containers, local
 from refx.node import is_identity
 from refx.partition import Path, dotted
-from refx.structure import DagDef, RefDef, build, scan
+from refx.walk import walk
 
 __all__: list[str] = []
 
@@ -81,10 +85,23 @@ class Packed:
         self.written = written
 
 
-jax.tree_util.register_pytree_node(
+class _Key:
+    """A part of the output in JAX's names: `result[0]` is that of the user's output."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_KEYS = _Key(""), _Key(".written")
+
+jax.tree_util.register_pytree_with_keys(
     Packed,
-    lambda p: ((p.out, p.written), p.spec),
+    lambda p: (tuple(zip(_KEYS, (p.out, p.written), strict=True)), p.spec),
     lambda spec, children: Packed(spec, *children),
+    lambda p: ((p.out, p.written), p.spec),
 )
 
 
@@ -106,6 +123,8 @@ def run(
     layout: Layout | None = None,
     mode: str = "lift",
     assigned: bool = False,
+    watch: Callable[..., Any] | None = None,
+    runs_once: bool = True,
     split_out: Callable[[Any], tuple[Any, Any]] | None = None,
     finish: Callable[[Packed, Outline], Any] | None = None,
 ) -> Any:
@@ -122,6 +141,8 @@ def run(
       mode: what reading a closed-over Ref means. `"lift"`: it must become a root. `"read"`: its
         value is taken as it is, since the trace is not kept, and only a written one becomes a
         root. `"constant"`: it may not be written.
+      watch: the user's function, where `fn` is one of ours around it.
+      runs_once: whether the body runs once for each call, and neither more often nor never.
       split_out: divides the output of `fn` in what is returned as it is and what is packed.
       finish: makes of the Packed what is to be returned, while the Refs still stand.
 
@@ -144,9 +165,12 @@ def run(
         outer = call.objects()
         inner_refs = [x for x in objects if type(x) is Ref]
         before = [Original(r._value) for r in inner_refs]
-        closed = Untouched(call, layout, objects)
+        closed = Untouched(
+            fn if watch is None else watch, call, layout, objects, outer, runs_once=runs_once
+        )
         _shadow(frame, call, layout, mode, outer, objects)
         frame.describe = _namer(layout.dagdef, outer, objects)
+        frame.roots = RootNames(roots, call.roots)
         try:
             args, kwargs = _arguments(layout, roots, others)
             scope = roots[-1] if layout.has_scope else None
@@ -159,6 +183,9 @@ def run(
             packed, outline = _pack(
                 frame, layout, call, roots, objects, outer, before, leaves, out, mode, assigned
             )
+            if call.found:
+                # The body runs again, and does then what it has done to the caller's containers.
+                closed.restore()
             result = packed if finish is None else finish(packed, outline)
         except Exception:
             closed.restore()
@@ -251,7 +278,7 @@ def _pack(
         if was.changed(ref._value) or (assigned and ref in frame.assigned)
     )
     new_values = kept(layout, written, [inner_refs[i]._value for i in written])
-    after = scan(roots, skip=1)
+    after = walk(roots, skip=1)
     same = (
         after.dagdef is layout.dagdef
         and all(map(is_, after.objects, objects))
@@ -265,7 +292,7 @@ def _pack(
     ours = set(map(id, objects))
     names = frame.stand_ins.values()
     alias.update((id(s.ref), s.inner) for s in names if id(s.inner) in ours)
-    both = scan((roots, out), alias, skip=2)
+    both = walk((roots, out), alias, skip=2)
     strangers = [x for x in both.objects if is_identity(x) and x._frame is not frame]
     if strangers:
         roots_of = [x for x in strangers if isinstance(x, Node)] or strangers
@@ -313,6 +340,7 @@ def to_its_end(transform: Callable[[Callable[..., Any]], Any], fn: Callable[...,
     """
     raised: list[Exception] = []
 
+    @functools.wraps(fn)
     def pure(*args: Any) -> Any:
         try:
             return fn(*args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from nnx.transforms.boundary import (
 from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.callables import function_name
 from nnx.transforms.eager import compiled_once
+from nnx.transforms.naming import named
 from nnx.transforms.streams import counts
 from refx import RefError
 
@@ -32,9 +33,13 @@ class BranchError(RefError, TypeError):
     """Branches that leave different structures, shapes or dtypes behind."""
 
 
+Ts = TypeVarTuple("Ts")
+R = TypeVar("R")
+
+
 def cond(
-    pred: Any, true_fun: Callable[..., Any], false_fun: Callable[..., Any], *operands: Any
-) -> Any:
+    pred: Any, true_fun: Callable[[*Ts], R], false_fun: Callable[[*Ts], R], *operands: *Ts
+) -> R:
     """Apply `true_fun` or `false_fun` to the operands, by the scalar `pred`.
 
     Refs in the operands and Refs that a branch closes over may be read and written; a Ref that only
@@ -66,7 +71,7 @@ def cond(
     return compiled_once(impl, name, (true_fun, false_fun), (pred, *operands), None, plain)
 
 
-def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
+def switch(index: Any, branches: Sequence[Callable[[*Ts], R]], *operands: *Ts) -> R:
     """Apply the branch with the number `index`, clamped as by `jax.lax.switch`; else as `nnx.cond`.
 
     >>> import jax.numpy as jnp, nnx
@@ -104,7 +109,7 @@ def _branch(
         inputs = (call.values, call.leaves, call.others)
 
         def body(fn: Callable[..., Any], **options: Any) -> Callable[..., Packed]:
-            return lambda *flat: run(fn, name, call, *flat, mode="read", **options)
+            return lambda *flat: run(fn, name, call, *flat, mode="read", runs_once=False, **options)
 
         # Which Refs each branch writes is known after an abstract evaluation; what one of them
         # writes, all of them return.
@@ -127,7 +132,7 @@ def _branch(
                 written = dict(zip(packed.spec.written, packed.written, strict=True))
                 return packed.out, [written.get(i, values[i]) for i in returned]
 
-            return branch
+            return named(branch, fn, call)
 
         out, written = choose([flat(fn) for fn in branches], *inputs)
         after = {**moved, **dict(zip(returned, written, strict=True))}
@@ -155,7 +160,7 @@ def _learn(
         values = [0 if i in streams else x for i, x in enumerate(values)]
         return body(fn, finish=note)(values, leaves, others)
 
-    packed = abstractly(counted, call.values, call.leaves, call.others)
+    packed = abstractly(named(counted, fn, call), call.values, call.leaves, call.others)
     return packed, drawn
 
 

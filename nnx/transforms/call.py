@@ -16,16 +16,19 @@ import numpy as np
 from jax.core import Tracer
 
 from nnx._ambient import ambient
+from nnx.scope import COMPILED
 from nnx.transforms.closure import Closure
 from refx import Node, Ref, RefError
 from refx.access import is_label
+from refx.build import objects_of
+from refx.dagdef import DagDef, alone_in_tuple
 from refx.frame import StandIn, local
-from refx.node import is_identity
+from refx.node import is_array, is_identity
 from refx.partition import dotted
 from refx.snapshot import Snapshot, snapshot
 from refx.static import Static
-from refx.structure import DagDef, is_array, scan
 from refx.trace import LABEL, trace_ref
+from refx.walk import walk
 
 __all__ = ["ArgumentError"]
 
@@ -179,8 +182,10 @@ class Call:
     """
 
     __slots__ = (
+        "__weakref__",
         "at_once",
         "entry",
+        "filtered",
         "found",
         "layout",
         "leaves",
@@ -218,6 +223,8 @@ class Call:
         self.stand_ins: dict[Ref[Any], StandIn] | None = None
         # The trace that made the call, for transformations that read closed-over Refs in the body.
         self.entry: Any = None
+        # Where the inputs of a filtered program are in the lists.
+        self.filtered: Any = None
         # How often the body runs: the steps of a loop, the lanes of a batch.
         self.repeats = 1
 
@@ -228,7 +235,11 @@ class Call:
 
     def objects(self) -> list[Any]:
         """The caller's objects, by their numbers in the DagDef."""
-        return scan(tuple(self.roots), self.alias, skip=1).objects
+        if not self.stand_ins:
+            found = objects_of(self.layout.dagdef, tuple(self.roots))
+            if found is not None:
+                return found
+        return walk(tuple(self.roots), self.alias, skip=1).objects
 
     def without_values(self) -> Call:
         """The same call for a body that JAX may keep: it must not keep the call's tracers alive."""
@@ -252,6 +263,8 @@ def open_call(
     """Take the arguments of one call apart. `plans` is a function's cache of Plans."""
     form, roots, others = _take_roots(args, kwargs, any_leaf)
     scope = ambient.scope
+    if ambient.asked is not None:
+        ambient.asked.add(COMPILED)
     closed = closure.roots() if closure is not None else ()
     constants: tuple[Any, ...] = ()
     if closed or scope is not None:
@@ -475,13 +488,16 @@ def _plan(
     alias: dict[int, Any] | None,
 ) -> Plan:
     apart = None
+    if len(roots) == 1 and alias is None:
+        dagdef = alone_in_tuple(snapshots[0].dagdef)
+        return Plan(_layout(dagdef, parts, plans), None, None)
     if len(roots) > 1 and plans is not None and alias is None and _share_nothing(snapshots):
         # Then what each looks like says what they look like together, whichever they are.
         apart = (*parts, tuple([s.dagdef for s in snapshots]))
         known = plans.by_call.get(apart)
         if known is not None:
             return known
-    joint = scan(tuple(roots), alias, skip=1)
+    joint = walk(tuple(roots), alias, skip=1)
     refs = [id(alias.get(id(r), r)) if alias else id(r) for s in snapshots for r in s.refs]
     places = [place for s in snapshots for place in s.places()]
     joint_places = [
@@ -489,13 +505,17 @@ def _plan(
         for x, (h, k) in zip(joint.leaves, joint.places, strict=True)
     ]
     plan = Plan(
-        Layout(joint.dagdef, *parts) if plans is None else plans.layout(joint.dagdef, parts),
+        _layout(joint.dagdef, parts, plans),
         _positions(refs, [id(r) for r in joint.refs]),
         _positions(places, joint_places),
     )
     if plans is not None and apart is not None:
         plans.keep(apart, plan)
     return plan
+
+
+def _layout(dagdef: DagDef, parts: tuple[Any, ...], plans: Plans | None) -> Layout:
+    return Layout(dagdef, *parts) if plans is None else plans.layout(dagdef, parts)
 
 
 def _share_nothing(snapshots: list[Snapshot]) -> bool:

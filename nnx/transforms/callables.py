@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from nnx._layer_names import LayerCall
 from refx import Node
 
 __all__: list[str] = []
@@ -28,7 +29,9 @@ def unbound(fn: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]
     if isinstance(fn, types.MethodType) and isinstance(fn.__self__, Node):
         return fn.__func__, (fn.__self__,)
     if isinstance(fn, Node):
-        return type(fn).__call__, (fn,)  # pyright: ignore[reportAttributeAccessIssue]
+        call = inspect.getattr_static(type(fn), "__call__")
+        # Operations in it have the name of the layer, in whatever it is transformed.
+        return call.scoped if isinstance(call, LayerCall) else type(fn).__call__, (fn,)  # pyright: ignore
     return fn, ()
 
 

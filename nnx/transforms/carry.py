@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from nnx.transforms.axes import Specs, places
 from nnx.transforms.boundary import Packed, Spec, check_lifted, run, until_lifted
 from nnx.transforms.call import Call, Roots
+from nnx.transforms.naming import named
 from refx import RefError, StructureError, clone, merge, split
 from refx.access import write
 from refx.frame import local
 from refx.node import is_identity
 from refx.partition import Path, dotted
 from refx.snapshot import Snapshot
-from refx.structure import scan
+from refx.walk import walk
 
 __all__ = ["CARRY", "CarryError"]
 
@@ -99,12 +100,36 @@ class Loop:
         # The first roots of the call are the modules of the carry.
         roots = [place for i, place in zip(modules, places(self.call)) if i in renewed]
         numbers = [{path: i for path, _, i in root.leaves} for root in roots]
-        joint = scan(tuple(parts[i] for i in modules if i in renewed))
+        joint = walk(tuple(parts[i] for i in modules if i in renewed))
         return [numbers[int(path[0])][path[1:]] for path in joint.dagdef.leaf_paths]
 
     def sliced(self) -> tuple[list[Any], ...]:
         lists = (self.call.values, self.call.leaves, self.call.others)
         return tuple([x[i] for i in at] for x, at in zip(lists, self._slices, strict=True))
+
+    def spread(self, arguments: dict[str, Any], call: Call) -> Iterator[tuple[str, int, Any]]:
+        """The inputs of one step, for their names."""
+        for name, given in arguments.items():
+            if name == "carry":
+                lists = (given.refs, given.leaves, given.others)
+                numbers: Any = (self._refs, self._leaves, self._others)
+            elif name == "x":
+                lists, numbers = given, self._slices
+            else:
+                yield name, 0, given
+                continue
+            for kind, at, values in zip(
+                ("values", "leaves", "others"), numbers, lists, strict=True
+            ):
+                yield from ((kind, i, x) for i, x in zip(at, values, strict=True))
+
+    def pure_step(self) -> Callable[..., Any]:
+        """`step` by the user's names."""
+
+        def pure(carry: Carried, x: Any) -> Any:
+            return self.step(carry, x)
+
+        return named(pure, self._fn, self.call, self.spread)
 
     def first(self) -> Carried:
         """What the first step gets."""
@@ -137,13 +162,15 @@ class Loop:
             *self.place(carry, sliced),
             mode="read",
             assigned=True,
+            watch=self._fn,
+            runs_once=False,
             split_out=lambda out: out,
         )
         return Carried(others, self.carried_of(packed), leaves), packed
 
     def _body(self, *args: Any) -> tuple[Any, Any]:
         carry = args[self._position]
-        came = {id(x) for x in scan(args).objects}
+        came = {id(x) for x in walk(args).objects}
         out = self._fn(*args)
         if not isinstance(out, tuple) or len(out) != 2:
             raise CarryError(
@@ -188,7 +215,7 @@ class Loop:
 
     def _check_new(self, x: Any, came: set[int]) -> None:
         frame = local.frame
-        objects = scan(x).objects
+        objects = walk(x).objects
         if id(x) in came or x._frame is not frame:
             raise CarryError(
                 f"The body of {self._name} returns a {type(x).__name__} at a place of the carry where "
@@ -202,7 +229,7 @@ class Loop:
         frame = local.frame
         assert frame is not None
         for i in renewed:
-            if any(ref in frame.assigned for ref in scan(olds[i]).refs):
+            if any(ref in frame.assigned for ref in walk(olds[i]).refs):
                 raise CarryError(self._mixed("written in the step that returns a new one"))
 
     def _mixed(self, how: str) -> str:

@@ -43,7 +43,7 @@ from refx.describe import describe
 from refx.partition import dotted
 from refx.snapshot import Snapshot, snapshot
 from refx.static import Static
-from refx.structure import scan
+from refx.walk import walk
 
 __all__: list[str] = []
 
@@ -388,7 +388,7 @@ class Closure:
 
 def _objects(root: Any) -> set[int]:
     try:
-        return {id(x) for x in scan(root).objects}
+        return {id(x) for x in walk(root).objects}
     except RefError:
         return {id(root)}
 

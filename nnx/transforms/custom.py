@@ -159,7 +159,11 @@ class _Custom:
     def _plain(self, call: Call, fixed: _Fixed) -> Callable[..., Packed]:
         fn, bare = self._fn, call.without_values()
         return lambda *flat: run(
-            lambda *args: fn(*self._whole(args, fixed.whole(flat[3]))), self._name, bare, *flat[:3]
+            lambda *args: fn(*self._whole(args, fixed.whole(flat[3]))),
+            self._name,
+            bare,
+            *flat[:3],
+            runs_once=False,
         )
 
     def _learn(self, call: Call, flat: Any, *bodies: Callable[..., Packed]) -> Spec:
@@ -239,6 +243,7 @@ class custom_vjp(_Custom):
                 self._name,
                 bare,
                 *flat[:3],
+                runs_once=False,
                 split_out=self._split,
             )
             return (rest, [flat[0][i] for i in closed], flat[1], flat[3]), packed
@@ -256,6 +261,7 @@ class custom_vjp(_Custom):
                 values,
                 leaves,
                 [None] * counts[2],
+                runs_once=False,
             )
             if packed.spec.written or packed.spec.graph is not None:
                 raise CustomRuleError(
@@ -454,6 +460,7 @@ class custom_jvp(_Custom):
                 self._name,
                 bare,
                 *flat[:3],
+                runs_once=False,
                 split_out=self._split,
             )
 

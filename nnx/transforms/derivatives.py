@@ -1,4 +1,4 @@
-"""Derivatives beside the gradient: `vjp`, `jvp`, `jacfwd`, `jacrev`, `hessian`."""
+"""Derivatives beside the gradient: `vjp`, `jvp`, `linearize`, `jacfwd`, `jacrev`, `hessian`."""
 
 from __future__ import annotations
 
@@ -8,97 +8,22 @@ from typing import Any
 
 import jax
 
-from nnx._ambient import ambient
-from nnx.transforms.boundary import close_call, run, until_lifted
-from nnx.transforms.call import Roots, open_call
 from nnx.transforms.callables import function_name, unbound
-from nnx.transforms.targets import DifferentiationError, Parts, Target, moves, targets_of
-from refx import Filter, Ref, get_partition
-from refx.node import is_identity
+from nnx.transforms.differentiate import differentiate, pure_of
+from nnx.transforms.targets import DifferentiationError, Parts, Target
+from refx import Filter
 
-__all__ = ["hessian", "jacfwd", "jacrev", "jvp", "vjp"]
-
-
-def _differentiate(
-    kind: str,
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    numbers: Sequence[int] | None,
-    wrt: Filter,
-    has_aux: bool,
-    allow_int: bool,
-    transform: Callable[..., tuple[Any, Any]],
-) -> tuple[Any, Any, Any]:
-    """Open the boundary and let `transform` differentiate a function of Parts.
-
-    Args:
-      numbers: the arguments to differentiate, or None for all.
-      transform: `transform(pure, parts, targets, name)` gets a pure function from the
-        differentiated values to `(out, packed)`, and returns a result and the packed rest.
-
-    Returns:
-      The result, a function that gives the caller's own output for the one that JAX saw, and the
-      aux.
-    """
-    inner, bound = unbound(fn)
-    name = f"{kind}({function_name(fn)})"
-    args = bound + args
-    if ambient.probe is not None:
-        options = numbers, wrt, has_aux, allow_int, transform
-        return ambient.probe.differentiate(kind, inner, args, kwargs, *options)
-
-    def attempt(roots: Roots) -> Any:
-        call = open_call(args, kwargs, roots)
-        chosen = range(len(args)) if numbers is None else numbers
-        targets = targets_of(
-            name, args, chosen, wrt, call, allow_int=allow_int, all_args=numbers is None
-        )
-        holds: list[bool] = []
-
-        def split_out(out: Any) -> tuple[Any, Any]:
-            out, aux = _split(name, out) if has_aux else (out, None)
-            holds.append(any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity))))
-            return (_pure(out), (out, aux)) if holds[-1] else (out, aux)
-
-        def pure(parts: list[Parts]) -> Any:
-            flat = list(call.values), list(call.leaves), list(call.others)
-            for t, part in zip(targets, parts, strict=True):
-                t.put(part, *flat)
-            return run(inner, name, call, *flat, mode="constant", split_out=split_out)
-
-        parts = [t.take(call.values, call.leaves, call.others) for t in targets]
-        result, packed = transform(pure, parts, targets, name)
-        closed = close_call(call, packed)
-        if holds[-1]:
-            return result, lambda _: closed[0], closed[1]
-        return result, lambda out: out, closed
-
-    return until_lifted(attempt)
+__all__ = ["hessian", "jacfwd", "jacrev", "jvp", "linearize", "vjp"]
 
 
-def _split(name: str, out: Any) -> tuple[Any, Any]:
-    if not isinstance(out, tuple) or len(out) != 2:
-        raise DifferentiationError(
-            f"With has_aux=True, the function of {name} must return (out, aux), but it returned "
-            f"{type(out).__name__}."
-        )
-    return out
-
-
-def _pure(tree: Any) -> Any:
-    """A tree with Partitions of what can be differentiated in place of modules and Refs."""
-
-    def selects(path: Any, cell: Any) -> bool:
-        return all(map(moves, jax.tree.leaves(cell.value if isinstance(cell, Ref) else cell)))
-
-    return jax.tree.map(
-        lambda x: get_partition(x, selects) if is_identity(x) else x, tree, is_leaf=is_identity
-    )
+def _own(has_aux: bool, result: Any) -> tuple[Any, ...]:
+    """What the user gets: with the caller's own modules in the output."""
+    (out, more), own, aux = result
+    return (own(out), more, aux) if has_aux else (own(out), more)
 
 
 def _pull(targets: list[Target], pull: Callable[..., Any], cotangent: Any) -> tuple[Any, ...]:
-    (grads,) = pull(_pure(cotangent))
+    (grads,) = pull(pure_of(cotangent))
     return tuple(t.named(g) for t, g in zip(targets, grads, strict=True))
 
 
@@ -137,10 +62,9 @@ def vjp(
         bare = [t.without_values() for t in targets]
         return (out, jax.tree_util.Partial(functools.partial(_pull, bare), pull)), packed
 
-    (out, vjp_fn), own, aux = _differentiate(
-        "nnx.vjp", fn, primals, {}, None, wrt, has_aux, True, transform
+    return _own(
+        has_aux, differentiate("nnx.vjp", fn, primals, {}, None, wrt, has_aux, True, transform)
     )
-    return (own(out), vjp_fn, aux) if has_aux else (own(out), vjp_fn)
 
 
 def jvp(
@@ -190,10 +114,64 @@ def jvp(
         out, tangent, packed = jax.jvp(pure, (parts,), (moved,), has_aux=True)
         return (out, tangent), packed
 
-    (out, tangent), own, aux = _differentiate(
-        "nnx.jvp", fn, tuple(primals), {}, None, wrt, has_aux, True, transform
+    return _own(
+        has_aux,
+        differentiate("nnx.jvp", fn, tuple(primals), {}, None, wrt, has_aux, True, transform),
     )
-    return (own(out), tangent, aux) if has_aux else (own(out), tangent)
+
+
+def _push(
+    name: str, targets: list[Target], like: list[Parts], linear: Callable[..., Any], *given: Any
+) -> Any:
+    if len(given) != len(targets):
+        raise DifferentiationError(
+            f"The function that {name} gave takes {len(targets)} tangents, one for each primal, but "
+            f"it got {len(given)}. A module that does not move has the tangent {{}}."
+        )
+    moved = zip(targets, given, like, strict=True)
+    return linear([t.parts(name, tangent, primal) for t, tangent, primal in moved])
+
+
+def linearize(
+    fn: Callable[..., Any], *primals: Any, wrt: Filter = "params", has_aux: bool = False
+) -> tuple[Any, ...]:
+    """The output of a function and its derivative as a linear function of the tangents.
+
+    It is `nnx.jvp` for many tangents: `fn` runs once, and what its derivative needs is kept.
+
+    Args:
+      fn: a function of modules, Refs and arrays. Refs that it writes are written back, once.
+      *primals: its arguments.
+      wrt: a filter for the Refs of arguments that hold some.
+      has_aux: `fn` returns `(out, aux)`.
+
+    Returns:
+      `(out, jvp_fn)` or `(out, jvp_fn, aux)`. `jvp_fn(*tangents)` takes one tangent for each primal
+      (of a bound method, first for its module), as `nnx.jvp` does, and gives the tangent of the
+      output. It is a pytree, so compiled functions may return it.
+
+    Raises:
+      DifferentiationError, UnknownPathError, ShapeError: as for `nnx.jvp`; those that speak of a
+        tangent are raised by `jvp_fn`.
+      TraceLevelError: `fn` writes a Ref that it closes over, which is a constant here.
+
+    >>> import jax.numpy as jnp, nnx
+    >>> w = nnx.Ref(jnp.array(2.0), "params")
+    >>> out, jvp_fn = nnx.linearize(lambda w, x: w.value ** 2 * x, w, 3.0)
+    >>> float(out), float(jvp_fn({"": jnp.array(1.0)}, 0.0)), float(jvp_fn({}, 1.0))
+    (12.0, 12.0, 4.0)
+    """
+
+    def transform(pure: Any, parts: Any, targets: list[Target], name: str) -> Any:
+        out, linear, packed = jax.linearize(pure, parts, has_aux=True)
+        bare = [t.without_values() for t in targets]
+        push = functools.partial(_push, name, bare, jax.eval_shape(lambda: parts))
+        return (out, jax.tree_util.Partial(push, linear)), packed
+
+    return _own(
+        has_aux,
+        differentiate("nnx.linearize", fn, primals, {}, None, wrt, has_aux, True, transform),
+    )
 
 
 def _jacobian(
@@ -225,7 +203,7 @@ def _jacobian(
 
     @functools.wraps(unbound(fn)[0])
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        result, _, aux = _differentiate(
+        result, _, aux = differentiate(
             kind, fn, args, kwargs, numbers, wrt, has_aux, allow_int, transform
         )
         return (result, aux) if has_aux else result

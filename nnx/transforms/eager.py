@@ -84,8 +84,12 @@ class _Parts:
         self._bound: list[tuple[str, Any, Any]] = []
         self.key = tuple([self._take(fn, counts=True) for fn in fns])
 
-    def _take(self, x: Any, *, counts: bool) -> Any:
-        """The key of `x`. With `counts` a plain container counts by what it holds."""
+    def _take(self, x: Any, *, counts: bool, read: bool = False) -> Any:
+        """The key of `x`.
+
+        With `counts` a plain container counts by what it holds; and with `read` by nothing else, as
+        nobody puts anything into it.
+        """
         kind = type(x)
         if kind in SCALARS:
             return Static(x)
@@ -105,15 +109,17 @@ class _Parts:
             )
         if kind is functools.partial:
             parts = (x.func, x.args, x.keywords)
-            return ("partial", *[self._take(part, counts=True) for part in parts])
+            return ("partial", *[self._take(part, counts=True, read=True) for part in parts])
         if kind in (list, tuple, dict) and _holds_dynamic(x):
             leaves, treedef = jax.tree.flatten(x, is_leaf=lambda y: is_identity(y) or _is_opaque(y))
             return ("tree", treedef, *[self._take(leaf, counts=True) for leaf in leaves])
         if kind is tuple or kind is frozenset:
             return (kind, *[self._take(part, counts=counts) for part in x])
         if kind in (list, dict, set) and is_data(x):
-            # It stays the same object, since the body may note something in it.
             content = tuple(map(Static, [*x, *x.values()] if kind is dict else x))
+            if read and kind is not set:
+                return kind, content
+            # It stays the same object, since the body may note something in it.
             return (Same(x), content) if counts and kind is not set else Same(x)
         return self._take_object(x)
 
@@ -129,7 +135,8 @@ class _Parts:
                 # A variable that the body sets itself is not what it depends on.
                 cells.append("set")
             else:
-                cells.append(self._take(content, counts=name not in names.sinks))
+                counts, read = name not in names.sinks, name in names.read
+                cells.append(self._take(content, counts=counts, read=read))
         defaults = (
             self._take(fn.__defaults__, counts=True),
             self._take(fn.__kwdefaults__, counts=True),

@@ -28,32 +28,33 @@ def functional(
     Args:
       fn: a function that uses the modules and Refs of `trees` by closure; or a module or a bound
         method of one, which then is one of the trees.
-      *trees: the modules and Refs whose values are the state.
+      *trees: the modules and Refs whose values are the state. The paths are those of the tree, or,
+        where there are several, of the tuple of them.
 
     Returns:
       `(pure, state)`: `pure(state, *args, **kwargs)` gives `(out, new_state)`, where `out` is what
       `fn(*args, **kwargs)` returns. `state` is a Partition of the values that the Refs of the trees
-      have now; plain arrays are constants. `nnx.update(trees, new_state)` writes one back.
+      have now; plain arrays are constants. `nnx.update(tree, new_state)` writes one back.
 
     Raises:
       TraceLevelError: `fn` writes a Ref that is in none of the trees.
       StructureError: `fn` returns a module or a Ref; it can return their values.
 
     >>> import jax, jax.numpy as jnp, nnx
-    >>> count = nnx.Ref(jnp.array(0.0))
-    >>> def add(x):
-    ...     count.value += x
-    ...     return count.value * 2
-    >>> pure, state = nnx.functional(add, count)
-    >>> out, state = jax.jit(pure)(state, 3.0)
-    >>> float(out), float(state["0"]), float(count.value)
-    (6.0, 3.0, 0.0)
+    >>> norm = nnx.BatchNorm(2)
+    >>> pure, state = nnx.functional(lambda x: norm(x).sum(), norm)
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    >>> out, new_state = jax.jit(pure)(state, x)
+    >>> bool((new_state["mean"] > 0).all()), bool((norm.mean == 0).all())
+    (True, True)
+    >>> nnx.update(norm, new_state)
     """
     inner, bound = unbound(fn)
-    trees = (*bound, *trees)
+    trees = tuple({id(tree): tree for tree in (*bound, *trees)}.values())
+    root = trees[0] if len(trees) == 1 else trees
     name = f"nnx.functional({function_name(fn)})"
-    dagdef, values = split(trees)
-    cells = list(refs(trees).values())
+    dagdef, values = split(root)
+    cells = list(refs(root).values())
     # Plain arrays are read where they are, so they are constants.
     constants = {path: values[path] for path in dagdef.leaf_paths}
 
@@ -65,7 +66,8 @@ def functional(
                 stand_ins = list(refs(copies).values())
                 pairs = zip(cells, stand_ins, strict=True)
                 frame.stand_ins.update((ref, StandIn(ref, inner)) for ref, inner in pairs)
-                out = inner(*copies[: len(bound)], *args, **kwargs)
+                first = copies if len(trees) == 1 else copies[0]
+                out = inner(*((first,) if bound else ()), *args, **kwargs)
                 _check(name, frame, out)
                 after, new = split(copies)
                 if after is not dagdef:

@@ -4,21 +4,78 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 
 from nnx._ambient import ambient
-from nnx.transforms.boundary import close_call, run, until_lifted
-from nnx.transforms.call import Roots, open_call
-from nnx.transforms.callables import function_name, unbound
-from nnx.transforms.targets import DifferentiationError, targets_of
-from refx import Filter
+from nnx.transforms.callables import unbound
+from nnx.transforms.differentiate import differentiate
+from nnx.transforms.targets import DifferentiationError, Target
+from refx import Filter, Partition
 
 __all__ = ["grad", "value_and_grad"]
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+A = TypeVar("A")
+
+# A Partition for an argument that holds Refs; for an array, what `jax.grad` gives.
+Gradient = Partition | Any
+
+
+@overload
+def value_and_grad(
+    fn: Callable[P, R],
+    *,
+    wrt: Filter = "params",
+    argnums: int = 0,
+    has_aux: Literal[False] = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, tuple[R, Gradient]]: ...
+@overload
+def value_and_grad(
+    fn: Callable[P, R],
+    *,
+    wrt: Filter = "params",
+    argnums: Sequence[int],
+    has_aux: Literal[False] = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, tuple[R, tuple[Gradient, ...]]]: ...
+@overload
+def value_and_grad(
+    fn: Callable[P, tuple[R, A]],
+    *,
+    wrt: Filter = "params",
+    argnums: int = 0,
+    has_aux: Literal[True],
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, tuple[tuple[R, A], Gradient]]: ...
+@overload
+def value_and_grad(
+    fn: Callable[P, tuple[R, A]],
+    *,
+    wrt: Filter = "params",
+    argnums: Sequence[int],
+    has_aux: Literal[True],
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, tuple[tuple[R, A], tuple[Gradient, ...]]]: ...
+@overload
+def value_and_grad(
+    fn: Callable[P, Any],
+    *,
+    wrt: Filter = "params",
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, Any]: ...
 def value_and_grad(
     fn: Callable[..., Any],
     *,
@@ -61,6 +118,56 @@ def value_and_grad(
     return _gradient("nnx.value_and_grad", fn, wrt, argnums, has_aux, holomorphic, allow_int)
 
 
+@overload
+def grad(
+    fn: Callable[P, R],
+    *,
+    wrt: Filter = "params",
+    argnums: int = 0,
+    has_aux: Literal[False] = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, Gradient]: ...
+@overload
+def grad(
+    fn: Callable[P, R],
+    *,
+    wrt: Filter = "params",
+    argnums: Sequence[int],
+    has_aux: Literal[False] = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, tuple[Gradient, ...]]: ...
+@overload
+def grad(
+    fn: Callable[P, tuple[R, A]],
+    *,
+    wrt: Filter = "params",
+    argnums: int = 0,
+    has_aux: Literal[True],
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, tuple[Gradient, A]]: ...
+@overload
+def grad(
+    fn: Callable[P, tuple[R, A]],
+    *,
+    wrt: Filter = "params",
+    argnums: Sequence[int],
+    has_aux: Literal[True],
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, tuple[tuple[Gradient, ...], A]]: ...
+@overload
+def grad(
+    fn: Callable[P, Any],
+    *,
+    wrt: Filter = "params",
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, Any]: ...
 def grad(
     fn: Callable[..., Any],
     *,
@@ -102,59 +209,35 @@ def _gradient(
     allow_int: bool,
 ) -> Callable[..., Any]:
     inner, bound = unbound(fn)
-    name = f"{kind}({function_name(fn)})"
     single = isinstance(argnums, int)
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
+    def transform(pure: Any, parts: Any, targets: list[Target], name: str) -> Any:
+        both = jax.value_and_grad(pure, has_aux=True, holomorphic=holomorphic, allow_int=allow_int)
+        (value, packed), grads = both(parts)
+        return (value, [t.named(g) for t, g in zip(targets, grads, strict=True)]), packed
+
     @functools.wraps(inner)
     def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
-        args = bound + args
         if ambient.probe is not None:
             options = wrt, argnums, has_aux, holomorphic, allow_int
-            return ambient.probe.gradient(kind, inner, args, kwargs, *options)
-
-        def attempt(roots: Roots) -> Any:
-            call = open_call(args, kwargs, roots)
-            targets = targets_of(name, args, numbers, wrt, call, allow_int=allow_int)
-
-            def loss(given: Any) -> Any:
-                flat = list(call.values), list(call.leaves), list(call.others)
-                for t, part in zip(targets, given, strict=True):
-                    t.put(part, *flat)
-                split_out = functools.partial(_split, name, has_aux)
-                return run(inner, name, call, *flat, mode="constant", split_out=split_out)
-
-            (value, packed), grads = jax.value_and_grad(
-                loss, has_aux=True, holomorphic=holomorphic, allow_int=allow_int
-            )([t.take(call.values, call.leaves, call.others) for t in targets])
-            aux = close_call(call, packed)
-            results = tuple(t.named(g) for t, g in zip(targets, grads, strict=True))
-            return (value, aux) if has_aux else value, results[0] if single else results
-
-        return until_lifted(attempt)
+            return ambient.probe.gradient(kind, inner, bound + args, kwargs, *options)
+        (value, grads), _, aux = differentiate(
+            kind, fn, args, kwargs, numbers, wrt, has_aux, allow_int, transform, _check_scalar
+        )
+        return (value, aux) if has_aux else value, grads[0] if single else tuple(grads)
 
     return value_and_gradient
 
 
-def _split(name: str, has_aux: bool, out: Any) -> tuple[Any, Any]:
-    if has_aux:
-        if not isinstance(out, tuple) or len(out) != 2:
-            raise DifferentiationError(
-                f"With has_aux=True, the function of {name} must return (scalar, aux), but it "
-                f"returned {type(out).__name__}."
-            )
-        loss, aux = out
-    else:
-        loss, aux = out, None
-    if not hasattr(loss, "shape") and not isinstance(loss, int | float | complex):
-        hint = " Pass has_aux=True if it returns (scalar, aux)." if isinstance(loss, tuple) else ""
+def _check_scalar(name: str, out: Any) -> None:
+    if not hasattr(out, "shape") and not isinstance(out, int | float | complex):
+        hint = " Pass has_aux=True if it returns (scalar, aux)." if isinstance(out, tuple) else ""
         raise DifferentiationError(
-            f"The function of {name} must return a scalar, but it returned "
-            f"{type(loss).__name__}.{hint}"
+            f"The function of {name} must return a scalar, but it returned {type(out).__name__}.{hint}"
         )
-    if jnp.shape(loss) != ():
+    if jnp.shape(out) != ():
         raise DifferentiationError(
             f"The function of {name} must return a scalar, but it returned an array of shape "
-            f"{jnp.shape(loss)}. Reduce it, as with jnp.mean."
+            f"{jnp.shape(out)}. Reduce it, as with jnp.mean."
         )
-    return loss, aux

@@ -9,7 +9,17 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    ParamSpec,
+    Protocol,
+    Self,
+    TypeVar,
+    overload,
+)
 
 import jax
 
@@ -21,9 +31,10 @@ from nnx.transforms.closure import Closure
 from nnx.transforms.donation import explain_deleted, explain_donation, selected
 from nnx.transforms.explain import Explanation, explain, note
 from nnx.transforms.homes import at_home
+from nnx.transforms.naming import named
 from nnx.transforms.shardings import Shardings
 from nnx.transforms.simple import eval_shape
-from nnx.transforms.stages import Traced
+from nnx.transforms.stages import Lowered, Traced
 from nnx.transforms.statics import Statics
 from nnx.transforms.tracebacks import shortened
 from refx import Filter
@@ -32,10 +43,23 @@ from refx.trace import without_jit
 
 __all__ = ["jit"]
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+R = TypeVar("R")
+T = TypeVar("T")
+R_co = TypeVar("R_co", covariant=True)
 
 
-class Jit:
+class _Method(Protocol[P, Q, R_co]):
+    """What an attribute that is a jitted function is on a module: bound, but for its stages."""
+
+    def __call__(self, *args: Q.args, **kwargs: Q.kwargs) -> R_co: ...
+    def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced: ...
+    def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered: ...
+    def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation: ...
+
+
+class Jit(Generic[P, R]):
     """What `nnx.jit` returns: called like the function, compiled once for each structure.
 
     A layout is traced once before it is compiled, since only then is known what the function closes
@@ -44,7 +68,7 @@ class Jit:
 
     def __init__(
         self,
-        fn: Callable[..., Any],
+        fn: Callable[P, R],
         statics: tuple[Any, Any],
         donate: Filter,
         shardings: tuple[Any, Any],
@@ -73,7 +97,9 @@ class Jit:
         # Whether values may be on several devices, where what is written goes back to its place; None
         # until it is called, since to ask starts the devices.
         self._spread: bool | None = False if self._shardings.active else None
-        self._compiled = jax.jit(self._run, static_argnums=0, **options)
+        # One function: JAX knows a trace again by it.
+        self._pure = self._named_run()
+        self._compiled = jax.jit(self._pure, static_argnums=0, **options)
         # A function that is itself a Jit has attributes that must not become those of this one.
         functools.update_wrapper(self, fn, updated=())
 
@@ -88,10 +114,12 @@ class Jit:
     _given: tuple[Any, ...]
     __qualname__: str
 
-    def __new__(cls, *given: Any) -> Any:
-        jitted = super().__new__(cls)
-        jitted._given = given  # what copies and pickles are made of
-        return jitted
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *given):
+            jitted = super().__new__(cls)
+            jitted._given = given  # what copies and pickles are made of
+            return jitted
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         fn = copy.deepcopy(self._given[0], memo)
@@ -108,6 +136,18 @@ class Jit:
                 pass
         # As a method the last one given is 1.
         return (_method, self._given[:5]) if len(self._given) > 5 else (Jit, self._given)
+
+    def _named_run(self) -> Callable[..., Packed]:
+        def pure(layout: Any, values: Any, leaves: Any, others: Any) -> Packed:
+            return self._run(layout, values, leaves, others)
+
+        return named(pure, self._fn)
+
+    def _named_run_donating(self) -> Callable[..., Packed]:
+        def pure(layout: Any, donated: Any, values: Any, leaves: Any, others: Any) -> Packed:
+            return self._run_donating(layout, donated, values, leaves, others)
+
+        return named(pure, self._fn)
 
     def _run(self, layout: Any, values: Any, leaves: Any, others: Any) -> Packed:
         call: Call = ambient.call
@@ -171,10 +211,10 @@ class Jit:
                 inputs = options["in_shardings"]
                 options["in_shardings"] = ([inputs[0][i] for i in layout.donated], *inputs)
             self._programs[layout] = jax.jit(
-                self._run_donating, static_argnums=0, donate_argnums=1, **options
+                self._named_run_donating(), static_argnums=0, donate_argnums=1, **options
             )
         elif self._shardings.active:
-            self._programs[layout] = jax.jit(self._run, static_argnums=0, **options)
+            self._programs[layout] = jax.jit(self._pure, static_argnums=0, **options)
         layout.traced = True
         if not layout.donated:
             note(self, layout, call)
@@ -212,7 +252,7 @@ class Jit:
                 return call
             self._closure.add(call, self._name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if ambient.probe is not None:
             return ambient.probe.jit(self, args, kwargs)
         outer = ambient.call
@@ -269,7 +309,7 @@ class Jit:
                 ambient.call = outer
             self._closure.add(call, self._name)
 
-    def trace(self, *args: Any, **kwargs: Any) -> Traced:
+    def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced:
         """Trace for these arguments, as `jax.jit(f).trace`: has `.jaxpr` and `.lower()`."""
         return self._stages((), args, kwargs)
 
@@ -289,11 +329,11 @@ class Jit:
 
         return Traced(traced, self._name, call.layout, open_, self._inputs)
 
-    def lower(self, *args: Any, **kwargs: Any) -> Any:
+    def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered:
         """Lower for these arguments, as `jax.jit(f).lower`: has `.compile()` and `.as_text()`."""
         return self.trace(*args, **kwargs).lower()
 
-    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+    def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation:
         """Whether a call with these arguments is compiled already, and if not, what is new.
 
         Nothing is called, traced or compiled.
@@ -311,10 +351,16 @@ class Jit:
             call = self._open(args, kwargs)
         return explain(self, call)
 
-    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+    def eval_shape(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """The output for these arguments, abstractly; see `nnx.eval_shape`."""
         return eval_shape(self._fn, *args, **kwargs)
 
+    @overload
+    def __get__(self, instance: None, owner: Any = None) -> Self: ...
+    @overload
+    def __get__(
+        self: Jit[Concatenate[T, Q], R], instance: T, owner: Any = None
+    ) -> _Method[Concatenate[T, Q], Q, R]: ...
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
@@ -376,8 +422,8 @@ def _method(fn: Callable[..., Any], *given: Any) -> Jit:
     try:
         known = _methods.get(key)
     except TypeError:
-        return Jit(fn, *given, 1)
-    return known or _methods.setdefault(key, Jit(fn, *given, 1))
+        return Jit(fn, *given, 1)  # pyright: ignore
+    return known or _methods.setdefault(key, Jit(fn, *given, 1))  # pyright: ignore
 
 
 def _starts_again(call: Call) -> bool:
@@ -395,9 +441,27 @@ def _starts_again(call: Call) -> bool:
 
 
 @overload
-def jit(fn: F, **options: Any) -> F: ...
+def jit(
+    fn: Callable[P, R],
+    *,
+    static_argnums: int | Iterable[int] | None = None,
+    static_argnames: str | Iterable[str] | None = None,
+    donate: Filter = None,
+    in_shardings: Any = None,
+    out_shardings: Any = None,
+    **options: Any,
+) -> Jit[P, R]: ...
 @overload
-def jit(fn: None = None, **options: Any) -> Callable[[F], F]: ...
+def jit(
+    fn: None = None,
+    *,
+    static_argnums: int | Iterable[int] | None = None,
+    static_argnames: str | Iterable[str] | None = None,
+    donate: Filter = None,
+    in_shardings: Any = None,
+    out_shardings: Any = None,
+    **options: Any,
+) -> Callable[[Callable[P, R]], Jit[P, R]]: ...
 def jit(
     fn: Any = None,
     *,

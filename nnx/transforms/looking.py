@@ -22,10 +22,12 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from nnx._layer_names import LayerCall
 from nnx.transforms.names import names_of
 from refx import Node, Ref, RefError
+from refx.dagdef import DagDef, NodeDef, Tree
 from refx.static import Static
-from refx.structure import DagDef, NodeDef, Tree, scan
+from refx.walk import walk
 
 __all__: list[str] = []
 
@@ -97,13 +99,19 @@ class Graph:
     """Everything that can be reached from some objects, in one fixed order."""
 
     def __init__(
-        self, starts: Iterable[tuple[Any, Any, bool]], expected: Set[tuple[Any, ...]] = frozenset()
+        self,
+        starts: Iterable[tuple[Any, Any, bool]],
+        expected: Set[tuple[Any, ...]] = frozenset(),
+        *,
+        only_near: bool = False,
     ):
         """Look from `starts`, triples of a name, an object and whether it is far.
 
         Names of modules that are not bound count as None where their path is one of `expected`.
+        With `only_near`, no far step is taken.
         """
         self._expected = expected
+        self._only_near = only_near
         self.edges: list[Edge] = []
         self.objects: list[Any] = []
         self._paths: list[tuple[Any, ...]] = []
@@ -128,7 +136,7 @@ class Graph:
         return self._is_far[number]
 
     def _next(self) -> bool:
-        if not self._near and not self._far:
+        if not self._near and (not self._far or self._only_near):
             return False
         number = (self._near or self._far).popleft()
         x, far = self.objects[number], self._is_far[number]
@@ -136,11 +144,14 @@ class Graph:
             self._modules[number] = set()
             return True
         for key, way, value, step_far in self._steps(x):
-            self._edge(number, key, way, value, far or step_far)
+            if not (step_far and self._only_near):
+                self._edge(number, key, way, value, far or step_far)
         return True
 
     def _in_modules(self) -> bool:
         found = False
+        if self._only_near:
+            return False
         for number, done in list(self._modules.items()):
             content = vars(self.objects[number])
             path = self._paths[number]
@@ -392,7 +403,10 @@ def class_dict(cls: Any) -> dict[str, Any]:
     return gc.get_referents(type.__dict__["__dict__"].__get__(cls))[0]
 
 
-_CODE = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
+_CODE = (
+    *(types.FunctionType, staticmethod, classmethod, property, functools.cached_property),
+    LayerCall,
+)
 
 
 def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
@@ -501,7 +515,7 @@ _PLAIN_DATA = (_PLAIN - {type(len)}) | {np.ndarray}
 
 def _scans(x: Any) -> bool:
     try:
-        scan(x)
+        walk(x)
     except RefError:
         return False
     return True

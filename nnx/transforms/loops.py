@@ -8,7 +8,7 @@ others are constants of the loop, which costs nothing and keeps their gradients 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.callables import function_name
 from nnx.transforms.carry import CARRY, Loop, run_loop
 from nnx.transforms.eager import compiled_once
+from nnx.transforms.naming import named
 from nnx.transforms.vmap import vmap
 from refx import Filter, StructureError
 from refx.node import is_identity
@@ -28,16 +29,21 @@ from refx.node import is_identity
 __all__ = ["fori_loop", "map", "scan", "while_loop"]
 
 
+C = TypeVar("C")
+X = TypeVar("X")
+Y = TypeVar("Y")
+
+
 def scan(
-    f: Callable[[Any, Any], tuple[Any, Any]],
-    init: Any = None,
-    xs: Any = None,
+    f: Callable[[C, X], tuple[C, Y]],
+    init: C = None,
+    xs: X = None,
     length: int | None = None,
     reverse: bool = False,
     unroll: int | bool = 1,
     *,
     axes: dict[Filter, Any] | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[C, Y]:
     """Run `f(carry, x) -> (carry, y)` over the leading axis of `xs`, as one compiled loop.
 
     Refs in `init`, Refs that `f` closes over, and the streams of the ambient scope are carried.
@@ -124,14 +130,19 @@ def _scan(
         sliced = loop.sliced()
         slices = jax.eval_shape(lambda: sliced)
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), slices)
-        loop.learn(abstractly(loop.step, loop.first(), one))
+        loop.learn(abstractly(loop.pure_step(), loop.first(), one))
 
         def body(carry: Any, x: Any) -> Any:
             carry, packed = loop.step(carry, x)
             return carry, (packed.out, loop.sliced_of(packed))
 
         last, (out, sliced) = jax.lax.scan(
-            body, loop.first(), sliced, size, reverse=reverse, unroll=unroll
+            named(body, f, call, loop.spread),
+            loop.first(),
+            sliced,
+            size,
+            reverse=reverse,
+            unroll=unroll,
         )
         y = close_call(call, loop.packed(out, last, sliced))
         return loop.last(last), y
@@ -162,9 +173,7 @@ def _length(call: Call, specs: Specs, given: int | None, name: str) -> int:
     return length(call, specs, given, name, lambda spec: None if spec is CARRY else spec)
 
 
-def while_loop(
-    cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any
-) -> Any:
+def while_loop(cond_fun: Callable[[C], Any], body_fun: Callable[[C], C], init_val: C) -> C:
     """Run `body_fun(val) -> val` as long as `cond_fun(val)` is true, as one compiled loop.
 
     Refs in `init_val` and Refs that the functions close over are carried, and both see their
@@ -204,10 +213,17 @@ def _while_loop(
         body_of_val = lambda val: (body_fun(val), None)  # noqa: E731
         loop = Loop(name, body_of_val, call, specs, init, renewed=renewed)
         nothing = loop.sliced()
-        loop.learn(abstractly(loop.step, loop.first(), nothing))
+        loop.learn(abstractly(loop.pure_step(), loop.first(), nothing))
 
         def condition(carry: Any) -> Any:
-            packed = run(cond_fun, name, call, *loop.place(carry, nothing), mode="constant")
+            packed = run(
+                cond_fun,
+                name,
+                call,
+                *loop.place(carry, nothing),
+                mode="constant",
+                runs_once=False,
+            )
             if packed.spec.written:
                 what = call.layout.name_of(packed.spec.written[0])
                 raise StructureError(
@@ -216,9 +232,14 @@ def _while_loop(
                 )
             return packed.out
 
+        def body(carry: Any) -> Any:
+            return loop.step(carry, nothing)[0]
+
         abstractly(condition, loop.first())
         last = jax.lax.while_loop(
-            condition, lambda carry: loop.step(carry, nothing)[0], loop.first()
+            named(condition, cond_fun, call, loop.spread),
+            named(body, body_fun, call, loop.spread),
+            loop.first(),
         )
         close_call(call, loop.packed(None, last, []))
         return loop.last(last)
@@ -229,11 +250,11 @@ def _while_loop(
 def fori_loop(
     lower: Any,
     upper: Any,
-    body_fun: Callable[[Any, Any], Any],
-    init_val: Any,
+    body_fun: Callable[[Any, C], C],
+    init_val: C,
     *,
     unroll: int | bool | None = None,
-) -> Any:
+) -> C:
     """Run `body_fun(i, val) -> val` for `i` from `lower` to `upper - 1`, as one compiled loop.
 
     Refs in `init_val` and Refs that the body closes over are carried. Arguments as for
@@ -297,21 +318,20 @@ def _fori_loop(
             steps=count,
             renewed=renewed,
         )
-        loop.learn(abstractly(loop.step, loop.first(), ([], [], [index])))
-        last = jax.lax.fori_loop(
-            lower,
-            upper,
-            lambda i, carry: loop.step(carry, ([], [], [i]))[0],
-            loop.first(),
-            unroll=unroll,
-        )
+        loop.learn(abstractly(loop.pure_step(), loop.first(), ([], [], [index])))
+
+        def body(i: Any, carry: Any) -> Any:
+            return loop.step(carry, ([], [], [i]))[0]
+
+        body = named(body, body_fun, call, loop.spread)
+        last = jax.lax.fori_loop(lower, upper, body, loop.first(), unroll=unroll)
         close_call(call, loop.packed(None, last, []))
         return loop.last(last)
 
     return run_loop(init_val, attempt)
 
 
-def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> Any:
+def map(f: Callable[[X], Y], xs: X, *, batch_size: int | None = None) -> Y:
     """Apply `f` to each slice of `xs` along the leading axis, one after the other, and stack.
 
     It is `nnx.scan` without a carry, so Refs in `xs` are sliced and closed-over Refs carried.

@@ -14,7 +14,8 @@ class Names(NamedTuple):
     """The names that some code loads, and what it does with them.
 
     `stored` are attributes and variables that the code sets; `sinks` are variables of which every use
-    puts something into them.
+    puts something into them; `read` are those whose every use takes items out: `f(**x)`, `x[i]`,
+    `for i in x`.
     """
 
     loaded: tuple[str, ...]
@@ -23,6 +24,7 @@ class Names(NamedTuple):
     imported: tuple[str, ...]
     stored: frozenset[str]
     sinks: frozenset[str]
+    read: frozenset[str]
 
 
 # Code that uses one of these may find an attribute or a global by a string.
@@ -34,9 +36,16 @@ _BY_STRING = frozenset(
 _PUTS = frozenset({"append", "extend", "add", "insert", "update", "setdefault", "clear"})
 
 
-def _used_variables(code: types.CodeType) -> tuple[set[str], set[str]]:
-    """The variables that a piece of code only puts something into, and those it uses otherwise."""
+# What these do with the container on top of the stack, or with the one below an index, is to read it.
+_READS = frozenset(
+    {"DICT_MERGE", "DICT_UPDATE", "LIST_EXTEND", "SET_UPDATE", "GET_ITER", "CONTAINS_OP"}
+)
+
+
+def _used_variables(code: types.CodeType) -> tuple[set[str], set[str], set[str]]:
+    """The variables that a piece of code puts something into, reads, and uses otherwise."""
     puts: set[str] = set()
+    reads: set[str] = set()
     others: set[str] = set()
     steps = list(dis.get_instructions(code))
     line = 0
@@ -47,10 +56,13 @@ def _used_variables(code: types.CodeType) -> tuple[set[str], set[str]]:
     sets = {at for step, at in zip(steps, lines, strict=True) if step.opname == "STORE_SUBSCR"}
     for i, step in enumerate(steps):
         if step.opname in ("LOAD_DEREF", "LOAD_GLOBAL", "LOAD_CLASSDEREF"):
-            after = steps[i + 1] if i + 1 < len(steps) else None
+            after, second = (*steps[i + 1 : i + 3], None, None)[:2]
             put = after is not None and str(after.argval) in _PUTS
-            (puts if put or lines[i] in sets else others).add(step.argval)
-    return puts, others
+            read = after is not None and after.opname in _READS
+            read = read or (second is not None and second.opname == "BINARY_SUBSCR")
+            use = puts if put or lines[i] in sets else reads if read else others
+            use.add(step.argval)
+    return puts, reads, others
 
 
 @functools.lru_cache(maxsize=4096)
@@ -61,6 +73,7 @@ def names_of(code: types.CodeType) -> Names:
     attributes: set[str] = set()
     stored: set[str] = set()
     puts: set[str] = set()
+    reads: set[str] = set()
     others: set[str] = set()
     strings: dict[str, None] = {}
     todo = [code]
@@ -73,7 +86,7 @@ def names_of(code: types.CodeType) -> Names:
                 imported[step.argval] = None
             elif step.opname in ("STORE_ATTR", "DELETE_ATTR", "STORE_DEREF"):
                 stored.add(step.argval)
-        for total, found in zip((puts, others), _used_variables(at), strict=True):
+        for total, found in zip((puts, reads, others), _used_variables(at), strict=True):
             total |= found
         attributes.update(at.co_names)
         strings.update((c, None) for c in at.co_consts if type(c) is str and c.isidentifier())
@@ -86,5 +99,6 @@ def names_of(code: types.CodeType) -> Names:
         tuple(strings),
         tuple(imported),
         frozenset(stored),
-        frozenset(puts - others),
+        frozenset(puts - reads - others),
+        frozenset(reads - puts - others),
     )

@@ -14,6 +14,7 @@ from nnx.transforms.axes import AxisError, Sorted, assign
 from nnx.transforms.boundary import Outline, Packed, close_call, run, until_lifted
 from nnx.transforms.call import Roots, open_call
 from nnx.transforms.callables import function_name, unbound
+from nnx.transforms.naming import named
 from refx.partition import dotted
 
 __all__ = ["shard_map"]
@@ -97,9 +98,13 @@ def shard_map(
                         differing[dotted(paths[i][1:]) or "a Ref"] = axes
                 return layout.sort(packed, outline)
 
+            def pure(values: Any, leaves: Any, others: Any) -> Any:
+                flat = (values, leaves, others)
+                return run(inner, name, call, *flat, mode="read", finish=finish)
+
             try:
                 results = jax.shard_map(
-                    lambda *flat: run(inner, name, call, *flat, mode="read", finish=finish),
+                    named(pure, inner, call),
                     in_specs=(where.refs, where.leaves, where.others),
                     out_specs=layout.keys,
                     **given,

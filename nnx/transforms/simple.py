@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 from jax.experimental import checkify as jax_checkify
@@ -21,6 +21,7 @@ from nnx.transforms.boundary import (
 )
 from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.callables import function_name, unbound
+from nnx.transforms.naming import named
 
 __all__ = ["checkify", "eval_shape", "make_jaxpr", "remat"]
 
@@ -39,13 +40,35 @@ def _transformed(
 
         def attempt(roots: Roots) -> Any:
             call = open_call(bound + args, kwargs, roots)
-            return transform(call, lambda *flat: run(inner, name, call, *flat, mode="read"))
+
+            def pure(values: Any, leaves: Any, others: Any) -> Packed:
+                return run(inner, name, call, values, leaves, others, mode="read")
+
+            return transform(call, named(pure, inner, call))
 
         return until_lifted(attempt)
 
     return wrapped
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@overload
+def remat(
+    fn: Callable[P, R],
+    *,
+    prevent_cse: bool = True,
+    policy: Callable[..., bool] | None = None,
+) -> Callable[P, R]: ...
+@overload
+def remat(
+    fn: None = None,
+    *,
+    prevent_cse: bool = True,
+    policy: Callable[..., bool] | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 def remat(
     fn: Callable[..., Any] | None = None,
     *,
@@ -79,7 +102,7 @@ def remat(
     return _transformed("nnx.remat", fn, transform)
 
 
-def eval_shape(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def eval_shape(fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """The output of `fn` with `jax.ShapeDtypeStruct`s for arrays, without computing anything.
 
     Modules in the arguments may hold arrays or `ShapeDtypeStruct`s. Nothing that `fn` writes is
@@ -106,7 +129,7 @@ def eval_shape(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return _transformed("nnx.eval_shape", fn, transform)(*args, **kwargs)
 
 
-def make_jaxpr(fn: Callable[..., Any]) -> Callable[..., Any]:
+def make_jaxpr(fn: Callable[P, Any]) -> Callable[P, Any]:
     """A function of the arguments of `fn` that gives its jaxpr, to look at; nothing is written.
 
     The inputs of the jaxpr are the values of the Refs, by path, and then the other arguments; its
@@ -126,7 +149,9 @@ def make_jaxpr(fn: Callable[..., Any]) -> Callable[..., Any]:
     return _transformed("nnx.make_jaxpr", fn, transform)
 
 
-def checkify(fn: Callable[..., Any], errors: Any = jax_checkify.user_checks) -> Callable[..., Any]:
+def checkify(
+    fn: Callable[P, R], errors: Any = jax_checkify.user_checks
+) -> Callable[P, tuple[jax_checkify.Error, R]]:
     """Make `jax.experimental.checkify` checks of `fn` into an error value; Refs are written back.
 
     Args:

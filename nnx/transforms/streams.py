@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nnx.rng import RngStream
-from refx.structure import DagDef, NodeDef, RefDef
+from refx.dagdef import DagDef, NodeDef, RefDef
 
 __all__: list[str] = []
 

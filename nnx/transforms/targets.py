@@ -15,7 +15,7 @@ from refx.node import is_identity
 from refx.partition import Path, dotted, listed
 from refx.selection import mistake
 from refx.snapshot import snapshot
-from refx.structure import leaves_by_path
+from refx.walk import leaves_by_path
 
 __all__ = ["DifferentiationError"]
 

@@ -6,7 +6,7 @@ that is put into one of the caller's would be put there once, while tracing, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import is_
 from typing import Any
 
@@ -14,13 +14,15 @@ import jax
 from jax.core import Tracer
 
 from nnx.transforms.call import Call, Layout
-from refx import Node, Ref
+from nnx.transforms.looking import Graph, containers
+from refx import Node, Ref, RefError
 from refx.access import writable
+from refx.dagdef import DagDef
 from refx.errors import StructureError
 from refx.frame import Frame
-from refx.node import is_identity
-from refx.snapshot import snapshot
-from refx.structure import DagDef, contents, scan
+from refx.node import is_exposed, is_identity
+from refx.snapshot import Contents, snapshot
+from refx.walk import contents, walk
 
 __all__: list[str] = []
 
@@ -41,58 +43,167 @@ def reachable(dagdef: DagDef, roots: Iterable[int]) -> set[int]:
 
 
 class Untouched:
-    """The containers of the roots that a body closes over, as they were when it began."""
+    """The containers that a body reaches by two names, or by closure, as they were when it began.
 
-    def __init__(self, call: Call, layout: Layout, objects: list[Any]):
+    A module that is an argument is a copy in the body, and what the function closes over is the
+    caller's own. Where both are one module, a change of structure of the copy is not seen through
+    the closure, and one of the caller's own not through the argument: either is an error. What the
+    function closes over alone may be changed by a body that runs exactly once for each call.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        call: Call,
+        layout: Layout,
+        objects: list[Any],
+        outer: list[Any],
+        *,
+        runs_once: bool,
+    ):
         start = len(layout.form.where)
-        # What stands for them, which is an argument, too, where the caller passes one of them.
-        closed = reachable(layout.dagdef, range(start, start + layout.closed))
-        self._stand_ins = [
-            (objects[n], contents(objects[n]), contents(objects[n]).copy())
-            for n in closed
-            if type(objects[n]) is not Ref
-        ]
-        self._roots = call.roots[start : start + layout.closed]
-        self._snapshots = call.snapshots[start : start + layout.closed]
-        self._kept = [
-            (root, content, content.copy())
-            for root in self._roots
-            for container in scan(root).containers
-            for content in [contents(container)]
-        ]
+        closed = slice(start, start + layout.closed)
+        self._fn = fn
+        self._outer = outer
+        # What stands for closed-over roots, where the caller passes one of them as an argument, too.
+        self._closed = reachable(layout.dagdef, range(closed.start, closed.stop))
+        self._numbers = [n for n, x in enumerate(objects) if type(x) is not Ref]
+        self._inner = Contents([contents(objects[n]) for n in self._numbers])
+        self._roots = call.roots[closed]
+        self._snapshots = call.snapshots[closed]
+        # Whoever keeps no program between calls looks at the function at each call.
+        looks = call.entry is not None
+        self._runs_once = runs_once and looks
+        self._owners: list[Any] = []
+        self._kept: list[Any] = []
+        # The caller's own containers in the arguments that change without asking.
+        for n in self._numbers:
+            x = outer[n]
+            if n not in self._closed and not (isinstance(x, Node) and not is_exposed(x)):
+                self._keep(None, [contents(x)])
+        for root in [*self._roots, *(closed_over(fn, only_near=True) if looks else ())]:
+            for module, held in _containers_of(root):
+                self._keep(module, held)
+        self._caller = Contents(self._kept)
 
-    def restore(self) -> Any:
-        """Put everything back; the first root that something was changed in, or None."""
-        touched = None
-        for root, content, was in reversed(self._kept):
-            if not _same(content, was):
-                touched = root
-                content.clear()
-                content.update(was) if isinstance(content, dict) else content.extend(was)
+    def _keep(self, owner: Any, held: list[Any]) -> None:
+        self._kept += held
+        self._owners += [owner] * len(held)
+
+    def restore(self) -> list[Any]:
+        """Put everything of the caller's back; the positions of the containers that had changed."""
+        if self._caller.same():
+            return []
+        changed = self._caller.changed()
+        for i, was in changed.items():
+            content = self._kept[i]
+            content.clear()
+            content.update(was) if isinstance(content, dict) else content.extend(was)
+        return list(changed)
+
+    def check(self, frame: Frame) -> None:
+        """Raise if something was changed that is seen by two names, after putting it back."""
+        if not self._inner.same():
+            self._check_arguments(frame)
+        if not self._caller.same():
+            self._check_caller(frame)
+        if self._runs_once:
+            return
         for root, kept in zip(self._roots, self._snapshots, strict=True):
             now = snapshot(root)
             # Instances of registered pytree classes may change in ways that only they know.
             if now.dagdef is not kept.dagdef or not all(map(is_, now.refs, kept.refs)):
-                touched = root
-        return touched
+                self.restore()
+                raise _changed(root, frame)
 
-    def check(self, frame: Frame) -> None:
-        """Raise if something was changed, after putting it back."""
-        for obj, content, was in self._stand_ins:
-            if not _same(content, was):
-                raise StructureError(
-                    f"A {type(obj).__name__} was changed in {frame.name}: an attribute, a list or a "
-                    f"dict of it. It is an argument and the function closes over it, too, where the "
-                    f"change is not seen. Use it under one of the two names: the argument."
-                )
-        root = self.restore()
-        if root is not None:
-            raise StructureError(
-                f"A {type(root).__name__} that {frame.name} closes over was changed inside it: "
-                f"something was put into a list, a dict or the __dict__ of it, or taken out. That "
-                f"would happen once, while tracing. Pass the module as an argument; then such "
-                f"changes propagate. What changes in each call is best kept in a Ref (nnx.Ref)."
+    def _check_arguments(self, frame: Frame) -> None:
+        changed = [self._numbers[i] for i in self._inner.changed()]
+        both = [n for n in changed if n in self._closed]
+        if not both:
+            # What is far is looked for only here, where there is a reason.
+            seen = {id(x) for root in closed_over(self._fn) for x in _objects_of(root)}
+            both = [n for n in changed if id(self._outer[n]) in seen]
+        if both:
+            self.restore()
+            raise _both(self._outer[both[0]], frame)
+
+    def _check_caller(self, frame: Frame) -> None:
+        changed = self._caller.changed()
+        given = [i for i in changed if self._owners[i] is None]
+        # What belongs to the body may not stay in what is older than it.
+        mine = any(
+            _is_of(x, frame)
+            for i in changed
+            for content in [self._kept[i]]
+            for x in jax.tree.leaves(
+                list(content.values() if isinstance(content, dict) else content),
+                is_leaf=is_identity,
             )
+        )
+        if given or mine or not self._runs_once:
+            self.restore()
+            at = (given or list(changed))[0]
+            raise _both(self._kept[at], frame) if given else _changed(self._owners[at], frame)
+
+
+def _is_of(x: Any, frame: Frame) -> bool:
+    """Whether something is a tracer of this body, or a module or a Ref that was made in it."""
+    if isinstance(x, Tracer):
+        return x._trace is frame.trace()
+    return is_identity(x) and x._frame is frame
+
+
+def closed_over(fn: Callable[..., Any], *, only_near: bool = False) -> list[Any]:
+    """The modules, the Refs and the containers of them that looking at a function leads to."""
+    found = Graph([("", fn, False)], only_near=only_near).edges
+    return [edge.candidate for edge in found if edge.candidate is not None]
+
+
+def _containers_of(root: Any) -> list[tuple[Any, list[Any]]]:
+    """The lists and dicts below a root, as pairs of a module or a container and what it holds."""
+    if type(root) is Ref:
+        return []
+    if isinstance(root, Node):
+        try:
+            return [(root, snapshot(root).containers)]
+        except RefError:
+            # It can be no argument either, and whoever uses it will be told why.
+            return []
+    own = [(root, containers(root))]
+    nodes = [x for x in jax.tree.leaves(root, is_leaf=is_identity) if isinstance(x, Node)]
+    return [*own, *(pair for x in nodes for pair in _containers_of(x))]
+
+
+def _objects_of(root: Any) -> list[Any]:
+    try:
+        return walk(root).objects
+    except RefError:
+        return [root]
+
+
+def _both(x: Any, frame: Frame) -> StructureError:
+    what = f"A {type(x).__name__}" if isinstance(x, Node) else f"A {type(x).__name__} of a module"
+    return StructureError(
+        f"{what} was changed in {frame.name}: an attribute, a list or a dict of it. It is an "
+        f"argument and the function closes over it, too, where the change is not seen. Use it under "
+        f"one of the two names: the argument."
+    )
+
+
+def _changed(root: Any, frame: Frame) -> StructureError:
+    if not isinstance(root, Node):
+        return StructureError(
+            f"The body of {frame.name} changed a {type(root).__name__} that it closes over. That would "
+            f"happen once, while tracing, and not in each step. Return the modules, or keep them in an "
+            f"attribute of a module that is an argument; keep what changes in each call in a Ref "
+            f"(nnx.Ref)."
+        )
+    return StructureError(
+        f"A {type(root).__name__} that {frame.name} closes over was changed inside it: something was "
+        f"put into a list, a dict or the __dict__ of it, or taken out. That would happen once, while "
+        f"tracing. Pass the module as an argument; then such changes propagate. What changes in each "
+        f"call is best kept in a Ref (nnx.Ref)."
+    )
 
 
 def check_found(frame: Frame) -> None:
@@ -126,12 +237,3 @@ def check_arguments(frame: Frame, arguments: Any, roots: tuple[Any, ...]) -> Non
             f"changed inside it, and the change would be lost: such a container is a value there. "
             f"Keep it in an attribute of a module, where changes propagate, or return it."
         )
-
-
-def _same(content: Any, was: Any) -> bool:
-    if len(content) != len(was):
-        return False
-    if isinstance(content, dict) and not all(map(is_, content, was)):
-        return False
-    values = (content.values(), was.values()) if isinstance(content, dict) else (content, was)
-    return all(map(is_, *values))

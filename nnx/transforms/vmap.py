@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 
@@ -21,21 +21,26 @@ from nnx.transforms.axes import (
 from nnx.transforms.boundary import Outline, Packed, close_call, run, until_lifted
 from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.callables import function_name, unbound
+from nnx.transforms.naming import named
 from refx.partition import Path
 from refx.trace import is_batched
 
 __all__ = ["vmap"]
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
 def vmap(
-    fn: Callable[..., Any],
+    fn: Callable[P, R],
     in_axes: Any = 0,
     out_axes: Any = 0,
     *,
     axis_name: Hashable | None = None,
     axis_size: int | None = None,
     spmd_axis_name: Any = None,
-) -> Callable[..., Any]:
+) -> Callable[P, R]:
     """Map a function over an axis of its arguments; Refs are mapped as their axes say.
 
     A Ref with an axis has a slice in each lane, and its writes are stacked again. A Ref with the
@@ -103,15 +108,12 @@ def vmap(
                     _check_output(name, groups[layout.keys.index(None)])
                     return groups
 
+                def pure(values: Any, leaves: Any, others: Any) -> Any:
+                    flat = (values, leaves, others)
+                    return run(inner, name, call, *flat, mode="read", finish=finish)
+
                 results = jax.vmap(
-                    lambda *flat: run(
-                        inner,
-                        name,
-                        call,
-                        *flat,
-                        mode="read",
-                        finish=finish,
-                    ),
+                    named(pure, inner, call),
                     in_axes=(specs.refs, specs.leaves, specs.others),
                     out_axes=layout.keys,
                     axis_name=axis_name,  # pyright: ignore[reportArgumentType]

@@ -14,7 +14,7 @@ import gc
 import sys
 import time
 
-from tests.laws.machine import LAWS, run_one
+from tests.laws.machine import LAWS, SHARES, run_one
 from tests.laws.program import forget
 
 
@@ -22,12 +22,14 @@ def main() -> int:
     """Run, print how many ran, and give the status of the process."""
     parser = argparse.ArgumentParser(prog="python -m tests.laws", description=__doc__)
     parser.add_argument("--programs", type=int, default=1000, help="how many in all")
-    parser.add_argument("--seed", type=int, default=0, help="the number of the first program")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the number of the first program of each law"
+    )
     parser.add_argument("--law", type=int, choices=LAWS, help="only programs of this law")
     parser.add_argument("--failures", type=int, default=10, help="stop after so many failures")
     parser.add_argument("--shrink", type=float, default=30.0, help="seconds to make each smaller")
     options = parser.parse_args()
-    laws = [options.law] if options.law else list(LAWS)
+    laws = [options.law] if options.law else [law for law in LAWS for _ in range(SHARES[law])]
     counts: dict[int, collections.Counter[str]] = {law: collections.Counter() for law in laws}
     failures = 0
     forget()
@@ -36,7 +38,7 @@ def main() -> int:
     try:
         for i in range(options.programs):
             law = laws[i % len(laws)]
-            seed = options.seed + i // len(laws)
+            seed = options.seed + sum(counts[law].values())
             found = run_one(law, seed, seconds=options.shrink)
             counts[law][found.kind] += 1
             if found.wrong:
@@ -49,6 +51,9 @@ def main() -> int:
                     break
             if i % 200 == 199:
                 forget()
+            if i % 1000 == 999:
+                seconds = time.monotonic() - start
+                print(f"... {i + 1} programs in {seconds:.0f} s", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print("stopped")
     seconds = time.monotonic() - start

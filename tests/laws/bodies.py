@@ -147,6 +147,8 @@ class Bodies:
             return self.region(scope, depth)
         if scope.owned and rng.random() < options.surgery:
             return self.surgery(scope)
+        if not scope.owned and rng.random() < options.surgery / 2:
+            return self.closed_surgery(scope)
         return self.simple(scope)
 
     def simple(self, scope: Scope) -> list[Node]:
@@ -209,6 +211,16 @@ class Bodies:
         if kind == 8:
             return [Line(f"{name}.late = {rng.choice(['None', f'Leaf({new}, {new})', other])}")]
         return [Line(f"{name}.kids = [{other}, {name}]")]
+
+    def closed_surgery(self, scope: Scope) -> list[Node]:
+        """A change of a list of a module that is closed over, or that a variable holds, too."""
+        found = [m for m, w in scope.modules if w in self.world.plains]
+        # In lanes and in derivatives the body runs once, and in Python several times.
+        if not found or scope.mapped or scope.locked:
+            return self.simple(scope)
+        name, other = self.rng.choice(found), self.rng.choice(scope.modules)[0]
+        change = self.rng.choice([f"append({other})", "clear()", "reverse()", "append(1)"])
+        return [Block(f'if hasattr({name}, "kids"):', (Line(f"{name}.kids.{change}"),))]
 
     # Transformations
 

@@ -24,7 +24,7 @@ def _listen(name: str, seconds: float, **_: Any) -> None:
 
 jax.monitoring.register_event_duration_secs_listener(_listen)
 
-_WARM, _CALLS = 3, 4
+_WARM, _CALLS = 5, 4
 
 
 def make(seed: int) -> Program:

@@ -187,7 +187,9 @@ def state_of(lib: Library, names: dict[str, Any], labels: dict[int, str]) -> dic
                 state[label] = (
                     type(x).__name__,
                     tuple(
-                        (k if type(k) is str else text(k), show(v, True)) for k, v in parts or []
+                        # A value that was computed may be a number here and an array there.
+                        (k if type(k) is str else text(k), show(v, k not in ("w", "c")))
+                        for k, v in parts or []
                     ),
                 )
         return f"-> {seen[id(x)]}"

@@ -245,7 +245,8 @@ def slope(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
     inner = scope.inner()
     # What is closed over is a constant.
     inner.locked = inner.locked + inner.scalars or ["array(0.5)"]
-    inner.scalars = []
+    inner.varying = inner.varying + inner.lanes
+    inner.scalars, inner.lanes = [], []
     leaves = [(m, w) for m, w in scope.modules if w in bodies.world.leaves]
     name = bodies.name("m")
     if leaves and rng.random() < 0.8:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import nnx
+from tests.laws.guests import GUESTS
 from tests.laws.neighbours import NEIGHBOURS
 from tests.laws.program import NNX, Program, Verdict, difference, render, same, state_of
 from tests.laws.world import make_world
@@ -259,7 +260,7 @@ CHANGING = {all_or_nothing}
 CHECKS: dict[int, tuple[Any, ...]] = {
     1: (objects_as_leaves, objects_as_leaves, trees_as_leaves, rebuilt),
     2: (split_and_merge, all_or_nothing),
-    9: NEIGHBOURS,
+    9: NEIGHBOURS + GUESTS,
 }
 # The errors that are right for a check, and why.
 MAY: dict[str, dict[str, str]] = {

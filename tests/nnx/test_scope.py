@@ -135,3 +135,60 @@ def test_an_array_is_no_flag(dense, flags, message):
     for use in (dense.apply, nnx.scope, nnx.Linear.init):
         with pytest.raises(nnx.UnhashableStaticError, match=message):
             use(**flags).__enter__()
+
+
+class TestUnusedFlags:
+    class Net(nnx.Module):
+        def __init__(self, width=2):
+            self.linear = nnx.Linear(2, width)
+            self.hidden = self.get_flag("hidden", False)
+
+        def __call__(self, x):
+            return self.linear(x) * self.get_flag("gain", 1.0)
+
+        @nnx.jit
+        def compiled(self, x):
+            return self.linear(x) * self.get_flag("gain_inside", 1.0)
+
+    def test_a_flag_that_nobody_asks_for_is_a_warning(self):
+        net = self.Net.init(0)()
+        x = jnp.ones(2)
+        message = (
+            r"(?s)flag 'gian' of Net\.apply, so it changed nothing.*: gain\. A module asks with"
+        )
+        with pytest.warns(UserWarning, match=message) as seen:
+            net.apply(gian=2.0)(x)
+        assert seen[0].filename == __file__
+        with pytest.warns(UserWarning, match=r"'gain' of Net\.apply.*asked for: none"):
+            net.apply(gain=2.0).linear(x)
+        with pytest.warns(UserWarning, match=r"'width' of Net\.init.*Net\.init\(0\)\(\.\.\.\)"):
+            self.Net.init(0, width=8)()
+
+    def test_flags_that_somebody_asks_for_or_that_are_general(self):
+        net = self.Net.init(0, hidden=True, training=True)()
+        assert net.hidden is True
+        x = jnp.ones(2)
+        for call in (net, lambda x: nnx.jit(net)(x), lambda x: net.apply(0)(x)):
+            out = self.applied(call, x)
+            assert jnp.allclose(out, 2 * net.linear(x))
+        net.apply(deterministic=True, use_running_average=True, training=False, decode=False)(x)
+        # The second call runs a program that was traced before, for the same flag.
+        for _ in range(2):
+            assert jnp.allclose(net.apply(gain_inside=2.0).compiled(x), 2 * net.linear(x))
+
+    @staticmethod
+    def applied(call, x):
+        class Outer(nnx.Module):
+            def __call__(self, x):
+                return call(x)
+
+        return Outer().apply(gain=2.0)(x)
+
+    def test_in_compiled_code_too(self):
+        net = self.Net.init(0)()
+        with pytest.warns(UserWarning, match="'gian' of Net"):
+            net.apply(gian=2.0).compiled(jnp.ones(2))
+        with pytest.warns(UserWarning, match="'gian' of Net"):
+            nnx.jit(lambda x: net.apply(gian=2.0)(x))(jnp.ones(2))
+        with pytest.raises(TypeError):
+            net.apply(gian=2.0)()

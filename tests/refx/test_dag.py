@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import refx
 from refx import Node, Partition, Ref
-from refx.structure import scan
+from refx.walk import walk
 
 
 class Box(Node):
@@ -252,5 +252,5 @@ def test_dagdef_is_hashable_picklable_and_short():
     assert pickle.loads(pickle.dumps(dagdef)) is dagdef
     assert repr(dagdef) == "DagDef(Box: 1 Refs, 0 arrays, 2 nodes)"
     assert repr(refx.split(Ref(1))[0]) == "DagDef(Ref: 1 Refs, 0 arrays, 0 nodes)"
-    ambiguous = scan(({1: Ref(1), "1": Ref(2)}, jnp.ones(2))).dagdef
+    ambiguous = walk(({1: Ref(1), "1": Ref(2)}, jnp.ones(2))).dagdef
     assert repr(ambiguous) == "DagDef(tree: 2 Refs, 1 arrays, 1 nodes)"

@@ -115,3 +115,37 @@ def test_an_ended_ref_prints_so():
     kept = []
     nnx.jit(lambda ref: kept.append(ref))(Ref(jnp.ones(2), "params"))
     assert repr(kept[0]) == "Ref(<ended trace>, 'params')"
+
+
+@pytest.mark.parametrize(
+    "value, what",
+    [
+        ("a name", "a str: 'a name'"),
+        ((jnp.ones(2), jax.nn.relu), "a custom_jvp"),
+        ({"a": len}, "a builtin_function_or_method"),
+        (np.array(["a"]), "a ndarray"),
+        (np.dtype("int8"), "a Int8DType"),
+    ],
+)
+def test_holds_arrays_and_numbers_only(value, what):
+    message = f"A new Ref was given a value that holds {what}.*Keep a setting or a function in an"
+    with pytest.raises(refx.ValueTypeError, match=message):
+        Ref(value)
+    ref = Ref(1.0)
+    with pytest.raises(refx.ValueTypeError, match="pytree of arrays and scalars"):
+        ref.value = value
+    assert ref.value == 1.0
+    # What JAX puts in the place of a leaf is there, and may be replaced and copied.
+    mask = jax.tree.map(lambda _: value, Ref(1.0))
+    if not isinstance(value, tuple | np.ndarray):
+        mask.value = value
+    for other in (copy.deepcopy(mask), refx.clone(mask)):
+        assert type(other.value) is type(value)
+
+
+def test_may_hold_what_stands_for_an_array():
+    shape = jax.ShapeDtypeStruct((2,), jnp.float32)
+    for value in (shape, None, (), {"a": None}, np.float32(1), True, 1 + 2j, jax.random.key(0)):
+        ref = Ref(value)
+        ref.value = value
+        assert ref.value is value

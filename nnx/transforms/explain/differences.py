@@ -13,9 +13,9 @@ from jax.core import Tracer
 from nnx.sharding.rules import canonical
 from nnx.transforms.call import Call, Layout
 from refx import Node
+from refx.dagdef import Leaf, NodeDef, RefDef, Tree
 from refx.partition import Path, dotted
 from refx.static import Static
-from refx.structure import Leaf, NodeDef, RefDef, Tree
 
 __all__: list[str] = []
 

@@ -29,6 +29,7 @@ from nnx.transforms.call import ArgumentError, Call, Plans, open_call
 from nnx.transforms.callables import function_name, unbound
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import check_alive, explain_deleted
+from nnx.transforms.naming import named
 from nnx.transforms.statics import Statics, select_arguments
 from nnx.transforms.targets import locate
 from refx import FilterError, TraceLevelError, UnhashableStaticError
@@ -125,6 +126,25 @@ def jit_filter(
 _DONATED = Static("donated")
 
 
+def _inputs(arguments: dict[str, Any], call: Call) -> Iterator[tuple[str, int, Any]]:
+    """The inputs of a program, for their names: leaves of what the call's lists hold."""
+    treedef, fixed = call.filtered
+    lists = jax.tree.unflatten(treedef, range(len(fixed)))
+    at = {
+        n: (kind, i)
+        for kind, items in zip(_LISTS, lists, strict=True)
+        for i, x in enumerate(items)
+        for n in jax.tree.leaves(x)
+    }
+    gone, todo = iter(arguments["donated"]), iter(arguments["dynamic"])
+    for n, x in enumerate(fixed):
+        if x is None or x is _DONATED:
+            yield *at[n], next(todo if x is None else gone)
+
+
+_LISTS = ("values", "leaves", "others")
+
+
 class _JitFilter:
     def __init__(
         self,
@@ -164,7 +184,12 @@ class _JitFilter:
         }
         self._closure = Closure(self._fn)
         self._plans = Plans()
-        self._compiled = jax.jit(self._run, static_argnums=(0, 1), donate_argnums=2, **options)
+
+        def pure(layout: Any, static: Any, donated: Any, dynamic: Any) -> Packed:
+            return self._run(layout, static, donated, dynamic)
+
+        pure = named(pure, self._fn, spread=_inputs)
+        self._compiled = jax.jit(pure, static_argnums=(0, 1), donate_argnums=2, **options)
         functools.update_wrapper(self, self._fn, updated=())
 
     def _run(self, layout: Any, static: Any, donated: Any, dynamic: Any) -> Packed:
@@ -300,6 +325,7 @@ class _JitFilter:
                 call = self._open(args, kwargs, statics)
             inputs = self._inputs(call, args, kwargs, tree, statics)
             ambient.call = call
+            call.filtered = inputs[0]
             try:
                 # Without jit the body runs at once, and sees numbers.
                 if not (call.layout.traced or without_jit()):

@@ -263,7 +263,7 @@ def stacked_elsewhere():
          "a LinearGeneral alone cannot be the model.*nnx.LoRALinearGeneral and tie"),
         (lambda: nnx.apply_lora(attention(), 0), "(?s)must be 1 at least, but is 0.*for 'query'"),
         (lambda: nnx.apply_lora(nnx.Sequential(nnx.Conv(1, 1, (3,)), attention()), 2, "params"),
-         "layers are: layers.1.query, layers.1.key, layers.1.value, layers.1.out. A filter"),
+         r"(?s)Linear, LinearGeneral and Conv layers are: layers.0, layers.1.query, layers.1.key, .*out. A filter"),
         (lambda: LoRALinearGeneral(4, 4, lora_rank=2)(jnp.ones((2, 5))),
          r"sizes \(4,\) along the axes \(-1,\), but got one of shape \(2, 5\)"),
     ],

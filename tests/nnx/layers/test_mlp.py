@@ -86,3 +86,54 @@ def test_bidirectional_from_the_end(lengths):
     np.testing.assert_allclose(ours[valid], expected[valid], atol=1e-6)
     np.testing.assert_allclose(kept[valid], flipped(expected)[valid], atol=1e-6)
     assert not np.allclose(kept, ours)
+
+
+@pytest.mark.parametrize("lengths", [None, (4, 2)])
+def test_bidirectional_from_the_end_with_time_first(lengths):
+    with nnx.scope(jax.random.key(0)):
+        both = nnx.Bidirectional(nnx.RNN(nnx.GRUCell(3, 2)), nnx.RNN(nnx.GRUCell(3, 2)))
+    first = nnx.Bidirectional(both.forward_rnn, both.backward_rnn, time_major=True, reverse=True)
+    x = np.random.default_rng(0).normal(size=(2, 4, 3)).astype("float32")
+    given = None if lengths is None else jnp.array(lengths)
+    valid = (np.arange(4) < np.array(lengths or (4, 4))[:, None]).T
+    for keep in (False, True):
+        options = {"seq_lengths": given, "keep_order": keep, "return_carry": True}
+        carry, y = both(x, reverse=True, **options)
+        carry_first, z = first(x.swapaxes(0, 1), **options)
+        assert z.shape == (4, 2, 4)
+        np.testing.assert_allclose(z[valid], y.swapaxes(0, 1)[valid], atol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), carry_first, carry)
+        # The attribute is overruled by the call.
+        again = first(x, time_major=False, reverse=True, **options)[1]
+        np.testing.assert_allclose(again, y, atol=1e-6)
+
+
+def test_dropout_between_the_layers_of_an_mlp():
+    mlp = nnx.MLP.init(0)(64, [256, 128], 8, dropout_rate=0.25)
+    x = jnp.ones((16, 64))
+    plain = nnx.MLP.init(0)(64, [256, 128], 8)
+    mlp.eval()
+    np.testing.assert_array_equal(mlp(x), plain(x))
+    mlp.train()
+    with nnx.scope(1):
+        y, captured = nnx.capture(mlp, "dropout")(x)
+        assert not np.array_equal(y, mlp(x))  # each call draws anew
+    with nnx.scope(1):
+        np.testing.assert_array_equal(mlp(x), y)  # and the same key draws the same
+    # A hidden unit in four is dropped, after each hidden layer and nowhere else; the rest is scaled.
+    hidden = np.maximum(np.asarray(mlp.layers[0](x)), 0)
+    outputs = jax.tree.leaves(captured)
+    assert len(outputs) == 2
+    first = np.asarray(outputs[0])
+    positive = hidden > 0
+    dropped = (first == 0)[positive].mean()
+    assert 0.2 < dropped < 0.3
+    np.testing.assert_allclose(
+        first[positive & (first != 0)], hidden[positive & (first != 0)] / 0.75, rtol=1e-6
+    )
+    second = np.maximum(np.asarray(mlp.layers[1](first)), 0)
+    kept = np.asarray(outputs[1])
+    np.testing.assert_allclose(kept[kept != 0], second[kept != 0] / 0.75, rtol=1e-4)
+    np.testing.assert_allclose(mlp.layers[2](kept), y, rtol=1e-5, atol=1e-6)
+    with pytest.raises(nnx.MissingStreamError, match="'dropout'"):
+        mlp(x)

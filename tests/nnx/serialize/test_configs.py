@@ -86,8 +86,6 @@ def test_the_same_program_runs_a_loaded_model(tmp_path):
     assert traces == [1e4]
 
 
-
-
 @dataclasses.dataclass
 class Thawed:
     x: int = 1
@@ -111,9 +109,15 @@ def with_more():
     "make, message",
     [
         (Thawed, "a Thawed, which nnx.save does not know. Register"),
-        (local_config, "Local, a dataclass that no other program could find by its name. Define it at"),
+        (
+            local_config,
+            "Local, a dataclass that no other program could find by its name. Define it at",
+        ),
         (with_more, "a Rope, a dataclass that holds 'more', which is none of its fields"),
-        (lambda: Rope(scaling=object()), "'config.scaling' is a object, which nnx.save does not know"),
+        (
+            lambda: Rope(scaling=object()),
+            "'config.scaling' is a object, which nnx.save does not know",
+        ),
     ],
 )
 def test_what_would_not_come_back_is_refused(tmp_path, make, message):
@@ -135,7 +139,9 @@ def test_a_class_that_changed_or_is_not_here(tmp_path, monkeypatch):
     )
     with monkeypatch.context() as patch:
         patch.setitem(globals(), "Changing", more)
-        with pytest.raises(nnx.LoadError, match=r"has changed .* were \['x'\] and are \['x', 'y'\]"):
+        with pytest.raises(
+            nnx.LoadError, match=r"has changed .* were \['x'\] and are \['x', 'y'\]"
+        ):
             nnx.load(path)
     for other in (dataclasses.make_dataclass("Changing", [("x", int)]), types.SimpleNamespace(), 3):
         with monkeypatch.context() as patch:

@@ -37,6 +37,49 @@ def test_vjp_and_jvp_are_those_of_jax(dense, data):
     assert dense.calls == 4
 
 
+def test_linearize_is_that_of_jax(dense, data):
+    x, y = data
+    w, b = dense.w, dense.b
+    tangents = [(jnp.ones_like(w), -b, y), (0 * w, 0 * b, x)]
+
+    def both(m, x):
+        out, jvp_fn = nnx.linearize(net, m, x)
+        return out, [jvp_fn({"w": dw, "b": db}, dx) for dw, db, dx in tangents]
+
+    expected, linear = jax.linearize(f, w, b, x)
+    for wrap in (lambda g: g, nnx.jit):
+        out, moved = wrap(both)(dense, x)
+        close(out, expected)
+        for a, t in zip(moved, tangents):
+            close(a, linear(*t))
+    # The function ran once for each linearization, whatever became of it.
+    assert dense.calls == 2
+
+
+def test_a_linearization_leaves_a_program_and_is_mapped(dense, data):
+    x, y = data
+    jvp_fn = nnx.jit(lambda m, x: nnx.linearize(net, m, x)[1])(dense, x)
+    before = dense.w
+    dense.w = dense.w * 0
+    steps = jnp.stack([y, 2 * y, x])
+    pushed = jax.vmap(lambda dx: jvp_fn({}, dx))(steps)
+    expected = jax.linearize(lambda x: f(before, dense.b, x), x)[1]
+    close(pushed, jnp.stack([expected(t) for t in steps]))
+
+
+def test_linearize_has_bound_methods_closures_aux_and_modules_in_the_output(dense, data):
+    x, y = data
+    other = Dense()
+    out, jvp_fn, aux = nnx.linearize(lambda m, x: (m(x) * other.w.sum(), m), dense, x, has_aux=True)
+    assert aux is dense
+    close(jvp_fn({}, y), y @ dense.w * other.w.sum())
+    out, jvp_fn = nnx.linearize(dense.__call__, x)
+    close(jvp_fn({"w": dense.w}, y), y @ dense.w + x @ dense.w)
+    out, jvp_fn = nnx.linearize(lambda m: m, dense)
+    assert out is dense
+    close(jvp_fn({"w": x.T @ x})["w"], x.T @ x)
+
+
 def test_aux_goes_along(dense, data):
     x, y = data
     out, pull, aux = nnx.vjp(lambda m, x: (net(m, x), (m, x)), dense, x, has_aux=True)
@@ -84,6 +127,12 @@ def test_hessian(dense, data):
         (lambda m, x: nnx.jvp(net, (m, x), (x,)), nnx.DifferentiationError, "2 primals and 1 tangents"),
         (lambda m, x: nnx.jvp(net, (m, x), ({"c": x}, x)), nnx.UnknownPathError, r"'c', which is not .*'w', 'b'"),
         (lambda m, x: nnx.jvp(net, (m, x), ({"w": x}, x)), nnx.ShapeError, r"argument 0 at 'w' of float32\[4,2\]; .* must be float32\[2,2\]"),
+        (lambda m, x: nnx.linearize(net, m, x, wrt="none"), nnx.DifferentiationError, "'none' has nothing"),
+        (lambda m, x: nnx.linearize(net, m, x, has_aux=True), nnx.DifferentiationError, r"nnx.linearize\(net\) must return \(out, aux\)"),
+        (lambda m, x: nnx.linearize(lambda y: net(m, y), x), nnx.TraceLevelError, "constant there"),
+        (lambda m, x: nnx.linearize(lambda m: m.w, m)[1](), nnx.DifferentiationError, r"takes 1 tangents.*got 0"),
+        (lambda m, x: nnx.linearize(lambda m: m.w, m)[1]({"c": x}), nnx.UnknownPathError, r"'c', which is not .*'w', 'b'"),
+        (lambda m, x: nnx.linearize(lambda m: m.w, m)[1]({"w": x}), nnx.ShapeError, r"at 'w' of float32\[4,2\]; .* must be float32\[2,2\]"),
         (lambda m, x: nnx.vjp(net, m, x, wrt="none"), nnx.DifferentiationError, "'none' has nothing"),
         (lambda m, x: nnx.vjp(net, m, x, has_aux=True), nnx.DifferentiationError, r"must return \(out, aux\)"),
         (lambda m, x: nnx.jacrev(lambda: net(m, x))(), nnx.DifferentiationError, r"with 0 positional"),

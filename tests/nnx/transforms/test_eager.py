@@ -1,5 +1,6 @@
 """Loops and branches outside of compiled code: one program for each function, nothing kept."""
 
+import functools
 import gc
 import weakref
 
@@ -137,8 +138,6 @@ def test_a_body_that_needs_a_value_is_run_as_it_is():
 
 
 def test_recursive_and_nested_functions_partials_and_methods():
-    import functools
-
     m = L(2)
 
     def power(x, k):
@@ -302,3 +301,64 @@ def test_environments_with_a_reset_of_their_own(wrap):
     assert len({float(x) for x in many[:, 1][jnp.array([0, 3])]}) == 2
     for row in many.tolist():
         assert all(abs(b - a + 1) < 1e-5 for a, b in zip(row, row[1:]) if a > 0)
+
+
+class Noting(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(2, 2)
+
+    def __call__(self, x, scale=1.0, *, flag=False, other=None):
+        TRACES.append(1)
+        x = self.linear(x) * scale + (1.0 if flag else 0.0)
+        return x if other is None else x + other.linear(x)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"flag": True}, {"scale": jnp.array(2.0), "flag": True}, {"other": Noting}]
+)
+def test_an_eager_stack_is_traced_once(options):
+    with nnx.scope(jax.random.key(0)):
+        stack = nnx.Stack(Noting, 3)
+        given = {k: v() if v is Noting else v for k, v in options.items()}
+    x = jnp.ones((1, 2))
+    outs = [stack(x, **given)]
+    before = len(TRACES)
+    outs += [stack(x, **given) for _ in range(3)]
+    assert len(TRACES) == before
+    for layer in stack:
+        x = layer(x, **given)
+    np.testing.assert_allclose(outs, [x] * 4, rtol=1e-5)
+
+
+def test_settings_in_a_new_container_cost_no_trace():
+    def step(scale, c, x, *, power=1):
+        TRACES.append(1)
+        return c + scale * x**power, None
+
+    def run(power, factors):
+        options, factors = {"power": power}, list(factors)
+
+        def body(c, x):
+            return step(factors[0] * sum(f for f in factors), c, x, **options)
+
+        partial = functools.partial(step, 2, power=power)
+        return nnx.scan(body, 0.0, XS)[0], nnx.scan(partial, 0.0, XS)[0]
+
+    assert run(1, [1, 2]) == (18, 12)
+    before = len(TRACES)
+    assert run(1, [1, 2]) == (18, 12) and len(TRACES) == before
+    assert run(2, [1, 2]) == (42, 28) and run(1, [2, 2]) == (48, 12)
+
+
+def test_a_container_that_the_body_fills_is_its_own():
+    def run():
+        seen = []
+
+        def body(c, x):
+            seen.append(1)
+            return c, x
+
+        nnx.scan(body, 0.0, XS)
+        return len(seen)
+
+    assert run() == run() > 0

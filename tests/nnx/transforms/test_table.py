@@ -56,6 +56,7 @@ RUN = {
     "value_and_grad": lambda f, m, x: nnx.value_and_grad(f)(m, x),
     "vjp": lambda f, m, x: nnx.vjp(f, m, x)[0],
     "jvp": lambda f, m, x: nnx.jvp(f, (m, x), ({}, x))[0],
+    "linearize": lambda f, m, x: nnx.linearize(f, m, x)[0],
     "jacrev": lambda f, m, x: nnx.jacrev(f)(m, x),
     "jacfwd": lambda f, m, x: nnx.jacfwd(f)(m, x),
     "hessian": lambda f, m, x: nnx.hessian(f)(m, x),
@@ -97,6 +98,7 @@ OUTPUT = {
     "value_and_grad": lambda f, m, x: nnx.value_and_grad(lambda m, x: (m.w, f(m, x)), has_aux=True)(m, x)[0][1],
     "vjp": lambda f, m, x: nnx.vjp(lambda m, x: (m.w, f(m, x)), m, x, has_aux=True)[2],
     "jvp": lambda f, m, x: nnx.jvp(lambda m, x: (m.w, f(m, x)), (m, x), ({}, x), has_aux=True)[2],
+    "linearize": lambda f, m, x: nnx.linearize(lambda m, x: (m.w, f(m, x)), m, x, has_aux=True)[2],
     "jacrev": lambda f, m, x: nnx.jacrev(lambda m, x: (m.w, f(m, x)), has_aux=True)(m, x)[1],
     "jacfwd": lambda f, m, x: nnx.jacfwd(lambda m, x: (m.w, f(m, x)), has_aux=True)(m, x)[1],
     "hessian": lambda f, m, x: nnx.hessian(lambda m, x: (m.w, f(m, x)), has_aux=True)(m, x)[1],
@@ -249,8 +251,8 @@ COLUMNS = {
     "`nnx.patch` inside": patch_inside,
 }
 
-NO_KEYWORDS = {"vjp", "jvp", "vmap", "scan", "map", "fori_loop", "while_loop", "cond", "switch", "custom_vjp", "custom_jvp"}  # fmt: skip
-CONSTANT = {"grad", "value_and_grad", "vjp", "jvp", "jacrev", "jacfwd", "hessian"}
+NO_KEYWORDS = {"vjp", "jvp", "linearize", "vmap", "scan", "map", "fori_loop", "while_loop", "cond", "switch", "custom_vjp", "custom_jvp"}  # fmt: skip
+CONSTANT = {"grad", "value_and_grad", "vjp", "jvp", "linearize", "jacrev", "jacfwd", "hessian"}
 LOOPS = {"scan", "fori_loop", "while_loop"}
 
 # The cells that are not "yes": the error that a user gets, or why there is none.
@@ -283,6 +285,7 @@ PURE = {
     "grad": lambda g, w, x: jax.grad(g)(w, x),
     "vjp": lambda g, w, x: g(w, x),
     "jvp": lambda g, w, x: g(w, x),
+    "linearize": lambda g, w, x: jax.linearize(g, w, x)[0],
     "jacrev": lambda g, w, x: jax.jacrev(g)(w, x),
     "jacfwd": lambda g, w, x: jax.jacfwd(g)(w, x),
     "hessian": lambda g, w, x: jax.hessian(g)(w, x),

@@ -1,5 +1,6 @@
 """What a person reads when something goes wrong: their own lines, and the message."""
 
+import re
 import traceback
 
 import jax
@@ -84,44 +85,49 @@ BATCH = {"x": 1.0}
 
 
 @pytest.mark.parametrize(
-    "call, note",
+    "call, text",
     [
         (
             lambda: nnx.jit(branch, static_argnums=1)(Dense(), 3, BATCH, rate=2.0),
-            "nnx.jit(branch), where values[0] is model.w, others[0] is batch['x'], others[1] is rate.",
+            "the function branch at {here} for jit. {of}s model.w, batch['x'], and rate.",
         ),
         (
             lambda: nnx.jit(lambda m: m.calls + branch(m, 3, BATCH, rate=2.0), donate=True)(
                 Dense()
             ),
-            "values[0] is m.w.",
+            "{of} m.w.",
         ),
         (
             lambda: nnx.jit(Gate())(3.0),
-            "nnx.jit(Gate.__call__), where leaves[0] is self.limit, others[0] is x.",
+            "the function __call__ at {here} for jit. {of}s self.limit and x.",
         ),
-        (lambda: nnx.jit(lambda *xs: positive(xs[1]))(1.0, 2.0), "others[1] is argument 1."),
+        (lambda: nnx.jit(lambda *xs: positive(xs[1]))(1.0, 2.0), "{of} xs[1]."),
         (
             lambda: nnx.jit(lambda: positive(CELL.value))(),
-            "where values[0] is value of a Ref that it closes over.",
+            "{of} CELL.value.",
         ),
-        (lambda: nnx.jit(lambda r: positive(r.value))(CELL), "where values[0] is r.value."),
+        (lambda: nnx.jit(lambda r: positive(r.value))(CELL), "{of} r.value."),
         (
             lambda: nnx.jit(lambda m: nnx.grad(lambda m: m.w.sum() * positive(m.w.sum()))(m))(
                 Dense()
             ),
-            "where values[0] is m.w.",
+            "{of} m.w.",
         ),
-        (lambda: nnx.scan(lambda c, x: (c, positive(x)), None, jnp.ones(3)), "is nnx.scan("),
-        (lambda: nnx.remat(positive)(1.0), "nnx: the function is nnx.remat(positive)."),
-        (lambda: nnx.cond(True, lambda: positive(CELL.value), lambda: 2), "is nnx.cond("),
+        (lambda: nnx.scan(lambda c, x: (c, positive(x)), None, jnp.ones(3)), "{of} x."),
+        (
+            lambda: nnx.remat(positive)(1.0),
+            "the function positive at {here} for checkpoint / remat. {of} x.",
+        ),
+        (lambda: nnx.cond(True, lambda: positive(CELL.value), lambda: 2), "{of} CELL.value."),
     ],
 )
-def test_errors_about_tracers_have_the_names_of_the_user(call, note):
+def test_errors_about_tracers_have_the_names_of_the_user(call, text):
     with pytest.raises(jax.errors.ConcretizationTypeError) as info:
         call()
-    notes = [n for n in info.value.__notes__ if n.startswith("nnx: ")]
-    assert len(notes) == 1 and note in notes[0]
+    said = re.sub(r"\S*test_tracebacks.py:\d+", "{here}", str(info.value))
+    of = "This concrete value was not available in Python because it depends on the value{s} of the argument"
+    said = said.replace(of.format(s=""), "{of}").replace(of.format(s="s"), "{of}")
+    assert text in said
 
 
 def test_the_donated_and_the_streams_of_a_scope_have_names():
@@ -135,10 +141,10 @@ def test_the_donated_and_the_streams_of_a_scope_have_names():
     step(model, jnp.ones(1))
     with pytest.raises(jax.errors.ConcretizationTypeError) as info:
         step(model, jnp.ones(2))
-    assert any("donated[0] is model.w" in n for n in info.value.__notes__)
+    assert "the value of the argument model.w." in str(info.value)
     with pytest.raises(jax.errors.ConcretizationTypeError) as info, nnx.scope(0):
         nnx.jit(of_stream)()
-    assert any("values[0] is 'streams.default.key' of the scope" in n for n in info.value.__notes__)
+    assert "scope.streams.default.key" in str(info.value)
 
 
 def test_what_plain_jax_traces_gets_no_note():

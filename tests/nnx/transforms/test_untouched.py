@@ -136,3 +136,161 @@ def test_other_keys_with_the_same_leaves_are_a_change():
     nnx.jit(lambda r: r.value.update(b=r.value.pop("a")))(ref)
     nnx.jit(lambda r: r.value.update(c=None))(ref)
     assert ref.value == {"b": 0.0, "c": None}
+
+
+class Two(nnx.Module):
+    w: jax.Array = nnx.param()
+
+    def __init__(self):
+        self.w = jnp.array(1.0)
+        self.mode = "fast"
+        self.kids = []
+        self.table = {"a": 1}
+        self.plain = jnp.array(5.0)
+
+
+def look(m):
+    slow = 100 if m.mode == "slow" else 0
+    return m.w + slow + 10 * len(m.kids) + 1000 * getattr(m, "plain", 0) + 2 * len(m.table)
+
+
+CHANGES = {
+    "setting": lambda m: setattr(m, "mode", "slow"),
+    "list": lambda m: m.kids.append(1),
+    "dict": lambda m: m.table.update(b=2),
+    "array": lambda m: setattr(m, "plain", m.plain + 1),
+    "tie": lambda m: setattr(m, "w", nnx.Ref(jnp.array(7.0), "params")),
+    "added": lambda m: setattr(m, "extra", Two()),
+    "removed": lambda m: delattr(m, "plain"),
+}
+
+
+def with_rule(f):
+    rule = nnx.custom_vjp(f)
+    rule.defvjp(lambda m: (f(m), None), lambda residuals, g: (None,))
+    return rule
+
+
+TRANSFORMS = {
+    "jit": lambda f, m: nnx.jit(f)(m),
+    "remat": lambda f, m: nnx.remat(f)(m),
+    "checkify": lambda f, m: nnx.checkify(f)(m)[1],
+    "cond": lambda f, m: nnx.cond(True, f, f, m),
+    "switch": lambda f, m: nnx.switch(0, [f, f], m),
+    "scan": lambda f, m: nnx.scan(lambda c, _: (c, f(c)), m, None, length=1)[1][0],
+    "map": lambda f, m: nnx.map(lambda _: f(m), jnp.arange(1))[0],
+    "fori_loop": lambda f, m: nnx.fori_loop(0, 1, lambda i, c: (c[0], f(c[0])), (m, 0.0))[1],
+    "while_loop": lambda f, m: nnx.while_loop(
+        lambda c: c[1] < 1, lambda c: (c[0], c[1] + f(c[0])), (m, 0.0)
+    )[1],
+    "vmap": lambda f, m: nnx.vmap(f, in_axes=None, axis_size=2)(m)[0],
+    "grad": lambda f, m: nnx.value_and_grad(f)(m)[0],
+    "jvp": lambda f, m: nnx.jvp(f, (m,), ({},))[0],
+    "custom_vjp": lambda f, m: with_rule(f)(m),
+}
+
+
+@pytest.mark.parametrize("around", ["nothing", "jit"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_one_module_under_two_names(transform, around):
+    run = TRANSFORMS[transform]
+
+    def call(change):
+        def body(n):
+            change(n)
+            return look(n) + look(m)
+
+        m = Two()
+        if around == "nothing":
+            return m, lambda: run(body, m)
+        return m, lambda: nnx.jit(lambda m: run(body, m))(m)
+
+    names = (
+        CHANGES if around == "nothing" and transform in ("remat", "cond") else ("setting", "list")
+    )
+    for name in names:
+        m, attempt = call(CHANGES[name])
+        # As an argument of `map`, it is one of the outer jit or none.
+        kinds = (nnx.StructureError, nnx.TraceLevelError)
+        with pytest.raises(kinds if transform == "map" or around == "jit" else kinds[0]):
+            attempt()
+        assert look(m) == 5003 and not hasattr(m, "extra")
+    m, attempt = call(lambda n: setattr(n, "w", n.w + 1))
+    assert attempt() == 10008 and m.w == 2
+
+
+def test_the_message_says_which_name_to_use():
+    m = Two()
+    with pytest.raises(
+        nnx.StructureError, match=r"A Two was changed in nnx\.remat.* the argument\."
+    ):
+        nnx.remat(lambda n: (CHANGES["setting"](n), look(m))[1])(m)
+    kids = m.kids
+    with pytest.raises(nnx.StructureError, match=r"A list of a module was changed in nnx\.remat"):
+        nnx.remat(lambda n: (kids.append(1), look(n))[1])(m)
+    assert m.kids == []
+    # What only another module is changed in, or only new modules are made of, is no such thing.
+    other = Two()
+    assert nnx.remat(lambda n: (CHANGES["setting"](n), look(other))[1])(m) == 5003
+    assert m.mode == "slow"
+
+
+class Far:
+    """What is far: it is found in a list of objects."""
+
+    def __init__(self, net):
+        self.net = net
+
+
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.remat])
+def test_one_module_under_two_names_far_away(transform):
+    m = Two()
+    far = [Far(m)]
+
+    @transform
+    def body(n):
+        n.mode = "slow"
+        return 1.0 if far[0].net.mode == "slow" else 0.0
+
+    with pytest.raises(nnx.StructureError, match="A Two was changed"):
+        body(m)
+    assert m.mode == "fast"
+
+
+def test_a_closed_over_list_changed_where_the_body_runs_once():
+    def add(m):
+        m.kids.append(1)
+        m.w = m.w + 1
+        return look(m)
+
+    for transform in (nnx.remat, nnx.checkify):
+        m = Two()
+        transform(lambda m=m: add(m))()
+        assert m.kids == [1] and m.w == 2
+    m = Two()
+    nnx.jit(lambda m: nnx.remat(lambda: add(m))())(m)
+    assert m.kids == [1] and m.w == 2
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        lambda f: nnx.cond(True, f, f),
+        lambda f: nnx.cond(False, f, lambda: jnp.zeros(())),
+        lambda f: nnx.switch(0, [f, f]),
+        lambda f: nnx.scan(lambda c, _: (c, f()), None, None, length=3),
+        lambda f: nnx.fori_loop(0, 3, lambda i, c: c + f(), 0.0),
+        lambda f: nnx.while_loop(lambda c: c < 3 + 0 * f(), lambda c: c + 1, 0.0),
+        lambda f: nnx.jit(lambda: nnx.cond(True, f, f))(),
+    ],
+)
+def test_a_closed_over_list_changed_where_the_body_runs_more_often_or_never(loop):
+    m = Two()
+
+    def add():
+        m.kids.append(1)
+        return look(m)
+
+    with pytest.raises(nnx.StructureError, match="A Two that .* closes over was changed inside it"):
+        loop(add)
+    assert m.kids == []

@@ -1,0 +1,184 @@
+"""Operations of a compiled program carry the path of their layer, so that a profile reads like the model.
+
+A module that is called while JAX traces enters a `jax.named_scope`, by the path that leads to it from
+the module around it: `blocks.0`, and in it `attention`. A layer at two paths is called by the one that
+was taken. The module that the step calls first adds nothing, nor does a call outside of a trace: there,
+`__call__` is the user's own function, without anything around it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+
+from refx import Node
+from refx.frame import local
+from refx.node import attributes, is_identity
+from refx.trace import EVAL
+
+__all__: list[str] = []
+
+# Weak references to one object are one: this is what `trace_ref` gives outside of all traces.
+_EAGER = weakref.ref(EVAL)
+
+
+class LayerCall:
+    """The `__call__` of a class of modules: the user's function, in a scope where JAX traces."""
+
+    def __init__(self, fn: types.FunctionType):
+        functools.update_wrapper(self, fn, updated=())  # pyright: ignore[reportArgumentType]
+        self.scoped = _scoped(fn)
+
+    __wrapped__: types.FunctionType
+
+    def __get__(
+        self,
+        module: Any,
+        owner: Any = None,
+        local: Any = local,
+        eager: Any = _EAGER,
+        method: Any = types.MethodType,
+    ) -> Any:
+        if module is None:
+            return self.__wrapped__
+        if local.frame is None and module._trace is eager:
+            return method(self.__wrapped__, module)
+        return method(self.scoped, module)
+
+    def __call__(self, module: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return self.__get__(module)(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return LayerCall, (self.__wrapped__,)
+
+
+def method_of(cls: type, name: str) -> Any:
+    """What a class has by the name of a method: the function as the user wrote it."""
+    found = inspect.getattr_static(cls, name, None)
+    return found.__wrapped__ if isinstance(found, LayerCall) else found
+
+
+def _scoped(fn: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(fn)
+    def call(module: Any, /, *args: Any, **kwargs: Any) -> Any:
+        around = _here.names
+        if around is not None and around.holder is module:
+            # As by `super().__call__`.
+            return fn(module, *args, **kwargs)
+        name = _name(module, around)
+        _here.names = Names(module)
+        try:
+            if name is None:
+                return fn(module, *args, **kwargs)
+            with jax.named_scope(name):
+                return fn(module, *args, **kwargs)
+        finally:
+            _here.names = around
+
+    return call
+
+
+class Names:
+    """The names of the modules below a module, or below several: each is found when it is asked for."""
+
+    def __init__(self, holder: Any):
+        self.holder = holder
+        self._near: dict[int, str] | None = None
+        self._all: dict[int, str] | None = None
+
+    def name(self, module: Any) -> str | None:
+        """The path from here to a module, or None."""
+        if self._near is None:
+            self._near = {}
+            for name, x in _below(self.holder):
+                self._near.setdefault(id(x), name)
+        found = self._near.get(id(module))
+        if found is None:
+            if self._all is None:
+                self._all = _everything_below(self.holder)
+            found = self._all.get(id(module))
+        return found
+
+
+class RootNames(Names):
+    """The names below what a body was given: `inner`, in the order of what is outside, `outer`."""
+
+    def __init__(self, inner: Iterable[Any], outer: Iterable[Any]):
+        inner, outer = tuple(inner), tuple(outer)
+        super().__init__((*inner, *outer))
+        self._outer = {id(i): o for i, o in zip(inner, outer, strict=True)}
+
+    def outer(self, root: Any) -> Any:
+        """What a root is outside of the body."""
+        return self._outer.get(id(root), root)
+
+
+class _Here(threading.local):
+    # The names below the module that is being called, while JAX traces.
+    names: Names | None = None
+
+
+_here = _Here()
+
+
+def _name(module: Any, around: Names | None) -> str | None:
+    frame = local.frame
+    while True:
+        if around is not None and (name := around.name(module)) is not None:
+            return name
+        if frame is None:
+            return None
+        if frame.roots is not None and (name := frame.roots.name(module)) is not None:
+            if name:
+                return name
+            module = frame.roots.outer(module)
+        frame = frame.parent
+
+
+def _below(holder: Any) -> Iterator[tuple[str, Any]]:
+    """The modules in the attributes of a module, and in lists and dicts there; or in a tuple of roots."""
+    if not isinstance(holder, Node):
+        for x in holder:
+            if isinstance(x, Node):
+                yield "", x
+            else:
+                yield from _inside("", x)
+        return
+    for name, x in attributes(holder).items():
+        if isinstance(x, Node):
+            yield name, x
+        elif isinstance(x, (list, tuple, dict, types.MethodType)):
+            yield from _inside(name, x)
+
+
+def _inside(name: str, x: Any) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(x, is_leaf=is_identity)[0]:
+        if isinstance(leaf, Node):
+            yield ".".join((name, *(_text(key) for key in path))).lstrip("."), leaf
+
+
+def _text(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _everything_below(holder: Any) -> dict[int, str]:
+    names: dict[int, str] = {}
+    todo: Iterable[tuple[str, Any]] = list(_below(holder))
+    while todo:
+        new = []
+        for name, x in todo:
+            if id(x) not in names:
+                names[id(x)] = name
+                new += [(f"{name}.{below}".lstrip("."), y) for below, y in _below(x)]
+        todo = new
+    return names

@@ -1,0 +1,260 @@
+"""Linear layers whose kernel is stored in 8 bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import PartitionSpec
+
+from nnx.layers._common import (
+    Dtype,
+    Initializer,
+    as_array,
+    default_kernel_init,
+    new_ref,
+    promote_dtype,
+    shape_error,
+    zeros,
+)
+from nnx.layers._numerics import add_bias, wide
+from nnx.layers.linear import Linear
+from nnx.layers.linear_general import LinearGeneral
+from nnx.module import Module, param, ref
+from refx import Ref, get_ref
+
+__all__ = ["QuantizedLinear"]
+
+Sizes = int | Sequence[int]
+_FLOATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3", "float8_e3m4", "float8_e4m3b11fnuz")
+
+
+class QuantizedLinear(Module):
+    """A linear layer whose kernel is stored in int8 or float8, with a scale for each output.
+
+    The kernel is 4 times smaller than in float32, and 2 times smaller than in bfloat16. It is made of a
+    layer that is trained, by `QuantizedLinear.of`, of all in a model by
+    `nnx.replace(model, nnx.Linear, nnx.QuantizedLinear.of)`, and is not trained itself: it is in the
+    collection `"quantized"`, and gradients go through it to the input and the bias.
+
+    In int8 no element is off by more than 1/254 of the largest one of its output; in float8_e4m3fn by
+    more than 1/16 of itself, or 1/2 ** 18 of the largest one. The output of a layer of some hundred
+    inputs with normal weights is off by about 1 % (int8) and 3 % (float8_e4m3fn) of its size.
+
+    Args:
+      in_features: size of the last axis of the input; or sizes of the axes that are summed over.
+      out_features: size of the last axis of the output; or sizes of the axes that come in place.
+      axis: the axes of the input that are summed over.
+      use_bias: whether there is a bias.
+      quantized_dtype: dtype that the kernel is stored in: int8, or one of the float8 types.
+      dtype: dtype of the computation; without it, what the input and `param_dtype` promote to.
+      param_dtype: dtype of the bias, and that which the kernel stands for.
+      precision: as for `Linear`.
+      kernel_init, bias_init: initializers; the kernel is drawn, and then quantized.
+      promote_dtype: a function for the casts.
+
+    Attributes: `quantized` of shape `(*in_features, *out_features)`, and `scale`, float32, of shape
+    `out_features`, in the collection `"quantized"`; `bias` of shape `out_features` or None, in
+    `"params"`; and `kernel`, the array that the first two stand for.
+
+    Raises:
+      ValueError: a dtype that is not one of these.
+
+    >>> import jax, jax.numpy as jnp, nnx
+    >>> with nnx.scope(jax.random.key(0)):
+    ...     model = nnx.Sequential(nnx.Linear(256, 256), nnx.relu, nnx.Linear(256, 10))
+    >>> x = jax.random.normal(jax.random.key(1), (4, 256))
+    >>> y = model(x)
+    >>> model = nnx.replace(model, nnx.Linear, nnx.QuantizedLinear.of)
+    >>> model[0].quantized.dtype, model[0].scale.shape
+    (dtype('int8'), (256,))
+    >>> bool(jnp.linalg.norm(model(x) - y) < 0.02 * jnp.linalg.norm(y))
+    True
+    """
+
+    quantized: jax.Array = ref("quantized")
+    scale: jax.Array = ref("quantized")
+    bias: jax.Array | None = param()
+
+    def __init__(
+        self,
+        in_features: Sizes,
+        out_features: Sizes,
+        *,
+        axis: Sizes = -1,
+        use_bias: bool = True,
+        quantized_dtype: Dtype = jnp.int8,
+        dtype: Dtype = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: Any = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = zeros,
+        promote_dtype: Callable[..., Any] = promote_dtype,
+    ):
+        self._set_sizes(in_features, out_features, axis)
+        flat = math.prod(self.in_features), math.prod(self.out_features)
+        drawn = new_ref(kernel_init, flat, param_dtype, {}).value
+        self._store(Ref(drawn.reshape(*self.in_features, *self.out_features)), quantized_dtype)
+        self.bias = (  # pyright: ignore[reportAttributeAccessIssue]
+            new_ref(bias_init, self.out_features, param_dtype, {}) if use_bias else None
+        )
+        self.use_bias = use_bias
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.promote_dtype = promote_dtype
+
+    @classmethod
+    def of(cls, layer: Any, quantized_dtype: Dtype = jnp.int8) -> QuantizedLinear:
+        """The quantized form of a layer, with its bias; a quantized one is returned as it is.
+
+        `functools.partial(nnx.QuantizedLinear.of, quantized_dtype=jnp.float8_e4m3fn)` is for
+        `nnx.replace` with another dtype, and `(nnx.Linear, nnx.LinearGeneral)` are all linear layers of
+        a model with those of its attentions. Layers of a `Stack` may be stacked.
+
+        Args:
+          layer: a `Linear`, or a `LinearGeneral` without batch axes.
+          quantized_dtype: int8, or one of the float8 types.
+
+        Raises:
+          TypeError: another layer, such as one with an adapter, which `nnx.merge_lora` would add.
+          ValueError: batch axes, a kernel of another shape than its layer says, one that is not
+            finite, or another dtype.
+
+        >>> import functools, jax.numpy as jnp, nnx
+        >>> small = nnx.QuantizedLinear.of(nnx.Linear.init(0)(8, 4), jnp.float8_e4m3fn)
+        >>> small.quantized.dtype, small(jnp.ones((2, 8))).dtype
+        (dtype(float8_e4m3fn), dtype('float32'))
+        """
+        if isinstance(layer, QuantizedLinear):
+            return layer
+        if type(layer) not in (Linear, LinearGeneral):
+            raise TypeError(
+                f"QuantizedLinear.of takes a Linear or a LinearGeneral, but got a "
+                f"{type(layer).__name__}. Of a layer with an adapter, call nnx.merge_lora first; leave "
+                f"other layers out of what nnx.replace selects."
+            )
+        plain = layer.dot_general in (None, jax.lax.dot_general)
+        if not plain or getattr(layer, "dot_general_cls", None) or layer.preferred_element_type:
+            raise ValueError(
+                f"QuantizedLinear has no dot_general and no preferred_element_type of its own, as this "
+                f"{type(layer).__name__} has. Leave it out of what nnx.replace selects."
+            )
+        if getattr(layer, "batch_axis", None):
+            raise ValueError(
+                f"QuantizedLinear has no batch axes, but the LinearGeneral has {layer.batch_axis}. "
+                f"Leave it out of what nnx.replace selects."
+            )
+        made = cls.__new__(cls)
+        made._set_sizes(layer.in_features, layer.out_features, getattr(layer, "axis", -1))
+        shape, sizes = layer.kernel.shape, (*made.in_features, *made.out_features)
+        if len(shape) < len(sizes) or shape[len(shape) - len(sizes) :] != sizes:
+            raise ValueError(
+                f"The kernel of {type(layer).__name__} has the shape {shape}, but the layer was "
+                f"made for one of shape {sizes}. Stack along the first axis, as nnx.Stack does."
+            )
+        made._store(get_ref(layer, "kernel"), quantized_dtype)
+        # Tied, so that a bias that is shared stays so.
+        made.bias = get_ref(layer, "bias") if layer.bias is not None else None  # pyright: ignore
+        made.use_bias = layer.bias is not None
+        made.dtype = layer.dtype
+        made.param_dtype = layer.kernel.dtype
+        made.precision = layer.precision
+        made.promote_dtype = layer.promote_dtype
+        return made
+
+    def _set_sizes(self, inputs: Sizes, outputs: Sizes, axis: Sizes) -> None:
+        self.in_features = (inputs,) if isinstance(inputs, int) else tuple(inputs)
+        self.out_features = (outputs,) if isinstance(outputs, int) else tuple(outputs)
+        self.axis = (axis,) if isinstance(axis, int) else tuple(axis)
+        if len(self.in_features) != len(self.axis):
+            raise ValueError(
+                f"QuantizedLinear needs a size for each axis, but got in_features {self.in_features} "
+                f"for the axes {self.axis}."
+            )
+
+    def _summed(self, ndim: int) -> tuple[int, ...]:
+        """The axes of a kernel with so many, stacked or not, that are summed over."""
+        first = ndim - len(self.in_features) - len(self.out_features)
+        return tuple(range(first, first + len(self.in_features)))
+
+    def _store(self, kernel: Ref[Any], dtype: Dtype) -> None:
+        """Set `quantized` and `scale`, placed on devices as the kernel is."""
+        dtype, value = jnp.dtype(dtype), kernel.value
+        if dtype != jnp.int8 and dtype.name not in _FLOATS:
+            raise ValueError(
+                f"QuantizedLinear stores its kernel in int8 or in 8 bits of floating point, "
+                f"{', '.join(_FLOATS[:2])} or another, but got {dtype.name}."
+            )
+        summed = self._summed(value.ndim)
+        if isinstance(value, jax.ShapeDtypeStruct):
+            outputs = tuple(n for i, n in enumerate(value.shape) if i not in summed)
+            stored: Any = jax.ShapeDtypeStruct(value.shape, dtype)
+            scale: Any = jax.ShapeDtypeStruct(outputs, jnp.float32)
+        else:
+            finite = isinstance(value, Tracer) or jnp.isfinite(value).all()
+            if not finite:
+                raise ValueError(
+                    "QuantizedLinear cannot store a kernel that is not finite: it has nan or infinite "
+                    "elements."
+                )
+            stored, scale = _quantized(value, summed, dtype)
+        metadata = dict(kernel.metadata)
+        self.quantized = Ref(stored, "quantized", **metadata)  # pyright: ignore
+        if isinstance(spec := metadata.get("sharding"), tuple | PartitionSpec):
+            axes = (*spec, *(None,) * (value.ndim - len(spec)))
+            metadata["sharding"] = tuple(x for i, x in enumerate(axes) if i not in summed)
+        self.scale = Ref(scale, "quantized", **metadata)  # pyright: ignore
+        self.quantized_dtype = dtype
+
+    @property
+    def kernel(self) -> jax.Array:
+        """The array that the stored kernel stands for, in `param_dtype`."""
+        scale = jnp.expand_dims(self.scale, self._summed(self.quantized.ndim))
+        return (self.quantized.astype(jnp.float32) * scale).astype(self.param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply the layer to an input with the sizes `in_features` along `axis`.
+
+        Raises:
+          ValueError: the input has other sizes; the message has its shape.
+        """
+        x = as_array(self, x)
+        axes = sorted(axis + x.ndim if axis < 0 else axis for axis in self.axis)
+        fits = len(set(axes)) == len(axes) and all(0 <= axis < x.ndim for axis in axes)
+        if not fits or tuple(x.shape[axis] for axis in axes) != self.in_features:
+            expected = f"(..., {self.in_features[0]})"
+            if self.axis != (-1,):
+                expected = f"with sizes {self.in_features} along the axes {self.axis}"
+            raise shape_error(self, "an input", expected, x.shape)
+        # A number in the dtype that the kernel stands for, so that the casts are those of `Linear`.
+        like = jnp.zeros((), self.param_dtype)
+        x, bias, _ = self.promote_dtype((x, self.bias, like), dtype=self.dtype)
+        # All values of 8 bits are exact in each of the dtypes that a network computes in.
+        y = jax.lax.dot_general(
+            x,
+            self.quantized.astype(x.dtype),
+            ((axes, self._summed(self.quantized.ndim)), ((), ())),
+            precision=self.precision,
+            preferred_element_type=wide(x.dtype),
+        )
+        y = (y * self.scale).astype(x.dtype)
+        return y if bias is None else add_bias(y, bias)
+
+
+def _quantized(kernel: jax.Array, axes: tuple[int, ...], dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """The kernel in 8 bits, and what it is to be multiplied with: the same along some axes."""
+    full = kernel.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(full), axis=axes)
+    # Not where it is nan, which the result shall be.
+    largest = jnp.where(largest == 0, 1.0, largest)
+    top = 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
+    # First to at most 1: a scale may be too small to divide by.
+    steps = full / jnp.expand_dims(largest, axes) * top
+    if dtype == jnp.int8:
+        steps = jnp.round(steps)
+    return steps.astype(dtype), largest / top

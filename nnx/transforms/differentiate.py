@@ -1,0 +1,103 @@
+"""The engine of every derivative: a function of modules as a function of what is differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from nnx._ambient import ambient
+from nnx.transforms.boundary import close_call, run, until_lifted
+from nnx.transforms.call import Roots, open_call
+from nnx.transforms.callables import function_name, unbound
+from nnx.transforms.naming import named
+from nnx.transforms.targets import DifferentiationError, Parts, moves, targets_of
+from refx import Filter, Ref, get_partition
+from refx.node import is_identity
+
+__all__: list[str] = []
+
+
+def differentiate(
+    kind: str,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    numbers: Sequence[int] | None,
+    wrt: Filter,
+    has_aux: bool,
+    allow_int: bool,
+    transform: Callable[..., tuple[Any, Any]],
+    check: Callable[[str, Any], None] | None = None,
+) -> tuple[Any, Any, Any]:
+    """Open the boundary and let `transform` differentiate a function of Parts.
+
+    Args:
+      numbers: the arguments to differentiate, or None for all.
+      transform: `transform(pure, parts, targets, name)` gets a pure function from the
+        differentiated values to `(out, packed)`, and returns a result and the packed rest.
+      check: raises if the output is not what can be differentiated; without it anything can.
+
+    Returns:
+      The result, a function that gives the caller's own output for the one that JAX saw, and the
+      aux.
+    """
+    inner, bound = unbound(fn)
+    name = f"{kind}({function_name(fn)})"
+    args = bound + args
+    if ambient.probe is not None:
+        options = numbers, wrt, has_aux, allow_int, transform
+        return ambient.probe.differentiate(kind, inner, args, kwargs, *options)
+
+    def attempt(roots: Roots) -> Any:
+        call = open_call(args, kwargs, roots)
+        chosen = range(len(args)) if numbers is None else numbers
+        targets = targets_of(
+            name, args, chosen, wrt, call, allow_int=allow_int, all_args=numbers is None
+        )
+        holds: list[bool] = []
+
+        def split_out(out: Any) -> tuple[Any, Any]:
+            what = "out" if check is None else "scalar"
+            out, aux = split_aux(name, out, what) if has_aux else (out, None)
+            if check is not None:
+                check(name, out)
+            holds.append(any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity))))
+            return (pure_of(out), (out, aux)) if holds[-1] else (out, aux)
+
+        def pure(parts: list[Parts]) -> Any:
+            flat = list(call.values), list(call.leaves), list(call.others)
+            for t, part in zip(targets, parts, strict=True):
+                t.put(part, *flat)
+            return run(inner, name, call, *flat, mode="constant", split_out=split_out)
+
+        parts = [t.take(call.values, call.leaves, call.others) for t in targets]
+        result, packed = transform(named(pure, inner, call), parts, targets, name)
+        closed = close_call(call, packed)
+        if holds[-1]:
+            return result, lambda _: closed[0], closed[1]
+        return result, lambda out: out, closed
+
+    return until_lifted(attempt)
+
+
+def split_aux(name: str, out: Any, what: str) -> tuple[Any, Any]:
+    """The output of a function with `has_aux` and its aux."""
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise DifferentiationError(
+            f"With has_aux=True, the function of {name} must return ({what}, aux), but it "
+            f"returned {type(out).__name__}."
+        )
+    return out
+
+
+def pure_of(tree: Any) -> Any:
+    """A tree with Partitions of what can be differentiated in place of modules and Refs."""
+
+    def selects(path: Any, cell: Any) -> bool:
+        return all(map(moves, jax.tree.leaves(cell.value if isinstance(cell, Ref) else cell)))
+
+    return jax.tree.map(
+        lambda x: get_partition(x, selects) if is_identity(x) else x, tree, is_leaf=is_identity
+    )

@@ -1,0 +1,205 @@
+"""Building a tree from its structure and its values."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree
+from refx.frame import local
+from refx.node import Node, attributes, book, is_array, tell
+from refx.node import make as make_node
+from refx.ref import Ref
+from refx.static import Static
+from refx.trace import FROZEN, trace_ref
+
+__all__: list[str] = []
+
+
+class _Recipe:
+    """How the objects of a DagDef are made and filled, worked out once for each DagDef.
+
+    What an object holds is found by number in one list, the pool: the objects come first, then the
+    plain arrays, the static values, and the pytrees without identity, in the order of their making.
+    So an object is filled by one update of its dict.
+    """
+
+    __slots__ = ("arrays", "fills", "makers", "root", "root_pytrees", "statics")
+
+    def __init__(self, dagdef: DagDef):
+        nodes = dagdef.nodes
+        held = [x for n in nodes if type(n) is NodeDef for c in n.children for x in _parts(c)]
+        held += _parts(dagdef.root)
+        self.statics = [x.value for x in held if type(x) is Static]
+        self.arrays = 1 + max((x.number for x in held if type(x) is Leaf), default=-1)
+        statics = itertools.count(len(nodes) + self.arrays)
+        pytrees = itertools.count(len(nodes) + self.arrays + len(self.statics))
+
+        def place(child: Any, made: list[Any]) -> int:
+            kind = type(child)
+            if kind is int:
+                return child
+            if kind is Leaf:
+                return len(nodes) + child.number
+            if kind is Static:
+                return next(statics)
+            made.append((child.treedef, tuple([place(c, made) for c in child.children])))
+            return next(pytrees)
+
+        self.makers: list[tuple[Any, ...]] = []
+        self.fills: list[tuple[int, type, Any, tuple[int, ...], list[Any]]] = []
+        for i, node in enumerate(nodes):
+            if type(node) is RefDef:
+                self.makers.append((Ref, node.frozen, node.collection.value, dagdef.metadata[i]))
+                continue
+            kind = Node if issubclass(node.kind, Node) else node.kind
+            self.makers.append((kind, node.frozen, node.kind, None))
+            made: list[Any] = []
+            children = tuple([place(c, made) for c in node.children])
+            self.fills.append((i, kind, node.names, children, made))
+        self.root_pytrees: list[Any] = []
+        self.root = place(dagdef.root, self.root_pytrees)
+
+
+def _parts(child: Any) -> Iterator[Any]:
+    """A child or, of a pytree without identity, what is in it."""
+    if type(child) is Tree:
+        for part in child.children:
+            yield from _parts(part)
+    else:
+        yield child
+
+
+def _recipe(dagdef: DagDef) -> _Recipe:
+    if dagdef.recipe is None:
+        dagdef.recipe = _Recipe(dagdef)
+    return dagdef.recipe
+
+
+def build(
+    dagdef: DagDef,
+    values: Iterable[Any],
+    leaves: Any,
+    *,
+    trace: Any = None,
+    existing: Mapping[int, Any] | None = None,
+    refill: bool = True,
+) -> tuple[Any, list[Any]]:
+    """Make the tree of a DagDef: its root, and its objects in the order of the DagDef.
+
+    Args:
+      dagdef: the structure.
+      values: a value for each Ref that is made, in order.
+      leaves: a value for each plain array, in order.
+      trace: the trace reference of what is made; the current one without it.
+      existing: objects, by number, that are used instead of new ones.
+      refill: whether the existing ones get the content of the DagDef, or stay as they are.
+    """
+    recipe = _recipe(dagdef)
+    frame = local.frame
+    if trace is None:
+        trace = trace_ref()
+    todo = iter(values)
+    objects: list[Any] = []
+    new = object.__new__
+    for i, (kind, frozen, about, metadata) in enumerate(recipe.makers):
+        if existing is not None and i in existing:
+            obj = existing[i]
+        elif kind is Ref:
+            # As `make` in ref.py does it; there may be thousands.
+            obj = new(Ref)
+            obj._value = next(todo)
+            obj._collection = about
+            obj._metadata = metadata
+            obj._frame = frame
+            obj._trace = FROZEN if frozen else trace
+        elif kind is Node:
+            obj = make_node(about, frame, FROZEN if frozen else trace)
+        else:
+            obj = kind() if kind is list or kind is dict else new(kind)
+        objects.append(obj)
+    pool = [*objects, *leaves, *recipe.statics]
+    get = pool.__getitem__
+    for i, kind, names, children, pytrees in recipe.fills:
+        for treedef, parts in pytrees:
+            pool.append(jax.tree.unflatten(treedef, map(get, parts)))
+        known = existing is not None and i in existing
+        if known and not refill:
+            continue
+        obj = objects[i]
+        if kind is list:
+            obj[:] = map(get, children)
+            continue
+        content = attributes(obj) if kind is Node else obj if kind is dict else vars(obj)
+        if known:
+            content.clear()
+        content.update(zip(names, map(get, children)))
+        if known and kind is Node:
+            tell(obj)
+    for treedef, parts in recipe.root_pytrees:
+        pool.append(jax.tree.unflatten(treedef, map(get, parts)))
+    if leaves and not all(map(is_array, leaves)):
+        mark(dagdef, objects, leaves)
+    return pool[recipe.root], objects
+
+
+def objects_of(dagdef: DagDef, tree: Any) -> list[Any] | None:
+    """The objects of a tree of this structure by their numbers; None where only a walk finds them."""
+    recipe = _recipe(dagdef)
+    count = len(dagdef.nodes)
+    objects: list[Any] = [None] * count
+    if recipe.root < count:
+        objects[recipe.root] = tree
+    elif len(recipe.root_pytrees) == 1 and type(tree) is tuple:
+        for number, x in zip(recipe.root_pytrees[0][1], tree, strict=True):
+            if number < count:
+                objects[number] = x
+    else:
+        return None
+    # A number is that of the first visit, so what holds an object comes before it.
+    for i, kind, names, children, pytrees in recipe.fills:
+        if pytrees or kind not in _FOLLOWED:
+            return None
+        obj = objects[i]
+        content = attributes(obj) if kind is Node else obj
+        for name, number in zip(names, children):
+            if number < count:
+                objects[number] = content[name]
+    return objects
+
+
+_FOLLOWED = (Node, list, dict)
+
+
+def mark(dagdef: DagDef, objects: list[Any], leaves: Any) -> None:
+    """Note on the Nodes of a tree which of their attributes are leaves and do not look like ones.
+
+    JAX may put any object in the place of a leaf (a bool of a mask, an axis, a sharding), and the
+    tree has to flatten to the same structure again. A mark is True for a leaf, or for a list, a
+    dict or a tuple a dict of the marks in it.
+    """
+
+    def marks(child: Any, seen: frozenset[int]) -> Any:
+        if type(child) is Leaf:
+            return not is_array(leaves[child.number]) or None
+        if type(child) is int:
+            node = dagdef.nodes[child]
+            if child in seen or type(node) is RefDef or issubclass(node.kind, Node):
+                return None
+            return within(node, seen | {child})
+        return within(child, seen) if type(child) is Tree else None
+
+    def within(node: NodeDef | Tree, seen: frozenset[int]) -> Any:
+        found = {
+            name: inner
+            for name, child in zip(node.names, node.children, strict=True)
+            if (inner := marks(child, seen)) is not None
+        }
+        return found or None
+
+    for node, obj in zip(dagdef.nodes, objects, strict=True):
+        if isinstance(obj, Node) and (found := within(node, frozenset())) is not None:
+            book(obj).marks = found

@@ -1,0 +1,263 @@
+"""The structure of a tree that is left when the values are taken out: `DagDef`.
+
+A tree that holds Refs is a graph: an object with an identity (a Ref, a Node, a list, a dict) may be
+reached along many paths, itself included. The DagDef numbers those objects in the order of first
+visit and says for each what it holds, in terms of these numbers:
+
+* an `int` is the object with that number, so sharing and cycles need nothing of their own;
+* `Leaf(i)` is the i-th plain array; `Static(v)` is a value that is part of the structure;
+* `Tree(treedef, children)` is what has no identity: a tuple, or any registered pytree.
+
+`walk` finds the structure of a tree, `build` makes a tree from one.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+
+from refx.errors import StructureError
+from refx.node import Node
+from refx.partition import Path, dotted, named
+from refx.static import Static
+
+__all__ = ["DagDef"]
+
+
+T = TypeVar("T", covariant=True)
+
+
+class Leaf(NamedTuple):
+    """The place of a plain array, by its number among the plain arrays of the tree."""
+
+    number: int
+
+
+class PathName(tuple[str, ...]):
+    """The name of a value of a Partition, which is a path in itself."""
+
+    __slots__ = ()
+
+
+def parts_of(name: Any) -> Path:
+    """What a name adds to a path."""
+    return tuple(map(str, name)) if type(name) is PathName else (str(name),)
+
+
+class Tree(NamedTuple):
+    """A pytree without identity: one level of it, and what it holds."""
+
+    treedef: Any
+    names: tuple[Any, ...]
+    children: tuple[Any, ...]
+
+
+class RefDef(NamedTuple):
+    """A Ref: what is left of it without its value."""
+
+    collection: Static
+    metadata: tuple[tuple[str, Static], ...]
+    frozen: bool = False
+
+
+class NodeDef(NamedTuple):
+    """A Node (`kind` is its class), a list, a dict or another object, with the names of what it holds.
+
+    `types` are those of the keys of a dict that are no strings: 1 and True are equal keys. `revision`
+    counts the changes of the class of a Node: a method that was replaced makes another program.
+    """
+
+    kind: type
+    names: tuple[Any, ...]
+    children: tuple[Any, ...]
+    types: tuple[type, ...] = ()
+    revision: int = 0
+    frozen: bool = False
+
+
+class DagDef(Generic[T]):
+    """The hashable structure that is left when the values are taken out of a tree.
+
+    Equal structures are one object (DagDefs are interned), so comparing and hashing them is as
+    cheap as it can be, and a compiled program is found by its structure's identity.
+
+    >>> import refx
+    >>> a, _ = refx.split({"w": refx.Ref(1.0, "params")})
+    >>> b, _ = refx.split({"w": refx.Ref(2.0, "params")})
+    >>> a is b
+    True
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_leaf_paths",
+        "_ref_paths",
+        "alone",
+        "metadata",
+        "nodes",
+        "recipe",
+        "root",
+    )
+
+    def __init__(self, root: Any, nodes: tuple[Any, ...]):
+        self.root = root
+        self.nodes = nodes
+        self.metadata = [
+            MappingProxyType({k: v.value for k, v in n.metadata}) if type(n) is RefDef else _EMPTY
+            for n in nodes
+        ]
+        self._ref_paths: tuple[Path, ...] | None = None
+        self._leaf_paths: tuple[Path, ...] = ()
+        # What `build` has worked out, and the structure of a tuple with this tree alone.
+        self.recipe: Any = None
+        self.alone: DagDef | None = None
+
+    @property
+    def ref_paths(self) -> tuple[Path, ...]:
+        """The canonical path of each Ref, in order."""
+        if self._ref_paths is None:
+            self._find_paths()
+        assert self._ref_paths is not None
+        return self._ref_paths
+
+    @property
+    def leaf_paths(self) -> tuple[Path, ...]:
+        """The path of each plain array, in order."""
+        if self._ref_paths is None:
+            self._find_paths()
+        return self._leaf_paths
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The path of every value: the Refs' and then the plain arrays'."""
+        return self.ref_paths + self.leaf_paths
+
+    def _find_paths(self) -> None:
+        paths, leaves = _paths(self)
+        refs = tuple(paths[i] for i, n in enumerate(self.nodes) if type(n) is RefDef)
+        self._leaf_paths = tuple(leaves[i] for i in range(len(leaves)))
+        twice = [p for p, count in Counter(refs + self._leaf_paths).items() if count > 1]
+        if twice:
+            raise StructureError(
+                f"Two values have the same path {dotted(twice[0])!r}: keys of a dict that are "
+                f"different but read the same, such as 1 and '1'. Rename one of the keys."
+            )
+        self._ref_paths = refs
+
+    def __repr__(self) -> str:
+        # Not by the paths, which may be ambiguous: a message that has this repr must come through.
+        kinds = [n.kind.__name__ for n in self.nodes if type(n) is NodeDef]
+        refs = sum(type(n) is RefDef for n in self.nodes)
+        leaves = set()
+        todo = [self.root, *(c for n in self.nodes if type(n) is NodeDef for c in n.children)]
+        while todo:
+            child = todo.pop()
+            if type(child) is Leaf:
+                leaves.add(child.number)
+            elif type(child) is Tree:
+                todo += child.children
+        if type(self.root) is int and type(self.nodes[self.root]) is NodeDef:
+            what = kinds[0]
+        else:
+            what = "Ref" if type(self.root) is int else "tree"
+        return f"DagDef({what}: {refs} Refs, {len(leaves)} arrays, {len(kinds)} nodes)"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The revisions of classes count what happened in this process.
+        nodes = [n._replace(revision=0) if type(n) is NodeDef else n for n in self.nodes]
+        return _restore, (self.root, tuple(nodes))
+
+    def __copy__(self) -> DagDef:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> DagDef:
+        return self
+
+
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+_interned: weakref.WeakValueDictionary[Any, DagDef] = weakref.WeakValueDictionary()
+_intern_lock = threading.Lock()
+
+
+def intern(root: Any, nodes: tuple[Any, ...]) -> DagDef:
+    """The one DagDef with this content."""
+    with _intern_lock:
+        dagdef = _interned.get((root, nodes))
+        if dagdef is None:
+            dagdef = _interned[root, nodes] = DagDef(root, nodes)
+        return dagdef
+
+
+def alone_in_tuple(dagdef: DagDef) -> DagDef:
+    """The structure of `(tree,)`, where that of the tree is known."""
+    if dagdef.alone is None:
+        dagdef.alone = intern(Tree(_ALONE, ("0",), (dagdef.root,)), dagdef.nodes)
+    return dagdef.alone
+
+
+_ALONE = jax.tree.structure((0,))
+
+
+def frozen_def(dagdef: DagDef, frozen: bool) -> DagDef:
+    """The same structure, of which nothing may be written, or everything."""
+    if not frozen and not any([getattr(n, "frozen", False) for n in dagdef.nodes]):
+        return dagdef
+    nodes = [
+        n._replace(frozen=frozen and (type(n) is RefDef or issubclass(n.kind, Node)))
+        for n in dagdef.nodes
+    ]
+    return intern(dagdef.root, tuple(nodes))
+
+
+def _restore(root: Any, nodes: tuple[Any, ...]) -> DagDef:
+    now = [n._replace(revision=revision_of(n.kind)) if type(n) is NodeDef else n for n in nodes]
+    return intern(root, tuple(now))
+
+
+def revision_of(kind: type) -> int:
+    """How often the class of a Node has changed; other classes are not asked."""
+    return getattr(kind, "_revision", 0)
+
+
+# To JAX a DagDef is a pytree without leaves, so it crosses plain transformations beside Partitions.
+jax.tree_util.register_pytree_node(DagDef, lambda dagdef: ((), dagdef), lambda dagdef, _: dagdef)
+
+
+def node_paths(dagdef: DagDef) -> dict[int, Path]:
+    """The canonical path of each object of a structure, by its number."""
+    return _paths(dagdef)[0]
+
+
+def _paths(dagdef: DagDef) -> tuple[dict[int, Path], dict[int, Path]]:
+    """The paths of the objects and of the plain arrays of a structure, by their numbers."""
+    paths: dict[int, Path] = {}
+    leaves: dict[int, Path] = {}
+    todo: list[tuple[Any, Path]] = [(dagdef.root, ())]
+    while todo:
+        child, path = todo.pop()
+        if type(child) is int:
+            if child in paths:
+                continue
+            paths[child] = path
+            child = dagdef.nodes[child]
+        elif type(child) is Leaf:
+            leaves.setdefault(child.number, path)
+        if isinstance(child, (NodeDef, Tree)):
+            todo += _below(child, path)
+    return paths, leaves
+
+
+def _below(at: NodeDef | Tree, path: Path) -> list[tuple[Any, Path]]:
+    """What an object or a pytree holds, with its paths, the last first."""
+    kind = at.kind if isinstance(at, NodeDef) else at.treedef.node_data()[0]
+    return [
+        (c, (*path, *(parts_of(name) if type(name) is PathName else named(kind, name))))
+        for name, c in zip(reversed(at.names), reversed(at.children), strict=True)
+    ]

@@ -1,0 +1,344 @@
+"""The walk of a tree: finds its structure and the live objects in it."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from refx.dagdef import DagDef, Leaf, NodeDef, PathName, RefDef, Tree, intern, parts_of
+from refx.errors import StructureError, UnhashableStaticError
+from refx.frame import local
+from refx.node import LEAVES, Node, attributes, is_array, is_identity
+from refx.partition import Name, Partition, Path, dotted
+from refx.ref import Ref
+from refx.static import Static
+from refx.text import ALTERNATIVES
+from refx.trace import FROZEN
+
+__all__: list[str] = []
+
+
+class Walk(NamedTuple):
+    """What `walk` finds: the structure, and the live objects in the order of the structure.
+
+    `places` has, for each plain array, the dict or list that holds it and its key there, or a None
+    where a tuple or another pytree holds it. `containers` are the Nodes, lists, dicts and objects
+    that were walked, `opaque` the pytrees of other classes, `contents` the dicts and lists that
+    static values were read from, and `functions` the modules and Refs that functions close over.
+    """
+
+    dagdef: DagDef
+    refs: list[Ref[Any]]
+    leaves: list[Any]
+    places: list[tuple[Any, Any]]
+    objects: list[Any]
+    containers: list[Any]
+    opaque: list[Any]
+    contents: list[Any]
+    functions: list[tuple[str, Any]]
+
+
+_STATIC = frozenset({int, float, bool, str, complex, bytes, type(None), type(len), type})
+
+
+def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) -> Walk:
+    """Walk a tree and find its structure.
+
+    Args:
+      tree: what to walk.
+      alias: by id, objects that are met in place of others.
+      skip: how many parts of a path a message leaves out: a tuple around the user's trees.
+
+    Raises:
+      UnhashableStaticError: a static value cannot be hashed; the message has its path.
+      StructureError: a Ref or a module hides where the walk cannot enter (in a frozenset).
+    """
+    nodes: list[Any] = []
+    numbers: dict[int, int] = {}
+    found = Walk(None, [], [], [], [], [], [], [], [])  # pyright: ignore[reportArgumentType]
+    result: list[Any] = [None]
+    # Each entry is an object, its path as a linked list, the place where its code is to go, the
+    # container that holds it directly, and its mark.
+    todo: list[tuple[Any, Any, list[Any], int, Any, Any]] = [(tree, None, result, 0, None, None)]
+    while todo:
+        obj, link, place, position, holder, mark = todo.pop()
+        if alias is not None:
+            obj = alias.get(id(obj), obj)
+        kind = type(obj)
+        if mark is True:
+            place[position] = Leaf(len(found.leaves))
+            found.leaves.append(obj)
+            found.places.append((holder, link[1] if link is not None else None))
+        elif kind in _STATIC:
+            place[position] = Static(obj)
+        elif kind is Ref or kind is list or kind is dict or isinstance(obj, Node) or _hides(obj):
+            number = numbers.get(id(obj))
+            if number is not None:
+                place[position] = number
+                continue
+            place[position] = numbers[id(obj)] = len(nodes)
+            found.objects.append(obj)
+            if kind is Ref:
+                found.refs.append(obj)  # pyright: ignore[reportArgumentType]
+                definition = ref_def(obj._collection, obj._metadata.items())  # pyright: ignore
+                frozen = obj._trace is FROZEN
+                nodes.append(definition._replace(frozen=True) if frozen else definition)
+                continue
+            is_node = isinstance(obj, Node)
+            content = contents(obj)
+            found.containers.append(obj)
+            names = tuple(range(len(content))) if kind is list else tuple(content)
+            values = list(content) if kind is list else list(content.values())
+            fields = obj._fields if is_node else {}
+            if is_node:
+                mark = obj._book.marks if obj._book is not None else None
+            children: list[Any] = [None] * len(names)
+            frozen = is_node and obj._trace is FROZEN
+            nodes.append((kind, names, children, obj._revision if is_node else 0, frozen))
+            for i in range(len(names) - 1, -1, -1):
+                field = fields.get(names[i])  # pyright: ignore
+                if field is not None and not field.is_ref:
+                    children[i] = _static(values[i], (link, names[i]), skip, found)
+                else:
+                    inner = mark.get(names[i]) if type(mark) is dict else None
+                    todo.append((values[i], (link, names[i]), children, i, content, inner))
+        elif is_array(obj):
+            place[position] = Leaf(len(found.leaves))
+            found.leaves.append(obj)
+            found.places.append((holder, link[1] if link is not None else None))
+        else:
+            keyed, treedef = _one_level(obj)
+            if len(keyed) == 1 and keyed[0][1] is obj:
+                place[position] = _static(obj, link, skip, found)
+                continue
+            names = _names(obj, keyed)
+            children = [None] * len(keyed)
+            place[position] = (treedef, names, children)
+            if not isinstance(obj, tuple):
+                found.opaque.append((obj, treedef, [x for _, x in keyed]))
+            for i in range(len(keyed) - 1, -1, -1):
+                inner = mark.get(names[i]) if type(mark) is dict else None
+                todo.append((keyed[i][1], (link, names[i]), children, i, None, inner))
+    # Of several trees together, one may close over another: it is an input, too.
+    for where, x in found.functions if not skip else ():
+        if id(x) in numbers:
+            raise StructureError(
+                f"{where} is a function that closes over a {type(x).__name__} of the same tree. A "
+                f"copy of the tree, as jax.grad or a compiled function makes one, would go on with "
+                f"the old one, whose gradients are lost. Make the function a method, or write it "
+                f"where it is called; to keep it, give it what it needs as an argument."
+            )
+    frozen = tuple(
+        n
+        if type(n) is RefDef
+        else NodeDef(n[0], n[1], tuple(map(_freeze, n[2])), _types(*n[:2]), *n[3:])
+        for n in nodes
+    )
+    return found._replace(dagdef=intern(_freeze(result[0]), frozen))
+
+
+def contents(container: Any) -> Any:
+    """The list, or the dict of items or attributes, of what has an identity and holds others."""
+    if isinstance(container, Node):
+        return attributes(container)
+    return container if isinstance(container, list | dict) else vars(container)
+
+
+def _hides(obj: Any) -> bool:
+    """Whether `obj` is a pytree whose class takes apart the modules or Refs that it holds.
+
+    Its leaves would be the values of their Refs, so a copy of it would have Refs of its own, that
+    nobody trains. So it is walked as an object: by its attributes.
+    """
+    if not _has_attributes(obj):
+        return False
+    outer, local.peeking = local.peeking, True
+    try:
+        leaves = jax.tree.leaves(obj, is_leaf=is_identity)
+        if len(leaves) == 1 and leaves[0] is obj:
+            return False
+        seen = set(map(id, leaves))
+        return any(id(x) not in seen for x in _held_by_attributes(obj))
+    finally:
+        local.peeking = outer
+
+
+def _has_attributes(obj: Any) -> bool:
+    """Whether `obj` may be a pytree of a class of its own, with a dict of attributes."""
+    kind = type(obj)
+    if isinstance(obj, tuple) or kind in _STATIC or kind in _NO_PYTREES or is_array(obj):
+        return False
+    if isinstance(obj, type | types.ModuleType) or is_identity(obj):
+        return False
+    held = getattr(obj, "__dict__", None)
+    return type(held) is dict and bool(held)
+
+
+def _held_by_attributes(obj: Any) -> Iterator[Any]:
+    """The Refs and Nodes that an object and the pytrees in it hold in their attributes."""
+    todo, seen = [obj], {id(obj)}
+    while todo:
+        at = todo.pop()
+        for x in jax.tree.leaves(vars(at), is_leaf=lambda x: is_identity(x) or _has_attributes(x)):
+            if is_identity(x):
+                yield x
+            elif id(x) not in seen and _has_attributes(x) and not jax.tree_util.all_leaves([x]):
+                seen.add(id(x))
+                todo.append(x)
+
+
+_NO_PYTREES = frozenset({types.FunctionType, types.MethodType, functools.partial})
+
+
+def _identities(items: Iterable[Any]) -> list[Any]:
+    """The Refs and Nodes in some objects and in their lists, tuples and dicts."""
+    return [x for x in jax.tree.leaves(list(items), is_leaf=is_identity) if is_identity(x)]
+
+
+_plain_refs: dict[str, RefDef] = {}
+
+
+def ref_def(collection: Any, metadata: Collection[tuple[str, Any]]) -> RefDef:
+    """What the structure says of a Ref."""
+    if not metadata and type(collection) is str:
+        # As nearly all are.
+        known = _plain_refs.get(collection)
+        if known is None:
+            known = _plain_refs[collection] = RefDef(Static(collection), ())
+        return known
+    return RefDef(Static(collection), tuple((k, Static(v)) for k, v in metadata))
+
+
+def _types(kind: type, names: tuple[Any, ...]) -> tuple[type, ...]:
+    if kind is not dict or all(type(name) in (str, Name) for name in names):
+        return ()
+    return tuple(map(type, names))
+
+
+def _one_level(obj: Any) -> Any:
+    return jax.tree_util.tree_flatten_with_path(obj, lambda x: x is not obj)
+
+
+def _names(obj: Any, keyed: Any) -> tuple[Any, ...]:
+    if isinstance(obj, Partition):
+        return tuple(map(PathName, obj))
+    return tuple(_name(path[0]) for path, _ in keyed)
+
+
+def leaves_by_path(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The leaves of a pytree, where Refs and Nodes are leaves, with the paths that a DagDef has."""
+    keyed = [] if is_identity(tree) else _one_level(tree)[0]
+    if is_identity(tree) or (len(keyed) == 1 and keyed[0][1] is tree):
+        yield path, tree
+        return
+    for name, (_, child) in zip(_names(tree, keyed), keyed, strict=True):
+        yield from leaves_by_path(child, (*path, *parts_of(name)))
+
+
+def _freeze(child: Any) -> Any:
+    if type(child) is tuple:
+        treedef, names, children = child
+        return Tree(treedef, names, tuple(map(_freeze, children)))
+    return child
+
+
+def _name(key: Any) -> str:
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _path(link: Any) -> Path:
+    parts: Path = ()
+    while link is not None:
+        link, name = link
+        parts = parts_of(name) + parts
+    return parts
+
+
+def _static(obj: Any, link: Any, skip: int, found: Walk) -> Static:
+    path = _path(link)[skip:]
+    where = f"Attribute {dotted(path)!r}" if path else "The tree"
+    static = Static(obj)
+    found.contents.extend(static.contents)
+    try:
+        hash(static)
+        if type(obj).__hash__ is None and _holds_arrays(static):
+            raise TypeError
+    except TypeError:
+        raise UnhashableStaticError(
+            f"{where} is a {type(obj).__name__}, which cannot be hashed and is neither an array "
+            f"nor a pytree, so it can be neither a value nor part of the structure: {_clip(obj)}. "
+            f"Use a tuple for a set or for a static() list, an array for numbers, or register the "
+            f"class as a pytree."
+        ) from None
+    if hasattr(type(obj), "__next__"):
+        raise StructureError(
+            f"{where} is a {type(obj).__name__}, an iterator, which may hold Refs or modules that "
+            f"cannot be seen, and is used up when it is read. Use a list or a tuple."
+        )
+    held: Any = obj if isinstance(obj, frozenset) else jax.tree.leaves(obj, is_leaf=is_identity)
+    if isinstance(obj, functools.partial):
+        parts = (obj.func, obj.args, obj.keywords)
+        held = [*held, *jax.tree.leaves(parts, is_leaf=is_identity)]
+    if not isinstance(obj, type | types.FunctionType | types.ModuleType):
+        held = [*held, *getattr(obj, "__dict__", {}).values()]
+    if isinstance(obj, types.FunctionType):
+        found.functions.extend((where, x) for x in _identities(_closed_over(obj)))
+    if hasattr(obj, "__wrapped__") and not isinstance(obj, type):
+        held = [*held, *jax.tree.leaves(_wrapped(obj), is_leaf=is_identity)]
+    if any(map(is_identity, held)):
+        raise StructureError(
+            f"{where} is a {type(obj).__name__} that holds Refs or modules, but it is static, so "
+            f"their updates would not be seen, and a copy would go on with the old ones. Use a list, "
+            f"a tuple or a dict in an ordinary attribute; {ALTERNATIVES['holder']}."
+        )
+    return static
+
+
+def _closed_over(fn: types.FunctionType) -> list[Any]:
+    """What a function holds in its variables and defaults, and what functions in there hold."""
+    found: list[Any] = []
+    todo, seen = [fn], set()
+    while todo:
+        at = todo.pop()
+        if id(at) in seen:
+            continue
+        seen.add(id(at))
+        cells = [getattr(c, "cell_contents", None) for c in at.__closure__ or ()]
+        for x in (*cells, *(at.__defaults__ or ()), *(at.__kwdefaults__ or {}).values()):
+            if isinstance(x, types.FunctionType):
+                todo.append(x)
+            else:
+                found.append(x)
+    return found
+
+
+def _holds_arrays(static: Static) -> bool:
+    """Whether an object that counts by its attributes has arrays among them."""
+    parts = [x for c in static.contents for x in (c.values() if isinstance(c, dict) else c)]
+    return any(isinstance(x, LEAVES) for x in parts)
+
+
+def _wrapped(obj: Any) -> list[Any]:
+    """What a decorated function goes on to, and what its wrappers hold."""
+    found: list[Any] = []
+    while hasattr(obj, "__wrapped__"):
+        for cell in getattr(obj, "__closure__", None) or ():
+            try:
+                found.append(cell.cell_contents)
+            except ValueError:
+                continue  # a variable that is not bound yet
+        obj = obj.__wrapped__
+        found.append(obj)
+    return found
+
+
+def _clip(obj: Any) -> str:
+    text = repr(obj)
+    return text if len(text) <= 80 else text[:77] + "..."

