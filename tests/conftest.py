@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+# A program that test_processes.py starts, several times at once.
+collect_ignore = ["nnx/processes.py"]
+
 from tests.models import Dense, Net
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """One process of several, for test_processes.py: what it finds goes to standard output, a JSON object a line."""
 
 import json

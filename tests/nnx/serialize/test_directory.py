@@ -52,7 +52,7 @@ class Everything(nnx.Module):
         self.by_dtype = {
             dtype: nnx.Ref(jnp.abs(draw).astype(jnp.dtype(dtype)), "values") for dtype in dtypes
         }
-        self.first = Dense(4, 6, seed=seed)
+        self.first = Dense(4, 8, seed=seed)
         self.tied = self.first
         self.again = nnx.Ref(draw, "params", sharding=("data", None))
         self.also = self.again
