@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import (
+    check,
     checkpoint,
     compiling,
     eager,
     epoch,
     growth,
+    imports,
     layers,
     llama,
+    loops,
     memory,
     purify,
     report,
@@ -37,9 +41,12 @@ KINDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     names = ["steps", "eager", "compile", "epoch", "transformer", "pytrees", "memory", "growth"]
-    names += ["layers", "llama", "checkpoint", "purify"]
+    names += ["layers", "llama", "checkpoint", "purify", "loops", "import"]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="few rounds, small sizes")
+    parser.add_argument(
+        "--check", action="store_true", help="fail where a ratio is worse than the committed one"
+    )
     parser.add_argument("--sizes", nargs="+", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -47,28 +54,27 @@ def main() -> None:
     rounds = arguments.rounds or (5 if arguments.quick else 21)
     sizes = arguments.sizes or ([10, 100] if arguments.quick else [10, 100, 500, 2000])
     only = arguments.only
-    pages: list[str] = [_header(rounds)]
-    raw: dict[str, Any] = {}
+    pages: dict[str, dict[str, Any]] = {}
 
     def page(name: str, text: str, data: Any) -> None:
         print(text, flush=True)
-        pages.append(text)
-        raw[name] = data
+        pages[name] = {"text": text, "data": data}
 
     if "steps" in only:
         by_kind = {}
         for title, kind in KINDS.items():
             by_kind[title] = steps.measure(kind, sizes, rounds)
             page(title, report.by_size(title, by_kind[title]), by_kind[title])
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        report.plot(by_kind, arguments.out / "steps.png")
+        if not arguments.check:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            report.plot(by_kind, arguments.out / "steps.png")
     if "eager" in only:
         forward = eager.forward(rounds)
         page("forward", report.by_name("Eager forward, 50 layers", forward, "x @ w + b"), forward)
         built = eager.construction(rounds)
         page("construction", report.by_name("Construction, 50 layers", built, "by hand"), built)
     if "compile" in only:
-        few = 2 if arguments.quick else 5
+        few = 2 if arguments.quick else 9
         stages = compiling.stages(10 if arguments.quick else 50, few)
         page("compile", report.table("Trace, lower, compile: ratios to jax.jit", stages), stages)
         depth = {"seconds": compiling.depth(1 if arguments.quick else 3)}
@@ -83,17 +89,18 @@ def main() -> None:
         page("transformer", report.by_name("Transformer step", real, "jax.jit"), real)
     if "pytrees" in only:
         rows = eager.pytrees(rounds, 25 if arguments.quick else 250)
-        flat = {
-            name: {
-                k: f"1 = {r.microseconds:.0f} µs" if k == "nnx" else str(r) for k, r in row.items()
-            }
-            for name, row in rows.items()
-        }
-        page(
-            "pytrees",
-            report.table("Whole-model operations, 500 arrays: ratios to ours", flat),
-            rows,
+        title = "Whole-model operations, 500 arrays: ratios to Equinox's"
+        page("pytrees", report.by_row(title, rows, "equinox"), rows)
+    if "loops" in only:
+        rows = loops.measure(max(5, rounds // 3))
+        title = (
+            "Loops and branches outside of compiled code, second and later call: ratios to jax.lax"
         )
+        page("loops", report.by_row(title, rows, "jax.lax"), rows)
+    if "import" in only:
+        rows = imports.measure(2 if arguments.quick else 7)
+        title = "Imports beyond `import jax, optax`: ratios to it, with bytecode"
+        page("import", report.table(title, rows), rows)
     if "memory" in only:
         used = memory.measure()
         page("memory", report.table("Memory of a large step, MiB", used, 1), used)
@@ -123,7 +130,13 @@ def main() -> None:
         flat = {name: base | {k: str(r) for k, r in row.items()} for name, row in rows.items()}
         title = "purify: ratios to the function by hand, and of shapes() to jaxpurify"
         page("purify", report.table(title, flat), rows)
-    report.write(arguments.out, "\n".join(pages), raw)
+    if arguments.check:
+        worse = check.worse(report.read(arguments.out), pages)
+        print(
+            "\n".join(worse) or "No ratio is worse than the committed one by more than its spread."
+        )
+        sys.exit(bool(worse))
+    report.write(arguments.out, _header(rounds), pages)
 
 
 def _header(rounds: int) -> str:

@@ -112,7 +112,7 @@ def construction(rounds: int, layers: int = 50) -> dict[str, Ratio]:
 
 
 def pytrees(rounds: int, layers: int = 250) -> dict[str, dict[str, Ratio]]:
-    """Operations on a whole model, against ours (so above 1 is slower than ours)."""
+    """Operations on a whole model, against Equinox's."""
     model, flax_model, eqx_model = w.ours(layers), w.flax(layers), w.equinox(layers)
     dagdef, part = nnx.split(model)
     graphdef, state = fnx.split(flax_model)
@@ -165,6 +165,8 @@ def pytrees(rounds: int, layers: int = 250) -> dict[str, dict[str, Ratio]]:
         return run
 
     return {
-        name: interleave({k: quiet(f) for k, f in row.items()}, "nnx", rounds=max(5, rounds // 3))
+        name: interleave(
+            {k: quiet(f) for k, f in row.items()}, "equinox", rounds=max(5, rounds // 3)
+        )
         for name, row in table.items()
     }

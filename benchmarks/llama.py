@@ -111,7 +111,13 @@ def _models() -> dict[str, Any]:
     stacked = nnx.bridge.from_flax(theirs, Llama.init(0)(CONFIG, remat=False))
     unrolled = nnx.clone(stacked)
     unrolled.layers = nnx.Sequential(*unrolled.layers.unstack())
-    return {"flax": theirs, "nnx, layers in a list": unrolled, "nnx.Stack": stacked}
+    again = fnx.clone(theirs)
+    return {
+        "flax": theirs,
+        "flax, cached_partial": again,
+        "nnx, layers in a list": unrolled,
+        "nnx.Stack": stacked,
+    }
 
 
 def _loss(logits: Any, tokens: Any) -> Any:
@@ -141,16 +147,19 @@ def training(rounds: int) -> dict[str, dict[str, Any]]:
             return loss
 
         losses[name] = float(step(model, optimizer, tokens))
+        bound: Any = lambda tokens: step(model, optimizer, tokens)  # noqa: E731
+        if name == "flax, cached_partial":
+            bound = fnx.cached_partial(step, model, optimizer)
 
         def run(calls: int) -> Any:
             for _ in range(calls):
-                loss = step(model, optimizer, tokens)
+                loss = bound(tokens)
             return loss
 
         return run
 
     runs = {
-        name: contender(name, model, fnx if name == "flax" else nnx)
+        name: contender(name, model, fnx if name.startswith("flax") else nnx)
         for name, model in _models().items()
     }
     np.testing.assert_allclose(list(losses.values()), losses["flax"], rtol=1e-5)
@@ -163,7 +172,7 @@ def decoding(rounds: int) -> dict[str, dict[str, Any]]:
     texts: dict[str, Any] = {}
 
     def contender(name: str, model: Any) -> Any:
-        if name == "flax":
+        if name.startswith("flax"):
             step = fnx.jit(lambda m, t: m(t, decode=True)[:, -1:].argmax(-1))
         else:
             step = nnx.jit(lambda m, t: m.apply(decode=True)(t)[:, -1:].argmax(-1))
@@ -179,8 +188,11 @@ def decoding(rounds: int) -> dict[str, dict[str, Any]]:
         def run(calls: int) -> Any:
             for _ in range(calls):
                 token, text = begin(), []
+                bound: Any = lambda token: step(model, token)  # noqa: E731
+                if name == "flax, cached_partial":
+                    bound = fnx.cached_partial(step, model)
                 for _ in range(LENGTH - PROMPT):
-                    token = step(model, token)
+                    token = bound(token)
                     text.append(token)
             texts[name] = text
             return token

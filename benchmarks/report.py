@@ -34,6 +34,17 @@ def by_name(title: str, results: dict[str, Ratio], baseline: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def by_row(title: str, rows: dict[str, dict[str, Ratio]], baseline: str) -> str:
+    """Ratios with a baseline in each row, whose time is given."""
+    flat = {
+        name: {
+            k: f"1 = {r.microseconds:.0f} µs" if k == baseline else str(r) for k, r in row.items()
+        }
+        for name, row in rows.items()
+    }
+    return table(title, flat)
+
+
 def table(title: str, rows: dict[str, dict[str, Any]], digits: int = 2) -> str:
     columns = list(next(iter(rows.values())))
     lines = [f"### {title}", "", "| | " + " | ".join(columns) + " |"]
@@ -78,7 +89,16 @@ def plot(results: dict[str, dict[int, dict[str, Ratio]]], path: Path) -> None:
     plt.close(figure)
 
 
-def write(folder: Path, text: str, raw: Any) -> None:
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """The pages that are there, each with its text and its data."""
+    path = folder / "results.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(folder: Path, header: str, pages: dict[str, dict[str, Any]]) -> None:
+    """Write pages; those that are there and were not measured now stay as they are."""
     folder.mkdir(parents=True, exist_ok=True)
+    pages = read(folder) | pages
+    text = "\n".join([header, *(page["text"] for page in pages.values())])
     (folder / "results.md").write_text(text)
-    (folder / "results.json").write_text(json.dumps(raw, indent=1, default=str) + "\n")
+    (folder / "results.json").write_text(json.dumps(pages, indent=1, default=str) + "\n")

@@ -26,6 +26,8 @@ _NAMES = {
     "capture_intermediates": "nnx.capture",
     "perturb": "nnx.output_grad, which needs no mark in the model",
     "register_forward_hook": "nnx.capture to see an output, nnx.patch to change it",
+    "Flatten": "a function in nnx.Sequential: lambda x: x.reshape(len(x), -1)",
+    "get_partition_spec get_named_sharding": "nnx.shardings",
     "with_partitioning with_metadata": "metadata of a field, nnx.param(sharding=...), or nnx.Ref",
     "compact setup": "nnx.Module: make submodules in __init__",
     "pure": "nnx.split and nnx.merge",

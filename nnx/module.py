@@ -7,13 +7,33 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NoReturn, TypeVar, cast, dataclass_transform
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast, dataclass_transform
 
 import jax
 
 import refx
+from nnx._ambient import ambient
+from nnx._class_checks import (
+    CHECKED,
+    check_after_init,
+    check_arguments,
+    explain_data,
+    forward_instead,
+    no_attribute,
+    own_init,
+)
 from nnx._layer_names import LayerCall
-from nnx.scope import Scope, entered, expected, get_flag, make_rng, make_scope
+from nnx.scope import (
+    MissingStreamError,
+    Scope,
+    entered,
+    expected,
+    get_flag,
+    make_rng,
+    make_scope,
+    missing_stream,
+)
+from nnx.show.folding import tree_html
 from nnx.show.html import show_node
 from nnx.show.text import tree_repr
 from refx import (
@@ -56,6 +76,7 @@ ALTERNATIVES.update(
         "same name": "the nnx transformation of the same name",
         "compiles": " (nnx.jit, nnx.scan, nnx.remat, ...)",
         "looks": " (nnx.{})",
+        "mask": ", or nnx.training.mask(model, {!r})",
         "would pass over it": ", nnx.grad and nnx.jit",
         "writes back": " (nnx.jit, nnx.vmap, nnx.scan, ...)",
         "in its place": (
@@ -80,6 +101,7 @@ def ref(
     default_factory: Callable[[], Any] | None = None,
     init: bool = True,
     kw_only: bool = False,
+    converter: Callable[[Any], Any] | None = None,
     **metadata: Any,
 ) -> Any:
     """A field whose value lives in a Ref of the given collection.
@@ -93,6 +115,7 @@ def ref(
       default_factory: a function that makes it; it may call `nnx.make_rng`.
       init: whether `@nnx.dataclass` makes it an argument of `__init__`.
       kw_only: whether that argument is by keyword only.
+      converter: called with each value that the field is given; its result is what the Ref holds.
       **metadata: hashable facts that the Ref keeps.
 
     >>> import jax, jax.numpy as jnp, nnx
@@ -118,6 +141,7 @@ def ref(
         default_factory=default_factory,
         init=init,
         kw_only=kw_only,
+        converter=converter,
     )
 
 
@@ -203,6 +227,24 @@ class Module(Node):
         if type(call) is types.FunctionType and not hasattr(call, "__isabstractmethod__"):
             set_on_class(cls, "__call__", LayerCall(call))
 
+        elif call is None and callable(vars(cls).get("forward")):
+            if not any("__call__" in vars(base) for base in cls.__mro__):
+                set_on_class(cls, "__call__", forward_instead(cls))
+        check_after_init(cls)
+
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *args, **kwargs):
+            if kwargs and not CHECKED.isdisjoint(kwargs):
+                check_arguments(cls, kwargs)
+            return super().__new__(cls, *args, **kwargs)
+
+        def __getattr__(self, name):
+            # What comes here is missing, or is a property that raised an AttributeError: that one.
+            if any(name in vars(base) for base in type(self).__mro__):
+                return object.__getattribute__(self, name)
+            raise no_attribute(self, name)
+
     @classmethod
     def init(cls: type[M], rngs: Any = None, **flags: Any) -> type[M]:
         """Construct within a scope: `Cls.init(jax.random.key(0))(*constructor_arguments)`.
@@ -221,7 +263,11 @@ class Module(Node):
         def construct(*args: Any, **kwargs: Any) -> M:
             advice = f"Arguments of the constructor go in the second brackets: {name}.init(0)(...)."
             with expected(flags, f"{name}.init", advice), entered(inner):
-                return cls(*args, **kwargs)
+                try:
+                    return cls(*args, **kwargs)
+                except TypeError as error:
+                    explain_data(cls, args, kwargs, error)
+                    raise
 
         return cast("type[M]", construct)
 
@@ -241,7 +287,11 @@ class Module(Node):
 
     def make_rng(self, name: str = "default") -> jax.Array:
         """The next key of the ambient stream `name`; see `nnx.make_rng`."""
-        return make_rng(name)
+        try:
+            return make_rng(name)
+        except MissingStreamError:
+            streams = ambient.scope.streams if ambient.scope is not None else {}
+            raise missing_stream(name, streams, type(self).__name__) from None
 
     def get_flag(self, name: str, default: Any = MISSING) -> Any:
         """The flag `name`: of the ambient scope, else the attribute of that name, else the default.
@@ -316,11 +366,21 @@ class Module(Node):
     # Brackets take filters, so Python's way to iterate by number would never end.
     __iter__ = None
 
+    def __dir__(self) -> list[str]:
+        return sorted(set(object.__dir__(self)) - _INTERNAL)
+
     def __repr__(self) -> str:
         return tree_repr(self)
 
+    def _repr_html_(self) -> str:
+        return tree_html(repr(self))
+
     def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
         return show_node(self, path, subtree_renderer)
+
+
+# What every module has for itself, and nobody types.
+_INTERNAL = frozenset(name for name in dir(Module) if name.startswith("_"))
 
 
 def _is_flag(node: Node, name: str) -> bool:
@@ -403,6 +463,7 @@ def dataclass(cls: type[T]) -> type[T]:
         elif f.default is not MISSING:
             options["default"] = f.default
         setattr(cls, name, dataclasses.field(**options))
+    own_init(cls)
     generated = "__init__" not in vars(cls)
     made = dataclasses.dataclass(cls, eq=False, repr=False)
     for name, f in own.items():
@@ -415,4 +476,5 @@ def dataclass(cls: type[T]) -> type[T]:
     }
     left = (f for f in getattr(made, "_fields", {}).values() if f.name not in done)
     set_on_class(made, "_defaults", tuple(f for f in left if f.has_default))
+    check_after_init(made)
     return made

@@ -185,12 +185,23 @@ def make_rng(name: str = "default") -> jax.Array:
         return streams[name].next()
     if "default" in streams:
         return streams["default"].next(name)
+    raise missing_stream(name, streams)
+
+
+def missing_stream(name: str, streams: Mapping[str, Any], asked: str = "") -> MissingStreamError:
+    """The error for a stream that no scope has; `asked` is the class of the module that asked."""
     there = f"the scope has only {sorted(streams)}" if streams else "no scope with keys is active"
-    raise MissingStreamError(
-        f"A key of the random stream {name!r} was asked for, but {there}. Make the module with "
-        f"Cls.init(jax.random.key(0))(...), call it with model.apply(rngs=jax.random.key(1))(x), "
-        f"or put the code in `with nnx.scope(jax.random.key(0)):`. For this stream alone, pass "
-        f"{{{name!r}: key}} as the key."
+    make = "Cls.init(jax.random.key(0))(...)"
+    call = "model.apply(rngs=jax.random.key(0))(x)"
+    ways = f"Make the module with {make}, call it with {call}"
+    if name != "params":
+        rest = ", or after model.eval(), where it drops nothing" if name == "dropout" else ""
+        ways = f"Call the model with {call}{rest}, make it with {make}"
+    who = f" by a {asked}" if asked else ""
+    return MissingStreamError(
+        f"A key of the random stream {name!r} was asked for{who}, but {there}. {ways}, or put the code "
+        f"in `with nnx.scope(jax.random.key(0)):`. For this stream alone, pass {{{name!r}: key}} as "
+        f"the key."
     )
 
 

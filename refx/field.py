@@ -94,8 +94,16 @@ class RefField(Field):
 
     is_ref = True
 
-    def __init__(self, collection: Hashable = None, *, metadata: Any = None, **options: Any):
+    def __init__(
+        self,
+        collection: Hashable = None,
+        *,
+        metadata: Any = None,
+        converter: Callable[[Any], Any] | None = None,
+        **options: Any,
+    ):
         super().__init__(**options)
+        self.converter = converter
         self.collection = collection
         self.metadata = metadata or {}
 
@@ -132,6 +140,8 @@ class RefField(Field):
 
     def __set__(self, node: Any, value: Any) -> None:
         cell = attributes(node).get(self.name)
+        if self.converter is not None and value is not None and not isinstance(value, Ref):
+            value = self.converter(value)
         if isinstance(value, Ref) or value is None:
             if value is not cell or self.name not in attributes(node):
                 check_structure(node, f"Attribute {self.name!r}")

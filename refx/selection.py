@@ -14,7 +14,7 @@ from refx.node import Node, attributes
 from refx.partition import Partition, Path, as_path
 from refx.ref import Ref
 from refx.snapshot import snapshot
-from refx.text import ours
+from refx.text import ALTERNATIVES, ours
 
 __all__: list[str] = []
 
@@ -45,7 +45,7 @@ def mistake(filter: Filter, *trees: Any) -> str | None:
     if isinstance(filter, InModule) and trees and all(isinstance(t, Partition) for t in trees):
         return (
             f"The values of a Partition are in no module, so the filter {filter!r} selects none. Apply "
-            f"it to the model: model[{filter!r}], or nnx.training.mask(model, {filter!r})."
+            f"it to the model: model[{filter!r}]{ALTERNATIVES['mask'].format(filter)}."
         )
     if filter is None or filter is ... or isinstance(filter, bool) or callable(filter):
         return None

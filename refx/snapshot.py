@@ -124,6 +124,10 @@ class Snapshot:
             for leaf, (content, key) in zip(self._leaves, self._places, strict=True)
         ]
 
+    def holders(self) -> list[tuple[Any, Any]]:
+        """The list or dict that holds each plain array, and its key; None where a tuple does."""
+        return list(self._places)
+
     def places(self) -> list[Any]:
         """What tells the plain arrays apart: where they are, or which they are."""
         return [

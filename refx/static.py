@@ -27,6 +27,8 @@ _CONTAINERS = (list, dict, set, bytearray, collections.deque, np.ndarray, jax.Ar
 TRUSTED = set(sys.stdlib_module_names) | {"jax", "jaxlib", "numpy", "ml_dtypes", __package__}
 # Objects inside of objects are read so deep; what is further in counts by its identity.
 _DEPTH = 4
+# The depth at which `exact` reads lists and dicts, too, as those inside of a static value.
+NESTED = _DEPTH - 1
 
 
 class Static:

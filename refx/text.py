@@ -17,6 +17,7 @@ ALTERNATIVES = {
     "same name": "a transformation that splits what it is given and closes over",
     "compiles": "",
     "looks": "",
+    "mask": "",
     "would pass over it": " and every transformation",
     "writes back": "",
     "in its place": "one that splits what it is given and updates it from what it returns",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -108,6 +109,8 @@ def norm_of_heads(
             f"normalize_qk of MultiHeadAttention is True, False or a class of norms, which is called "
             f"with the size of a head, such as nnx.RMSNorm, but got {kind!r:.80}."
         )
-    # A norm of the user's need not have all the options of ours.
+    # A norm of the user's need not have all the options of ours, and what a partial says stays.
     given = {**options, "scale_metadata": scale_metadata}
+    for name in kind.keywords if isinstance(kind, functools.partial) else ():
+        given.pop(name, None)
     return kind(features, **{name: x for name, x in given.items() if takes(kind, name)})

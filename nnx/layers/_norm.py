@@ -19,6 +19,7 @@ from nnx.layers._common import (
 )
 from nnx.layers._moments import mean_square, moments
 from nnx.layers._numerics import result_dtype, wide
+from nnx.layers._sharding import fitted
 from nnx.module import Module, param
 
 Axes = int | Sequence[int]
@@ -110,9 +111,9 @@ class Norm(Module):
         factor = jax.lax.rsqrt(var + self.epsilon)
         try:
             if scale is not None:
-                factor = factor * scale.reshape(along)
+                factor = factor * fitted(scale, along, x)
             y = y * factor
-            return y if bias is None else y + bias.reshape(along)
+            return y if bias is None else y + fitted(bias, along, x)
         except (TypeError, ValueError):
             check_parameters(self, scale=(self.num_features,), bias=(self.num_features,))
             raise

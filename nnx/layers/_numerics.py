@@ -6,14 +6,16 @@ that broadcasts, since its gradient is a sum in its own dtype; so parameters bro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from nnx.layers._common import Dtype
-from nnx.layers._sharding import looked_up
+from nnx.layers._sharding import fitted, looked_up, on_one_device
 
 __all__ = ["add_bias", "broadcast", "is_half", "result_dtype", "rows", "wide"]
 
@@ -56,26 +58,32 @@ def broadcast(
 
 
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """`y + bias`, in the dtype of `y` if that is a half-precision one; see `broadcast`."""
+    """`y + bias`, in the dtype of `y` if that is a half-precision one; see `broadcast`.
+
+    The bias has the last axes of `y`, or 1 along some, and the sum is sharded as `y` is.
+    """
     # Eager code pays for every call in between.
+    if not on_one_device(bias):
+        bias = fitted(bias, bias.shape, y)
     if y.dtype.itemsize > 2:
         return y + bias
     return broadcast(jnp.add, y, bias)
 
 
-def rows(table: jax.Array, indices: jax.Array) -> jax.Array:
+def rows(table: jax.Array, indices: jax.Array, sharding: NamedSharding | None = None) -> jax.Array:
     """Rows of a table, whose gradient sums in float32 at least."""
-    return _half_rows(table, indices) if is_half(table.dtype) else looked_up(table, indices)
+    find = _half_rows if is_half(table.dtype) else looked_up
+    return find(table, indices, sharding)
 
 
-@jax.custom_jvp
-def _half_rows(table: jax.Array, indices: jax.Array) -> jax.Array:
-    return looked_up(table, indices)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _half_rows(table: jax.Array, indices: jax.Array, sharding: Any) -> jax.Array:
+    return looked_up(table, indices, sharding)
 
 
 @_half_rows.defjvp
-def _half_rows_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _half_rows_jvp(sharding: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     # Only the tangent is looked up in float32: casting the table itself would copy it.
     table, indices = primals
-    found = looked_up(tangents[0].astype(wide(table.dtype)), indices)
-    return _half_rows(table, indices), found.astype(table.dtype)
+    found = looked_up(tangents[0].astype(wide(table.dtype)), indices, sharding)
+    return _half_rows(table, indices, sharding), found.astype(table.dtype)

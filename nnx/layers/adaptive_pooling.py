@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nnx.layers._sharding import gathered
+
 __all__ = ["adaptive_avg_pool", "adaptive_max_pool"]
 
 
@@ -87,6 +89,6 @@ def _pooled(
         ends = -(-(np.arange(count) + 1) * size // count)
         places = starts[:, None] + np.arange(max(ends - starts))
         valid = (places < ends[:, None]).reshape(places.shape + (1,) * (inputs.ndim - 1 - axis))
-        windows = jnp.take(inputs, np.minimum(places, ends[:, None] - 1), axis)
+        windows = jnp.take(gathered(inputs, [axis]), np.minimum(places, ends[:, None] - 1), axis)
         inputs = reduce(windows, jnp.asarray(valid), axis + 1)
     return inputs

@@ -28,6 +28,7 @@ from nnx.layers._common import (
     zeros,
 )
 from nnx.layers._decoding import append, check_room, seen, within
+from nnx.layers._out_sharding import OutSharding, explain_sharding, fewer_heads
 from nnx.layers.attention_functions import dot_product_attention
 from nnx.layers.linear_general import LinearGeneral
 from nnx.layers.positions import RotaryEmbedding
@@ -269,6 +270,8 @@ class MultiHeadAttention(Module):
         key_positions: jax.Array | None = None,
         rng: jax.Array | None = None,
         sow_weights: bool | None = None,
+        out_sharding: OutSharding = None,
+        qkv_sharding: OutSharding = None,
     ) -> jax.Array:
         """Attend from each query to the keys; the result is `(*batch, query length, out_features)`.
 
@@ -285,16 +288,21 @@ class MultiHeadAttention(Module):
           decode: whether to use the cache.
           is_causal: let query i see the keys 0 to i only. With the cache this is so in any case.
           positions: positions of the queries, for `rotary`, of shape `(query length,)` or
-            `(*batch, query length)`; without it, 0, 1, ..., counted from the first token in the
-            cache when decoding.
+            `(*batch, query length)`; without it, 0, 1, ..., which go on from call to call when
+            decoding, until `init_cache`.
           key_positions: those of the keys; without it, `positions` if the keys are from `inputs_q`,
             else 0, 1, ....
           rng: a key for dropout, instead of the ambient stream's next one.
           sow_weights: whether to store the weights for `nnx.capture`.
+          out_sharding: how the output is sharded, as for `Linear`.
+          qkv_sharding: how queries, keys and values are, which have the axes `(*batch, length, heads,
+            head_dim)`: `P("data", None, "model")` shards the heads. Where the key heads cannot be
+            divided, they are whole on every device.
 
         Raises:
           ValueError: shapes that do not fit; no cache, or more tokens than it has room for in one
-            call; values without keys; weights to store, of an `attention_fn` without `module=`.
+            call; values without keys; weights to store, of an `attention_fn` without `module=`; one
+            of the shardings is needed, or does not fit.
           MissingFlagError: weights may be dropped, and `deterministic` is None everywhere.
           MissingStreamError: weights are to be dropped, and there is no stream for a key.
         """
@@ -319,27 +327,41 @@ class MultiHeadAttention(Module):
             first, length = cache[2], cache[0].shape[-3]
         check_mask(self, mask, inputs_q.shape, length)
 
-        query, key, value = self.query(inputs_q), self.key(inputs_k), self.value(inputs_v)
-        if self.query_ln is not None and self.key_ln is not None:
-            query, key = self.query_ln(query), self.key_ln(key)
-        query, key = self._rotated(query, key, positions, key_positions, first)
-        options = self._options(deterministic, rng, sow_weights)
-        window = window_of(self)
-        if cache is None:
-            if window is not None:
-                at = jnp.arange(query.shape[-3])[:, None]
-                inside = within(window, at, jnp.arange(key.shape[-3]))
+        window, says = window_of(self), "qkv_sharding"
+        try:
+            query, key, value = self._projected(inputs_q, inputs_k, inputs_v, qkv_sharding)
+            query, key = self._rotated(query, key, positions, key_positions, first)
+            options = self._options(deterministic, rng, sow_weights)
+            count = query.shape[-3]
+            if cache is not None:
+                key, value = append(cache[0], key, first), append(cache[1], value, first)
+                mask, is_causal = seen(mask, cache[2], count, length, window, query.ndim), False
+            elif window is not None:
+                inside = within(window, jnp.arange(count)[:, None], jnp.arange(key.shape[-3]))
                 mask = inside if mask is None else jnp.logical_and(mask, inside)
             x = self.attention_fn(query, key, value, mask=mask, is_causal=is_causal, **options)
-            return self.out(x)
-
-        start, count = cache[2], query.shape[-3]
-        keys, values = append(cache[0], key, start), append(cache[1], value, start)
-        mask = seen(mask, start, count, length, window, query.ndim)
-        y = self.out(self.attention_fn(query, keys, values, mask=mask, is_causal=False, **options))
-        # Last, so that a call that raises leaves the cache as it was.
-        self.cached_key, self.cached_value, self.cache_index = keys, values, start + count
+            says = "out_sharding"
+            y = self.out(x) if out_sharding is None else self.out(x, out_sharding)
+        except Exception as error:
+            explain_sharding(self, error, says, inputs_q=inputs_q)
+            raise
+        if cache is not None:
+            # Last, so that a call that raises leaves the cache as it was.
+            self.cached_key, self.cached_value, self.cache_index = key, value, cache[2] + count
         return y
+
+    def _projected(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, sharding: OutSharding
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        if sharding is None:
+            query, key, value = self.query(q), self.key(k), self.value(v)
+        else:
+            few = fewer_heads(self, sharding, q.ndim + 1, self.num_kv_heads, q)
+            query = self.query(q, sharding)
+            key, value = self.key(k, few), self.value(v, few)
+        if self.query_ln is not None and self.key_ln is not None:
+            query, key = self.query_ln(query), self.key_ln(key)
+        return query, key, value
 
     def _options(
         self, deterministic: bool | None, rng: jax.Array | None, sow_weights: bool | None

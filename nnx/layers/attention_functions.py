@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx.layers._common import Dtype, promote_dtype
-from nnx.layers._sharding import dropped
+from nnx.layers._sharding import dropped, heads_beside
 from nnx.module import Module
 from nnx.probe import sow
 
@@ -38,6 +38,9 @@ def dot_product_attention(
 
     It is `jax.nn.dot_product_attention` where that can do it, and else that function's arithmetic,
     as with dropout, a `precision` or float64: logits and softmax are in float32 at least.
+
+    On a mesh with explicit axes the result is sharded as the query is; keys and values go where the
+    queries are, which are whole along their features.
 
     Args:
       query: an array of shape `(*batch, query length, heads, features)`.
@@ -70,6 +73,7 @@ def dot_product_attention(
     """
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
     _check_shapes(query, key, value)
+    key, value = heads_beside(query, key, value)
     drops = dropout_rate > 0 and not deterministic
     # It computes logits in float32 whatever the dtype, and has no float16 on CPU.
     fits = query.dtype in (jnp.float32, jnp.bfloat16) and key.shape == value.shape
@@ -125,6 +129,7 @@ def dot_product_attention_weights(
     """
     query, key = promote_dtype((query, key), dtype=dtype)
     _check_shapes(query, key, key)
+    (key,) = heads_beside(query, key)
     heads, groups = query.shape[-2], key.shape[-2]
     grouped = query.reshape(*query.shape[:-2], groups, heads // groups, query.shape[-1])
     # As jax.nn does it, so that training with dropout and evaluation round alike.

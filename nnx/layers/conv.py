@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +21,14 @@ from nnx.layers._common import (
     zeros,
 )
 from nnx.layers._numerics import add_bias
+from nnx.layers._out_sharding import (
+    ANYWHERE,
+    OutSharding,
+    Wanted,
+    explain_sharding,
+    wanted_sharding,
+)
+from nnx.layers._sharding import gathered, merged, unmerged
 from nnx.module import Module, param
 
 __all__ = ["Conv"]
@@ -126,10 +133,15 @@ class Conv(Module):
         self.promote_dtype = promote_dtype
         self.preferred_element_type = preferred_element_type
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
         """Apply the layer to an input of shape `(*batch, *spatial, in_features)`.
 
         Any number of batch axes, none included.
+
+        Args:
+          x: the input.
+          out_sharding: how the output is sharded, as for `Linear`. JAX has to be told wherever the
+            channels or the kernel are sharded along an explicit axis.
 
         Raises:
           ValueError: too few axes, or another number of channels; nothing along a spatial axis to
@@ -142,10 +154,14 @@ class Conv(Module):
                 # The mask must not change the dtype of what flows through the network.
                 kernel = kernel * self.mask.astype(kernel.dtype)
             x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
-            y = self._convolved(x, kernel)
-            return y if bias is None else add_bias(y, bias)
+            wanted = wanted_sharding(self, out_sharding, x.ndim, x, kernel)
+            y = self._convolved(x, kernel, wanted)
+            return wanted.constrained(y if bias is None else add_bias(y, bias))
         except (TypeError, ValueError):
             check_parameters(self, kernel=self.kernel_shape, bias=(self.out_features,))
+            raise
+        except Exception as error:
+            explain_sharding(self, error, x=x, kernel=kernel)
             raise
 
     def _checked(self, x: Any) -> jax.Array:
@@ -160,15 +176,16 @@ class Conv(Module):
             raise shape_error(self, "an input", expected, x.shape)
         return x
 
-    def _convolved(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    def _convolved(self, x: jax.Array, kernel: jax.Array, wanted: Wanted = ANYWHERE) -> jax.Array:
         """The input convolved with a kernel, which may have other output channels than the layer."""
         axes = len(self.kernel_size)
         batch = x.shape[: x.ndim - axes - 1]
-        x = x.reshape(math.prod(batch), *x.shape[len(batch) :])
+        lead, flat = wanted.batch(x, len(batch)), wanted.merged(len(batch))
+        x = merged(x, len(batch))
         padding = self.padding
         if isinstance(padding, str) and padding in _PAD_MODES:
             x, padding = self._padded(x, padding), "VALID"
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = dict(flat.options)
         if self.preferred_element_type is not None:
             options["preferred_element_type"] = self.preferred_element_type
         spatial = "DHW"[-axes:] if axes <= 3 else "".join(map(chr, range(97, 97 + axes)))
@@ -184,9 +201,11 @@ class Conv(Module):
             precision=self.precision,
             **options,
         )
-        return y.reshape(*batch, *y.shape[1:])
+        return unmerged(y, batch, lead)
 
     def _padded(self, x: jax.Array, mode: str) -> jax.Array:
+        # What is put around the array comes from its other end.
+        x = gathered(x, range(1, x.ndim - 1))
         reach = [(k - 1) * d for k, d in zip(self.kernel_size, self.kernel_dilation, strict=True)]
         if mode == "CAUSAL":
             return jnp.pad(x, [(0, 0), (reach[0], 0), (0, 0)])

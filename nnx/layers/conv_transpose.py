@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import auto_axes
 
 from nnx.layers._common import (
     Dtype,
@@ -22,6 +22,8 @@ from nnx.layers._common import (
     zeros,
 )
 from nnx.layers._numerics import add_bias
+from nnx.layers._out_sharding import OutSharding, explain_sharding, wanted_sharding
+from nnx.layers._sharding import gathered, merged, unmerged
 from nnx.layers.conv import Padding, Sizes, checked_padding, each_axis
 from nnx.module import Module, param
 
@@ -120,10 +122,15 @@ class ConvTranspose(Module):
             new_ref(bias_init, (out_features,), param_dtype, bias_metadata) if use_bias else None
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
         """Apply the layer to an input of shape `(*batch, *spatial, in_features)`.
 
         Any number of batch axes, none included.
+
+        Args:
+          x: the input.
+          out_sharding: how the output is sharded, as for `Linear`. JAX has to be told wherever the
+            channels or the kernel are sharded along an explicit axis.
 
         Raises:
           ValueError: too few axes, an empty spatial axis, or another number of channels; the message
@@ -138,7 +145,9 @@ class ConvTranspose(Module):
             expected = f"(*batch, *spatial, {self.in_features}) with no empty spatial axis"
             raise shape_error(self, "an input", expected, x.shape)
         batch = x.shape[: x.ndim - axes - 1]
-        x = x.reshape(math.prod(batch), *x.shape[len(batch) :])
+        wanted = wanted_sharding(self, out_sharding, x.ndim, x, self.kernel)
+        lead, flat = wanted.batch(x, len(batch)), wanted.merged(len(batch))
+        x = merged(x, len(batch))
         kernel, bias = self.kernel, self.bias
         padding: Any = self.padding
         if padding == "CIRCULAR":
@@ -151,24 +160,35 @@ class ConvTranspose(Module):
                 # The mask must not change the dtype of what flows through the network.
                 kernel = kernel * self.mask.astype(kernel.dtype)
             x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
-            y = jax.lax.conv_transpose(
-                x,
-                kernel,
-                self.strides,
-                padding,
-                rhs_dilation=self.kernel_dilation,
-                transpose_kernel=self.transpose_kernel,
-                precision=self.precision,
-                preferred_element_type=self.preferred_element_type,
-            )
             if self.padding == "CIRCULAR":
-                y = self._wrapped(y, x.shape[1:-1])
+                x = gathered(x, range(1, x.ndim - 1))
+
+            def transposed(x: jax.Array, kernel: jax.Array) -> jax.Array:
+                y = jax.lax.conv_transpose(
+                    x,
+                    kernel,
+                    self.strides,
+                    padding,
+                    rhs_dilation=self.kernel_dilation,
+                    transpose_kernel=self.transpose_kernel,
+                    precision=self.precision,
+                    preferred_element_type=self.preferred_element_type,
+                )
+                return self._wrapped(y, x.shape[1:-1]) if self.padding == "CIRCULAR" else y
+
+            if flat.explicit is not None:
+                # jax.lax.conv_transpose has no out_sharding.
+                transposed = auto_axes(transposed, out_sharding=flat.explicit)
+            y = transposed(x, kernel)
             if bias is not None:
                 y = add_bias(y, bias)
         except (TypeError, ValueError):
             check_parameters(self, kernel=self.kernel_shape, bias=(self.out_features,))
             raise
-        return y.reshape(*batch, *y.shape[1:])
+        except Exception as error:
+            explain_sharding(self, error, x=x, kernel=kernel)
+            raise
+        return wanted.constrained(unmerged(y, batch, lead))
 
     def _wrapped(self, y: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
         """Add up what is a whole period apart, so that the middle of `y` stays where it is."""

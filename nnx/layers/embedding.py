@@ -19,6 +19,7 @@ from nnx.layers._common import (
     shape_error,
 )
 from nnx.layers._numerics import rows, wide
+from nnx.layers._out_sharding import OutSharding, explain_sharding, wanted_sharding
 from nnx.module import Module, param
 
 __all__ = ["Embed"]
@@ -90,14 +91,16 @@ class Embed(Module):
     def dtype(self, dtype: Dtype) -> None:
         self._dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
         """Look up integers of any shape; the result has a last axis of size `features` more.
 
-        On a mesh with explicit axes it is sharded as the integers are, and the last axis as that
-        of the table.
+        Args:
+          x: the integers.
+          out_sharding: how the result is sharded, as for `Linear`. Without it, on a mesh with
+            explicit axes, it is sharded as the integers are, and the last axis as that of the table.
 
         Raises:
-          ValueError: the dtype is not an integer one.
+          ValueError: the dtype is not an integer one; `out_sharding` does not fit.
         """
         x = as_array(self, x)
         if not jnp.issubdtype(x.dtype, jnp.integer):
@@ -107,15 +110,17 @@ class Embed(Module):
                 f"x.astype(jnp.int32), or use a Linear for vectors."
             )
         table = self.embedding
+        wanted = wanted_sharding(self, out_sharding, x.ndim + 1, x, table)
         if self.num_embeddings == 1:
             shape = (*x.shape, self.features)
-            found = jnp.broadcast_to(table.astype(wide(table.dtype)), shape).astype(table.dtype)
+            row = table.astype(wide(table.dtype))
+            found = jnp.broadcast_to(row, shape, **wanted.options).astype(table.dtype)
         else:
-            found = rows(table, x)
+            found = rows(table, x, wanted.explicit)
         # Only now, so that the gradient of the table is a sum in the dtype of the table.
-        return self.promote_dtype((found,), dtype=self.dtype)[0]
+        return wanted.constrained(self.promote_dtype((found,), dtype=self.dtype)[0])
 
-    def attend(self, query: jax.Array) -> jax.Array:
+    def attend(self, query: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
         """The product of each query with each row: logits, with the table of the input.
 
         The rows are drawn with length about 1, which suits logits; models that use one table for
@@ -123,12 +128,14 @@ class Embed(Module):
 
         Args:
           query: an array of shape `(..., features)`.
+          out_sharding: how the result is sharded, as for `Linear`.
 
         Returns:
           An array of shape `(..., num_embeddings)`.
 
         Raises:
-          ValueError: the last axis has another size; the message has both shapes.
+          ValueError: the last axis has another size; the message has both shapes. Or `out_sharding`
+            is needed, or does not fit.
 
         >>> import jax, jax.numpy as jnp, nnx
         >>> nnx.Embed.init(jax.random.key(0))(5, 3).attend(jnp.ones((2, 3))).shape
@@ -137,4 +144,11 @@ class Embed(Module):
         if not jnp.ndim(query) or jnp.shape(query)[-1] != self.features:
             raise shape_error(self, "a query", f"(..., {self.features})", jnp.shape(query))
         query, embedding = self.promote_dtype((query, self.embedding), dtype=self.dtype)
-        return query @ embedding.T
+        if out_sharding is None:
+            try:
+                return query @ embedding.T
+            except Exception as error:
+                explain_sharding(self, error, query=query, embedding=embedding)
+                raise
+        wanted = wanted_sharding(self, out_sharding, query.ndim, query, embedding)
+        return wanted.constrained(jnp.dot(query, embedding.T, **wanted.options))

@@ -18,6 +18,7 @@ from nnx.layers._common import (
     zeros,
 )
 from nnx.layers._norm import Axes, Norm
+from nnx.layers._sharding import gathered, placed_as, shards
 
 __all__ = ["GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 
@@ -288,9 +289,13 @@ class GroupNorm(Norm):
     def _last(self, x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None) -> jax.Array:
         """Normalize where the channels are the last axis."""
         dtype, x, scale, bias = self._cast(x, self.scale, self.bias)
+        given, channels = x, x.ndim - 1
+        if self.num_groups % shards(x, channels):
+            # A group is in the hands of several devices.
+            x = gathered(x, [channels])
         along = (*(1,) * (x.ndim - 1), self.num_features)
         y = self._normalized(x, axes, mask, scale, bias, along, groups=self.num_groups)
-        return y.astype(dtype)
+        return placed_as(y, given, y.ndim).astype(dtype)
 
 
 class InstanceNorm(Norm):

@@ -21,6 +21,7 @@ from nnx.layers._common import (
     zeros,
 )
 from nnx.layers._numerics import add_bias
+from nnx.layers._out_sharding import OutSharding, explain_sharding, wanted_sharding
 from nnx.module import Module, param
 
 __all__ = ["Linear"]
@@ -99,38 +100,49 @@ class Linear(Module):
             and promote_dtype is _promote_dtype
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
         """Apply the layer to an input of shape `(..., in_features)`.
+
+        Args:
+          x: the input.
+          out_sharding: how the output is sharded, as a `PartitionSpec` or a `NamedSharding`. On a
+            mesh with explicit axes JAX has to be told where it cannot infer it, as where input and
+            kernel are both sharded along the axis that is summed over; on other axes it is a
+            constraint, and without a mesh it is ignored.
 
         Raises:
           ValueError: the last axis has another size, or the layer was given a kernel or a bias that
-            does not fit; the message has both shapes.
+            does not fit; the message has both shapes. Or `out_sharding` is needed, or does not fit.
           TypeError: the input is no array and no list of numbers.
         """
         kernel, bias = self.kernel, self.bias
         try:
-            if self._plain and x.dtype == kernel.dtype:
+            if out_sharding is None and self._plain and x.dtype == kernel.dtype:
                 y = x @ kernel
                 return y if bias is None else add_bias(y, bias)
-            return self._general(x, kernel, bias)
+            return self._general(x, kernel, bias, out_sharding)
         except (AttributeError, TypeError, ValueError):
             array = as_array(self, x)
             if array is not x:
-                return self(array)
+                return self(array, out_sharding)
             if not x.ndim or x.shape[-1] != self.in_features:
                 expected = f"(..., {self.in_features})"
                 raise shape_error(self, "an input", expected, x.shape) from None
             out = (self.out_features,)
             check_parameters(self, kernel=(self.in_features, *out), bias=out)
             raise
+        except Exception as error:
+            explain_sharding(self, error, x=x, kernel=kernel)
+            raise
 
-    def _general(self, x: Any, kernel: Any, bias: Any) -> jax.Array:
+    def _general(self, x: Any, kernel: Any, bias: Any, out_sharding: OutSharding) -> jax.Array:
+        wanted = wanted_sharding(self, out_sharding, x.ndim, x, kernel)
         x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
-        options: dict[str, Any] = {"precision": self.precision}
+        options: dict[str, Any] = {"precision": self.precision, **wanted.options}
         if self.preferred_element_type is not None:
             options["preferred_element_type"] = self.preferred_element_type
         y = self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options)
-        return y if bias is None else add_bias(y, bias)
+        return wanted.constrained(y if bias is None else add_bias(y, bias))
 
 
 _promote_dtype = promote_dtype

@@ -23,6 +23,8 @@ from nnx.layers._common import (
     zeros,
 )
 from nnx.layers._numerics import add_bias, is_half, wide
+from nnx.layers._out_sharding import OutSharding, explain_sharding, wanted_sharding
+from nnx.layers._sharding import fitted
 from nnx.module import Module, param, static
 
 __all__ = ["Einsum", "LinearGeneral"]
@@ -124,11 +126,16 @@ class LinearGeneral(Module):
         self.dot_general_cls = dot_general_cls
         self.preferred_element_type = preferred_element_type
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
         """Apply the layer; the output has the batch axes, the other axes and `out_features`.
 
+        Args:
+          x: the input.
+          out_sharding: how the output is sharded, as for `Linear`.
+
         Raises:
-          ValueError: an axis is missing or has another size; the message has both shapes.
+          ValueError: an axis is missing or has another size; the message has both shapes. Or
+            `out_sharding` is needed, or does not fit.
         """
         x = as_array(self, x)
         shape = tuple(x.shape)
@@ -138,20 +145,25 @@ class LinearGeneral(Module):
         dot_general = self.dot_general or jax.lax.dot_general
         if self.dot_general_cls is not None:
             dot_general = self.dot_general_cls()
-        options: dict[str, Any] = {"precision": self.precision}
+        ndim = len(shape) - len(axes) + len(self.out_features)
+        wanted = wanted_sharding(self, out_sharding, ndim, x, kernel)
+        options: dict[str, Any] = {"precision": self.precision, **wanted.options}
         if self.preferred_element_type is not None:
             options["preferred_element_type"] = self.preferred_element_type
         kernel_axes = tuple(range(len(batch), len(batch) + len(axes)))
         try:
             y = dot_general(x, kernel, ((axes, kernel_axes), (batch, batch)), **options)
             if bias is None:
-                return y
+                return wanted.constrained(y)
             others = (1,) * (len(shape) - len(batch) - len(axes))
             bias = bias.reshape(*shape[: len(batch)], *others, *self.out_features)
-            return add_bias(y, bias)
+            return wanted.constrained(add_bias(y, bias))
         except (TypeError, ValueError):
             lead, out = shape[: len(batch)], self.out_features
             check_parameters(self, kernel=(*lead, *self.in_features, *out), bias=(*lead, *out))
+            raise
+        except Exception as error:
+            explain_sharding(self, error, x=x, kernel=kernel)
             raise
 
     def _summed_axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -235,15 +247,19 @@ class Einsum(Module):
         self.einsum_op = einsum_op
         self.preferred_element_type = preferred_element_type
 
-    def __call__(self, x: jax.Array, einsum_str: str | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, einsum_str: str | None = None, out_sharding: OutSharding = None
+    ) -> jax.Array:
         """Apply the layer.
 
         Args:
           x: the first operand.
           einsum_str: an equation to use in place of the layer's own.
+          out_sharding: how the output is sharded, as for `Linear`.
 
         Raises:
-          ValueError: the input or the bias does not fit the equation.
+          ValueError: the input or the bias does not fit the equation; `out_sharding` is needed, or
+            does not fit.
         """
         equation = self.einsum_str if einsum_str is None else einsum_str.replace(" ", "")
         left, right, result = self._parse(equation)
@@ -251,7 +267,12 @@ class Einsum(Module):
         self._check_input(x, equation, left, right)
         shape = jnp.shape(x)
         x, kernel, bias = self.promote_dtype((x, self.kernel, self.bias), dtype=self.dtype)
-        options: dict[str, Any] = {"precision": self.precision}
+        # Axes of an ellipsis are aligned at the right, so they are counted from there.
+        hidden = len(self.kernel_shape) - len(right.replace("...", ""))
+        rest = max(hidden, len(shape) - len(left.replace("...", "")))
+        labels = _labels(result, rest)
+        wanted = wanted_sharding(self, out_sharding, len(labels), x, kernel)
+        options: dict[str, Any] = {"precision": self.precision, **wanted.options}
         if self.preferred_element_type is not None:
             options["preferred_element_type"] = self.preferred_element_type
         dtype = x.dtype
@@ -264,20 +285,20 @@ class Einsum(Module):
         except (TypeError, ValueError):
             check_parameters(self, kernel=self.kernel_shape)
             raise
+        except Exception as error:
+            explain_sharding(self, error, x=x, kernel=kernel)
+            raise
         if bias is None:
-            return y
-        # Axes of an ellipsis are aligned at the right, so they are counted from there.
-        hidden = len(self.kernel_shape) - len(right.replace("...", ""))
-        rest = max(hidden, len(shape) - len(left.replace("...", "")))
+            return wanted.constrained(y)
         sizes = dict(zip(_labels(right, hidden), self.kernel_shape, strict=True))
-        along = [sizes.get(label, 1) for label in _labels(result, rest)]
+        along = [sizes.get(label, 1) for label in labels]
         if math.prod(along) != bias.size:
             raise ValueError(
                 f"The bias of Einsum {equation!r} must have the axes that the output has from the "
                 f"kernel, of sizes {tuple(n for n in along if n != 1)}, but bias_shape is "
                 f"{self.bias_shape}."
             )
-        return add_bias(y, bias.reshape(along))
+        return wanted.constrained(add_bias(y, fitted(bias, along, y)))
 
     def _parse(self, equation: str) -> tuple[str, str, str]:
         operands, arrow, result = equation.partition("->")

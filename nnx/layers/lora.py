@@ -9,10 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nnx.layers._common import Dtype, Initializer, Metadata, promote_dtype, shape_error, zeros
 from nnx.layers._matrices import matrix_of
 from nnx.layers._numerics import is_half
+from nnx.layers._out_sharding import OutSharding, explain_sharding, wanted_sharding
+from nnx.layers._sharding import merged_spec, placement
 from nnx.layers.linear import Linear
 from nnx.layers.linear_general import LinearGeneral
 from nnx.module import Module, ref
@@ -99,17 +102,36 @@ class LoRA(Module):
         self.promote_dtype = promote_dtype
         self.scale = 1.0 if alpha is None else alpha / lora_rank
 
-    def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
-        """Apply it to an input of shape `(..., in_features)`; `kwargs` go to `base_module`.
+    def __call__(
+        self, x: jax.Array, *, out_sharding: OutSharding = None, **kwargs: Any
+    ) -> jax.Array:
+        """Apply it to an input of shape `(..., in_features)`.
+
+        Args:
+          x: the input.
+          out_sharding: how the output is sharded, as for `Linear`; `base_module` gets it as well.
+          **kwargs: arguments for `base_module`.
 
         Raises:
-          ValueError: the last axis has another size; the message has both shapes.
+          ValueError: the last axis has another size; the message has both shapes. Or `out_sharding`
+            is needed, or does not fit.
         """
         if not jnp.ndim(x) or jnp.shape(x)[-1] != self.in_features:
             raise shape_error(self, "an input", f"(..., {self.in_features})", jnp.shape(x))
         given = x
         x, a, b = self.promoted(x)
-        y = self.scaled(x @ a @ b)
+        if out_sharding is None:
+            try:
+                y = x @ a @ b
+            except Exception as error:
+                explain_sharding(self, error, x=x, lora_a=a, lora_b=b)
+                raise
+        else:
+            wanted = wanted_sharding(self, out_sharding, x.ndim, x, a)
+            kwargs["out_sharding"] = out_sharding
+            narrow = jnp.matmul(x, a, **wanted.without_last(x.ndim).options)
+            y = wanted.constrained(jnp.matmul(narrow, b, **wanted.options))
+        y = self.scaled(y)
         if self.base_module is None:
             return y
         # Not in the dtype that only the adapter has.
@@ -178,9 +200,10 @@ class LoRALinear(WithAdapter, Linear):
     [('lora', 'lora_a'), ('lora', 'lora_b')]
     """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply the layer to an input of shape `(..., in_features)`; errors as for `Linear`."""
-        return added(super().__call__(x), self.lora(x))
+    def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
+        """Apply the layer to an input of shape `(..., in_features)`, as a `Linear`."""
+        y = super().__call__(x, out_sharding)
+        return added(y, self.lora(x, out_sharding=placement(y)))
 
 
 class LoRALinearGeneral(WithAdapter, LinearGeneral):
@@ -206,9 +229,9 @@ class LoRALinearGeneral(WithAdapter, LinearGeneral):
     ((5, 2, 4), (3, 8))
     """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply the layer; shapes and errors as for `LinearGeneral`."""
-        y = super().__call__(x)
+    def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
+        """Apply the layer, as a `LinearGeneral`."""
+        y = super().__call__(x, out_sharding)
         axes = self._summed_axes(jnp.shape(x))
         others = [axis for axis in range(jnp.ndim(x)) if axis not in axes]
         x = jnp.transpose(x, (*others, *axes))
@@ -217,8 +240,17 @@ class LoRALinearGeneral(WithAdapter, LinearGeneral):
         if batch:
             # A product of stacks of matrices wants exactly one axis of rows.
             rows = (math.prod(rows),)
-        low_rank = self.lora(x.reshape(*batch, *rows, self.lora.in_features))
-        return added(y, low_rank.reshape(y.shape))
+        flat = x.reshape(*batch, *rows, self.lora.in_features)
+        where = placement(y)
+        if where is None:
+            return added(y, self.lora(flat).reshape(y.shape))
+        # Once the outputs are one axis, that is sharded as the first of them.
+        spec: Any = where.spec
+        first = y.ndim - len(self.out_features)
+        lead = [*spec[:n], merged_spec(spec[n:first], first - n)[0]] if batch else spec[:first]
+        out = merged_spec(spec[first:], y.ndim - first)
+        one = NamedSharding(where.mesh, PartitionSpec(*lead, *out))
+        return added(y, jnp.reshape(self.lora(flat, out_sharding=one), y.shape, out_sharding=where))
 
 
 def added(y: jax.Array, low_rank: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx.layers._common import Dtype, Initializer, default_kernel_init, zeros
+from nnx.layers._out_sharding import OutSharding, explain_sharding
 from nnx.layers.linear import Linear
 from nnx.layers.stochastic import Dropout
 from nnx.module import Module
@@ -75,11 +76,28 @@ class MLP(Module):
         self.final_activation = final_activation
         self.dropout = Dropout(dropout_rate) if dropout_rate else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply the layers to an input of shape `(..., in_features)`; errors as for `Linear`."""
-        for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
-            if self.dropout is not None:
-                x = self.dropout(x)
-        x = self.layers[-1](x)
+    def __call__(
+        self,
+        x: jax.Array,
+        out_sharding: OutSharding = None,
+        hidden_sharding: OutSharding = None,
+    ) -> jax.Array:
+        """Apply the layers to an input of shape `(..., in_features)`; errors as for `Linear`.
+
+        Args:
+          x: the input.
+          out_sharding: how the output is sharded, as for `Linear`.
+          hidden_sharding: how what each hidden layer returns is.
+        """
+        given, says = x, "hidden_sharding"
+        try:
+            for layer in self.layers[:-1]:
+                x = self.activation(layer(x, hidden_sharding))
+                if self.dropout is not None:
+                    x = self.dropout(x)
+            says = "out_sharding"
+            x = self.layers[-1](x, out_sharding)
+        except Exception as error:
+            explain_sharding(self, error, says, x=given)
+            raise
         return x if self.final_activation is None else self.final_activation(x)

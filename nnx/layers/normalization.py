@@ -23,6 +23,7 @@ from nnx.layers._common import (
 )
 from nnx.layers._moments import Moments, moments
 from nnx.layers._numerics import result_dtype, wide
+from nnx.layers._sharding import as_placed, fitted
 from nnx.module import Module, param, ref
 
 __all__ = ["BatchNorm"]
@@ -152,7 +153,7 @@ class BatchNorm(Module):
         )
         along = [-1 if i == feature_axis else 1 for i in range(x.ndim)]
         try:
-            mean, var = mean.reshape(along), var.reshape(along)
+            mean, var = fitted(mean, along, x), fitted(var, along, x)
             if use_running_average:
                 y = x - mean
             else:
@@ -171,10 +172,10 @@ class BatchNorm(Module):
                 var = _where(known, found.var, var)
             factor = jax.lax.rsqrt(var + self.epsilon)
             if scale is not None:
-                factor = factor * scale.reshape(along)
+                factor = factor * fitted(scale, along, x)
             y = y * factor
             if bias is not None:
-                y = y + bias.reshape(along)
+                y = y + fitted(bias, along, x)
         except (TypeError, ValueError):
             size = (self.num_features,)
             check_parameters(self, scale=size, bias=size, mean=size, var=size)
@@ -200,7 +201,7 @@ def _where(known: Any, new: jax.Array, old: jax.Array) -> jax.Array:
 def _averaged(old: jax.Array, new: jax.Array, keep: float, known: Any) -> jax.Array:
     if known is False:
         return old
-    average = keep * old + (1 - keep) * new.reshape(old.shape)
+    average = keep * old + (1 - keep) * as_placed(new.reshape(old.shape), old)
     # Of a float64 batch it would become float64, which no loop could carry.
     average = average if jnp.iscomplexobj(average) else average.astype(old.dtype)
     return average if known is True else jnp.where(known.reshape(old.shape), average, old)

@@ -10,6 +10,7 @@ import numpy as np
 
 from nnx.layers._common import Dtype, as_array, shape_error
 from nnx.layers._numerics import wide
+from nnx.layers._sharding import gathered
 from nnx.module import Module
 
 __all__ = ["RotaryEmbedding", "apply_rotary", "sinusoidal_positions"]
@@ -91,6 +92,8 @@ def apply_rotary(
     dtype = wide(x.dtype)
     angles = _angles(positions[..., None, None], _frequencies(rotated, base), dtype)
     sin, cos = jnp.sin(angles), jnp.cos(angles)
+    # A pair of features is in the hands of one device.
+    x = gathered(x, [x.ndim - 1])
     part = x[..., :rotated].astype(dtype)
     if interleaved:
         a, b = part[..., 0::2], part[..., 1::2]

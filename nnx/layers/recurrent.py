@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nnx.layers._common import (
     Dtype,
@@ -20,6 +21,7 @@ from nnx.layers._common import (
     zeros,
 )
 from nnx.layers._numerics import wide
+from nnx.layers._sharding import explicit_mesh, spec_of
 from nnx.layers.linear import Linear
 from nnx.module import Module
 from nnx.scope import make_rng
@@ -458,8 +460,15 @@ def _products(
     The dtype is that of the product with the input: a carry in float32, which is there to sum in,
     does not make the products so.
     """
-    a = dense_i(x)
-    b = dense_h(_cast(h, a.dtype))
+    mesh = explicit_mesh(h)
+    if mesh is not None and isinstance(dense_i, Linear) and isinstance(dense_h, Linear):
+        # A carry stays as it is sharded, so the products are too.
+        wanted = NamedSharding(mesh, PartitionSpec(*spec_of(h)))
+        a = dense_i(x, wanted)
+        b = dense_h(_cast(h, a.dtype), wanted)
+    else:
+        a = dense_i(x)
+        b = dense_h(_cast(h, a.dtype))
     sum_in = wide(a.dtype)
     return a.dtype, _cast(a, sum_in), _cast(b, sum_in)
 

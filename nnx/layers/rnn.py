@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from nnx.layers._common import as_array, shape_error
 from nnx.layers._numerics import is_half, wide
-from nnx.layers._sharding import placed_as
+from nnx.layers._sharding import gathered, placed_as
 from nnx.layers._stand_in import call_with
 from nnx.layers.recurrent import RNNCellBase
 from nnx.module import Module
@@ -129,6 +129,7 @@ class RNN(Module):
         first = initial_carry
         if first is None:
             first = self.cell.initialize_carry(xs.shape[1:])
+        xs = gathered(xs, [0])
         first = jax.tree.map(lambda carry: placed_as(carry, xs, batch_axes, start=1), first)
         carry, ys = self._run(first, xs, seq_lengths if return_carry else None)
         outputs = jax.tree.map(lambda y: jnp.moveaxis(y, 0, time_axis), ys)

@@ -61,9 +61,9 @@ def place(x: Any, sharding: NamedSharding) -> Any:
     mesh = sharding.mesh if current.empty else current
     if AxisType.Explicit in kinds.values():
         x = jax.sharding.reshard(x, NamedSharding(mesh, explicit))
-    if (AxisType.Auto in kinds.values() and AxisType.Explicit not in kinds.values()) or any(
-        part is not None for part in auto
-    ):
+        if all(part is None for part in auto):
+            return x
+    if AxisType.Auto in kinds.values():
         x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, auto))
     return x
 
@@ -221,11 +221,10 @@ def shard(tree: T, specs: Specs = None, *, axes: Any = None, mesh: AnyMesh | Non
     targets = [writable(cell, dotted(path)) for path, cell, _, _ in refs]
     placed = [_placed(value, s) for _, _, value, s in planned]
     kept = snapshot(tree)
-    holders = list(kept.places())
+    holders = kept.holders()
     leaves = placed[len(refs) :]
-    for (holder, key), path, new, old in zip(
-        holders, kept.dagdef.leaf_paths, leaves, kept.leaves(), strict=True
-    ):
+    paths = kept.dagdef.leaf_paths
+    for (holder, _), path, new, old in zip(holders, paths, leaves, kept.leaves(), strict=True):
         if holder is None and new is not old:
             raise ShardingError(
                 f"The plain array {dotted(path)!r} is in a tuple or another pytree that cannot be "
@@ -234,7 +233,7 @@ def shard(tree: T, specs: Specs = None, *, axes: Any = None, mesh: AnyMesh | Non
     for target, new in zip(targets, placed, strict=False):
         put(target, new)
     for (holder, key), new in zip(holders, leaves, strict=True):
-        if isinstance(holder, list | dict):
+        if holder is not None:
             holder[key] = new
     return tree
 

@@ -220,7 +220,7 @@ def resolve(
 def _axes(part: Any, sizes: Mapping[str, int], rules: Rules) -> tuple[str, ...]:
     found: list[str] = []
     for name in () if part is None else (part,) if isinstance(part, str) else part:
-        target = rules[name] if name in rules else name
+        target = rules.get(name, name)
         for axis in () if target is None else (target,) if isinstance(target, str) else target:
             if axis in sizes and axis not in found:
                 found.append(axis)

@@ -57,6 +57,8 @@ class Walk:
         self._backs: list[int] = []
         self._leaf_types: dict[type, bool] = {}
         seen: dict[int, int] = {}
+        # Where the last of the equal parts ends of which only one is shown.
+        self.folded = 0
         # Values that flattening a pytree made, whose ids must not be given to others meanwhile.
         self._alive: list[Any] = []
         todo: list[tuple[Any, Any, int, Any]] = [(root, None, -1, None)]

@@ -12,6 +12,7 @@ import jax
 from nnx.show._format import bytes_text, count_text, is_arraylike, short
 from nnx.show._walk import ARRAY, BACK, LIST, MAP, NODE, REF, STATIC, Item, Walk, has_ended
 from refx import Node
+from refx.buffers import CONCRETE
 
 __all__ = ["collection_sizes", "tree_repr"]
 
@@ -30,7 +31,8 @@ def tree_repr(node: Node) -> str:
     three or more equal neighbours one is shown, with their number; in a list also of two to four
     that repeat in turn. What is nested deeper than 32
     levels is counted only. Where there are submodules, the last line has the number of values and
-    the bytes of each collection, shared ones once. Nothing is copied from a device.
+    the bytes of each collection, shared ones once. A number that is ready is shown by its value;
+    nothing else is copied from a device.
 
     >>> import jax, nnx
     >>> with nnx.scope(jax.random.key(0)):
@@ -70,12 +72,22 @@ def tree_repr(node: Node) -> str:
 
 def _print(walk: Walk, run: list[int], depth: int, out: list[str], todo: list[Any]) -> None:
     item = walk.items[run[0]]
+    if len(run) > 1:
+        walk.folded = max(walk.folded, item.end)
     indent = "  " * depth
     line = indent + _label(walk, run)
     if item.kind == BACK:
         out.append(f"{line}<same as {_targets(walk, run)}>")
     elif item.kind == REF:
-        out.append(f"{line}{item.text}{_times(run)}  # {_facts(item)}")
+        # Of equal parts one is shown, whatever their numbers are.
+        text = (
+            item.text
+            if len(run) > 1 or run[0] < walk.folded
+            else number_text(item.obj._value) or item.text
+        )
+        out.append(f"{line}{text}{_times(run)}  # {_facts(item)}")
+    elif item.kind == ARRAY and walk.items[item.parent].kind == NODE:
+        out.append(f"{line}{item.text}{_times(run)}  # no collection: not trained")
     elif item.kind in (STATIC, ARRAY):
         out.append(f"{line}{item.text}{_times(run)}")
     else:
@@ -196,6 +208,20 @@ def _targets(walk: Walk, run: list[int]) -> str:
     first, last = walk.items[run[0]].target, walk.items[run[-1]].target
     path = ".".join(walk.path(first)) or "the root"
     return path if first == last else f"{path}..{walk.items[last].name}"
+
+
+# Of NumPy's kinds of dtype, those of numbers.
+_KINDS = frozenset("biufc")
+
+
+def number_text(value: Any) -> str | None:
+    """A number that is ready, by its value; None of anything else."""
+    number = (
+        type(value) in CONCRETE and value.ndim == 0 and getattr(value.dtype, "kind", "V") in _KINDS
+    )
+    if not number or value.is_deleted() or not (value.is_fully_addressable and value.is_ready()):
+        return None
+    return short(value.item())
 
 
 def _facts(item: Item) -> str:

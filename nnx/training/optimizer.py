@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 import refx
 from nnx.module import Module, ref
+from nnx.show._format import bytes_text, count_text, short
+from nnx.show._walk import Walk
+from nnx.show.text import collection_sizes, number_text
 from nnx.training._cells import (
     fresh,
     nest,
@@ -31,9 +35,11 @@ from nnx.training._state import (
     key_name,
     unguard,
 )
+from nnx.training._text import transformation_text
 from nnx.transforms.boundary import write_back
 from refx import Filter, Node, Partition, Ref, UnmatchedPathError
 from refx.filters import to_predicates
+from refx.node import attributes
 from refx.partition import Path, dotted, listed
 from refx.selection import check_selection
 
@@ -164,13 +170,24 @@ class Optimizer(Module):
         for keys, x in flat:
             path, param = _state_path(keys, names)
             shapes, metadata = facts[param] if param is not None else ((), {})
-            metadata = metadata if jnp.shape(x) in shapes else {}
-            state[path] = Ref(fresh(x), "opt_state", **metadata)
+            facts_here = _facts_of_state(path, jnp.shape(x), shapes, metadata)
+            state[path] = Ref(fresh(x), "opt_state", **facts_here)
         self.step = jnp.zeros((), jnp.int32)
         self.state = nest(state)
         self.tx = tx
         self.wrt = wrt
         self.layout = Layout(treedef, tuple(state), tuple((p, s) for p, (s, _) in facts.items()))
+
+    def __repr__(self) -> str:
+        if not {"step", "state", "tx", "layout"} <= attributes(self).keys():
+            return super().__repr__()
+        walk = Walk(self)
+        n, size = collection_sizes(walk).get("opt_state", (0, 0))
+        lines = [f"tx = {transformation_text(self.tx)}", f"wrt = {short(self.wrt)}"]
+        if (now := number_text(self.step)) is not None:
+            lines.append(f"step = {now}")
+        lines.append(f"state = {self.layout!r}  # opt_state: {count_text(n)} ({bytes_text(size)})")
+        return "\n  ".join(["Optimizer(", *lines]) + "\n)"
 
     def update(self, model: Any, grads: Mapping[Path, Any], **extra: Any) -> None:
         """Apply gradients: write the model's parameters, the optimizer's state, and `step`.
@@ -191,6 +208,12 @@ class Optimizer(Module):
             shape or dtype; a model whose parameters have other paths or shapes than those that the
             optimizer was made for. Another model of the same structure is taken as it comes.
         """
+        if isinstance(model, Mapping) and isinstance(grads, Node):
+            raise TypeError(
+                f"optimizer.update takes the model first and then the gradients, as in "
+                f"optimizer.update(model, grads), but got a {type(model).__name__} and a "
+                f"{type(grads).__name__}."
+            )
         cells = selected(model, self.wrt)
         params = values_of(model, cells)
         grads = self._matching(grads, params)
@@ -408,6 +431,32 @@ def _per_example(grads: Partition, params: Partition) -> str | None:
 
 def _shapes(value: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(map(jnp.shape, jax.tree.leaves(value)))
+
+
+def _facts_of_state(
+    path: Path,
+    shape: tuple[int, ...],
+    shapes: Collection[tuple[int, ...]],
+    facts: Mapping[str, Any],
+) -> Mapping[str, Any]:
+    """The metadata of an array of the state: that of its parameter, as far as it has its dimensions.
+
+    Factored states, such as adafactor's, lack one dimension of the parameter. Of two that are as long,
+    optax leaves out the last in `v_row` and the first in `v_col`.
+    """
+    if shape in shapes:
+        return facts
+    said = facts.get("sharding")
+    if said is None or len(shapes) != 1:
+        return {}
+    (whole,) = shapes
+    parts = [*said, *[None] * (len(whole) - len(said))]
+    lacking = [i for i in range(len(whole)) if shape == (*whole[:i], *whole[i + 1 :])]
+    if not lacking:
+        return {}
+    i = lacking[0 if "v_col" in path else -1]
+    del parts[i]
+    return {**facts, "sharding": type(said)(*parts) if isinstance(said, P) else tuple(parts)}
 
 
 def _state_path(keys: Any, params: Mapping[str, Path]) -> tuple[Path, Path | None]:

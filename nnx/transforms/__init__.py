@@ -1,8 +1,8 @@
 """The stateful transformations: `jax` transformations that read and write Refs."""
 
+from nnx.transforms.arguments import ArgumentError
 from nnx.transforms.axes import AxisError
 from nnx.transforms.branches import BranchError, cond, switch
-from nnx.transforms.call import ArgumentError
 from nnx.transforms.carry import CARRY, CarryError
 from nnx.transforms.custom import CustomRuleError, custom_jvp, custom_vjp
 from nnx.transforms.derivatives import hessian, jacfwd, jacrev, jvp, linearize, vjp

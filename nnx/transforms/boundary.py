@@ -26,11 +26,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+import refx.ref as ref_module
 from nnx._layer_names import RootNames
 from nnx.scope import entered
-from nnx.transforms.call import Call, Layout, Roots, unlabelled
+from nnx.transforms.call import Call, Roots, unlabelled
 from nnx.transforms.donation import explain_deleted
 from nnx.transforms.homes import kept
+from nnx.transforms.layout import Layout
 from nnx.transforms.tracebacks import shortened
 from nnx.transforms.untouched import Untouched, check_arguments, check_found, reachable
 from refx import Node, Ref
@@ -405,8 +407,23 @@ def _apply(call: Call, graph: Graph, new: list[Any], arrays: list[Any]) -> Any:
     existing = {n: objects[i] for n, i in graph.known.items()}
     given = iter(arrays)
     leaves = [call.leaves[i] if i is not None else next(given) for i in graph.leaves]
+    new = list(map(_born, _new_defs(graph), new))
     (_, out), _ = build(graph.dagdef, new, leaves, existing=existing, refill=graph.refill)
     return out
+
+
+def _new_defs(graph: Graph) -> list[RefDef]:
+    """What stands in the structure for each new Ref."""
+    nodes = enumerate(graph.dagdef.nodes)
+    return [node for n, node in nodes if type(node) is RefDef and n not in graph.known]
+
+
+def _born(node: RefDef, value: Any) -> Any:
+    """The value of a new Ref, where a library wants it: its metadata may say."""
+    if not node.metadata or ref_module.at_birth is None:
+        return value
+    facts = {name: fact.value for name, fact in node.metadata}
+    return ref_module.at_birth(value, node.collection.value, facts)
 
 
 def fresh_output(call: Call, packed: Packed, values: list[Any], leaves: list[Any]) -> Any:
@@ -423,6 +440,7 @@ def fresh_output(call: Call, packed: Packed, values: list[Any], leaves: list[Any
     numbers = [n for n, node in enumerate(call.layout.dagdef.nodes) if type(node) is RefDef]
     ref_at = {n: i for i, n in enumerate(numbers)}
     new, more = map(iter, packed.out)
+    new = map(_born, _new_defs(graph), new)
     refs = [
         values[ref_at[graph.known[n]]] if n in graph.known else next(new)
         for n, node in enumerate(graph.dagdef.nodes)

@@ -6,171 +6,24 @@ is remembered (`refx.snapshot`), and so is how the structures of several roots g
 
 from __future__ import annotations
 
-import functools
-import weakref
-from collections import deque
-from typing import Any, NamedTuple
-
-import jax
-import numpy as np
-from jax.core import Tracer
+from typing import Any
 
 from nnx._ambient import ambient
 from nnx.scope import COMPILED
+from nnx.transforms.arguments import take_roots
 from nnx.transforms.closure import Closure
-from refx import Node, Ref, RefError
+from nnx.transforms.layout import Label, Layout, Plan, Plans, constants_of
+from refx import Ref
 from refx.access import is_label
 from refx.build import objects_of
 from refx.dagdef import DagDef, alone_in_tuple
 from refx.frame import StandIn, local
-from refx.node import is_array, is_identity
-from refx.partition import dotted
+from refx.node import is_array
 from refx.snapshot import Snapshot, snapshot
-from refx.static import Static
 from refx.trace import LABEL, trace_ref
 from refx.walk import walk
 
-__all__ = ["ArgumentError"]
-
-
-class ArgumentError(RefError, TypeError, ValueError):
-    """An argument that no transformation can take."""
-
-
-class Layout:
-    """What a call looks like without its values: the static argument of the compiled function.
-
-    Layouts are made once for each form and DagDef of a function and compared by identity.
-    """
-
-    __slots__ = (
-        "closed",
-        "constants",
-        "dagdef",
-        "donated",
-        "elsewhere",
-        "form",
-        "has_scope",
-        "homes",
-        "labels",
-        "programs",
-        "rules",
-        "shardings",
-        "statics",
-        "traced",
-    )
-
-    def __init__(
-        self,
-        dagdef: DagDef,
-        form: Form,
-        closed: int,
-        constants: tuple[Any, ...],
-        has_scope: bool,
-        statics: Any,
-        rules: Any = None,
-        labels: tuple[tuple[int, Any], ...] = (),
-    ):
-        self.dagdef = dagdef
-        # What is no array, by the number of the Ref (or, below zero, of the plain leaf) that holds
-        # it: constants of the program, as a Label each.
-        self.labels = labels
-        self.form = form
-        self.closed = closed
-        # Array attributes of closed-over modules are read where they are, so they are constants.
-        self.constants = constants
-        self.has_scope = has_scope
-        self.statics = statics
-        # What logical axis names stand for where the call is made.
-        self.rules = rules
-        # Whether a compiled function was traced for this layout, so that its closures are known.
-        self.traced = False
-        # What the calls looked like for which a program was made; see `explain`.
-        self.programs: list[Any] = []
-        # What `nnx.jit` learned by that: the Refs whose buffers it takes.
-        self.donated: tuple[int, ...] = ()
-        self.shardings: Any = None
-        # Where each value is that several devices share; None in place of it for the others. What is
-        # written goes back there. `elsewhere` has, by the placements of the inputs, the layouts of
-        # the same call in other places.
-        self.homes: tuple[Any, ...] | None = None
-        self.elsewhere: list[tuple[list[Any], Layout]] = []
-
-    def moved(self, homes: tuple[Any, ...]) -> Layout:
-        """The layout of the same call with its values in other places."""
-        parts = (self.dagdef, self.form, self.closed, self.constants, self.has_scope)
-        layout = Layout(*parts, self.statics, self.rules, self.labels)
-        layout.homes = homes
-        layout.programs = self.programs
-        return layout
-
-    def name_of(self, i: int) -> str:
-        """How a message calls the i-th Ref."""
-        path = self.dagdef.ref_paths[i][1:]
-        return f"Ref {dotted(path)!r}" if path else "A Ref"
-
-
-class Plan(NamedTuple):
-    """How the snapshots of several roots make up one list of Refs: by position, each Ref once."""
-
-    layout: Layout
-    refs: tuple[int, ...] | None
-    leaves: tuple[int, ...] | None
-
-
-class Plans:
-    """What one function knows of the calls that it had.
-
-    `by_call` is found by what a call looks like, and forgets when there were too many calls that
-    looked different; it is made again from `layouts`, which know the compiled programs.
-    """
-
-    def __init__(self) -> None:
-        self.by_call: dict[Any, Plan] = {}
-        # The last calls that looked new. One that comes again is worth knowing; a model that is made
-        # for each call is not.
-        self._seen: deque[Any] = deque(maxlen=8)
-        self.layouts: dict[Any, Layout] = {}
-        # Whether there were too many of them once.
-        self.forgotten = False
-
-    def layout(self, dagdef: DagDef, parts: tuple[Any, ...]) -> Layout:
-        """The one Layout of these parts."""
-        key = (dagdef, *parts)
-        layout = self.layouts.get(key)
-        if layout is None:
-            if len(self.layouts) >= _MOST:
-                self.forgotten = True
-                self.layouts.clear()
-                self.by_call.clear()
-            # Another thread may be as far.
-            layout = self.layouts.setdefault(key, Layout(dagdef, *parts))
-        return layout
-
-    def every(self) -> list[Layout]:
-        """All layouts, those in other places too."""
-        found = list(self.layouts.values())
-        return found + [moved for layout in found for _, moved in layout.elsewhere]
-
-    def drop(self, layout: Layout) -> None:
-        """Forget a layout that was traced without an input. JAX keeps that trace for it."""
-        if layout.homes is not None:
-            for known in self.layouts.values():
-                known.elsewhere = [pair for pair in known.elsewhere if pair[1] is not layout]
-            return
-        self.layouts = {key: x for key, x in self.layouts.items() if x is not layout}
-        self.by_call = {
-            key: plan for key, plan in self.by_call.items() if plan.layout is not layout
-        }
-
-    def keep(self, key: Any, plan: Plan, *, again: bool = False) -> None:
-        """Know the plan from now on; with `again`, only if there was such a call before."""
-        if again and key not in self._seen:
-            self._seen.append(key)
-            return
-        if len(self.by_call) >= _MOST:
-            self.by_call.clear()
-        self.by_call[key] = plan
+__all__: list[str] = []
 
 
 class Call:
@@ -261,7 +114,7 @@ def open_call(
     any_leaf: bool = False,
 ) -> Call:
     """Take the arguments of one call apart. `plans` is a function's cache of Plans."""
-    form, roots, others = _take_roots(args, kwargs, any_leaf)
+    form, roots, others = take_roots(args, kwargs, any_leaf)
     scope = ambient.scope
     if ambient.asked is not None:
         ambient.asked.add(COMPILED)
@@ -275,7 +128,7 @@ def open_call(
         snapshots = [snapshot(root) for root in roots[:given]] + known
         if scope is not None:
             snapshots.append(snapshot(scope))
-        constants = _constants(known)
+        constants = constants_of(known)
     else:
         snapshots = list(map(snapshot, roots))
     single = len(roots) == 1
@@ -360,124 +213,8 @@ def unlabelled(layout: Layout, values: Any, leaves: Any) -> tuple[list[Any], lis
     return values, leaves
 
 
-class Label:
-    """A value without arrays as a part of a Layout: it counts by type and content."""
-
-    __slots__ = ("_key", "value")
-
-    def __init__(self, value: Any):
-        self.value = value
-        leaves, treedef = jax.tree.flatten(value)
-        self._key = treedef, tuple(map(Static, leaves))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Label) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-
-class Form:
-    """Where the roots are among the arguments: by number in the flattened arguments.
-
-    Forms are interned, so that a key that holds one is hashed by its identity.
-    """
-
-    __slots__ = ("__weakref__", "treedef", "where")
-
-    def __init__(self, treedef: Any, where: tuple[int, ...]):
-        self.treedef = treedef
-        self.where = where
-
-
-_forms: weakref.WeakValueDictionary[Any, Form] = weakref.WeakValueDictionary()
-
-# The forms of calls whose arguments are so many roots and then single arrays or numbers.
-_flat_forms: dict[tuple[type, ...], tuple[Form, int]] = {}
-_SINGLE = frozenset({np.ndarray, bool, int, float, complex})
-
-
-@functools.lru_cache(maxsize=256)
-def _is_single(kind: type) -> bool:
-    """Whether values of this type are one leaf: an array that is not a tracer, or a number."""
-    return kind in _SINGLE or (issubclass(kind, jax.Array) and not issubclass(kind, Tracer))
-
-
-def _check_others(others: list[Any], args: Any, kwargs: Any) -> None:
-    """Raise for an argument that is nothing JAX can trace."""
-    for x in others:
-        if (what := getattr(type(x), "_as_argument", None)) is not None:
-            raise ArgumentError(f"An argument is {what}.")
-        if _is_single(type(x)) or hasattr(x, "dtype") or hasattr(x, "__jax_array__"):
-            continue
-        flat = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_identity)[0]
-        path = next(path for path, leaf in flat if leaf is x)[1:]
-        where = jax.tree_util.keystr(path)
-        raise ArgumentError(
-            f"Argument {where} is a {type(x).__name__}, which is no array, number, module or Ref, "
-            f"nor a pytree of them: {x!r:.80}. Pass a setting as a static argument of nnx.jit "
-            f"(static_argnames=...), as an attribute of a module, or by closure; put modules and "
-            f"Refs in a list, a tuple or a dict rather than in a set or a generator."
-        )
-
-
-def _take_roots(
-    args: tuple[Any, ...], kwargs: dict[str, Any], any_leaf: bool
-) -> tuple[Form, list[Any], list[Any]]:
-    types = tuple(map(type, args))
-    known = _flat_forms.get(types) if not kwargs else None
-    if known is not None:
-        form, count = known
-        return form, list(args[:count]), list(args[count:])
-    flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_identity)
-    where = tuple(i for i, x in enumerate(flat) if is_identity(x))
-    rest = tuple(i for i, x in enumerate(flat) if not is_identity(x))
-    form = _forms.get((treedef, where)) or _forms.setdefault((treedef, where), Form(treedef, where))
-    count = len(where)
-    first, last = types[:count], types[count:]
-    if not kwargs and all(issubclass(t, (Node, Ref)) for t in first) and all(map(_is_single, last)):
-        if len(_flat_forms) >= _MOST:
-            _flat_forms.clear()
-        _flat_forms[types] = form, count
-    others = [flat[i] for i in rest]
-    if not (any_leaf or all(map(_is_single, map(type, others)))):
-        _check_others(others, args, kwargs)
-    return form, [flat[i] for i in where], others
-
-
-# A bound for caches that ever new objects or types could fill; what is dropped is made again.
-_MOST = 512
-
-
 def _chosen(items: list[Any], positions: tuple[int, ...] | None) -> list[Any]:
     return items if positions is None else [items[i] for i in positions]
-
-
-class _Same:
-    """An array as part of a key: equal only to itself."""
-
-    __slots__ = ("array",)
-
-    def __init__(self, array: Any):
-        # A tracer must not be kept, and is never the same in a later call. NumPy's arrays may
-        # change in place, so of those the content counts.
-        self.array: Any = object() if isinstance(array, Tracer) else array
-        if isinstance(array, np.ndarray):
-            self.array = (array.shape, array.dtype.str, array.tobytes())
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Same):
-            return False
-        return other.array is self.array or (
-            isinstance(self.array, tuple) and self.array == other.array
-        )
-
-    def __hash__(self) -> int:
-        return hash(self.array) if isinstance(self.array, tuple) else id(self.array)
-
-
-def _constants(snapshots: list[Snapshot]) -> tuple[Any, ...]:
-    return tuple(_Same(x) for s in snapshots for x in s.leaves())
 
 
 def _plan(

@@ -23,6 +23,7 @@ from typing import Any
 
 from nnx.transforms.looking import (
     ABSENT,
+    ARRAYS,
     DEFAULTS,
     SCALARS,
     SMALL,
@@ -31,18 +32,20 @@ from nnx.transforms.looking import (
     attribute_dicts,
     containers,
     content,
+    data_in,
     insides,
     is_container,
     is_data,
     is_holder,
     is_module,
+    is_plain,
     is_user_object,
 )
 from refx import ClosureError, Node, RefError
 from refx.describe import describe
 from refx.partition import dotted
 from refx.snapshot import Snapshot, snapshot
-from refx.static import Static
+from refx.static import NESTED, Static, exact
 from refx.walk import walk
 
 __all__: list[str] = []
@@ -72,6 +75,8 @@ class _State:
         self.results: list[Any] = []
         self.call_roots: list[int] = []
         self.contents: list[tuple[Any, list[Any]]] = []
+        # Containers of data that the program depends on, with the step that leads to them.
+        self.data: list[tuple[tuple[Any, ...], Any, list[Any]]] = []
         # Dicts of attributes whose names count, since one that is added hides one of the class.
         self.names: list[tuple[dict[Any, Any], list[Any]]] = []
         # Whether there is nothing to check.
@@ -104,13 +109,21 @@ class _State:
             )
             and (not self.calls or all(map(is_, map(call_it, self.calls), self.results)))
             and (not self.contents or all(_same(x, items) for x, items in self.contents))
+            and (not self.data or all(_same(x, items) for _, x, items in self.data))
             and (not self.names or all(_same_names(x, names) for x, names in self.names))
         )
 
     def moved(self) -> _State | None:
         """The state after names were bound to others of their kind; None if more has changed."""
-        if not all(_same(x, items) for x, items in self.contents):
+        if not all(_same(x, items) for _, x, items in self.data):
             return None
+        contents = list(self.contents)
+        for i, (x, items) in enumerate(contents):
+            if not _same(x, items):
+                # What is noted in a list of data, by whomever, is nothing that a program reads.
+                if not (is_container(x) and is_data(x) and is_data(items)):
+                    return None
+                contents[i] = x, content(x)
         if not all(_same_names(x, names) for x, names in self.names):
             return None
         roots = list(self.roots)
@@ -129,6 +142,7 @@ class _State:
                     return None
                 roots[i] = b
         new.values, new.results, new.roots = values, results, tuple(roots)
+        new.contents = contents
         return new
 
 
@@ -173,15 +187,19 @@ class Closure:
         # Where far roots were read, by path; and the names that were plain and might be modules.
         self._places: set[tuple[Any, ...]] = set()
         self._hopeful: set[tuple[Any, ...]] = set()
+        # Where a trace itself changed what a container of data holds.
+        self._noted: set[tuple[Any, ...]] = set()
         # What the last trace read that was no input.
         self._added: set[int] = set()
         # What tells apart programs that were traced with the same roots, reached by other steps.
         self._tokens: dict[Any, int] = {}
         self._next_token = 0
         # The arrays and containers that are constants, by the path to them, each with a number.
-        self._constants: dict[tuple[Any, ...], tuple[Callable[[], Any], int]] = {}
+        self._constants: dict[tuple[Any, ...], tuple[list[Callable[[], Any]], int]] = {}
         self._next_constant = 0
         self._traced = False
+        # Whether a trace went through a method that no code names.
+        self._all_methods = False
         self._arrays: dict[Any, list[Any]] = {}
         # The snapshots of roots that are no modules and so do not keep one themselves.
         self._kept: dict[int, tuple[Any, Snapshot]] = {}
@@ -235,6 +253,15 @@ class Closure:
             self._state = None
         return True
 
+    def traced(self) -> None:
+        """Take note of the containers of data that the trace itself has changed."""
+        state = self._state
+        if state is None or all(_same(x, items) for _, x, items in state.data):
+            return
+        with _lock:
+            self._noted |= {path for path, x, items in state.data if not _same(x, items)}
+            self._state = None
+
     def add(self, call: Any, name: str) -> None:
         """Take what a trace read, too.
 
@@ -244,17 +271,11 @@ class Closure:
         with _lock:
             missing = {id(ref): ref for ref, _ in call.found}
             known = len(self._places)
-            held: dict[int, set[int]] = {}
-            for edge in self._graph().edges:
-                if edge.candidate is None:
-                    continue
-                ids = held.get(id(edge.candidate))
-                if ids is None:
-                    ids = held[id(edge.candidate)] = _objects(edge.candidate)
-                inside = [i for i in ids if i in missing]
-                if inside:
-                    self._places.add(edge.path)
-            reached = set().union(*held.values())
+            reached = self._reach(missing)
+            if not self._all_methods and not reached >= missing.keys():
+                # A library, or a name that was put together, led to a method that no code names.
+                self._all_methods = True
+                reached = self._reach(missing)
             lost = [(ref, root) for ref, root in call.found if id(ref) not in reached]
             if len(self._places) == known and self._added == set(missing):
                 # It was met before, and is an input since: nothing would change by another trace.
@@ -267,9 +288,23 @@ class Closure:
             ref, root = lost[0]
             raise ClosureError(_unreachable(ref, root, name))
 
+    def _reach(self, missing: dict[int, Any]) -> set[int]:
+        """The ids of all that looking leads to; where that is something missing becomes an input."""
+        held: dict[int, set[int]] = {}
+        for edge in self._graph().edges:
+            if edge.candidate is None:
+                continue
+            ids = held.get(id(edge.candidate))
+            if ids is None:
+                ids = held[id(edge.candidate)] = _objects(edge.candidate)
+            if not ids.isdisjoint(missing):
+                self._places.add(edge.path)
+        return set().union(*held.values())
+
     def _graph(self) -> Graph:
         starts = [(name, x, True) for name, x in self._starts.values()]
-        return Graph([*self._origin(), *starts], self._places | self._hopeful)
+        expected = self._places | self._hopeful
+        return Graph([*self._origin(), *starts], expected, all_methods=self._all_methods)
 
     def _look(self) -> _State:
         graph = self._graph()
@@ -293,12 +328,15 @@ class Closure:
         hopeful = {e.path for e in edges if e.hopeful}
         shape: list[Any] = []
         read: list[Any] = []
+        counted: set[int] = set()
         for n, edge in enumerate(edges):
             source = graph.objects[edge.source]
             by_name = type(source) in (types.FunctionType, types.ModuleType)
-            counts = n not in selected and _counts(edge, source, graph)
+            counts = n not in selected and _counts(edge, source, graph, self._noted)
             if counts and edge.key not in DEFAULTS:
                 read.append((edge.path, self._constant(edge)))
+                counted.add(edge.source)
+                state.data += [(edge.path, x, content(x)) for x in data_in(edge.value) or ()]
             if (
                 (edge.source in watched and not edge.data)
                 or (by_name and (edge.hopeful or edge.path in self._hopeful))
@@ -319,7 +357,13 @@ class Closure:
                     state.contents.append((x, items))
             elif n in near:
                 state.names += [(d, list(d)) for d in attribute_dicts(x)]
-        state.idle = not (state.dicts or state.calls or state.contents or state.names)
+        for x in (graph.objects[n] for n in sorted(watched | counted)):
+            if issubclass(type(x), type) and not is_plain(x):
+                # `A.__bases__ = ...` makes another order of classes.
+                state.calls.append(functools.partial(_order, x))
+                state.results.append(_order(x))
+                state.call_roots.append(-1)
+        state.idle = not (state.dicts or state.calls or state.contents or state.data or state.names)
         numbers = {n: i for i, n in enumerate(sorted({n for n, *_ in shape}))}
         kinds = tuple(_kind(graph.objects[n]) for n in numbers)
         steps = tuple(
@@ -348,18 +392,27 @@ class Closure:
         value = edge.value
         if value is ABSENT or type(value) in SCALARS or isinstance(value, enum.Enum | type):
             return Static(value)
-        if is_container(value) and is_data(value):
-            return type(value), len(value)
+        held = data_in(value)
+        parts = [x for c in held or () for x in content(c) if isinstance(x, ARRAYS)]
+        if held is not None and not parts:
+            return exact(value, [], NESTED)
         if is_user_object(value):
             # Its class, since steps of its own say what it holds.
             return type(value)
         # By a number, so that nothing of an earlier call is kept.
+        parts = parts or [value]
         known = self._constants.get(edge.path)
-        if known is None or known[0]() is not value:
+        was = [get() for get in known[0]] if known is not None else []
+        if known is None or len(was) != len(parts) or not all(map(is_, was, parts)):
             self._next_constant += 1
             if len(self._constants) >= _MOST:
                 self._constants = {}
-            known = self._constants[edge.path] = (_reference(value), self._next_constant)
+            known = self._constants[edge.path] = (
+                list(map(_reference, parts)),
+                self._next_constant,
+            )
+        if held is not None:
+            return type(value), len(value), known[1]
         return known[1]
 
     def _warn_of_arrays(self, layout: Any) -> None:
@@ -422,12 +475,13 @@ def _reference(x: Any) -> Callable[[], Any]:
         return lambda: x
 
 
-def _counts(edge: Edge, source: Any, graph: Graph) -> bool:
+def _counts(edge: Edge, source: Any, graph: Graph, noted: set[tuple[Any, ...]]) -> bool:
     """Whether a program depends on what this step leads to, though it leads to no module.
 
     Functions, classes and objects count wherever they are bound; numbers, texts and arrays where
     code does not bind them while it runs: as defaults, in partials, and as attributes that no
     reached code sets. As variables they are constants of the program, as they are to `jax.jit`.
+    Containers of data count wherever they are bound, unless reached code notes something in them.
     """
     default = type(edge.key) is tuple and edge.key[0] == "default"
     if edge.candidate is not None or (edge.way is None and not default):
@@ -435,15 +489,29 @@ def _counts(edge: Edge, source: Any, graph: Graph) -> bool:
     kind = type(source)
     if issubclass(kind, functools.partial):
         return True
+    name = edge.key[-1] if type(edge.key) is tuple else edge.key
+    if is_container(edge.value) and not default and edge.key not in DEFAULTS:
+        known = name in graph.names or kind is types.FunctionType
+        held = known and name not in graph.filled | graph.stored and edge.path not in noted
+        return held and data_in(edge.value) is not None
     leads = edge.target is not None and not is_container(edge.value)
     if kind is types.FunctionType:
         return leads or edge.key in DEFAULTS or (edge.data and default)
     if edge.key == "type" or kind is types.ModuleType:
         return leads
-    name = edge.key[-1] if type(edge.key) is tuple else edge.key
-    if name not in graph.names or (issubclass(kind, type) and _tells(source, edge.key)):
+    if issubclass(kind, type) and _tells(source, edge.key):
+        return False
+    # What Python calls by itself, such as `__call__` and `__getitem__`, no code names.
+    if name not in graph.names and not (leads and _is_special(name)):
         return False
     return leads or (edge.data and name not in graph.stored)
+
+
+def _is_special(name: Any) -> bool:
+    return type(name) is str and name.startswith("__") and name.endswith("__")
+
+
+_order: Callable[[type], Any] = type.__dict__["__mro__"].__get__
 
 
 def _kind(x: Any) -> Any:

@@ -24,7 +24,7 @@ from jax.core import Tracer
 
 from nnx.transforms.closure import Closure
 from nnx.transforms.jit import Jit
-from nnx.transforms.looking import SCALARS, is_data
+from nnx.transforms.looking import SCALARS, is_data, is_plain
 from nnx.transforms.names import names_of
 from refx import StructureError
 from refx.node import is_identity
@@ -116,11 +116,12 @@ class _Parts:
         if kind is tuple or kind is frozenset:
             return (kind, *[self._take(part, counts=counts) for part in x])
         if kind in (list, dict, set) and is_data(x):
-            content = tuple(map(Static, [*x, *x.values()] if kind is dict else x))
-            if read and kind is not set:
+            parts = map(Static, [*x, *x.values()] if kind is dict else x)
+            content = frozenset(parts) if kind is set else tuple(parts)
+            if read:
                 return kind, content
             # It stays the same object, since the body may note something in it.
-            return (Same(x), content) if counts and kind is not set else Same(x)
+            return (Same(x), content) if counts else Same(x)
         return self._take_object(x)
 
     def _take_function(self, fn: types.FunctionType) -> Any:
@@ -145,7 +146,7 @@ class _Parts:
         return "function", self._weakly(fn.__code__), id(fn.__globals__), tuple(cells), defaults
 
     def _take_object(self, x: Any) -> Any:
-        if not isinstance(x, type | types.ModuleType | types.BuiltinFunctionType):
+        if not isinstance(x, types.BuiltinFunctionType) and not is_plain(x):
             self.opaque.append(x)
         return self._weakly(x)
 
@@ -268,7 +269,10 @@ def _is_opaque(x: Any) -> bool:
 
 
 def _holds_dynamic(x: Any) -> bool:
-    leaves = jax.tree.leaves(x, is_leaf=lambda y: is_identity(y) or _is_opaque(y))
+    try:
+        leaves = jax.tree.leaves(x, is_leaf=lambda y: is_identity(y) or _is_opaque(y))
+    except (TypeError, ValueError):
+        return False  # a dict whose keys have no order is no pytree
     return any(
         is_identity(y)
         or _is_opaque(y)

@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding
 
 from nnx.sharding.placing import place
 from nnx.sharding.rules import canonical
-from nnx.transforms.call import Call, Layout
+from nnx.transforms.call import Call
+from nnx.transforms.layout import Layout
 from refx.buffers import CONCRETE
 
 __all__: list[str] = []

@@ -25,12 +25,13 @@ import jax
 
 from nnx._ambient import ambient
 from nnx.transforms.boundary import Outline, Packed, Spec, close_call, run
-from nnx.transforms.call import Call, Layout, Plans, open_call
+from nnx.transforms.call import Call, open_call
 from nnx.transforms.callables import check_plain, function_name, unbound
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import explain_deleted, explain_donation, selected
 from nnx.transforms.explain import Explanation, explain, note
 from nnx.transforms.homes import at_home
+from nnx.transforms.layout import Layout, Plans
 from nnx.transforms.naming import named
 from nnx.transforms.shardings import Shardings
 from nnx.transforms.simple import eval_shape
@@ -88,6 +89,9 @@ class Jit(Generic[P, R]):
         # How often the function was traced for a program of its own; why there is this one at all.
         self.traces = 0
         self.reason: str | None = None
+        # The last program; the float that alone made the last ones new, and how many.
+        self.last_program: Any = None
+        self.float_changes = "", 0
         self._static = Statics(self._name, self._fn, *statics, bound=bound)
         self._donate = donate
         self._options = options
@@ -216,6 +220,7 @@ class Jit(Generic[P, R]):
         elif self._shardings.active:
             self._programs[layout] = jax.jit(self._pure, static_argnums=0, **options)
         layout.traced = True
+        self._closure.traced()
         if not layout.donated:
             note(self, layout, call)
 

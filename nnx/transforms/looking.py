@@ -41,7 +41,7 @@ _LIBRARIES = sys.stdlib_module_names | frozenset(
 _HOLDERS = frozenset(
     {"builtins", "collections", "functools", "itertools", "types", "weakref", "queue", "nnx"}
 )
-_ARRAYS = (np.ndarray, np.generic, np.dtype, Tracer, jax.Array)
+ARRAYS = (np.ndarray, np.generic, np.dtype, Tracer, jax.Array)
 _PLAIN = frozenset(
     {int, float, complex, bool, str, bytes, bytearray, type(None), type(...), range, slice}
     | {type(NotImplemented), types.CodeType, types.GetSetDescriptorType, type(len)}
@@ -58,6 +58,10 @@ _PYTREES = (list, tuple, dict)
 SMALL = 1024
 # How many functions and objects a look goes through, at most.
 _MOST = 4000
+
+
+# Code that uses one of these may call a method whose name is not written anywhere.
+_BY_NAME = frozenset({"getattr", "attrgetter", "methodcaller", "vars", "__dict__", "dir"})
 
 
 class _Absent:
@@ -104,12 +108,16 @@ class Graph:
         expected: Set[tuple[Any, ...]] = frozenset(),
         *,
         only_near: bool = False,
+        all_methods: bool = False,
     ):
         """Look from `starts`, triples of a name, an object and whether it is far.
 
         Names of modules that are not bound count as None where their path is one of `expected`.
-        With `only_near`, no far step is taken.
+        With `only_near`, no far step is taken; with `all_methods`, also methods are looked into that
+        no code names.
         """
+        self._all_methods = all_methods
+        self._classes: dict[int, set[Any]] = {}
         self._expected = expected
         self._only_near = only_near
         self.edges: list[Edge] = []
@@ -125,10 +133,12 @@ class Graph:
         self.strings: set[str] = set()
         # Those of attributes that code sets, other than where an object is made.
         self.stored: set[str] = set()
+        # Those of variables and attributes whose content code changes: it notes something there.
+        self.filled: set[str] = set()
         self._modules: dict[int, set[str]] = {}
         for name, x, far in starts:
             self._vertex(x, (name,), far)
-        while self._next() or self._in_modules():
+        while self._next() or self._in_modules() or self._in_classes():
             pass
 
     def is_far(self, number: int) -> bool:
@@ -142,6 +152,10 @@ class Graph:
         x, far = self.objects[number], self._is_far[number]
         if type(x) is types.ModuleType:
             self._modules[number] = set()
+            return True
+        if issubclass(type(x), type):
+            self._classes[number] = set()
+            self._of_class_at(number)
             return True
         for key, way, value, step_far in self._steps(x):
             if not (step_far and self._only_near):
@@ -165,6 +179,32 @@ class Graph:
                 found = True
                 self._edge(number, name, (content, name), content.get(name, ABSENT), True)
         return found
+
+    def _in_classes(self) -> bool:
+        return any([self._of_class_at(number) for number in list(self._classes)])
+
+    def _of_class_at(self, number: int) -> bool:
+        """Take the steps from a class that are new: methods, as soon as some code names them."""
+        done, far, found = self._classes[number], self._is_far[number], False
+        cls = self.objects[number]
+        for key, way, value, step_far in _of_class(cls):
+            if key in done or (step_far and self._only_near):
+                continue
+            if type(value) in _CODE and not self._is_named(cls, key[1]):
+                continue
+            done.add(key)
+            found = True
+            self._edge(number, key, way, value, far or step_far)
+        return found
+
+    def _is_named(self, cls: type, name: str) -> bool:
+        """Whether a method may be called: by name, by Python, or by a library that it is an override of."""
+        if self._all_methods or name in self.names or name.startswith("__"):
+            return True
+        if not self.names.isdisjoint(_BY_NAME):
+            return True
+        bases = type.__dict__["__mro__"].__get__(cls)
+        return any(name in class_dict(b) for b in bases if _is_library(_home(b)))
 
     def _edge(self, source: int, key: Any, way: Any, value: Any, far: bool) -> None:
         path = (*self._paths[source], key)
@@ -220,8 +260,6 @@ class Graph:
         elif kind is property or kind is functools.cached_property:
             getter = x.fget if kind is property else x.func  # pyright: ignore
             yield "__func__", None, getter, False
-        elif issubclass(kind, type):
-            yield from _of_class(x)
         elif issubclass(kind, weakref.ref):
             get = functools.partial(weakref.ref.__call__, x)
             yield "()", (None, get), get(), True
@@ -243,6 +281,7 @@ class Graph:
         names = names_of(fn.__code__)
         self.names |= names.attributes
         self.strings.update(names.strings)
+        self.filled |= names.filled
         if fn.__name__ not in ("__init__", "__post_init__", "__new__"):
             self.stored |= names.stored
         for name in names.loaded:
@@ -276,7 +315,7 @@ def _of_closure(fn: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
 def is_plain(x: Any) -> bool:
     """Whether nothing can be reached from `x` that would matter."""
     kind = type(x)
-    if kind in _PLAIN or issubclass(kind, _ARRAYS):
+    if kind in _PLAIN or issubclass(kind, ARRAYS):
         # A bound method of C code, such as that of a dict, leads to what it is bound to.
         return kind is not type(len) or type(x.__self__) in _PLAIN | {types.ModuleType}
     if issubclass(kind, types.ModuleType):
@@ -291,6 +330,8 @@ def is_module(x: Any) -> bool:
 
 def content(x: Any) -> list[Any]:
     """The items of a container, or what a C object refers to: compared to see a change."""
+    if issubclass(type(x), collections.OrderedDict):
+        return [part for item in collections.OrderedDict.items(x) for part in item]
     if issubclass(type(x), dict):
         return [*dict.keys(x), *dict.values(x)]
     return _items(x) if is_container(x) else gc.get_referents(x)
@@ -323,7 +364,7 @@ def is_data(x: Any) -> bool:
     kind = type(x)
     return (
         kind in SCALARS
-        or issubclass(kind, (*_ARRAYS, enum.Enum))
+        or issubclass(kind, (*ARRAYS, enum.Enum))
         or (is_container(x) and _all_plain(x))
     )
 
@@ -331,6 +372,22 @@ def is_data(x: Any) -> bool:
 SCALARS = frozenset(
     {int, float, complex, bool, str, bytes, bytearray, type(None), type(...), range, slice}
 )
+
+
+def data_in(x: Any, depth: int = 3) -> list[Any] | None:
+    """The containers that hold nothing but data, from `x` on; None if there is anything else."""
+    if not is_container(x) or len(x) > SMALL:
+        return None
+    found = [x]
+    if not _all_plain(x):
+        for part in _items(x):
+            if is_data(part) and not is_container(part):
+                continue
+            inner = data_in(part, depth - 1) if depth else None
+            if inner is None:
+                return None
+            found += inner
+    return found if len(found) <= SMALL else None
 
 
 def containers(x: Any) -> list[Any]:
@@ -377,6 +434,8 @@ def _title(x: Any) -> Any:
 
 
 def _of_class(cls: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
+    if not _is_library(_home(type(cls))):
+        yield "metaclass", (None, functools.partial(type, cls)), type(cls), True
     for base in type.__dict__["__mro__"].__get__(cls):
         if _is_library(_home(base)):
             continue
@@ -418,7 +477,9 @@ def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
         if home.partition(".")[0] == "nnx":
             return
     if issubclass(kind, dict):
-        for key, value in list(dict.items(x)):
+        # An OrderedDict has an order of its own.
+        kind_of = collections.OrderedDict if issubclass(kind, collections.OrderedDict) else dict
+        for key, value in list(kind_of.items(x)):
             known = type(key) in _PLAIN
             yield key if known else ("key", id(key)), None, value, False
             if not known:

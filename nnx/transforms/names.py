@@ -25,6 +25,7 @@ class Names(NamedTuple):
     stored: frozenset[str]
     sinks: frozenset[str]
     read: frozenset[str]
+    filled: frozenset[str]
 
 
 # Code that uses one of these may find an attribute or a global by a string.
@@ -34,6 +35,16 @@ _BY_STRING = frozenset(
 
 
 _PUTS = frozenset({"append", "extend", "add", "insert", "update", "setdefault", "clear"})
+_CHANGES = _PUTS | {
+    "appendleft",
+    "pop",
+    "popleft",
+    "popitem",
+    "remove",
+    "discard",
+    "reverse",
+    "sort",
+}
 
 
 # What these do with the container on top of the stack, or with the one below an index, is to read it.
@@ -65,6 +76,30 @@ def _used_variables(code: types.CodeType) -> tuple[set[str], set[str], set[str]]
     return puts, reads, others
 
 
+def _filled(code: types.CodeType) -> set[str]:
+    """The variables and attributes of which a piece of code changes what they hold."""
+    found: set[str] = set()
+    steps = list(dis.get_instructions(code))
+    line = 0
+    on_line: dict[int, set[str]] = {}
+    for i, step in enumerate(steps):
+        line = step.positions.lineno or line if step.positions is not None else line
+        if step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+            found |= on_line.get(line, set())
+        elif step.opname in _LOADS:
+            on_line.setdefault(line, set()).add(step.argval)
+            if i + 1 < len(steps) and str(steps[i + 1].argval) in _CHANGES:
+                found.add(step.argval)
+    return found
+
+
+_NAMING = frozenset(
+    {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_CLASSDEREF"}
+    | {"IMPORT_NAME", "IMPORT_FROM", "LOAD_FROM_DICT_OR_GLOBALS"}
+)
+_LOADS = frozenset({"LOAD_DEREF", "LOAD_GLOBAL", "LOAD_CLASSDEREF", "LOAD_NAME", "LOAD_ATTR"})
+
+
 @functools.lru_cache(maxsize=4096)
 def names_of(code: types.CodeType) -> Names:
     """The names that some code loads: globals, attributes, those in strings, imports."""
@@ -75,6 +110,7 @@ def names_of(code: types.CodeType) -> Names:
     puts: set[str] = set()
     reads: set[str] = set()
     others: set[str] = set()
+    filled: set[str] = set()
     strings: dict[str, None] = {}
     todo = [code]
     while todo:
@@ -84,11 +120,13 @@ def names_of(code: types.CodeType) -> Names:
                 loaded[step.argval] = None
             elif step.opname == "IMPORT_NAME":
                 imported[step.argval] = None
+            if step.opname in _NAMING and step.argval in at.co_names:
+                attributes.add(step.argval)
             elif step.opname in ("STORE_ATTR", "DELETE_ATTR", "STORE_DEREF"):
                 stored.add(step.argval)
         for total, found in zip((puts, reads, others), _used_variables(at), strict=True):
             total |= found
-        attributes.update(at.co_names)
+        filled |= _filled(at)
         strings.update((c, None) for c in at.co_consts if type(c) is str and c.isidentifier())
         todo += [c for c in at.co_consts if isinstance(c, types.CodeType)]
     if not attributes & _BY_STRING:
@@ -101,4 +139,5 @@ def names_of(code: types.CodeType) -> Names:
         frozenset(stored),
         frozenset(puts - reads - others),
         frozenset(reads - puts - others),
+        frozenset(filled),
     )

@@ -8,7 +8,8 @@ import jax
 
 from nnx.transforms.axes import AxisError, along_output, assign
 from nnx.transforms.boundary import Packed
-from nnx.transforms.call import Call, Layout
+from nnx.transforms.call import Call
+from nnx.transforms.layout import Layout
 
 __all__: list[str] = []
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from nnx.transforms.boundary import close_call
-from nnx.transforms.call import Call, Layout
+from nnx.transforms.call import Call
+from nnx.transforms.layout import Layout
 from refx import StructureError
 
 __all__: list[str] = []

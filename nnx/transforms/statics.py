@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from nnx.transforms.call import ArgumentError
+from nnx.transforms.arguments import ArgumentError
 from refx import StructureError, UnhashableStaticError
 from refx.node import is_identity
 from refx.static import Static

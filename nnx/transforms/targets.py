@@ -238,6 +238,11 @@ def targets_of(
             f"{name} with wrt={wrt!r} has nothing to differentiate in argument {number}: its "
             f"collections are {', '.join(sorted(there)) or 'none'}. {mistake(wrt, args[number]) or ''}"
         )
+        if not there and any(p.kind == 1 for p in located.places):
+            text = (
+                f"{text.rstrip()} Its arrays are plain attributes, which no filter selects and no "
+                f"training changes: declare them in the class, `w: jax.Array = nnx.param()`."
+            )
         raise DifferentiationError(text.rstrip())
     _check_disjoint(name, numbers, targets)
     return targets

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from nnx.transforms.call import Call, Layout
+from nnx.transforms.call import Call
+from nnx.transforms.layout import Layout
 from nnx.transforms.looking import Graph, containers
 from refx import Node, Ref, RefError
 from refx.access import writable

@@ -5,6 +5,8 @@ A `Program` is noted where a function was traced, so a call that traces nothing 
 
 from __future__ import annotations
 
+import re
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import jax
 
 from nnx._ambient import ambient
-from nnx.transforms.call import Call, Layout
+from nnx.transforms.call import Call
 from nnx.transforms.explain.differences import (
     Program,
     View,
@@ -21,6 +23,7 @@ from nnx.transforms.explain.differences import (
     placed_elsewhere,
     placement,
 )
+from nnx.transforms.layout import Layout
 
 __all__: list[str] = []
 
@@ -72,6 +75,10 @@ def note(jitted: Any, layout: Layout, call: Call) -> None:
         return
     new = Program(jitted, layout, call)
     explanation = _explained(jitted, new) if listeners else _UNASKED
+    known = programs_of(jitted)
+    if known and jitted.last_program in known:
+        _warn_of_numbers(jitted, differences(View(jitted, jitted.last_program), View(jitted, new)))
+    jitted.last_program = new
     before = [p for p in layout.programs if p.is_like(new)]
     new.placements = [x for p in before for x in p.placements] + new.placements
     # In place: layouts of one structure in several places have one list.
@@ -82,6 +89,29 @@ def note(jitted: Any, layout: Layout, call: Call) -> None:
     jitted.traces += 1
     for listener in list(listeners):
         listener(jitted, explanation)
+
+
+# So many new programs in a row for nothing but another float are a mistake.
+WARN_AFTER = 5
+_FLOAT = re.compile(r"(.*): (-?\d[^ ]*[.e][^ ]*) → (-?\d[^ ]*[.e][^ ]*)")
+
+
+def _warn_of_numbers(jitted: Any, reasons: list[str]) -> None:
+    """Warn of a float that is part of the structure and is another one in each call."""
+    found = _FLOAT.fullmatch(reasons[0]) if len(reasons) == 1 else None
+    name, count = jitted.float_changes
+    if found is None:
+        jitted.float_changes = "", 0
+        return
+    jitted.float_changes = found[1], count + 1 if found[1] == name else 1
+    if jitted.float_changes[1] == WARN_AFTER:
+        warnings.warn(
+            f"{jitted._name} was compiled again {WARN_AFTER} times in a row for another value of "
+            f"{found[1]} alone, the last time {found[2]} → {found[3]}. A float is part of the program. "
+            f"Make it an array or a Ref, as in self.{found[1].rpartition('.')[2]} = nnx.Ref(...), or "
+            f"pass it as an argument.",
+            stacklevel=2,
+        )
 
 
 def explain(jitted: Any, call: Call) -> Explanation:

@@ -11,7 +11,8 @@ import jax
 from jax.core import Tracer
 
 from nnx.sharding.rules import canonical
-from nnx.transforms.call import Call, Layout
+from nnx.transforms.call import Call
+from nnx.transforms.layout import Layout
 from refx import Node
 from refx.dagdef import Leaf, NodeDef, RefDef, Tree
 from refx.partition import Path, dotted
@@ -380,7 +381,7 @@ def _weak(was: Any, now: Any) -> str:
     if getattr(was, "weak_type", None) != getattr(now, "weak_type", None):
         kinds = ["a Python number" if x.weak_type else "an array" for x in (was, now)]
         return f", {kinds[0]} (or made of one) before, now {kinds[1]}"
-    return f", sharded otherwise: {was} → {now}"
+    return ", on other devices or sharded otherwise"
 
 
 def placed_elsewhere(old: View, new: Program) -> list[str]:

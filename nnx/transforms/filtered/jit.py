@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnx._ambient import ambient
+from nnx.transforms.arguments import ArgumentError
 from nnx.transforms.axes import assign
 from nnx.transforms.boundary import (
     Outline,
@@ -25,10 +26,11 @@ from nnx.transforms.boundary import (
     run,
     write_back,
 )
-from nnx.transforms.call import ArgumentError, Call, Plans, open_call
+from nnx.transforms.call import Call, open_call
 from nnx.transforms.callables import function_name, unbound
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import check_alive, explain_deleted
+from nnx.transforms.layout import Plans
 from nnx.transforms.naming import named
 from nnx.transforms.statics import Statics, select_arguments
 from nnx.transforms.targets import locate
@@ -331,6 +333,7 @@ class _JitFilter:
                 if not (call.layout.traced or without_jit()):
                     self._compiled.trace(call.layout, *inputs)
                     call.layout.traced = not call.found
+                    self._closure.traced()
                 packed = None if call.found else self._compiled(call.layout, *inputs)
             except Exception as error:
                 if not call.found:

@@ -344,6 +344,13 @@ def test_heads_are_normalized_by_any_norm(tmp_path, kind, names, epsilon):
     close(run(nnx.load(tmp_path / "m.npz"), x), run(layer, x))
 
 
+def test_what_a_partial_norm_says_stays():
+    kind = functools.partial(nnx.RMSNorm, param_dtype=jnp.float32, dtype=jnp.float32)
+    layer = decoder({"normalize_qk": kind}, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
+    assert layer.key_ln.scale.dtype == layer.key_ln.dtype == jnp.float32
+    assert layer.key.kernel.dtype == jnp.bfloat16
+
+
 def test_the_metadata_of_the_norms():
     layer = decoder({"normalize_qk": nnx.RMSNorm}, query_ln_scale_metadata={"tag": 1})
     assert nnx.get_ref(layer.query_ln, "scale").metadata == {"tag": 1}

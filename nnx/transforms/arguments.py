@@ -1,0 +1,91 @@
+"""The arguments of a call: which of them are roots, modules and Refs, and which are values."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from refx import Node, Ref, RefError
+from refx.node import is_identity
+
+__all__ = ["ArgumentError"]
+
+# A bound for a cache that ever new types could fill; what is dropped is made again.
+_MOST = 512
+
+
+class ArgumentError(RefError, TypeError, ValueError):
+    """An argument that no transformation can take."""
+
+
+class Form:
+    """Where the roots are among the arguments: by number in the flattened arguments.
+
+    Forms are interned, so that a key that holds one is hashed by its identity.
+    """
+
+    __slots__ = ("__weakref__", "treedef", "where")
+
+    def __init__(self, treedef: Any, where: tuple[int, ...]):
+        self.treedef = treedef
+        self.where = where
+
+
+_forms: weakref.WeakValueDictionary[Any, Form] = weakref.WeakValueDictionary()
+
+# The forms of calls whose arguments are so many roots and then single arrays or numbers.
+_flat_forms: dict[tuple[type, ...], tuple[Form, int]] = {}
+_SINGLE = frozenset({np.ndarray, bool, int, float, complex})
+
+
+@functools.lru_cache(maxsize=256)
+def _is_single(kind: type) -> bool:
+    """Whether values of this type are one leaf: an array that is not a tracer, or a number."""
+    return kind in _SINGLE or (issubclass(kind, jax.Array) and not issubclass(kind, Tracer))
+
+
+def _check_others(others: list[Any], args: Any, kwargs: Any) -> None:
+    """Raise for an argument that is nothing JAX can trace."""
+    for x in others:
+        if (what := getattr(type(x), "_as_argument", None)) is not None:
+            raise ArgumentError(f"An argument is {what}.")
+        if _is_single(type(x)) or hasattr(x, "dtype") or hasattr(x, "__jax_array__"):
+            continue
+        flat = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_identity)[0]
+        path = next(path for path, leaf in flat if leaf is x)[1:]
+        where = jax.tree_util.keystr(path)
+        raise ArgumentError(
+            f"Argument {where} is a {type(x).__name__}, which is no array, number, module or Ref, "
+            f"nor a pytree of them: {x!r:.80}. Pass a setting as a static argument of nnx.jit "
+            f"(static_argnames=...), as an attribute of a module, or by closure; put modules and "
+            f"Refs in a list, a tuple or a dict rather than in a set or a generator."
+        )
+
+
+def take_roots(
+    args: tuple[Any, ...], kwargs: dict[str, Any], any_leaf: bool
+) -> tuple[Form, list[Any], list[Any]]:
+    types = tuple(map(type, args))
+    known = _flat_forms.get(types) if not kwargs else None
+    if known is not None:
+        form, count = known
+        return form, list(args[:count]), list(args[count:])
+    flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_identity)
+    where = tuple(i for i, x in enumerate(flat) if is_identity(x))
+    rest = tuple(i for i, x in enumerate(flat) if not is_identity(x))
+    form = _forms.get((treedef, where)) or _forms.setdefault((treedef, where), Form(treedef, where))
+    count = len(where)
+    first, last = types[:count], types[count:]
+    if not kwargs and all(issubclass(t, (Node, Ref)) for t in first) and all(map(_is_single, last)):
+        if len(_flat_forms) >= _MOST:
+            _flat_forms.clear()
+        _flat_forms[types] = form, count
+    others = [flat[i] for i in rest]
+    if not (any_leaf or all(map(_is_single, map(type, others)))):
+        _check_others(others, args, kwargs)
+    return form, [flat[i] for i in where], others

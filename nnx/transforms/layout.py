@@ -1,0 +1,201 @@
+"""What a call looks like without its values, and what a function knows of the calls that it had."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from nnx.transforms.arguments import Form
+from refx.dagdef import DagDef
+from refx.partition import dotted
+from refx.snapshot import Snapshot
+from refx.static import Static
+
+__all__: list[str] = []
+
+# A bound for caches that ever new objects or types could fill; what is dropped is made again.
+_MOST = 512
+
+
+class Layout:
+    """What a call looks like without its values: the static argument of the compiled function.
+
+    Layouts are made once for each form and DagDef of a function and compared by identity.
+    """
+
+    __slots__ = (
+        "closed",
+        "constants",
+        "dagdef",
+        "donated",
+        "elsewhere",
+        "form",
+        "has_scope",
+        "homes",
+        "labels",
+        "programs",
+        "rules",
+        "shardings",
+        "statics",
+        "traced",
+    )
+
+    def __init__(
+        self,
+        dagdef: DagDef,
+        form: Form,
+        closed: int,
+        constants: tuple[Any, ...],
+        has_scope: bool,
+        statics: Any,
+        rules: Any = None,
+        labels: tuple[tuple[int, Any], ...] = (),
+    ):
+        self.dagdef = dagdef
+        # What is no array, by the number of the Ref (or, below zero, of the plain leaf) that holds
+        # it: constants of the program, as a Label each.
+        self.labels = labels
+        self.form = form
+        self.closed = closed
+        # Array attributes of closed-over modules are read where they are, so they are constants.
+        self.constants = constants
+        self.has_scope = has_scope
+        self.statics = statics
+        # What logical axis names stand for where the call is made.
+        self.rules = rules
+        # Whether a compiled function was traced for this layout, so that its closures are known.
+        self.traced = False
+        # What the calls looked like for which a program was made; see `explain`.
+        self.programs: list[Any] = []
+        # What `nnx.jit` learned by that: the Refs whose buffers it takes.
+        self.donated: tuple[int, ...] = ()
+        self.shardings: Any = None
+        # Where each value is that several devices share; None in place of it for the others. What is
+        # written goes back there. `elsewhere` has, by the placements of the inputs, the layouts of
+        # the same call in other places.
+        self.homes: tuple[Any, ...] | None = None
+        self.elsewhere: list[tuple[list[Any], Layout]] = []
+
+    def moved(self, homes: tuple[Any, ...]) -> Layout:
+        """The layout of the same call with its values in other places."""
+        parts = (self.dagdef, self.form, self.closed, self.constants, self.has_scope)
+        layout = Layout(*parts, self.statics, self.rules, self.labels)
+        layout.homes = homes
+        layout.programs = self.programs
+        return layout
+
+    def name_of(self, i: int) -> str:
+        """How a message calls the i-th Ref."""
+        path = self.dagdef.ref_paths[i][1:]
+        return f"Ref {dotted(path)!r}" if path else "A Ref"
+
+
+class Plan(NamedTuple):
+    """How the snapshots of several roots make up one list of Refs: by position, each Ref once."""
+
+    layout: Layout
+    refs: tuple[int, ...] | None
+    leaves: tuple[int, ...] | None
+
+
+class Plans:
+    """What one function knows of the calls that it had.
+
+    `by_call` is found by what a call looks like, and forgets when there were too many calls that
+    looked different; it is made again from `layouts`, which know the compiled programs.
+    """
+
+    def __init__(self) -> None:
+        self.by_call: dict[Any, Plan] = {}
+        # The last calls that looked new. One that comes again is worth knowing; a model that is made
+        # for each call is not.
+        self._seen: deque[Any] = deque(maxlen=8)
+        self.layouts: dict[Any, Layout] = {}
+        # Whether there were too many of them once.
+        self.forgotten = False
+
+    def layout(self, dagdef: DagDef, parts: tuple[Any, ...]) -> Layout:
+        """The one Layout of these parts."""
+        key = (dagdef, *parts)
+        layout = self.layouts.get(key)
+        if layout is None:
+            if len(self.layouts) >= _MOST:
+                self.forgotten = True
+                self.layouts.clear()
+                self.by_call.clear()
+            # Another thread may be as far.
+            layout = self.layouts.setdefault(key, Layout(dagdef, *parts))
+        return layout
+
+    def every(self) -> list[Layout]:
+        """All layouts, those in other places too."""
+        found = list(self.layouts.values())
+        return found + [moved for layout in found for _, moved in layout.elsewhere]
+
+    def drop(self, layout: Layout) -> None:
+        """Forget a layout that was traced without an input. JAX keeps that trace for it."""
+        if layout.homes is not None:
+            for known in self.layouts.values():
+                known.elsewhere = [pair for pair in known.elsewhere if pair[1] is not layout]
+            return
+        self.layouts = {key: x for key, x in self.layouts.items() if x is not layout}
+        self.by_call = {
+            key: plan for key, plan in self.by_call.items() if plan.layout is not layout
+        }
+
+    def keep(self, key: Any, plan: Plan, *, again: bool = False) -> None:
+        """Know the plan from now on; with `again`, only if there was such a call before."""
+        if again and key not in self._seen:
+            self._seen.append(key)
+            return
+        if len(self.by_call) >= _MOST:
+            self.by_call.clear()
+        self.by_call[key] = plan
+
+
+class Label:
+    """A value without arrays as a part of a Layout: it counts by type and content."""
+
+    __slots__ = ("_key", "value")
+
+    def __init__(self, value: Any):
+        self.value = value
+        leaves, treedef = jax.tree.flatten(value)
+        self._key = treedef, tuple(map(Static, leaves))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Label) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+class _Same:
+    """An array as part of a key: equal only to itself."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, array: Any):
+        # A tracer must not be kept, and is never the same in a later call. NumPy's arrays may
+        # change in place, so of those the content counts.
+        self.array: Any = object() if isinstance(array, Tracer) else array
+        if isinstance(array, np.ndarray):
+            self.array = (array.shape, array.dtype.str, array.tobytes())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Same):
+            return False
+        return other.array is self.array or (
+            isinstance(self.array, tuple) and self.array == other.array
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.array) if isinstance(self.array, tuple) else id(self.array)
+
+
+def constants_of(snapshots: list[Snapshot]) -> tuple[Any, ...]:
+    return tuple(_Same(x) for s in snapshots for x in s.leaves())
