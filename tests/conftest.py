@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models import Dense, Net
+
 # A program that test_processes.py starts, several times at once.
 collect_ignore = ["nnx/processes.py"]
-
-from tests.models import Dense, Net
 
 
 @pytest.fixture
