@@ -13,6 +13,9 @@ import pytest
 
 from tests.models import Dense, Net
 
+# A program that test_processes.py starts, several times at once.
+collect_ignore = ["nnx/processes.py"]
+
 
 @pytest.fixture
 def dense():

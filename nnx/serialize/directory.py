@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import concurrent.futures.thread  # noqa: F401 — what it does at the end has to come after ours
 import contextlib
 import errno
+import functools
 import json
 import os
+import sys
 import threading
 import zlib
 from collections.abc import Callable
@@ -45,7 +49,7 @@ class Saving:
         self._finish = finish
         self._error: BaseException | None = None
         self._told = False
-        # Not a daemon: the program waits for it at its end.
+        _wait_at_end()
         self._thread = threading.Thread(target=self._run, name=f"nnx.save {path}")
         self._thread.start()
 
@@ -80,6 +84,20 @@ class Saving:
 # The save before, and who may begin one: a process writes one directory at a time.
 _last: list[Saving] = []
 _saves = threading.Lock()
+
+
+@functools.cache
+def _wait_at_end() -> None:
+    """Have the program wait for the last save before it ends."""
+    # An ordinary atexit comes too late: by then no executor takes the work that is left to Orbax.
+    getattr(threading, "_register_atexit", atexit.register)(_settle_at_end)
+
+
+def _settle_at_end() -> None:
+    try:
+        settle()
+    except SaveError as error:
+        print(error, file=sys.stderr)
 
 
 def settle() -> None:
@@ -281,7 +299,7 @@ class Reader:
         self.token, self._sums, self._ocp = token, sums, ocp
         # The names of the arrays are those of the folder: a Store compares them.
         self.names = list(guarded(lambda: check(self.structure)).arrays)
-        self._folder = os.path.join(path, token)
+        self._folder = os.path.join(os.path.realpath(path), token)
         if not os.path.isdir(self._folder):
             raise LoadError(f"its folder {token!r} is missing, where the arrays are")
 

@@ -150,8 +150,10 @@ def _leaves(value: Any, where: Any) -> tuple[list[Any], list[Any]]:
 
 def _nested(partition: Partition) -> Any:
     """A tree that has Refs at the paths of a Partition."""
-    root: dict[str, Any] = {}
+    root: Any = {}
     for path, value in partition.items():
+        if not path:
+            return Ref(value)
         at = root
         for part in path[:-1]:
             at = at.setdefault(part, {})

@@ -99,7 +99,10 @@ def map_value(value: Any, said: Any, mesh: AnyMesh, rules: Rules, where: str) ->
 
 
 def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | jax.ShapeDtypeStruct | np.ndarray)
+    if isinstance(x, np.ndarray):
+        # NumPy has arrays of texts and of other byte orders, which stay on the host.
+        return x.dtype.isnative and x.dtype.kind not in "USOMm"
+    return isinstance(x, jax.Array | jax.ShapeDtypeStruct)
 
 
 def shardings(
