@@ -541,7 +541,8 @@ def _structure(get: Callable[[], Any]) -> Any:
 
 
 def _is_special(name: Any) -> bool:
-    return type(name) is str and name.startswith("__") and name.endswith("__")
+    special = type(name) is str and name.startswith("__") and name.endswith("__")
+    return special and name != "__wrapped__"
 
 
 _order: Callable[[type], Any] = type.__dict__["__mro__"].__get__
