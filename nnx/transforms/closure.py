@@ -15,7 +15,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from itertools import repeat
 from operator import call as call_it
 from operator import is_
@@ -290,7 +290,7 @@ class Closure:
 
     def _reach(self, missing: dict[int, Any]) -> set[int]:
         """The ids of all that looking leads to; where that is something missing becomes an input."""
-        held: dict[int, set[int]] = {}
+        held: dict[int, Set[int]] = {}
         for edge in self._graph().edges:
             if edge.candidate is None:
                 continue
@@ -306,17 +306,19 @@ class Closure:
         expected = self._places | self._hopeful
         return Graph([*self._origin(), *starts], expected, all_methods=self._all_methods)
 
+    def _choose(self, edges: list[Edge]) -> list[int]:
+        """The numbers of the steps that lead to roots."""
+        found = [n for n, e in enumerate(edges) if e.candidate is not None]
+        sure = {n for n in found if not edges[n].far or edges[n].path in self._places}
+        known = {i for n in sure for i in _objects(edges[n].candidate)}
+        # Another way to what is an input already is never missed, whichever of the two is taken.
+        return [n for n in found if n in sure or not known.isdisjoint(_objects(edges[n].candidate))]
+
     def _look(self) -> _State:
         graph = self._graph()
         edges = graph.edges
-        selected = {
-            n: i
-            for i, n in enumerate(
-                n
-                for n, e in enumerate(edges)
-                if e.candidate is not None and (not e.far or e.path in self._places)
-            )
-        }
+        chosen = self._choose(edges)
+        selected = {n: i for i, n in enumerate(chosen)}
         if len(self._places) > _MOST:
             self._places &= {edges[n].path for n in selected}
         any_way = _sources(edges, {e.source for e in edges if e.candidate is not None})
@@ -333,7 +335,16 @@ class Closure:
             source = graph.objects[edge.source]
             by_name = type(source) in (types.FunctionType, types.ModuleType)
             counts = n not in selected and _counts(edge, source, graph, self._noted)
-            if counts and edge.key not in DEFAULTS:
+            if edge.candidate is not None and n not in selected and _names(edge, source, graph):
+                # Its Refs were never read, but its settings may have been.
+                structure = functools.partial(_structure, _reference(edge.candidate))
+                state.calls.append(structure)
+                state.results.append(structure())
+                state.call_roots.append(-1)
+                read.append((edge.path, structure()))
+                counted.add(edge.source)
+                counts = True
+            elif counts and edge.key not in DEFAULTS:
                 read.append((edge.path, self._constant(edge)))
                 counted.add(edge.source)
                 state.data += [(edge.path, x, content(x)) for x in data_in(edge.value) or ()]
@@ -349,7 +360,7 @@ class Closure:
             if n in selected and not is_module(edge.candidate):
                 state.contents += [(c, content(c)) for c in containers(edge.candidate)]
         self._hopeful = hopeful | {e.path for e in edges if e.path in self._hopeful}
-        for n in sorted(watched):
+        for n in sorted(watched | counted):
             x = graph.objects[n]
             if is_holder(x):
                 items = content(x)
@@ -439,8 +450,10 @@ class Closure:
             )
 
 
-def _objects(root: Any) -> set[int]:
+def _objects(root: Any) -> Set[int]:
     try:
+        if isinstance(root, Node):
+            return snapshot(root).identities
         return {id(x) for x in walk(root).objects}
     except RefError:
         return {id(root)}
@@ -484,9 +497,12 @@ def _counts(edge: Edge, source: Any, graph: Graph, noted: set[tuple[Any, ...]]) 
     Containers of data count wherever they are bound, unless reached code notes something in them.
     """
     default = type(edge.key) is tuple and edge.key[0] == "default"
-    if edge.candidate is not None or (edge.way is None and not default):
+    if edge.candidate is not None:
         return False
     kind = type(source)
+    if edge.way is None and not default:
+        # A function, a class or an object in a list or a dict, which is watched as a whole.
+        return is_holder(source) and edge.target is not None and not is_container(edge.value)
     if issubclass(kind, functools.partial):
         return True
     name = edge.key[-1] if type(edge.key) is tuple else edge.key
@@ -507,8 +523,26 @@ def _counts(edge: Edge, source: Any, graph: Graph, noted: set[tuple[Any, ...]]) 
     return leads or (edge.data and name not in graph.stored)
 
 
+def _names(edge: Edge, source: Any, graph: Graph) -> bool:
+    """Whether some code names a step, or may take it without a name: it is an item."""
+    name = edge.key[-1] if type(edge.key) is tuple else edge.key
+    return is_container(source) or name in graph.names
+
+
+def _structure(get: Callable[[], Any]) -> Any:
+    """What a module that is far looks like, without its values."""
+    x = get()
+    if not isinstance(x, Node):
+        return None
+    try:
+        return snapshot(x).dagdef
+    except RefError:
+        return None
+
+
 def _is_special(name: Any) -> bool:
-    return type(name) is str and name.startswith("__") and name.endswith("__")
+    special = type(name) is str and name.startswith("__") and name.endswith("__")
+    return special and name != "__wrapped__"
 
 
 _order: Callable[[type], Any] = type.__dict__["__mro__"].__get__

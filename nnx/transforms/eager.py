@@ -24,11 +24,11 @@ from jax.core import Tracer
 
 from nnx.transforms.closure import Closure
 from nnx.transforms.jit import Jit
-from nnx.transforms.looking import SCALARS, is_data, is_plain
+from nnx.transforms.looking import ARRAYS, SCALARS, content, data_in, is_plain
 from nnx.transforms.names import names_of
 from refx import StructureError
 from refx.node import is_identity
-from refx.static import Same, Static
+from refx.static import NESTED, Same, Static, exact
 from refx.trace import in_program, without_jit
 
 __all__: list[str] = []
@@ -115,13 +115,12 @@ class _Parts:
             return ("tree", treedef, *[self._take(leaf, counts=True) for leaf in leaves])
         if kind is tuple or kind is frozenset:
             return (kind, *[self._take(part, counts=counts) for part in x])
-        if kind in (list, dict, set) and is_data(x):
-            parts = map(Static, [*x, *x.values()] if kind is dict else x)
-            content = frozenset(parts) if kind is set else tuple(parts)
+        if isinstance(x, list | dict | set) and _is_settings(x):
+            held = exact(x, [], NESTED)
             if read:
-                return kind, content
+                return held
             # It stays the same object, since the body may note something in it.
-            return (Same(x), content) if counts else Same(x)
+            return (Same(x), held) if counts else Same(x)
         return self._take_object(x)
 
     def _take_function(self, fn: types.FunctionType) -> Any:
@@ -279,6 +278,12 @@ def _holds_dynamic(x: Any) -> bool:
         or isinstance(y, jax.Array | np.ndarray | types.FunctionType)
         for y in leaves
     )
+
+
+def _is_settings(x: Any) -> bool:
+    """Whether a container holds numbers, texts and the like, and containers of them; no arrays."""
+    held = data_in(x)
+    return held is not None and not any(isinstance(y, ARRAYS) for c in held for y in content(c))
 
 
 def _lasts(fn: types.FunctionType) -> bool:

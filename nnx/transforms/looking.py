@@ -434,14 +434,17 @@ def _title(x: Any) -> Any:
 
 
 def _of_class(cls: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
-    if not _is_library(_home(type(cls))):
+    if type(cls) is not type and not _is_library(_home(type(cls))):
         yield "metaclass", (None, functools.partial(type, cls)), type(cls), True
     for base in type.__dict__["__mro__"].__get__(cls):
         if _is_library(_home(base)):
             continue
         own = class_dict(base)
+        # What a class of Nodes keeps about its fields follows from its attributes.
+        ours = {"_fields", "_defaults", "_revision"} if issubclass(base, Node) else ()
         for name, value in list(own.items()):
-            yield (base.__qualname__, name), (own, name), value, type(value) in _CODE
+            if name not in ours:
+                yield (base.__qualname__, name), (own, name), value, type(value) in _CODE
 
 
 def attribute_dicts(x: Any) -> list[dict[str, Any]]:

@@ -126,7 +126,7 @@ class Bodies:
 
     def predicate(self, scope: Scope) -> str:
         """A bool."""
-        limit = "0.25" if self.real else "40"
+        limit = "0.2617" if self.real else "40"
         if self.rng.random() < 0.1:
             return self.rng.choice(["True", "False"])
         return f"{self.read(scope, varying=False)} > {limit}"

@@ -91,7 +91,8 @@ class Library:
 
         def visit(x: Any) -> Any:
             parts = self.parts(x)
-            if parts is not None or isinstance(x, self.Ref):
+            # Which tuple it is means nothing: Python makes one of two that are equal, or not.
+            if (parts is not None and type(x) is not tuple) or isinstance(x, self.Ref):
                 if id(x) in seen:
                     return self.scaled(seen[id(x)])
                 seen[id(x)] = len(seen) + 1

@@ -48,9 +48,8 @@ def general(law: int, rng: random.Random, seed: int, *, direct: bool = True) -> 
     steps: list[Node] = list(bodies.region(scope, 0))
     for _ in range(rng.randint(1, 3)):
         steps += between(bodies, scope) if rng.random() < 0.7 else bodies.statement(scope, 0)
-    may = dict(MAY[law]) | bodies.may
-    if options.surgery:
-        may |= _SURGERY
+    # Between calls the structure changes, too, so that an expression may lead elsewhere.
+    may = dict(MAY[law]) | bodies.may | _SURGERY
     return _program(law, world.lines, steps, may, real, rng, seed)
 
 

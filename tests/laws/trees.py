@@ -160,7 +160,7 @@ def trees_as_leaves(tree: Any, rng: random.Random) -> str | None:
     _, treedef = jax.tree.flatten(tree)
     makers: list[Callable[[], Any]] = [
         lambda: (1, 2), lambda: None, lambda: [1], dict, lambda: {"a": object()}, lambda: 5,
-        lambda: nnx.Ref(jnp.ones(2)), lambda: NNX.classes["Leaf"](object(), 2),
+        lambda: nnx.Ref(jnp.ones(2)), lambda: NNX.classes["Leaf"](1, 2),
         lambda: nnx.split(NNX.classes["Leaf"](1, 2))[1],
     ]  # fmt: skip
     if rng.random() < 0.5:
