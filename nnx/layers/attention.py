@@ -334,7 +334,8 @@ class MultiHeadAttention(Module):
             options = self._options(deterministic, rng, sow_weights)
             count = query.shape[-3]
             if cache is not None:
-                key, value = append(cache[0], key, first), append(cache[1], value, first)
+                at = cache[2]
+                key, value = append(cache[0], key, at), append(cache[1], value, at)
                 mask, is_causal = seen(mask, cache[2], count, length, window, query.ndim), False
             elif window is not None:
                 inside = within(window, jnp.arange(count)[:, None], jnp.arange(key.shape[-3]))

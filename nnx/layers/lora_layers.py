@@ -46,15 +46,14 @@ class LoRAConv(WithAdapter, Conv):
     """
 
     def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
-        """Apply the layer; arguments, shapes and errors as for `Conv`."""
+        """Apply the layer; shapes and errors as for `Conv`."""
         y = super().__call__(x, out_sharding)
         x, a, b = self.lora.promoted(self._checked(x))
         groups, rank = self.feature_group_count, a.shape[-1]
         h = self._convolved(x, jnp.tile(a.reshape(*self.kernel_shape[:-1], rank), groups))
         h = h.reshape(*h.shape[:-1], groups, rank)
         low_rank = jnp.einsum("...gr,rgo->...go", h, b.reshape(rank, groups, -1))
-        low_rank = jnp.reshape(low_rank, y.shape, out_sharding=placement(y))
-        return added(y, self.lora.scaled(low_rank))
+        return added(y, self.lora.scaled(low_rank.reshape(y.shape)))
 
 
 class LoRAEmbed(WithAdapter, Embed):
@@ -78,7 +77,7 @@ class LoRAEmbed(WithAdapter, Embed):
     """
 
     def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
-        """Look up integers; arguments, shapes and errors as for `Embed`."""
+        """Look up integers; shapes and errors as for `Embed`."""
         y = super().__call__(x, out_sharding)
         a = self.lora.lora_a
         found = jnp.broadcast_to(a, (*jnp.shape(x), a.shape[-1])) if len(a) == 1 else rows(a, x)
@@ -87,7 +86,7 @@ class LoRAEmbed(WithAdapter, Embed):
 
     def attend(self, query: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
         """The product of each query with each row, as of `Embed`."""
-        y = super().attend(query, out_sharding=out_sharding)
+        y = super().attend(query, out_sharding)
         query, a, b = self.lora.promoted(query)
         low_rank = jnp.matmul(query @ b.T, a.T, out_sharding=placement(y))
         return added(y, self.lora.scaled(low_rank))
@@ -137,12 +136,6 @@ class LoRAEinsum(WithAdapter, Einsum):
             [*(right[i] for i in matrix.batch), rank, *(right[i] for i in matrix.outputs)]
         )
         low_rank = jnp.einsum(
-            f"{left},{of_a},{of_b}->{result}",
-            x,
-            a,
-            b,
-            precision=self.precision,
-            optimize="optimal",
-            out_sharding=placement(y),
+            f"{left},{of_a},{of_b}->{result}", x, a, b, precision=self.precision, optimize="optimal"
         )
         return added(y, self.lora.scaled(low_rank))

@@ -22,6 +22,7 @@ from nnx.layers._common import (
     zeros,
 )
 from nnx.layers._numerics import add_bias, wide
+from nnx.layers._out_sharding import OutSharding, wanted_sharding
 from nnx.layers.linear import Linear
 from nnx.layers.linear_general import LinearGeneral
 from nnx.module import Module, param, ref
@@ -217,11 +218,16 @@ class QuantizedLinear(Module):
         scale = jnp.expand_dims(self.scale, self._summed(self.quantized.ndim))
         return (self.quantized.astype(jnp.float32) * scale).astype(self.param_dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
         """Apply the layer to an input with the sizes `in_features` along `axis`.
 
+        Args:
+          x: the input.
+          out_sharding: how the output is sharded, as for `Linear`.
+
         Raises:
-          ValueError: the input has other sizes; the message has its shape.
+          ValueError: the input has other sizes; the message has its shape. Or `out_sharding` does
+            not fit.
         """
         x = as_array(self, x)
         axes = sorted(axis + x.ndim if axis < 0 else axis for axis in self.axis)
@@ -234,6 +240,8 @@ class QuantizedLinear(Module):
         # A number in the dtype that the kernel stands for, so that the casts are those of `Linear`.
         like = jnp.zeros((), self.param_dtype)
         x, bias, _ = self.promote_dtype((x, self.bias, like), dtype=self.dtype)
+        ndim = x.ndim - len(axes) + len(self.out_features)
+        wanted = wanted_sharding(self, out_sharding, ndim, x, self.quantized)
         # All values of 8 bits are exact in each of the dtypes that a network computes in.
         y = jax.lax.dot_general(
             x,
@@ -241,9 +249,10 @@ class QuantizedLinear(Module):
             ((axes, self._summed(self.quantized.ndim)), ((), ())),
             precision=self.precision,
             preferred_element_type=wide(x.dtype),
+            **wanted.options,
         )
         y = (y * self.scale).astype(x.dtype)
-        return y if bias is None else add_bias(y, bias)
+        return wanted.constrained(y if bias is None else add_bias(y, bias))
 
 
 def _quantized(kernel: jax.Array, axes: tuple[int, ...], dtype: Any) -> tuple[jax.Array, jax.Array]:
