@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.export
 
 from refx.buffers import dead_error, is_dead
 from refx.errors import StructureError, UnknownPathError
@@ -269,3 +271,11 @@ def _unflatten(paths: Any, values: Any) -> Partition:
 
 
 jax.tree_util.register_pytree_with_keys(Partition, _flatten_with_keys, _unflatten, _flatten)
+
+# So that an exported program whose arguments are Partitions can be written to a file.
+jax.export.register_pytree_node_serialization(
+    Partition,
+    serialized_name="refx.Partition",
+    serialize_auxdata=lambda paths: json.dumps([list(path) for path in paths]).encode(),
+    deserialize_auxdata=lambda data: tuple(map(tuple, json.loads(data))),
+)

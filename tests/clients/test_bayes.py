@@ -60,11 +60,11 @@ def test_numpyro_samples_the_weights_of_a_module(net):
 
 def test_numpyro_learns_the_parameters_of_a_module(net):
     def model(x, y):
-        params = numpyro.param("net", net["params"])
+        params = numpyro.param("net", first)
         out = nnx.merge(dagdef, params)(x)
         numpyro.sample("y", distributions.Normal(out[:, 0], 1.0), obs=y)
 
-    dagdef, _ = nnx.split(net)
+    dagdef, first = nnx.split(net)
     svi = SVI(model, lambda x, y: None, optax.adam(0.3), Trace_ELBO())
     result = svi.run(KEY, 60, X, Y, progress_bar=False)
     nnx.update(net, result.params["net"])

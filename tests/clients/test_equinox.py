@@ -58,7 +58,7 @@ def test_partition_combine_and_a_step(net):
     for _ in range(5):
         model, state, value = step(model, state)
         values.append(value)
-    assert values[-1] < values[0] == loss(net)
+    assert same(values[0], loss(net)) and values[-1] < values[0]
 
 
 def test_backward_rules_over_modules(net):
@@ -119,7 +119,8 @@ def test_an_equinox_module_is_a_parameter(how):
                 self.inner, self.rest = eqx.partition(mlp, eqx.is_array)
 
         def __call__(self, x):
-            return jax.vmap(eqx.combine(self.inner, self.rest))(x)
+            whole = self.inner if self.rest is None else eqx.combine(self.inner, self.rest)
+            return jax.vmap(whole)(x)
 
     model = Model()
     optimizer = nnx.Optimizer(model, optax.adam(0.05))
@@ -155,5 +156,5 @@ def test_an_equinox_module_as_an_attribute_and_as_a_parameter_with_functions():
         def __init__(self):
             self.mlp = mlp
 
-    with pytest.raises(nnx.RefError, match=r"mlp"):
+    with pytest.raises(nnx.RefError, match=r"holds a custom_jvp.*[Kk]eep a setting or a function"):
         nnx.grad(lambda m: jax.vmap(m.mlp)(X).sum())(Wrong())

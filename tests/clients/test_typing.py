@@ -26,6 +26,10 @@ def test_beartype_on_a_class_of_modules():
             self.w = jnp.ones(n)
             self.mean = jnp.zeros(())
 
+        def double(self, x: jax.Array) -> jax.Array:
+            return 2 * x
+
+        @beartype  # that of the class does not see what is behind a call
         def __call__(self, x: jax.Array) -> jax.Array:
             self.mean = self.mean + 1
             return x * self.w
@@ -37,6 +41,8 @@ def test_beartype_on_a_class_of_modules():
     with pytest.raises(BeartypeCallHintParamViolation):
         scale(3)
     with pytest.raises(BeartypeCallHintParamViolation):
+        scale.double(3)
+    with pytest.raises(BeartypeCallHintParamViolation):
         Scale("2")
 
 
@@ -46,7 +52,10 @@ def test_beartype_and_a_dataclass(order):
         w: jax.Array = nnx.param()
         power: int = 1
 
-        def __call__(self, x: jax.Array) -> jax.Array:
+        def __call__(self, x):
+            return self.product(x)
+
+        def product(self, x: jax.Array) -> jax.Array:
             return x @ self.w
 
     make = nnx.dataclass

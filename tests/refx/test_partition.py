@@ -59,3 +59,42 @@ def test_what_is_no_path_and_no_partition():
         Partition({3: 1})
     with pytest.raises(refx.ValueTypeError, match="mappings from path to value, but got a list"):
         refx.update(refx.Ref(1.0), [1])
+
+
+class TestNested:
+    def test_there_and_back(self):
+        a, b = refx.Ref(1.0), refx.Ref({"x": 2.0, "y": ()})
+        p = refx.get_partition({"m": {"a.b": a, 3: b}, "n": [b, refx.Ref(4.0)]})
+        nested = p.nested()
+        assert nested == {"m": {"a.b": 1.0, "3": {"x": 2.0, "y": ()}}, "n": {"1": 4.0}}
+        back = refx.Partition.from_nested(nested, like=p)
+        assert dict(back) == dict(p) and list(back) == list(p)
+        deeper = refx.Partition.from_nested(nested)
+        assert ("m", "3", "x") in deeper and ("m", "3") not in deeper
+        assert refx.get_partition(refx.Ref(5.0)).nested() == 5.0
+        assert dict(refx.Partition.from_nested(5.0)) == {(): 5.0}
+        assert refx.Partition({}).nested() == {} and len(refx.Partition.from_nested({})) == 0
+
+    def test_what_has_no_place(self):
+        for paths in (
+            [("a",), ("a", "b")],
+            [("a", "b"), ("a",)],
+            [(), ("a",)],
+            [("a",), ("a", "b", "c")],
+        ):
+            for value in (1.0, {}):
+                with pytest.raises(refx.StructureError, match="has no place in nested dicts"):
+                    refx.Partition(dict.fromkeys(paths, value)).nested()
+        with pytest.raises(
+            refx.UnknownPathError, match="have no value at path 'b'; `like` has 'b'"
+        ):
+            refx.Partition.from_nested({"a": 1}, like={"b": 1})
+        with pytest.raises(refx.UnknownPathError, match="have a value at path 'a'"):
+            refx.Partition.from_nested({"b": 1, "a": 1}, like={"b": 1})
+
+
+def test_an_exported_program_of_partitions_is_written_and_read():
+    p = refx.Partition({("a", "w.x"): jnp.ones(2), ("b",): jnp.zeros(2)})
+    exported = jax.export.export(jax.jit(lambda p: jax.tree.map(lambda x: x + 1, p)))(p)
+    out = jax.export.deserialize(exported.serialize()).call(p)
+    assert list(out) == list(p) and out["a", "w.x"].tolist() == [2, 2]
