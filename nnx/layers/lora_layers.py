@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from nnx.layers._matrices import matrix_of
 from nnx.layers._numerics import rows
+from nnx.layers._out_sharding import OutSharding, wanted_sharding
+from nnx.layers._sharding import placement
 from nnx.layers.conv import Conv
 from nnx.layers.embedding import Embed
 from nnx.layers.linear_general import Einsum
@@ -43,12 +45,13 @@ class LoRAConv(WithAdapter, Conv):
     ((1, 16, 16, 8), (75, 2))
     """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply the layer; shapes and errors as for `Conv`."""
-        y = super().__call__(x)
+    def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
+        """Apply the layer, as a `Conv`."""
+        y = super().__call__(x, out_sharding)
         x, a, b = self.lora.promoted(self._checked(x))
+        narrow = wanted_sharding(self, placement(y), (0,) * y.ndim).without_last(y.ndim)
         groups, rank = self.feature_group_count, a.shape[-1]
-        h = self._convolved(x, jnp.tile(a.reshape(*self.kernel_shape[:-1], rank), groups))
+        h = self._convolved(x, jnp.tile(a.reshape(*self.kernel_shape[:-1], rank), groups), narrow)
         h = h.reshape(*h.shape[:-1], groups, rank)
         low_rank = jnp.einsum("...gr,rgo->...go", h, b.reshape(rank, groups, -1))
         return added(y, self.lora.scaled(low_rank.reshape(y.shape)))
@@ -74,17 +77,17 @@ class LoRAEmbed(WithAdapter, Embed):
     ((2, 8), (50,))
     """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Look up integers; shapes and errors as for `Embed`."""
-        y = super().__call__(x)
+    def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
+        """Look up integers, as an `Embed`."""
+        y = super().__call__(x, out_sharding)
         a = self.lora.lora_a
         found = jnp.broadcast_to(a, (*jnp.shape(x), a.shape[-1])) if len(a) == 1 else rows(a, x)
         found, b = self.lora.promote_dtype((found, self.lora.lora_b), dtype=self.lora.dtype)
         return added(y, self.lora.scaled(found @ b))
 
-    def attend(self, query: jax.Array) -> jax.Array:
+    def attend(self, query: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
         """The product of each query with each row, as of `Embed`."""
-        y = super().attend(query)
+        y = super().attend(query, out_sharding)
         query, a, b = self.lora.promoted(query)
         return added(y, self.lora.scaled((query @ b.T) @ a.T))
 
@@ -115,9 +118,11 @@ class LoRAEinsum(WithAdapter, Einsum):
     ((16, 11, 8, 4), (3, 32))
     """
 
-    def __call__(self, x: jax.Array, einsum_str: str | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, einsum_str: str | None = None, out_sharding: OutSharding = None
+    ) -> jax.Array:
         """Apply the layer; arguments and errors as for `Einsum`."""
-        y = super().__call__(x, einsum_str)
+        y = super().__call__(x, einsum_str, out_sharding)
         equation = self.einsum_str if einsum_str is None else einsum_str.replace(" ", "")
         left, right, result = self._parse(equation)
         matrix = matrix_of(self)
