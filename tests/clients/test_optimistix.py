@@ -85,7 +85,9 @@ def test_linear_systems_whose_operator_is_a_module():
 
     def by_function(model):
         operator = lineax.FunctionLinearOperator(model, jax.eval_shape(lambda: b))
-        return lineax.linear_solve(operator, b, lineax.AutoLinearSolver(well_posed=True)).value.sum()
+        return lineax.linear_solve(
+            operator, b, lineax.AutoLinearSolver(well_posed=True)
+        ).value.sum()
 
     for solve in (by_jacobian, by_function):
         model = Matrix()

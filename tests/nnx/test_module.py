@@ -329,7 +329,9 @@ def test_a_module_of_gradients_is_no_partition(dense):
 def test_what_apply_gives_prints_and_says_that_it_is_no_argument(dense):
     assert repr(dense.apply(training=True)) == "<apply(...) of a Dense, to be called>"
     assert "nnx.jit(model.apply(decode=True))(x)" in type(dense.apply())._as_argument
-    assert nnx.jit(dense.apply(training=True))(jnp.ones((1, 2))).shape == (1, 2) and dense.calls == 1
+    assert (
+        nnx.jit(dense.apply(training=True))(jnp.ones((1, 2))).shape == (1, 2) and dense.calls == 1
+    )
 
 
 def test_train_and_eval_leave_parts_and_values_of_these_names():
