@@ -11,6 +11,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from nnx.layers._sharding import explicit_mesh, merged_spec, spec_of
 from nnx.module import Module
+from nnx.sharding.placing import rules_for
+from nnx.sharding.rules import ShardingError, current_mesh, resolve
 
 __all__ = [
     "ANYWHERE",
@@ -63,16 +65,15 @@ class Wanted(NamedTuple):
             return y
         if isinstance(y, Tracer):
             return jax.lax.with_sharding_constraint(y, self.auto)
-        mesh: Any = self.auto.mesh
-        if isinstance(mesh, AbstractMesh):
-            mesh = jax.sharding.get_mesh()
-        return jax.device_put(y, NamedSharding(mesh, self.auto.spec))
+        return jax.device_put(y, self.auto)
 
 
 ANYWHERE = Wanted()
 
 
-def wanted_sharding(layer: Module, given: OutSharding, ndim: int, *arrays: Any) -> Wanted:
+def wanted_sharding(
+    layer: Module, given: OutSharding, shape: tuple[int, ...], *arrays: Any
+) -> Wanted:
     """What an argument `out_sharding` says of a result.
 
     Explicit axes of the mesh are for JAX's own `out_sharding`, those that XLA looks after become a
@@ -82,11 +83,11 @@ def wanted_sharding(layer: Module, given: OutSharding, ndim: int, *arrays: Any) 
     Args:
       layer: the layer, for errors.
       given: the argument of its call.
-      ndim: the number of axes of the result.
+      shape: the shape of the result, with 0 for a size that is not known yet.
       *arrays: what the result is made of, which may know a mesh where none is set.
 
     Raises:
-      ValueError: more axes than the result has; a mesh axis that there is not, or one twice.
+      ShardingError: the result cannot be sharded so.
       TypeError: the argument is something else.
     """
     if given is None:
@@ -94,42 +95,32 @@ def wanted_sharding(layer: Module, given: OutSharding, ndim: int, *arrays: Any) 
     name = type(layer).__name__
     if isinstance(given, NamedSharding):
         mesh: Any = given.mesh
-        spec: Any = given.spec
+        said: Any = given.spec
     elif isinstance(given, PartitionSpec) or type(given) is tuple:
-        spec, ambient = given, jax.sharding.get_abstract_mesh()
-        mesh = explicit_mesh(*arrays) if ambient.empty else ambient
+        said = given
+        mesh = current_mesh() or explicit_mesh(*arrays)
     else:
         raise TypeError(
-            f"{name} takes as out_sharding a PartitionSpec or a NamedSharding, but got a "
-            f"{type(given).__name__}: {given!r:.80}."
+            f"{name} takes as out_sharding a PartitionSpec, a tuple of names or a NamedSharding, but "
+            f"got a {type(given).__name__}: {given!r:.80}."
         )
     if mesh is None:
         return ANYWHERE
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    # What shard_map maps over is not there inside it.
+    ambient = jax.sharding.get_abstract_mesh()
+    kinds |= dict(zip(ambient.axis_names, ambient.axis_types, strict=True))
+    sizes = {axis: n for axis, n in mesh.shape.items() if kinds[axis] != AxisType.Manual}
+    spec = resolve(said, shape, sizes, rules_for(None), f"The output of {name}")
     entries = [_names(entry) for entry in spec]
-    if len(entries) > ndim:
-        raise ValueError(
-            f"The out_sharding {spec} of {name} has {len(entries)} entries, but the output has {ndim} "
-            f"axes. Give a mesh axis or None for each of them."
-        )
-    flat = [axis for entry in entries for axis in entry]
-    for axis in flat:
-        if axis not in kinds:
-            raise ValueError(
-                f"The out_sharding {spec} of {name} names the axis {axis!r}, but the axes of the mesh "
-                f"are {', '.join(map(repr, kinds))}."
-            )
-        if flat.count(axis) > 1:
-            raise ValueError(
-                f"The out_sharding {spec} of {name} names the axis {axis!r} twice, but an axis of the "
-                f"mesh can shard one axis of an array only."
-            )
 
     def only(kind: AxisType) -> PartitionSpec:
         kept = [tuple(axis for axis in entry if kinds[axis] == kind) for entry in entries]
         return PartitionSpec(*(k[0] if len(k) == 1 else k or None for k in kept))
 
     explicit = auto = None
+    if not ambient.empty and isinstance(mesh, AbstractMesh):
+        mesh = ambient
     if AxisType.Explicit in kinds.values():
         explicit = NamedSharding(mesh, only(AxisType.Explicit))
     if any(only(AxisType.Auto)) or (explicit is None and AxisType.Auto in kinds.values()):
@@ -140,7 +131,7 @@ def wanted_sharding(layer: Module, given: OutSharding, ndim: int, *arrays: Any) 
 def fewer_heads(layer: Module, given: OutSharding, ndim: int, heads: int, x: Any) -> OutSharding:
     """What `out_sharding` says of arrays with these heads: nothing, where they cannot be divided."""
     axis, parts = ndim - 2, 1
-    for where in wanted_sharding(layer, given, ndim, x):
+    for where in wanted_sharding(layer, given, (0,) * ndim, x):
         spec: Any = () if where is None else where.spec
         if where is not None and len(spec) > axis:
             parts *= math.prod(where.mesh.shape[name] for name in _names(spec[axis]))
@@ -166,7 +157,7 @@ def explain_sharding(
       **arrays: what the layer computes with, by name.
 
     Raises:
-      ValueError: with the types of the arrays.
+      ShardingError: with the types of the arrays.
     """
     for cause in (error, error.__cause__):
         # A layer inside of this one may have explained it, with an argument that its caller has not.
@@ -176,7 +167,7 @@ def explain_sharding(
         return
     shown = ", ".join(f"{k} {jax.typeof(x)}" for k, x in arrays.items() if x is not None)
     what = "its result" if argument == "out_sharding" else "what is inside of it"
-    raise ValueError(
+    raise ShardingError(
         f"{type(layer).__name__} does not know how {what} is to be sharded. It has {shown}. Say it in "
         f"the call, as in layer(x, {argument}=P({_example(arrays)})), with a mesh axis or None for "
         f"each axis. Or make the mesh with axis_types of the kind Auto, where XLA chooses."

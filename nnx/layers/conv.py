@@ -154,7 +154,7 @@ class Conv(Module):
                 # The mask must not change the dtype of what flows through the network.
                 kernel = kernel * self.mask.astype(kernel.dtype)
             x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
-            wanted = wanted_sharding(self, out_sharding, x.ndim, x, kernel)
+            wanted = wanted_sharding(self, out_sharding, (0,) * x.ndim, x, kernel)
             y = self._convolved(x, kernel, wanted)
             return wanted.constrained(y if bias is None else add_bias(y, bias))
         except (TypeError, ValueError):

@@ -145,7 +145,7 @@ class ConvTranspose(Module):
             expected = f"(*batch, *spatial, {self.in_features}) with no empty spatial axis"
             raise shape_error(self, "an input", expected, x.shape)
         batch = x.shape[: x.ndim - axes - 1]
-        wanted = wanted_sharding(self, out_sharding, x.ndim, x, self.kernel)
+        wanted = wanted_sharding(self, out_sharding, (0,) * x.ndim, x, self.kernel)
         lead, flat = wanted.batch(x, len(batch)), wanted.merged(len(batch))
         x = merged(x, len(batch))
         kernel, bias = self.kernel, self.bias

@@ -110,7 +110,7 @@ class Embed(Module):
                 f"x.astype(jnp.int32), or use a Linear for vectors."
             )
         table = self.embedding
-        wanted = wanted_sharding(self, out_sharding, x.ndim + 1, x, table)
+        wanted = wanted_sharding(self, out_sharding, (*x.shape, table.shape[-1]), x, table)
         if self.num_embeddings == 1:
             shape = (*x.shape, self.features)
             row = table.astype(wide(table.dtype))
@@ -150,5 +150,7 @@ class Embed(Module):
             except Exception as error:
                 explain_sharding(self, error, query=query, embedding=embedding)
                 raise
-        wanted = wanted_sharding(self, out_sharding, query.ndim, query, embedding)
+        wanted = wanted_sharding(
+            self, out_sharding, (*query.shape[:-1], len(embedding)), query, embedding
+        )
         return wanted.constrained(jnp.dot(query, embedding.T, **wanted.options))

@@ -105,7 +105,8 @@ class Linear(Module):
 
         Args:
           x: the input.
-          out_sharding: how the output is sharded, as a `PartitionSpec` or a `NamedSharding`. On a
+          out_sharding: how the output is sharded: a `PartitionSpec` or a tuple of names, as of
+            `nnx.axis_rules`, or a `NamedSharding`. On a
             mesh with explicit axes JAX has to be told where it cannot infer it, as where input and
             kernel are both sharded along the axis that is summed over; on other axes it is a
             constraint, and without a mesh it is ignored.
@@ -136,7 +137,7 @@ class Linear(Module):
             raise
 
     def _general(self, x: Any, kernel: Any, bias: Any, out_sharding: OutSharding) -> jax.Array:
-        wanted = wanted_sharding(self, out_sharding, x.ndim, x, kernel)
+        wanted = wanted_sharding(self, out_sharding, (*x.shape[:-1], kernel.shape[-1]), x, kernel)
         x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
         options: dict[str, Any] = {"precision": self.precision, **wanted.options}
         if self.preferred_element_type is not None:

@@ -145,8 +145,8 @@ class LinearGeneral(Module):
         dot_general = self.dot_general or jax.lax.dot_general
         if self.dot_general_cls is not None:
             dot_general = self.dot_general_cls()
-        ndim = len(shape) - len(axes) + len(self.out_features)
-        wanted = wanted_sharding(self, out_sharding, ndim, x, kernel)
+        rows = (size for i, size in enumerate(shape) if i not in axes)
+        wanted = wanted_sharding(self, out_sharding, (*rows, *self.out_features), x, kernel)
         options: dict[str, Any] = {"precision": self.precision, **wanted.options}
         if self.preferred_element_type is not None:
             options["preferred_element_type"] = self.preferred_element_type
@@ -271,7 +271,7 @@ class Einsum(Module):
         hidden = len(self.kernel_shape) - len(right.replace("...", ""))
         rest = max(hidden, len(shape) - len(left.replace("...", "")))
         labels = _labels(result, rest)
-        wanted = wanted_sharding(self, out_sharding, len(labels), x, kernel)
+        wanted = wanted_sharding(self, out_sharding, (0,) * len(labels), x, kernel)
         options: dict[str, Any] = {"precision": self.precision, **wanted.options}
         if self.preferred_element_type is not None:
             options["preferred_element_type"] = self.preferred_element_type

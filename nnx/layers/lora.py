@@ -15,7 +15,7 @@ from nnx.layers._common import Dtype, Initializer, Metadata, promote_dtype, shap
 from nnx.layers._matrices import matrix_of
 from nnx.layers._numerics import is_half
 from nnx.layers._out_sharding import OutSharding, explain_sharding, wanted_sharding
-from nnx.layers._sharding import merged_spec, placement
+from nnx.layers._sharding import merged_spec, placed_as, placement
 from nnx.layers.linear import Linear
 from nnx.layers.linear_general import LinearGeneral
 from nnx.module import Module, ref
@@ -127,7 +127,7 @@ class LoRA(Module):
                 explain_sharding(self, error, x=x, lora_a=a, lora_b=b)
                 raise
         else:
-            wanted = wanted_sharding(self, out_sharding, x.ndim, x, a)
+            wanted = wanted_sharding(self, out_sharding, (*x.shape[:-1], b.shape[-1]), x, a)
             kwargs["out_sharding"] = out_sharding
             narrow = jnp.matmul(x, a, **wanted.without_last(x.ndim).options)
             y = wanted.constrained(jnp.matmul(narrow, b, **wanted.options))
@@ -255,7 +255,7 @@ class LoRALinearGeneral(WithAdapter, LinearGeneral):
 
 def added(y: jax.Array, low_rank: jax.Array) -> jax.Array:
     """Their sum, in the dtype of `y`: an adapter in float32 does not make a network so."""
-    total = y + low_rank
+    total = y + placed_as(low_rank, y, y.ndim)
     return total.astype(y.dtype) if is_half(y.dtype) else total
 
 

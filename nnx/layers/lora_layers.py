@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from nnx.layers._matrices import matrix_of
 from nnx.layers._numerics import rows
-from nnx.layers._out_sharding import OutSharding
+from nnx.layers._out_sharding import OutSharding, wanted_sharding
 from nnx.layers._sharding import placement
 from nnx.layers.conv import Conv
 from nnx.layers.embedding import Embed
@@ -46,11 +46,12 @@ class LoRAConv(WithAdapter, Conv):
     """
 
     def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
-        """Apply the layer; shapes and errors as for `Conv`."""
+        """Apply the layer, as a `Conv`."""
         y = super().__call__(x, out_sharding)
         x, a, b = self.lora.promoted(self._checked(x))
+        narrow = wanted_sharding(self, placement(y), (0,) * y.ndim).without_last(y.ndim)
         groups, rank = self.feature_group_count, a.shape[-1]
-        h = self._convolved(x, jnp.tile(a.reshape(*self.kernel_shape[:-1], rank), groups))
+        h = self._convolved(x, jnp.tile(a.reshape(*self.kernel_shape[:-1], rank), groups), narrow)
         h = h.reshape(*h.shape[:-1], groups, rank)
         low_rank = jnp.einsum("...gr,rgo->...go", h, b.reshape(rank, groups, -1))
         return added(y, self.lora.scaled(low_rank.reshape(y.shape)))
@@ -77,19 +78,18 @@ class LoRAEmbed(WithAdapter, Embed):
     """
 
     def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
-        """Look up integers; shapes and errors as for `Embed`."""
+        """Look up integers, as an `Embed`."""
         y = super().__call__(x, out_sharding)
         a = self.lora.lora_a
         found = jnp.broadcast_to(a, (*jnp.shape(x), a.shape[-1])) if len(a) == 1 else rows(a, x)
         found, b = self.lora.promote_dtype((found, self.lora.lora_b), dtype=self.lora.dtype)
-        return added(y, self.lora.scaled(jnp.matmul(found, b, out_sharding=placement(y))))
+        return added(y, self.lora.scaled(found @ b))
 
     def attend(self, query: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
         """The product of each query with each row, as of `Embed`."""
         y = super().attend(query, out_sharding)
         query, a, b = self.lora.promoted(query)
-        low_rank = jnp.matmul(query @ b.T, a.T, out_sharding=placement(y))
-        return added(y, self.lora.scaled(low_rank))
+        return added(y, self.lora.scaled((query @ b.T) @ a.T))
 
 
 class LoRAEinsum(WithAdapter, Einsum):

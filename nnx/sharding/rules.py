@@ -168,14 +168,14 @@ def entries(said: Any) -> tuple[Any, ...]:
 
 
 def resolve(
-    said: Any, shape: tuple[int, ...], mesh: AnyMesh, rules: Rules, where: str
+    said: Any, shape: tuple[int, ...], mesh: AnyMesh | Mapping[str, int], rules: Rules, where: str
 ) -> PartitionSpec:
     """The PartitionSpec over mesh axes that `said` means for an array of `shape`.
 
     Args:
       said: a PartitionSpec or a tuple of names, logical or of mesh axes.
       shape: the shape of the array.
-      mesh: the mesh.
+      mesh: the mesh, or the sizes of its axes.
       rules: what logical names stand for.
       where: how a message calls the array.
 
@@ -190,7 +190,7 @@ def resolve(
             f"{where} has the shape {shape}, but its sharding {_shown(said)} has {len(parts)} "
             f"entries. Give one entry for each dimension; None leaves a dimension whole."
         )
-    sizes = dict(mesh.shape)
+    sizes = dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
     taken: dict[str, Any] = {}
     spec: list[Any] = []
     for size, part in zip(shape, parts):

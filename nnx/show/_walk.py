@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from nnx.show._format import array_text, is_arraylike, short
+from nnx.show._placed import placement_text
 from refx import Node, Ref
 from refx.field import RefField
 from refx.node import attributes
@@ -125,7 +126,7 @@ class Walk:
             self._add(MAP, name, obj, parent, "{}", dict)
             return [(k, v, None) for k, v in obj.items()]
         if is_arraylike(obj):
-            text = array_text(obj)
+            text = array_text(obj) + placement_text(obj)
             self._add(ARRAY, name, obj, parent, text, (ARRAY, text))
             return None
         if kind is tuple:
@@ -277,7 +278,9 @@ def ref_text(ref: Ref[Any]) -> str:
 
 def value_text(value: Any) -> str:
     """The value of a Ref: an array by dtype and shape, any other pytree with such texts inside."""
-    return array_text(value) if is_arraylike(value) else short(value, 80)
+    if is_arraylike(value):
+        return array_text(value) + placement_text(value)
+    return short(value, 80)
 
 
 def _key_name(key: Any) -> str:

@@ -15,8 +15,9 @@ import jax
 from nnx.show._calls import Arguments, Call, abstract, record
 from nnx.show._cost import Costs
 from nnx.show._format import array_text, bytes_text, clip, count_text, is_arraylike
+from nnx.show._placed import Placement
 from nnx.show._walk import NODE, Walk
-from nnx.show.text import collection_sizes
+from nnx.show.text import collection_sizes, device_bytes
 from refx import Node, Ref
 from refx.partition import dotted
 
@@ -31,7 +32,8 @@ class Row:
     `jax.ShapeDtypeStruct`s for arrays, of the first call (None if it was not called); `calls`, how
     often it was called, steps of loops (of a `while_loop` one) and lanes of `nnx.vmap` included;
     `sizes`, from collection to `(values, bytes)`; `flops` and `flops_with_backward`, of all calls
-    together, None where they are not known.
+    together, None where they are not known; `device_bytes`, the bytes that one device holds, None
+    where nothing is divided among devices.
     """
 
     path: tuple[str, ...]
@@ -42,12 +44,14 @@ class Row:
     sizes: dict[str, tuple[int, int]]
     flops: float | None
     flops_with_backward: float | None
+    device_bytes: int | None = None
 
     @property
     def facts(self) -> Any:
         """What a person sees of the row beside its path."""
         shapes = _shapes(self.inputs), _shapes(self.outputs)
-        return self.cls, shapes, self.calls, self.sizes, self.flops, self.flops_with_backward
+        flops = self.flops, self.flops_with_backward
+        return self.cls, shapes, self.calls, self.sizes, *flops, self.device_bytes
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,11 @@ class Table:
         """Operations of a call and of the gradient with respect to the parameters."""
         return self.rows[0].flops_with_backward
 
+    @property
+    def device_bytes(self) -> int | None:
+        """The bytes that one device holds, where values are divided or planned."""
+        return self.rows[0].device_bytes
+
     def __str__(self) -> str:
         return self._text(
             self.console_width or max(shutil.get_terminal_size((120, 24)).columns, 60)
@@ -107,6 +116,9 @@ class Table:
         if self.called:
             header += ["inputs", "outputs"]
         header += collections
+        placed = self.device_bytes is not None
+        if placed:
+            header.append("on each device")
         if self.called:
             header += ["FLOPs", "with backward"]
         cells = []
@@ -120,11 +132,17 @@ class Table:
             for name in collections:
                 n, size = row.sizes.get(name, (0, 0))
                 line.append(f"{count_text(n)} ({bytes_text(size)})" if n else "")
+            if placed:
+                own = row.device_bytes
+                whole = sum(size for _, size in row.sizes.values())
+                line.append(bytes_text(whole if own is None else own))
             if self.called:
                 line += [_flops(row.flops), _flops(row.flops_with_backward)]
             cells.append(line)
         total = ["total", "", *([""] * 2 if self.called else [])]
         total += [f"{count_text(n)} ({bytes_text(size)})" for n, size in self.sizes.values()]
+        if self.device_bytes is not None:
+            total.append(bytes_text(self.device_bytes))
         if self.called:
             total += [_flops(self.flops), _flops(self.flops_with_backward)]
         return header, [*cells, total]
@@ -150,6 +168,8 @@ def tabulate(
     *args: Any,
     depth: int | None = None,
     console_width: int | None = None,
+    mesh: Any = None,
+    specs: Any = None,
     **kwargs: Any,
 ) -> Table:
     """The modules of a model with their shapes, sizes and operations, computing nothing.
@@ -169,6 +189,10 @@ def tabulate(
         anything else as a constant.
       depth: how many levels of submodules to show; None for all.
       console_width: the width to fit the table in, in characters; without it, that of the terminal.
+      mesh: a mesh to plan for, which need not be there: `jax.sharding.AbstractMesh((8, 8), ("data",
+        "model"))`. The bytes that each of its devices would hold are in the table, as they are
+        without it where values are divided already.
+      specs: what goes where on that mesh, as for `nnx.shardings`; without it, the metadata says.
 
     Returns:
       A `Table`. It prints as a table, with colours by `rich.print` where rich is installed (extra
@@ -200,19 +224,21 @@ def tabulate(
     called = bool(args or kwargs)
     arguments = Arguments.of(args, kwargs)
     calls = record(model, function, arguments) if called else {}
-    walk, costs = Walk(model), Costs()
+    walk, costs, placement = Walk(model), Costs(), Placement(model, specs, mesh)
     rows: list[Row] = []
     numbers: dict[int, int] = {}
     for i, item in enumerate(walk.items):
         if item.kind == NODE:
             numbers[i] = len(rows)
             path = walk.path(i)
-            rows.append(_row(walk, i, calls.get(path, []), costs, function))
+            rows.append(_row(walk, i, calls.get(path, []), costs, function, placement))
     lines = tuple(_lines(walk, rows, numbers, depth))
     return Table(tuple(rows), depth, console_width, called, lines)
 
 
-def _row(walk: Walk, i: int, calls: list[Call], costs: Costs, function: Any) -> Row:
+def _row(
+    walk: Walk, i: int, calls: list[Call], costs: Costs, function: Any, placement: Placement
+) -> Row:
     module, path = walk.items[i].obj, walk.path(i)
     flops: float | None = 0.0
     backward: float | None = 0.0
@@ -234,6 +260,7 @@ def _row(walk: Walk, i: int, calls: list[Call], costs: Costs, function: Any) -> 
         collection_sizes(walk, i),
         flops if calls else None,
         backward if calls else None,
+        device_bytes(walk, placement, i),
     )
 
 

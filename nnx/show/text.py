@@ -10,11 +10,12 @@ from typing import Any
 import jax
 
 from nnx.show._format import bytes_text, count_text, is_arraylike, short
+from nnx.show._placed import Placement
 from nnx.show._walk import ARRAY, BACK, LIST, MAP, NODE, REF, STATIC, Item, Walk, has_ended
 from refx import Node
 from refx.buffers import CONCRETE
 
-__all__ = ["collection_sizes", "tree_repr"]
+__all__ = ["collection_sizes", "device_bytes", "tree_repr"]
 
 _WIDTH = 100
 _DEPTH = 32
@@ -236,8 +237,29 @@ def collection_sizes(walk: Walk, i: int = 0) -> dict[str, tuple[int, int]]:
 
     Arrays that are plain attributes are counted as `"arrays"`.
     """
-    items = walk.items
     sizes: dict[str, tuple[int, int]] = {}
+    for item in _held(walk, i):
+        label = item.obj._collection if item.kind == REF else "arrays"
+        name = label if isinstance(label, str) else short(label)
+        n, size = sizes.get(name, (0, 0))
+        dn, dsize = _size(item.obj._value if item.kind == REF else item.obj)
+        sizes[name] = (n + dn, size + dsize)
+    return sizes
+
+
+def device_bytes(walk: Walk, placement: Placement, i: int = 0) -> int | None:
+    """The bytes that one device holds of an item; None where nothing is divided or planned."""
+    total, divided = 0, placement.planned
+    for item in _held(walk, i):
+        value = item.obj._value if item.kind == REF else item.obj
+        size, part = placement.bytes_of(item.obj, value)
+        total, divided = total + size, divided or part
+    return total if divided else None
+
+
+def _held(walk: Walk, i: int) -> Iterator[Item]:
+    """The Refs and arrays that an item holds, each once."""
+    items = walk.items
     seen: set[int] = set()
     todo = [range(i, items[i].end)]
     while todo:
@@ -251,12 +273,7 @@ def collection_sizes(walk: Walk, i: int = 0) -> dict[str, tuple[int, int]]:
                 if item.target not in seen:
                     todo.append(range(item.target, items[item.target].end))
             elif item.kind in (REF, ARRAY) and not (item.kind == REF and has_ended(item.obj)):
-                label = item.obj._collection if item.kind == REF else "arrays"
-                name = label if isinstance(label, str) else short(label)
-                n, size = sizes.get(name, (0, 0))
-                dn, dsize = _size(item.obj._value if item.kind == REF else item.obj)
-                sizes[name] = (n + dn, size + dsize)
-    return sizes
+                yield item
 
 
 def _size(value: Any) -> tuple[int, int]:
@@ -272,4 +289,8 @@ def _size(value: Any) -> tuple[int, int]:
 def _totals(walk: Walk) -> str:
     sizes = collection_sizes(walk)
     parts = [f"{k}: {count_text(n)} ({bytes_text(size)})" for k, (n, size) in sizes.items()]
+    root = walk.items[0].obj
+    here = device_bytes(walk, Placement(root, None, None))
+    if here is not None:
+        parts.append(f"on each device: {bytes_text(here)}")
     return f"  # {', '.join(parts)}" if parts else ""

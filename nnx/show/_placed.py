@@ -1,0 +1,58 @@
+"""Where the values of a model are, as text and in bytes for each device. No value is looked at."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+
+import refx
+from nnx.sharding.placing import shardings
+from refx import Node
+
+__all__ = ["Placement", "placement_text"]
+
+
+def sharding_of(x: Any) -> NamedSharding | None:
+    """The sharding of an array or a shape on a mesh."""
+    found = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+    return found if isinstance(found, NamedSharding) else None
+
+
+def placement_text(x: Any) -> str:
+    """How an array is divided, to stand after its shape; nothing where it is whole."""
+    sharding = sharding_of(x)
+    return f" {sharding.spec}" if sharding is not None and any(sharding.spec) else ""
+
+
+class Placement:
+    """Where values are, or would be on a mesh that need not be there."""
+
+    def __init__(self, model: Node, specs: Any, mesh: Any):
+        self._planned: dict[int, Any] = {}
+        if specs is not None or mesh is not None:
+            cells = refx.refs(model)
+            values = refx.get_partition(model)
+            for path, sharding in shardings(model, specs, mesh=mesh).items():
+                self._planned[id(cells.get(path, values.get(path)))] = sharding
+        self.planned = bool(self._planned)
+
+    def bytes_of(self, cell: Any, value: Any) -> tuple[int, bool]:
+        """The bytes of a value that one device holds, and whether that is less than all of it."""
+        said = self._planned.get(id(cell))
+        leaves = jax.tree.leaves(value)
+        where = [said] * len(leaves) if said is None or isinstance(said, NamedSharding) else None
+        if where is None:
+            where = jax.tree.leaves(said, is_leaf=lambda x: x is None)
+        total, divided = 0, False
+        for x, sharding in zip(leaves, where, strict=True):
+            if not hasattr(x, "shape"):
+                continue
+            sharding = sharding or sharding_of(x)
+            shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
+            total += math.prod(shape) * x.dtype.itemsize
+            divided |= tuple(shape) != tuple(x.shape)
+        return total, divided
