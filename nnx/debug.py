@@ -10,7 +10,8 @@ from typing import Any
 
 from nnx.probe.nonfinite import NonFinite, find_nonfinite
 from nnx.transforms.explain import Explanation, listeners
-from nnx.transforms.jit import BoundJit, Jit
+from nnx.transforms.jit import BoundJit
+from nnx.transforms.jitted import Jit
 from refx import RefError
 
 __all__ = [

@@ -295,8 +295,7 @@ def update_cells(
                 f"update takes partitions, mappings from path to value, but got a "
                 f"{type(partition).__name__}.{values_of(partition)}"
             )
-        items = partition._items if type(partition) is Partition else partition
-        for given, value in items.items():
+        for given, value in partition.items():
             path, cell = find_ref(tree, given, cells)
             if check is not None:
                 check(given, path, cell)

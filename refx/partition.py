@@ -12,6 +12,7 @@ import jax.export
 
 from refx.buffers import dead_error, is_dead
 from refx.errors import StructureError, UnknownPathError
+from refx.text import array_text
 
 __all__ = ["Partition"]
 
@@ -246,7 +247,7 @@ class _Text:
         self.array = array
 
     def __repr__(self) -> str:
-        return f"{self.array.dtype}[{','.join(map(str, self.array.shape))}]"
+        return array_text(self.array)
 
 
 def _short(value: Any) -> str:

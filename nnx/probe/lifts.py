@@ -26,7 +26,7 @@ from nnx.transforms.differentiate import differentiate
 from nnx.transforms.filtered.grad import _gradient as _filtered_gradient
 from nnx.transforms.filtered.jit import _JitFilter
 from nnx.transforms.grad import _gradient
-from nnx.transforms.jit import Jit
+from nnx.transforms.jitted import Jit
 from nnx.transforms.simple import _transformed, eval_shape
 from refx import Partition
 from refx.node import is_identity

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from nnx.transforms.filtered.jit import _JitFilter
-from nnx.transforms.jit import Jit
+from nnx.transforms.jitted import Jit
 from refx import Node, Ref
 from refx.node import is_identity
 

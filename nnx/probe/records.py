@@ -14,6 +14,7 @@ from refx import RefError
 from refx.node import is_identity
 from refx.partition import Path, dotted
 from refx.static import Static
+from refx.text import array_text
 
 __all__ = ["ProbeError"]
 
@@ -193,7 +194,7 @@ def shapes(tree: Any) -> Any:
 
 def text(tree: Any) -> str:
     """Shapes and dtypes for a message."""
-    return ", ".join(f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in jax.tree.leaves(tree))
+    return ", ".join(map(array_text, jax.tree.leaves(tree)))
 
 
 def blank(like: Any) -> Any:

@@ -25,6 +25,7 @@ from nnx.transforms.eager import compiled_once
 from nnx.transforms.naming import named
 from nnx.transforms.streams import counts
 from refx import RefError
+from refx.text import array_text
 
 __all__ = ["BranchError", "cond", "switch"]
 
@@ -210,4 +211,4 @@ def _check_same(name: str, what: str, a_label: str, a: Any, b_label: str, b: Any
 
 
 def _text(x: Any) -> str:
-    return f"{jnp.dtype(x.dtype)}[{','.join(map(str, x.shape))}]"
+    return array_text(x, jnp.dtype(x.dtype))

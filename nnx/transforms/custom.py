@@ -10,32 +10,34 @@ a rule reads of it then is the value of that call, and not what the Ref happens 
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import threading
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from nnx._ambient import ambient
 from nnx.transforms.boundary import Packed, Spec, check_lifted, close_call, run, until_lifted
 from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.callables import function_name
-from nnx.transforms.targets import by_path, locate, moves, shapes, text, zero_tangent
-from refx import Partition, RefError
+from nnx.transforms.custom_arguments import (
+    CustomRuleError,
+    Fixed,
+    Form,
+    Place,
+    closed_positions,
+    forms_of,
+    tangents_of,
+)
+from nnx.transforms.targets import shapes, text, zero_tangent
 from refx.node import is_identity
-from refx.partition import Path, dotted, listed
+from refx.partition import dotted
 
 __all__ = ["CustomRuleError", "custom_jvp", "custom_vjp"]
-
-
-class CustomRuleError(RefError, TypeError):
-    """A custom derivative rule that is missing, or that returns what does not fit its function."""
 
 
 class _Learning(threading.local):
@@ -46,49 +48,6 @@ class _Learning(threading.local):
 
 
 _learning = _Learning()
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _constant(x: Any, name: str) -> Any:
-    """`x`, which may not be differentiated."""
-    return x
-
-
-@functools.partial(_constant.defjvp, symbolic_zeros=True)
-def _(name: str, primals: Any, tangents: Any) -> Any:
-    if any(not isinstance(t, jax.custom_derivatives.SymbolicZero) for t in tangents):
-        raise CustomRuleError(
-            f"{name} is differentiated with respect to one of its nondiff_argnums. Leave the argument "
-            f"out of nondiff_argnums and give it a derivative in the rule, or pass "
-            f"jax.lax.stop_gradient of it."
-        )
-    return primals[0], tangents[0]
-
-
-class _Fixed:
-    """The arguments that are not differentiated; what is traced of them is an input of its own."""
-
-    def __init__(self, args: list[Any], name: str):
-        leaves, self._treedef = jax.tree.flatten(args, is_leaf=is_identity)
-        self._where = [i for i, x in enumerate(leaves) if isinstance(x, Tracer)]
-        # Given to JAX and not kept: JAX keeps the rules after the tracers have ended.
-        self.traced = [_constant(leaves[i], name) for i in self._where]
-        for i in self._where:
-            leaves[i] = None
-        self._leaves = leaves
-
-    def whole(self, traced: list[Any]) -> list[Any]:
-        """The arguments, with these for what is traced."""
-        leaves = list(self._leaves)
-        for i, x in zip(self._where, traced, strict=True):
-            leaves[i] = x
-        return jax.tree.unflatten(self._treedef, leaves)
-
-    def without_values(self) -> _Fixed:
-        """The same, to be kept."""
-        bare = copy.copy(self)
-        bare.traced = []
-        return bare
 
 
 class _Custom:
@@ -144,7 +103,7 @@ class _Custom:
         if ambient.probe is not None:
             return ambient.probe.custom(self, args)
         given, args = self._divide(args)
-        fixed = _Fixed(given, self._name)
+        fixed = Fixed(given, self._name)
 
         def attempt(roots: Roots) -> Any:
             call = open_call(args, {}, roots)
@@ -153,10 +112,10 @@ class _Custom:
 
         return until_lifted(attempt)
 
-    def _call(self, call: Call, args: tuple[Any, ...], fixed: _Fixed, flat: Any) -> Any:
+    def _call(self, call: Call, args: tuple[Any, ...], fixed: Fixed, flat: Any) -> Any:
         raise CustomRuleError(f"{self._name} has no rule.")
 
-    def _plain(self, call: Call, fixed: _Fixed) -> Callable[..., Packed]:
+    def _plain(self, call: Call, fixed: Fixed) -> Callable[..., Packed]:
         fn, bare = self._fn, call.without_values()
         return lambda *flat: run(
             lambda *args: fn(*self._whole(args, fixed.whole(flat[3]))),
@@ -228,14 +187,14 @@ class custom_vjp(_Custom):
         """Define the forward and the backward rule."""
         self._rules = (fwd, bwd)
 
-    def _call(self, call: Call, args: tuple[Any, ...], fixed: _Fixed, flat: Any) -> Any:
+    def _call(self, call: Call, args: tuple[Any, ...], fixed: Fixed, flat: Any) -> Any:
         if self._rules is None:
             raise self._missing("defvjp(fwd, bwd)")
         fwd, bwd = self._rules
         plain, bare = self._plain(call, fixed), call.without_values()
-        forms = _forms(call, args)
+        forms = forms_of(call, args)
         counts = len(call.values), len(call.leaves), len(call.others)
-        closed = _closed(call)
+        closed = closed_positions(call)
 
         def forward(*flat: Any) -> tuple[Any, Packed]:
             rest, packed = run(
@@ -308,7 +267,7 @@ class custom_vjp(_Custom):
         return out[1], out[0]
 
     def _cotangents(
-        self, forms: list[_Form], counts: tuple[int, int, int], given: Any
+        self, forms: list[Form], counts: tuple[int, int, int], given: Any
     ) -> tuple[list[Any], ...]:
         """A cotangent for each value, in the order of the flat lists; None is zero."""
         if not isinstance(given, tuple | list) or len(given) != len(forms):
@@ -331,81 +290,13 @@ class custom_vjp(_Custom):
                 )
         return flat
 
-    def _check(self, what: str, place: _Place, cotangent: Any, named: bool) -> None:
+    def _check(self, what: str, place: Place, cotangent: Any, named: bool) -> None:
         if shapes(cotangent) != shapes(place.zero):
             where = f" at {dotted(place.path)!r}" if named else ""
             raise CustomRuleError(
                 f"{what}{where} of {text(cotangent)}, but it must be {text(place.zero)}, as the "
                 f"value is."
             )
-
-
-class _Place(NamedTuple):
-    """A value of an argument: its path, where it is in the flat lists, and the shape of a zero."""
-
-    path: Path
-    kind: int
-    position: int
-    zero: Any
-
-
-class _Form(NamedTuple):
-    """What a rule needs to know of an argument; it must not hold values of the call.
-
-    `treedef` is that of an argument without Refs.
-    """
-
-    treedef: Any
-    places: list[_Place]
-
-    def matched(self, given: Any, what: str) -> list[tuple[_Place, Any]]:
-        """The places with what `given` has for each: a mapping by path, or the argument's pytree."""
-        if given is None:
-            return []
-        if self.treedef is not None:
-            leaves, treedef = jax.tree.flatten(given)
-            if treedef != self.treedef:
-                leaves, treedef = jax.tree.flatten(given, is_leaf=lambda x: x is None)
-            if treedef != self.treedef:
-                raise CustomRuleError(
-                    f"{what} that has the structure {treedef}, but the argument has "
-                    f"{self.treedef}. Return None for an array without one."
-                )
-            return list(zip(self.places, leaves, strict=True))
-        values = by_path(given, what, CustomRuleError)
-        known = {place.path for place in self.places}
-        unknown = [path for path in values if path not in known]
-        if unknown:
-            raise CustomRuleError(
-                f"{what} at {listed(unknown)}, which it does not have; it has "
-                f"{listed([place.path for place in self.places])}."
-            )
-        return [(place, values.get(place.path)) for place in self.places]
-
-
-def _forms(call: Call, args: tuple[Any, ...]) -> list[_Form]:
-    forms = []
-    for number in range(len(args)):
-        located = locate(call, args, number)
-        places = [
-            _Place(p.path, p.kind, p.position, jax.tree.map(_zero_shape, p.value))
-            for p in located.places
-        ]
-        forms.append(_Form(located.treedef, places))
-    return forms
-
-
-def _zero_shape(x: Any) -> jax.ShapeDtypeStruct:
-    dtype = jnp.result_type(x) if moves(x) else jax.dtypes.float0
-    return jax.ShapeDtypeStruct(jnp.shape(x), dtype)
-
-
-def _closed(call: Call) -> list[int]:
-    """The positions of the values that hang on no argument."""
-    given = {id(ref) for kept in call.snapshots[: len(call.layout.form.where)] for ref in kept.refs}
-    alias = call.alias
-    given |= {id(alias[i]) for i in given if i in alias}
-    return [i for i, ref in enumerate(call.refs) if id(ref) not in given]
 
 
 class custom_jvp(_Custom):
@@ -446,15 +337,15 @@ class custom_jvp(_Custom):
         self._rule = rule
         return rule
 
-    def _call(self, call: Call, args: tuple[Any, ...], fixed: _Fixed, flat: Any) -> Any:
+    def _call(self, call: Call, args: tuple[Any, ...], fixed: Fixed, flat: Any) -> Any:
         rule = self._rule
         if rule is None:
             raise self._missing("defjvp(rule)")
         plain, bare = self._plain(call, fixed), call.without_values()
-        forms = _forms(call, args)
+        forms = forms_of(call, args)
 
         def both(flat: Any, tangents: Any) -> tuple[Any, Packed]:
-            given = tuple(_tangents(form, tangents) for form in forms)
+            given = tuple(tangents_of(form, tangents) for form in forms)
             return run(
                 lambda *primals: rule(*fixed.whole(flat[3]), primals, given),
                 self._name,
@@ -486,11 +377,3 @@ class custom_jvp(_Custom):
                 f"{type(out).__name__}."
             )
         return out[1], out[0]
-
-
-def _tangents(form: _Form, tangents: Any) -> Any:
-    given = [tangents[p.kind][p.position] for p in form.places]
-    if form.treedef is not None:
-        return jax.tree.unflatten(form.treedef, given)
-    pairs = zip(form.places, given, strict=True)
-    return Partition((p.path, t) for p, t in pairs if all(map(moves, jax.tree.leaves(t))))

@@ -23,7 +23,7 @@ import numpy as np
 from jax.core import Tracer
 
 from nnx.transforms.closure import Closure
-from nnx.transforms.jit import Jit
+from nnx.transforms.jitted import Jit
 from nnx.transforms.looking import ARRAYS, SCALARS, content, data_in, is_plain
 from nnx.transforms.names import names_of
 from refx import StructureError

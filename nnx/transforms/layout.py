@@ -134,7 +134,8 @@ class Plans:
     def every(self) -> list[Layout]:
         """All layouts, those in other places too."""
         found = list(self.layouts.values())
-        return found + [moved for layout in found for _, moved in layout.elsewhere]
+        moved = [layout for known in found for _, layout in known.elsewhere]
+        return list(dict.fromkeys([*found, *moved]))
 
     def drop(self, layout: Layout) -> None:
         """Forget a layout that was traced without an input. JAX keeps that trace for it."""

@@ -23,6 +23,7 @@ from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.callables import function_name, unbound
 from nnx.transforms.naming import named
 from refx.partition import Path
+from refx.text import array_text
 from refx.trace import is_batched
 
 __all__ = ["vmap"]
@@ -165,10 +166,6 @@ def _check_output(name: str, values: list[Any]) -> None:
         if is_batched(value):
             raise AxisError(
                 f"{name} returns a value (or a new Ref that holds one) that differs between the "
-                f"lanes, with the axis None in out_axes: {value.dtype}[{_text(value.shape)}]. Give it "
+                f"lanes, with the axis None in out_axes: {array_text(value)}. Give it "
                 f"an axis, as in out_axes=0 or out_axes={{'params': 0, ...: None}}, or reduce it."
             )
-
-
-def _text(shape: Any) -> str:
-    return ",".join(map(str, shape))

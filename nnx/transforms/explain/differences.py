@@ -17,6 +17,7 @@ from refx import Node
 from refx.dagdef import Leaf, NodeDef, RefDef, Tree
 from refx.partition import Path, dotted
 from refx.static import Static
+from refx.text import array_text
 
 __all__: list[str] = []
 
@@ -371,7 +372,7 @@ def _text(aval: Any) -> str:
         return f"({', '.join(map(_text, aval))})"
     if not hasattr(aval, "shape"):
         return getattr(aval, "__name__", str(aval))
-    return f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
+    return array_text(aval)
 
 
 def _weak(was: Any, now: Any) -> str:

@@ -1,0 +1,142 @@
+"""What a custom derivative rule needs to know of the arguments of a call, and keeps without their values."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from nnx.transforms.call import Call
+from nnx.transforms.targets import by_path, locate, moves
+from refx import Partition, RefError
+from refx.node import is_identity
+from refx.partition import Path, listed
+
+__all__ = ["CustomRuleError"]
+
+
+class CustomRuleError(RefError, TypeError):
+    """A custom derivative rule that is missing, or that returns what does not fit its function."""
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _constant(x: Any, name: str) -> Any:
+    """`x`, which may not be differentiated."""
+    return x
+
+
+@functools.partial(_constant.defjvp, symbolic_zeros=True)
+def _(name: str, primals: Any, tangents: Any) -> Any:
+    if any(not isinstance(t, jax.custom_derivatives.SymbolicZero) for t in tangents):
+        raise CustomRuleError(
+            f"{name} is differentiated with respect to one of its nondiff_argnums. Leave the argument "
+            f"out of nondiff_argnums and give it a derivative in the rule, or pass "
+            f"jax.lax.stop_gradient of it."
+        )
+    return primals[0], tangents[0]
+
+
+class Fixed:
+    """The arguments that are not differentiated; what is traced of them is an input of its own."""
+
+    def __init__(self, args: list[Any], name: str):
+        leaves, self._treedef = jax.tree.flatten(args, is_leaf=is_identity)
+        self._where = [i for i, x in enumerate(leaves) if isinstance(x, Tracer)]
+        # Given to JAX and not kept: JAX keeps the rules after the tracers have ended.
+        self.traced = [_constant(leaves[i], name) for i in self._where]
+        for i in self._where:
+            leaves[i] = None
+        self._leaves = leaves
+
+    def whole(self, traced: list[Any]) -> list[Any]:
+        """The arguments, with these for what is traced."""
+        leaves = list(self._leaves)
+        for i, x in zip(self._where, traced, strict=True):
+            leaves[i] = x
+        return jax.tree.unflatten(self._treedef, leaves)
+
+    def without_values(self) -> Fixed:
+        """The same, to be kept."""
+        bare = copy.copy(self)
+        bare.traced = []
+        return bare
+
+
+class Place(NamedTuple):
+    """A value of an argument: its path, where it is in the flat lists, and the shape of a zero."""
+
+    path: Path
+    kind: int
+    position: int
+    zero: Any
+
+
+class Form(NamedTuple):
+    """What a rule needs to know of an argument; it must not hold values of the call.
+
+    `treedef` is that of an argument without Refs.
+    """
+
+    treedef: Any
+    places: list[Place]
+
+    def matched(self, given: Any, what: str) -> list[tuple[Place, Any]]:
+        """The places with what `given` has for each: a mapping by path, or the argument's pytree."""
+        if given is None:
+            return []
+        if self.treedef is not None:
+            leaves, treedef = jax.tree.flatten(given)
+            if treedef != self.treedef:
+                leaves, treedef = jax.tree.flatten(given, is_leaf=lambda x: x is None)
+            if treedef != self.treedef:
+                raise CustomRuleError(
+                    f"{what} that has the structure {treedef}, but the argument has "
+                    f"{self.treedef}. Return None for an array without one."
+                )
+            return list(zip(self.places, leaves, strict=True))
+        values = by_path(given, what, CustomRuleError)
+        known = {place.path for place in self.places}
+        unknown = [path for path in values if path not in known]
+        if unknown:
+            raise CustomRuleError(
+                f"{what} at {listed(unknown)}, which it does not have; it has "
+                f"{listed([place.path for place in self.places])}."
+            )
+        return [(place, values.get(place.path)) for place in self.places]
+
+
+def forms_of(call: Call, args: tuple[Any, ...]) -> list[Form]:
+    forms = []
+    for number in range(len(args)):
+        located = locate(call, args, number)
+        places = [
+            Place(p.path, p.kind, p.position, jax.tree.map(_zero_shape, p.value))
+            for p in located.places
+        ]
+        forms.append(Form(located.treedef, places))
+    return forms
+
+
+def _zero_shape(x: Any) -> jax.ShapeDtypeStruct:
+    dtype = jnp.result_type(x) if moves(x) else jax.dtypes.float0
+    return jax.ShapeDtypeStruct(jnp.shape(x), dtype)
+
+
+def closed_positions(call: Call) -> list[int]:
+    """The positions of the values that hang on no argument."""
+    given = {id(ref) for kept in call.snapshots[: len(call.layout.form.where)] for ref in kept.refs}
+    alias = call.alias
+    given |= {id(alias[i]) for i in given if i in alias}
+    return [i for i, ref in enumerate(call.refs) if id(ref) not in given]
+
+
+def tangents_of(form: Form, tangents: Any) -> Any:
+    given = [tangents[p.kind][p.position] for p in form.places]
+    if form.treedef is not None:
+        return jax.tree.unflatten(form.treedef, given)
+    pairs = zip(form.places, given, strict=True)
+    return Partition((p.path, t) for p, t in pairs if all(map(moves, jax.tree.leaves(t))))

@@ -1,0 +1,402 @@
+"""The compiled function: it finds or makes the program of a call, runs it, and writes back."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+import sys
+import types
+import weakref
+from collections.abc import Callable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    ParamSpec,
+    Protocol,
+    Self,
+    TypeVar,
+    overload,
+)
+
+import jax
+
+from nnx._ambient import ambient
+from nnx.transforms.boundary import Outline, Packed, Spec, close_call, run
+from nnx.transforms.call import Call, open_call
+from nnx.transforms.callables import function_name
+from nnx.transforms.closure import Closure
+from nnx.transforms.donation import explain_deleted, explain_donation, selected
+from nnx.transforms.explain import Explanation, explain, note
+from nnx.transforms.homes import at_home
+from nnx.transforms.layout import Layout, Plans
+from nnx.transforms.naming import named
+from nnx.transforms.shardings import Shardings
+from nnx.transforms.simple import eval_shape
+from nnx.transforms.stages import Lowered, Traced
+from nnx.transforms.statics import Statics
+from nnx.transforms.tracebacks import shortened
+from refx import Filter
+from refx.frame import local
+from refx.trace import without_jit
+
+__all__: list[str] = []
+
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+R = TypeVar("R")
+T = TypeVar("T")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class JittedMethod(Protocol[P, Q, R_co]):
+    """What an attribute that is a jitted function is on a module: bound, but for its stages."""
+
+    def __call__(self, *args: Q.args, **kwargs: Q.kwargs) -> R_co: ...
+    def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced: ...
+    def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered: ...
+    def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation: ...
+
+
+class Jit(Generic[P, R]):
+    """What `nnx.jit` returns: called like the function, compiled once for each structure.
+
+    A layout is traced once before it is compiled, since only then is known what the function closes
+    over and which Refs it writes. JAX keeps the trace, so that costs nothing.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[P, R],
+        statics: tuple[Any, Any],
+        donate: Filter,
+        shardings: tuple[Any, Any],
+        options: dict[str, Any],
+        bound: int = 0,
+    ):
+        # So many of the first arguments do not count where others are said by number.
+        self._fn = fn
+        self._name = f"nnx.jit({function_name(fn)})"
+        self._closure = Closure(self._fn)
+        self._plans = Plans()
+        # Programs of layouts that need one of their own. On the layout, which is an argument of
+        # its program, they would keep this function and what it closes over alive for ever.
+        self._programs: dict[Layout, Any] = {}
+        # This function for the probes that were active where it was called.
+        self.probed: dict[Any, Jit] = {}
+        # How often the function was traced for a program of its own; why there is this one at all.
+        self.traces = 0
+        self.reason: str | None = None
+        # The last program; the float that alone made the last ones new, and how many.
+        self.last_program: Any = None
+        self.float_changes = "", 0
+        self._static = Statics(self._name, self._fn, *statics, bound=bound)
+        self._donate = donate
+        self._options = options
+        self._shardings = Shardings(self._name, *shardings, bound=bound)
+        # Nothing but the arguments as they are: the common case has a shorter way.
+        self._direct = not (self._static.active or self._shardings.active)
+        # Whether values may be on several devices, where what is written goes back to its place; None
+        # until it is called, since to ask starts the devices.
+        self._spread: bool | None = False if self._shardings.active else None
+        # One function: JAX knows a trace again by it.
+        self._pure = self._named_run()
+        self._compiled = jax.jit(self._pure, static_argnums=0, **options)
+        # A function that is itself a Jit has attributes that must not become those of this one.
+        functools.update_wrapper(self, fn, updated=())
+
+    def name_and_close_over(self, name: str, closure: Closure) -> None:
+        """Be called `name` in messages, and look for what is closed over as `closure` does."""
+        self._name, self._closure = name, closure
+
+    def forget(self, *, only_roots: bool) -> None:
+        """Forget what looking found, so that it is not kept alive; the programs stay."""
+        self._closure.forget(only_roots=only_roots)
+
+    _given: tuple[Any, ...]
+    __qualname__: str
+
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *given):
+            jitted = super().__new__(cls)
+            jitted._given = given  # what copies and pickles are made of
+            return jitted
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        fn = copy.deepcopy(self._given[0], memo)
+        # Like a function it is its own copy, but for what holds more, such as a functools.partial.
+        return self if fn is self._given[0] else Jit(fn, *self._given[1:])
+
+    def __reduce__(self) -> Any:
+        if self.__module__ != "__main__":
+            try:
+                # What a decorated function is known by is this, not the function.
+                if operator.attrgetter(self.__qualname__)(sys.modules[self.__module__]) is self:
+                    return self.__qualname__
+            except (AttributeError, KeyError):
+                pass
+        # As a method the last one given is 1.
+        return (jitted_method, self._given[:5]) if len(self._given) > 5 else (Jit, self._given)
+
+    def _named_run(self) -> Callable[..., Packed]:
+        def pure(layout: Any, values: Any, leaves: Any, others: Any) -> Packed:
+            return self._run(layout, values, leaves, others)
+
+        return named(pure, self._fn)
+
+    def _named_run_donating(self) -> Callable[..., Packed]:
+        def pure(layout: Any, donated: Any, values: Any, leaves: Any, others: Any) -> Packed:
+            return self._run_donating(layout, donated, values, leaves, others)
+
+        return named(pure, self._fn)
+
+    def _run(self, layout: Any, values: Any, leaves: Any, others: Any) -> Packed:
+        call: Call = ambient.call
+        fn = self._static.restore(self._fn, layout.statics)
+        packed = run(fn, self._name, call, values, leaves, others, layout=layout)
+        if layout.traced:
+            note(self, layout, call)
+        return packed
+
+    def _run_donating(
+        self, layout: Any, donated: Any, values: Any, leaves: Any, others: Any
+    ) -> Packed:
+        call: Call = ambient.call
+        full = list(values)
+        for i, value in zip(layout.donated, donated, strict=True):
+            full[i] = value
+
+        def finish(packed: Packed, outline: Outline) -> Packed:
+            # What is donated is gone, so it has to come back even where it was not written.
+            written = dict(zip(packed.spec.written, packed.written, strict=True))
+            for i, value in zip(layout.donated, donated, strict=True):
+                written.setdefault(i, value)
+            order = tuple(sorted(written))
+            return Packed(Spec(order, packed.spec.graph), packed.out, [written[i] for i in order])
+
+        fn = self._static.restore(self._fn, layout.statics)
+        packed = run(fn, self._name, call, full, leaves, others, layout=layout, finish=finish)
+        note(self, layout, call)
+        return packed
+
+    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        statics = None
+        if self._static.active:
+            args, kwargs, statics = self._static.take(args, kwargs)
+        call = open_call(args, kwargs, self._closure, self._plans, statics)
+        if self._shardings.active and not call.layout.traced:
+            self._shardings.learn(call, args, kwargs)
+        if self._spread is None:
+            self._spread = jax.local_device_count() > 1 or jax.process_count() > 1
+        if self._spread:
+            call.layout = at_home(call)
+        return call
+
+    def _trace(self, call: Call) -> None:
+        """Find out what the function closes over and what it writes, and prepare for it."""
+        layout = call.layout
+        traced = self._compiled.trace(layout, call.values, call.leaves, call.others)
+        if call.found:
+            return
+        spec = traced.out_info.spec
+        options = dict(self._options)
+        if len(self._programs) > len(self._plans.layouts):
+            known = set(self._plans.every())
+            self._programs = {k: v for k, v in self._programs.items() if k in known}
+        if self._shardings.active:
+            options |= self._shardings.options(layout, traced.out_info)
+        if self._donate is not None and self._donate is not False:
+            layout.donated = selected(self._donate, call, spec.written)
+        if layout.donated:
+            if self._shardings.active:
+                inputs = options["in_shardings"]
+                options["in_shardings"] = ([inputs[0][i] for i in layout.donated], *inputs)
+            self._programs[layout] = jax.jit(
+                self._named_run_donating(), static_argnums=0, donate_argnums=1, **options
+            )
+        elif self._shardings.active:
+            self._programs[layout] = jax.jit(self._pure, static_argnums=0, **options)
+        layout.traced = True
+        self._closure.traced()
+        if not layout.donated:
+            note(self, layout, call)
+
+    def _inputs(self, call: Call) -> tuple[Any, ...]:
+        if not call.layout.donated:
+            return (call.values, call.leaves, call.others)
+        kept: list[Any] = list(call.values)
+        donated = []
+        for i in call.layout.donated:
+            donated.append(kept[i])
+            kept[i] = None
+        return (donated, kept, call.leaves, call.others)
+
+    def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """An opened call whose layout is traced, with all that it closes over."""
+        outer = ambient.call
+        while True:
+            call = self._open(args, kwargs)
+            if not call.layout.traced and self._closure.meet(call.layout):
+                call = self._open(args, kwargs)
+            ambient.call = call
+            try:
+                if not call.layout.traced:
+                    self._trace(call)
+            except Exception:
+                if not call.found:
+                    raise
+            finally:
+                ambient.call = outer
+            if not call.found:
+                return call
+            if _starts_again(call):
+                self._plans.drop(call.layout)
+                return call
+            self._closure.add(call, self._name)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if ambient.probe is not None:
+            return ambient.probe.jit(self, args, kwargs)
+        outer = ambient.call
+        try:
+            while True:
+                if self._direct and self._spread is False:
+                    call = open_call(args, kwargs, self._closure, self._plans)
+                else:
+                    call = self._open(args, kwargs)
+                if not call.layout.traced:
+                    if without_jit():
+                        return self._uncompiled(args, kwargs)
+                    call = self._prepared(args, kwargs)
+                layout = call.layout
+                # The function may be traced for new shapes, and then needs to know its call.
+                ambient.call = call
+                try:
+                    if self._programs and layout in self._programs:
+                        packed = self._programs[layout](layout, *self._inputs(call))
+                    else:
+                        packed = self._compiled(layout, call.values, call.leaves, call.others)
+                except (RuntimeError, ValueError) as error:
+                    explain_donation(error, self._name, call)
+                    explain_deleted(error, self._name, call)
+                    raise
+                finally:
+                    ambient.call = outer
+                if call.found:
+                    # Shapes that were not traced before may take another way through the function.
+                    self._plans.drop(layout)
+                    if not _starts_again(call):
+                        self._closure.add(call, self._name)
+                        continue
+                    call.found.clear()
+                return close_call(call, packed)
+        except Exception as error:
+            raise shortened(error)  # noqa: B904 — it is the same one
+
+    def _uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call without a program, as `jax.disable_jit()` asks for: the body sees numbers."""
+        outer = ambient.call
+        while True:
+            call = self._open(args, kwargs)
+            ambient.call = call
+            try:
+                packed = self._run(call.layout, call.values, call.leaves, call.others)
+            except Exception:
+                if not call.found:
+                    raise
+            else:
+                if not call.found:
+                    return close_call(call, packed)
+            finally:
+                ambient.call = outer
+            self._closure.add(call, self._name)
+
+    def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced:
+        """Trace for these arguments, as `jax.jit(f).trace`: has `.jaxpr` and `.lower()`."""
+        return self._stages((), args, kwargs)
+
+    def _stages(
+        self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Traced:
+        call = self._prepared(bound + args, kwargs)
+        compiled = self._programs.get(call.layout, self._compiled)
+        outer, ambient.call = ambient.call, call
+        try:
+            traced = compiled.trace(call.layout, *self._inputs(call))
+        finally:
+            ambient.call = outer
+
+        def open_(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+            return self._open(bound + args, kwargs)
+
+        return Traced(traced, self._name, call.layout, open_, self._inputs)
+
+    def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered:
+        """Lower for these arguments, as `jax.jit(f).lower`: has `.compile()` and `.as_text()`."""
+        return self.trace(*args, **kwargs).lower()
+
+    def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation:
+        """Whether a call with these arguments is compiled already, and if not, what is new.
+
+        Nothing is called, traced or compiled.
+
+        >>> import jax.numpy as jnp, nnx
+        >>> step = nnx.jit(lambda scale, x: scale.value * x)
+        >>> scale = nnx.Ref(jnp.array(2.0))
+        >>> _ = step(scale, jnp.ones((32, 8)))
+        >>> print(step.explain(scale, jnp.ones((31, 8))))
+        nnx.jit(<lambda>) compiles program number 2:
+          x: float32[32,8] → float32[31,8]
+        """
+        call = self._open(args, kwargs)
+        if not call.layout.traced and self._closure.meet(call.layout):
+            call = self._open(args, kwargs)
+        return explain(self, call)
+
+    def eval_shape(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """The output for these arguments, abstractly; see `nnx.eval_shape`."""
+        return eval_shape(self._fn, *args, **kwargs)
+
+    @overload
+    def __get__(self, instance: None, owner: Any = None) -> Self: ...
+    @overload
+    def __get__(
+        self: Jit[Concatenate[T, Q], R], instance: T, owner: Any = None
+    ) -> JittedMethod[Concatenate[T, Q], Q, R]: ...
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __repr__(self) -> str:
+        count = sum(layout.traced for layout in self._plans.every())
+        return f"<{self._name}, traced for {count} structure{'' if count == 1 else 's'}>"
+
+
+# The methods that were jitted as attributes of modules: those of two modules of one class are one,
+# so that the modules have the same structure and share what is compiled.
+_methods: weakref.WeakValueDictionary[Any, Jit] = weakref.WeakValueDictionary()
+
+
+def jitted_method(fn: Callable[..., Any], *given: Any) -> Jit:
+    key = (fn, *given[:-1], tuple(sorted(given[-1].items())))
+    try:
+        known = _methods.get(key)
+    except TypeError:
+        return Jit(fn, *given, 1)  # pyright: ignore
+    return known or _methods.setdefault(key, Jit(fn, *given, 1))  # pyright: ignore
+
+
+def _starts_again(call: Call) -> bool:
+    """Whether the body around this call met the same Refs, so that it starts again anyway.
+
+    Its next pass needs this function to know its roots and nothing more; starting again here, and
+    in every body between, would double the traces with each level.
+    """
+    frame = local.frame
+    return (
+        frame is not None
+        and frame.lifts
+        and any(s.ref is ref for s in frame.met() for ref, _ in call.found)
+    )
