@@ -14,6 +14,8 @@ import numpy as np
 import refx
 from nnx.layers._alike import difference
 from nnx.module import Module
+from nnx.sharding.rules import inserted, removed
+from nnx.sharding.structure import with_shardings
 from nnx.transforms import remat as nnx_remat
 from nnx.transforms import scan, vmap
 
@@ -254,6 +256,8 @@ class Stack(Module):
 
     def _part(self, key: Any) -> Any:
         dagdef, values = refx.split(self.layers)
+        if not np.ndim(key):
+            dagdef = with_shardings(dagdef, lambda n, said: removed(said))
         return refx.merge(dagdef, jax.tree.map(lambda x: _take(x, key), values))
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -308,6 +312,7 @@ def _join(layers: list[Module]) -> Any:
             seen[ref] = (i, ".".join(path))
     dagdef, first = refx.split(layers[0])
     rest = [refx.split(layer)[1] for layer in layers[1:]]
+    dagdef = with_shardings(dagdef, lambda n, said: inserted(said, 0))
     return refx.merge(dagdef, jax.tree.map(_stack, first, *rest))
 
 

@@ -240,8 +240,8 @@ class QuantizedLinear(Module):
         # A number in the dtype that the kernel stands for, so that the casts are those of `Linear`.
         like = jnp.zeros((), self.param_dtype)
         x, bias, _ = self.promote_dtype((x, self.bias, like), dtype=self.dtype)
-        ndim = x.ndim - len(axes) + len(self.out_features)
-        wanted = wanted_sharding(self, out_sharding, ndim, x, self.quantized)
+        shape = (*(n for i, n in enumerate(x.shape) if i not in axes), *self.out_features)
+        wanted = wanted_sharding(self, out_sharding, shape, x, self.quantized)
         # All values of 8 bits are exact in each of the dtypes that a network computes in.
         y = jax.lax.dot_general(
             x,

@@ -107,8 +107,8 @@ def axis_rules(rules: Mapping[str, Target] | Iterable[tuple[str, Target]]) -> It
     >>> mesh = jax.sharding.AbstractMesh((2, 4), ("data", "tensor"))
     >>> model = nnx.Linear.init(0)(8, 16, kernel_metadata={"sharding": ("embed", "mlp")})
     >>> with nnx.axis_rules({"mlp": "tensor"}):
-    ...     nnx.shardings(model, mesh=mesh)["kernel"].spec
-    PartitionSpec(None, 'tensor')
+    ...     nnx.shardings(model, mesh=mesh)["kernel"].spec == jax.P(None, "tensor")
+    True
     """
     outer = ambient.rules
     ambient.rules = as_rules(rules, outer if outer is not None else NO_RULES)
@@ -237,6 +237,28 @@ def stripped(parts: Iterable[Any]) -> PartitionSpec:
     while kept and kept[-1] is None:
         kept.pop()
     return PartitionSpec(*kept)
+
+
+def inserted(said: Any, axis: int, entry: Any = None) -> Any:
+    """A sharding with one more entry, for an axis that was added at `axis`.
+
+    A PartitionSpec may have fewer entries than the array has dimensions; what it lacks is None.
+    """
+    parts = [*said]
+    if axis < 0 and isinstance(said, PartitionSpec):
+        # Only the rank says where that is, and a spec does not know it.
+        return said if -axis > len(parts) + 1 else PartitionSpec(*parts)
+    at = axis if axis >= 0 else len(parts) + 1 + axis
+    parts += [None] * (at - len(parts))
+    parts.insert(at, entry)
+    return PartitionSpec(*parts) if isinstance(said, PartitionSpec) else tuple(parts)
+
+
+def removed(said: Any, axis: int = 0) -> Any:
+    """A sharding without the entry of an axis that is taken away."""
+    parts = [*said]
+    del parts[axis : axis + 1]
+    return PartitionSpec(*parts) if isinstance(said, PartitionSpec) else tuple(parts)
 
 
 def canonical(sharding: Any) -> Any:

@@ -308,6 +308,8 @@ class Sorted:
         self._specs = specs
         self._out_specs = out_specs
         self.keys = tuple(dict.fromkeys([default, *_said([*specs, out_specs], kind)]))
+        # What was said of each new Ref.
+        self.of_new: list[Any] = []
 
     def sort(self, packed: Packed, outline: Outline) -> tuple[list[Any], ...]:
         if packed.spec.graph is None:
@@ -318,6 +320,7 @@ class Sorted:
                 for path, x in (*outline.new, *outline.arrays)
                 for _ in jax.tree.leaves(x.value if isinstance(x, Ref) else x)
             ]
+        self.of_new = [self._of_new(path, x) for path, x in outline.new]
         for i, value in zip(packed.spec.written, packed.written, strict=True):
             specs += [self._specs.refs[i]] * len(jax.tree.leaves(value))
         leaves, self._treedef = jax.tree.flatten(packed)

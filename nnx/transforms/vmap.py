@@ -11,6 +11,7 @@ import jax
 
 from nnx._ambient import ambient
 from nnx.scope import Scope, entered
+from nnx.transforms.added_axis import with_axes
 from nnx.transforms.axes import (
     AxisError,
     Sorted,
@@ -121,7 +122,8 @@ def vmap(
                     axis_size=size,
                     spmd_axis_name=spmd_axis_name,
                 )(call.values, call.leaves, call.others)
-                return close_call(call, layout.packed(results))
+                packed = with_axes(layout.packed(results), layout.of_new, spmd_axis_name)
+                return close_call(call, packed)
 
         return until_lifted(attempt)
 
