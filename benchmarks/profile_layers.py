@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def by_layer(compiled: str, events: list[dict]) -> dict[str, list[float]]:
-    """Microseconds forward and backward, by the path of the layer."""
+    """Microseconds, forward and backward, by the path of the layer."""
     names = dict(re.findall(r'%?([\w.\-]+) = [^\n]*?op_name="([^"]*)"', compiled))
     found: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
     for event in events:
@@ -69,21 +69,22 @@ def main(path: Path, steps: int = 5) -> None:
     events = [e for e in trace["traceEvents"] if "hlo_op" in e.get("args", {})]
     found = by_layer(compiled, events)
     rows = sorted(found.items(), key=lambda row: -sum(row[1]))[:14]
+    whole = sum(map(sum, found.values())) / 100
     for name, (forward, backward) in rows:
-        print(f"| `{name}` | {forward / steps / 1e3:.2f} | {backward / steps / 1e3:.2f} |")
+        print(f"| `{name}` | {forward / whole:.1f} | {backward / whole:.1f} |")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 0.28 * len(rows) + 0.8), layout="constrained")
     labels = [name for name, _ in rows][::-1]
-    forward, backward = (np.array([row[k] for _, row in rows][::-1]) / steps / 1e3 for k in (0, 1))
+    forward, backward = (np.array([row[k] for _, row in rows][::-1]) / whole for k in (0, 1))
     axes.barh(labels, forward, color="#4477aa", label="forward")
     axes.barh(labels, backward, left=forward, color="#ee6677", label="backward")
-    axes.set_xlabel("ms a step")
+    axes.set_xlabel("% of the time of a step")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
-    main(ROOT / "docs/images/profile-layers.png")
+    main(ROOT / "docs/images/profile.png")
