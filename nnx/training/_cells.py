@@ -32,11 +32,13 @@ def nest(cells: Mapping[Path, Ref[Any]]) -> Any:
     root = Cells()
     for path, cell in cells.items():
         at: Any = root
-        for name in path[:-1]:
+        # A part of a path is a string of a class of its own, and attributes are plain ones.
+        *outer, last = map(str, path)
+        for name in outer:
             if name not in attributes(at):
                 setattr(at, name, Cells())
             at = getattr(at, name)
-        setattr(at, path[-1], cell)
+        setattr(at, last, cell)
     return root
 
 

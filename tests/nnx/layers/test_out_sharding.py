@@ -1,5 +1,7 @@
 """`out_sharding=` in the calls of layers, on the kinds of meshes there are."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,7 +176,7 @@ def test_norms_return_what_is_sharded_as_their_input(make, of_scale, spec):
     norm = make()
     with jax.set_mesh(mesh):
         nnx.shard(norm, lambda path, ref: P(*of_scale))
-        y = nnx.jit(norm)(on(mesh, x, *spec))
+        y: Any = nnx.jit(norm)(on(mesh, x, *spec))
     assert axes(y) == (*spec, *(None,) * (3 - len(spec)))
     np.testing.assert_allclose(y, expected, atol=1e-5)
     for path, value in statistics.items():
