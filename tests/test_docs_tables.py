@@ -79,7 +79,7 @@ def test_the_tracebacks_of_the_errors_are_short(errors):
     for error in errors:
         # The first frame is that of the script, which a user does not have.
         files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)][1:]
-        assert files[0] == "example.py" and len(files) <= 8, files
+        assert files[0] == "example.py" and len(files) <= 9, files
 
 
 def test_the_picture_in_the_tutorial_is_of_its_model():

@@ -95,7 +95,7 @@ def test_every_way_to_call_a_layer_has_its_path(net):
     assert closure == encode
     plain = operations(lambda net, x: net(x), net, X, jit=jax.jit)
     assert plain[0] == "jit(<lambda>)/blocks.0/attention/dot_general"
-    (applied,) = operations(lambda net, x: net.blocks[1].apply(a=1)(x), net, X)
+    (applied,) = operations(lambda net, x: net.blocks[1].apply(rngs=0)(x), net, X)
     assert applied == "jit(<lambda>)/blocks.1/attention/dot_general"
 
 

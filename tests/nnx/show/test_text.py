@@ -203,7 +203,7 @@ def test_other_things_that_modules_hold():
     layer = Layer(1)
     optimizer = Optimizer(Net(), optax.adam(0.1))
     text = tree_repr(optimizer)
-    assert text.startswith("Optimizer(\n  step = int32[]  # opt_state\n")
+    assert text.startswith("Optimizer(\n  step = 0  # opt_state\n")
     assert "w = float32[2,2]  # opt_state" in text
     model = Box(call=layer.__call__ if callable(layer) else layer.train, p=optax.EmptyState())
     assert "  call = Layer.train(\n    __self__ = Layer(" in tree_repr(model)

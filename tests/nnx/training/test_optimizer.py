@@ -122,7 +122,7 @@ def test_the_state_has_the_paths_of_the_parameters():
     assert list(moment) == [("state", "0", "mu", "blocks", i, "w") for i in "01"]
     nnx.update(optimizer, {"state.0.mu.blocks.0.w": jnp.ones((2, 2))})
     assert (optimizer.opt_state[0].mu["blocks.0.w"] == 1).all()
-    assert "layout=9 arrays for 4 parameters" in repr(optimizer)
+    assert "state = 9 arrays for 4 parameters" in repr(optimizer)
 
 
 def test_the_state_has_the_metadata_of_the_parameters_of_its_shape():
