@@ -20,7 +20,7 @@ import jax
 
 from refx import Node
 from refx.frame import local
-from refx.node import attributes, is_identity
+from refx.node import attributes
 from refx.trace import EVAL
 
 __all__: list[str] = []
@@ -158,17 +158,19 @@ def _below(holder: Any) -> Iterator[tuple[str, Any]]:
             yield from _inside(name, x)
 
 
-def _inside(name: str, x: Any) -> Iterator[tuple[str, Any]]:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(x, is_leaf=is_identity)[0]:
-        if isinstance(leaf, Node):
-            yield ".".join((name, *(_text(key) for key in path))).lstrip("."), leaf
-
-
-def _text(key: Any) -> str:
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+def _inside(name: str, x: Any, around: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
+    # One level at a time: JAX cannot sort the keys of a dict that are of several types. A list may
+    # hold itself.
+    if isinstance(x, Node):
+        yield name.lstrip("."), x
+    elif id(x) not in around and isinstance(x, dict | list | tuple | types.MethodType):
+        around = (*around, id(x))
+        if isinstance(x, types.MethodType):
+            parts: Iterable[tuple[Any, Any]] = [("__self__", x.__self__)]
+        else:
+            parts = x.items() if isinstance(x, dict) else enumerate(x)
+        for key, part in parts:
+            yield from _inside(f"{name}.{key}", part, around)
 
 
 def _everything_below(holder: Any) -> dict[int, str]:

@@ -45,6 +45,7 @@ def function_name(fn: Callable[..., Any]) -> str:
 
 def check_plain(fn: Any, name: str) -> None:
     """Refuse a function whose call only makes a coroutine or a generator, and runs nothing."""
+    fn = inspect.unwrap(fn) if inspect.isfunction(fn) else fn
     if inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
         raise TypeError(
             f"nnx.jit takes a plain function, but {name} is async: a call of it runs nothing yet, so "

@@ -1,6 +1,7 @@
 """Capturing: the right values, in every transformation, with nothing left behind."""
 
 import gc
+import re
 import threading
 import weakref
 
@@ -52,7 +53,8 @@ def test_outputs_by_path_with_no_change_to_the_model_or_its_classes():
     assert isinstance(captured, nnx.Partition)
     assert classes(model) == before and dict(vars(model)) == held
     assert nnx.refs(model) == cells
-    assert repr(model) == text
+    # The counters are read, and the printed model shows them.
+    assert re.sub(r"calls = \d", "calls = 0", repr(model)) == text
     # It is a call like any other: what it writes is written.
     assert int(model.blocks[0].calls) == 2 and int(model.blocks[1].calls) == 1
     check(captured, y, model)

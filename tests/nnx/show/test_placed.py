@@ -22,7 +22,7 @@ def test_a_model_that_is_divided_prints_its_specs_and_the_bytes_of_a_device():
     held = sum(x.addressable_shards[0].data.nbytes for x in model["params"].values())
     assert held == 2 * 128 * 4 // 8 + 24 * 4
     assert f"on each device: {held} B" in text
-    table = nnx.tabulate(model, jnp.ones((4, 16)))
+    table = nnx.tabulate(model, jnp.ones((4, 16)), console_width=120)
     assert table.device_bytes == held and [row.device_bytes for row in table.rows[1:]] == [96, 128]
     assert f"{held} B" in str(table).splitlines()[-2] and "on each device" in str(table)
 

@@ -118,7 +118,10 @@ BATCH = {"x": 1.0}
             lambda: nnx.remat(positive)(1.0),
             "the function positive at {here} for checkpoint / remat. {of} x.",
         ),
-        (lambda: nnx.cond(True, lambda: positive(CELL.value), lambda: 2), "function <lambda> at {here}"),
+        (
+            lambda: nnx.cond(True, lambda: positive(CELL.value), lambda: 2),
+            "function <lambda> at {here}",
+        ),
     ],
 )
 def test_errors_about_tracers_have_the_names_of_the_user(call, text):
