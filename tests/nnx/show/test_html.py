@@ -122,6 +122,7 @@ def test_in_a_notebook_treescope_shows_it(monkeypatch):
     display(net)
     assert shown[0][0] is net
     pictures = shown[0][1]["autovisualize"]
+    treescope.render_to_text(jnp.ones(1))  # by which treescope learns what JAX's arrays are
     assert pictures(jnp.ones(3), None) is not None and pictures(jnp.ones((0, 3)), None) is None
 
 
