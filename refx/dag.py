@@ -74,7 +74,7 @@ def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
     predicates = to_predicates(filters)
     parts: list[dict[Path, Any]] = [{} for _ in filters]
     unmatched: list[Path] = []
-    for path, cell, value in _items(kept):
+    for path, cell, value in items(kept):
         for predicate, part in zip(predicates, parts, strict=True):
             if predicate(path, cell):
                 part[path] = value
@@ -93,7 +93,7 @@ def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
     return (kept.dagdef, *map(Partition._of, parts))
 
 
-def _items(kept: Snapshot) -> Iterator[tuple[Path, Any, Any]]:
+def items(kept: Snapshot) -> Iterator[tuple[Path, Any, Any]]:
     """Path, Ref (or the plain array itself) and value, for everything in a tree."""
     yield from zip(kept.dagdef.ref_paths, kept.refs, kept.values(), strict=True)
     leaves = kept.leaves()
@@ -250,7 +250,7 @@ def get_partition(tree: Any, filter: Filter = ...) -> Partition:
     })
     """
     predicate = to_predicate(filter)
-    found = {p: value for p, cell, value in _items(snapshot(tree)) if predicate(p, cell)}
+    found = {p: value for p, cell, value in items(snapshot(tree)) if predicate(p, cell)}
     if not found:
         check_selection(filter, tree)
     _check_alive(found, found.values(), "was read")

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from nnx.layers._sharding import explicit_mesh, merged_spec, spec_of
 from nnx.module import Module
 from nnx.sharding.placing import rules_for
-from nnx.sharding.rules import ShardingError, current_mesh, resolve
+from nnx.sharding.rules import ShardingError, axis_kinds, by_kind, current_mesh, names_in, resolve
 
 __all__ = [
     "ANYWHERE",
@@ -106,25 +106,19 @@ def wanted_sharding(
         )
     if mesh is None:
         return ANYWHERE
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    current = jax.sharding.get_abstract_mesh()
+    kinds = axis_kinds(mesh)
     # What shard_map maps over is not there inside it.
-    ambient = jax.sharding.get_abstract_mesh()
-    kinds |= dict(zip(ambient.axis_names, ambient.axis_types, strict=True))
     sizes = {axis: n for axis, n in mesh.shape.items() if kinds[axis] != AxisType.Manual}
     spec = resolve(said, shape, sizes, rules_for(None), f"The output of {name}")
-    entries = [_names(entry) for entry in spec]
-
-    def only(kind: AxisType) -> PartitionSpec:
-        kept = [tuple(axis for axis in entry if kinds[axis] == kind) for entry in entries]
-        return PartitionSpec(*(k[0] if len(k) == 1 else k or None for k in kept))
-
+    specs = by_kind(spec, mesh)
+    if not current.empty and isinstance(mesh, AbstractMesh):
+        mesh = current
     explicit = auto = None
-    if not ambient.empty and isinstance(mesh, AbstractMesh):
-        mesh = ambient
-    if AxisType.Explicit in kinds.values():
-        explicit = NamedSharding(mesh, only(AxisType.Explicit))
-    if any(only(AxisType.Auto)) or (explicit is None and AxisType.Auto in kinds.values()):
-        auto = NamedSharding(mesh, only(AxisType.Auto))
+    if AxisType.Explicit in specs:
+        explicit = NamedSharding(mesh, specs[AxisType.Explicit])
+    if AxisType.Auto in specs and (explicit is None or any(specs[AxisType.Auto])):
+        auto = NamedSharding(mesh, specs[AxisType.Auto])
     return Wanted(explicit, auto)
 
 
@@ -134,7 +128,7 @@ def fewer_heads(layer: Module, given: OutSharding, ndim: int, heads: int, x: Any
     for where in wanted_sharding(layer, given, (0,) * ndim, x):
         spec: Any = () if where is None else where.spec
         if where is not None and len(spec) > axis:
-            parts *= math.prod(where.mesh.shape[name] for name in _names(spec[axis]))
+            parts *= math.prod(where.mesh.shape[name] for name in names_in(spec[axis]))
     if heads % parts == 0:
         return given
     spec = given.spec if isinstance(given, NamedSharding) else given
@@ -179,9 +173,3 @@ def _example(arrays: dict[str, Any]) -> str:
     first = next(iter(arrays.values()))
     spec = spec_of(first)
     return ", ".join([repr(spec[0]), "..."]) if spec else "..."
-
-
-def _names(entry: Any) -> tuple[Any, ...]:
-    if entry is None:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)

@@ -18,6 +18,8 @@ from jax.sharding import (
     reshard,
 )
 
+from nnx.sharding.rules import entry_of, names_in
+
 __all__ = [
     "as_placed",
     "dropped",
@@ -71,7 +73,7 @@ def shards(x: Any, axis: int) -> int:
     sharding = _explicit(x)
     if sharding is None:
         return 1
-    return math.prod(sharding.mesh.shape[name] for name in _names(_axes(sharding, x.ndim)[axis]))
+    return math.prod(sharding.mesh.shape[name] for name in names_in(_axes(sharding, x.ndim)[axis]))
 
 
 def _explicit(x: Any) -> NamedSharding | None:
@@ -124,9 +126,9 @@ def looked_up(
     if of_indices is None and of_table is None:
         return jnp.take(table, indices, axis=0)
     along, features = _axes(of_indices, indices.ndim), _axes(of_table, 2)[1]
-    taken = {name for axis in along for name in _names(axis)}
+    taken = {name for axis in along for name in names_in(axis)}
     # A mesh axis that shards the indices already cannot shard the features as well.
-    if taken.intersection(_names(features)):
+    if taken.intersection(names_in(features)):
         features = None
     mesh = (of_indices or of_table).mesh  # pyright: ignore[reportOptionalMemberAccess]
     sharding = NamedSharding(mesh, PartitionSpec(*along, features))
@@ -223,8 +225,8 @@ def merged(x: jax.Array, axes: int) -> jax.Array:
 
 def merged_spec(spec: Sequence[Any], axes: int) -> PartitionSpec:
     """What a spec becomes where the first axes are merged."""
-    names = tuple(name for axis in spec[:axes] for name in _names(axis))
-    return PartitionSpec(names[0] if len(names) == 1 else names or None, *spec[axes:])
+    names = tuple(name for axis in spec[:axes] for name in names_in(axis))
+    return PartitionSpec(entry_of(names), *spec[axes:])
 
 
 def unmerged(y: jax.Array, batch: Sequence[int], spec: Sequence[Any]) -> jax.Array:
@@ -248,9 +250,3 @@ def _put(x: jax.Array, sharding: NamedSharding) -> jax.Array:
         return reshard(x, sharding)
     # Outside of a trace it may be on other devices.
     return jax.device_put(x, sharding)
-
-
-def _names(axis: Any) -> tuple[Any, ...]:
-    if axis is None:
-        return ()
-    return axis if isinstance(axis, tuple) else (axis,)

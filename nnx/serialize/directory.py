@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from nnx.serialize import hosts
 from nnx.serialize.decode import guarded
@@ -129,8 +128,7 @@ def save_directory(
         return saving
     saving.wait()
     if progress is not None:
-        total = sum(x.nbytes for x in encoded.arrays.values() if isinstance(x, np.ndarray))
-        total += sum(x.size * x.dtype.itemsize for x in encoded.arrays.values())
+        total = sum(x.size * x.dtype.itemsize for x in encoded.arrays.values())
         progress(total, total)
     return None
 

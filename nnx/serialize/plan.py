@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
 
 from nnx.serialize.decode import decode, decode_state
 from nnx.serialize.dtypes import dtype_of, has_bad_bits
 from nnx.serialize.errors import LoadError
 from nnx.serialize.fitting import Fitting
 from nnx.serialize.grammar import Damaged, check
-from nnx.sharding.placing import shardings
+from nnx.sharding.placing import shardings, with_places
 from nnx.sharding.putting import put, put_keys
 from nnx.sharding.rules import current_mesh
 from refx import Partition, Ref, get_partition
@@ -96,6 +95,36 @@ def on_devices(name: str, code: Any, x: Any, sharding: Any) -> Any:
     return put(x, sharding)
 
 
+class _Shapes:
+    """The shapes that stand for the arrays of a file while it is decoded, with the names of these."""
+
+    def __init__(self) -> None:
+        # The shapes are held, so that an id means one of them.
+        self._by_id: dict[int, tuple[str, Any]] = {}
+        self._numpy: set[str] = set()
+
+    def new(self, name: str, code: Any) -> Any:
+        """The shape of an array, by what the structure says of it."""
+        shape = shape_of(code)
+        self._by_id[id(shape)] = name, shape
+        if "numpy" in code:
+            self._numpy.add(name)
+        return shape
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        return iter(self._by_id.values())
+
+    def names_in(self, tree: Any) -> set[str]:
+        """The names of the arrays in a tree."""
+        leaves = jax.tree.leaves(tree)
+        return {self._by_id[id(x)][0] for x in leaves if id(x) in self._by_id}
+
+    def on_devices(self, shape: Any) -> str | None:
+        """The name of an array, if it is one of JAX's."""
+        name, _ = self._by_id.get(id(shape), (None, None))
+        return None if name in self._numpy else name
+
+
 def plan_tree(structure: Any, names: Any, only: Any, specs: Any, axes: Any, mesh: Any) -> Plan:
     """The plan of `load`, whose arguments these are."""
     plan = Plan()
@@ -108,44 +137,23 @@ def plan_tree(structure: Any, names: Any, only: Any, specs: Any, axes: Any, mesh
             "the mesh is abstract, so it has no devices to put values on. Pass only=None for their "
             "shapes, or a mesh of jax.make_mesh"
         )
-    by_shape: dict[int, str] = {}
-    kept: list[Any] = []
-    numpy: set[str] = set()
-
-    def new_array(name: str, code: Any) -> Any:
-        shape = shape_of(code)
-        kept.append(shape)  # so that an id means one of them
-        by_shape[id(shape)] = name
-        if "numpy" in code:
-            numpy.add(name)
-        return shape
-
-    tree = decode(structure, names, new_array)
+    shapes = _Shapes()
+    tree = decode(structure, names, shapes.new)
     if isinstance(tree, Partition):
         tree = _nested(tree)
     chosen = get_partition(tree, only)
-    wanted = {by_shape[id(x)] for x in jax.tree.leaves(list(chosen.values())) if id(x) in by_shape}
+    wanted = shapes.names_in(list(chosen.values()))
     if placed:
         where = shardings(tree, specs, axes=axes, mesh=mesh)
         for path, value in get_partition(tree).items():
-            for x, sharding in zip(*_leaves(value, where[path]), strict=True):
-                name = by_shape.get(id(x))
-                if name is not None and name not in numpy:
+            for x, sharding in with_places(value, where[path]):
+                if (name := shapes.on_devices(x)) is not None:
                     plan.shardings[name] = sharding
-    for x in kept:
-        name = by_shape[id(x)]
+    for name, x in shapes:
         if name not in wanted:
             sharding = plan.shardings.get(name)
             plan.shapes[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     return plan
-
-
-def _leaves(value: Any, where: Any) -> tuple[list[Any], list[Any]]:
-    """The parts of a value, and the sharding of each."""
-    leaves = jax.tree.leaves(value)
-    if isinstance(where, Sharding):
-        return leaves, [where] * len(leaves)
-    return leaves, jax.tree.leaves(where, is_leaf=lambda x: x is None)
 
 
 def _nested(partition: Partition) -> Any:
@@ -164,27 +172,16 @@ def _nested(partition: Partition) -> Any:
 def plan_state(structure: Any, names: Any, fitting: Fitting) -> Plan:
     """The plan of `load_state`: what goes into a model's values as it is, is put where they are."""
     plan = Plan()
-    by_shape: dict[int, str] = {}
-    kept: list[Any] = []
-    numpy: set[str] = set()
-
-    def new_array(name: str, code: Any) -> Any:
-        shape = shape_of(code)
-        kept.append(shape)  # so that an id means one of them
-        by_shape[id(shape)] = name
-        if "numpy" in code:
-            numpy.add(name)
-        return shape
-
+    shapes = _Shapes()
     wanted: set[str] = set()
-    for path, value in decode_state(structure, names, new_array).items():
+    for path, value in decode_state(structure, names, shapes.new).items():
         if fitting.wants(path):
-            wanted |= {by_shape[id(x)] for x in jax.tree.leaves(value) if id(x) in by_shape}
+            wanted |= shapes.names_in(value)
         for shape, sharding in fitting.places_of(path, value):
-            name = by_shape.get(id(shape))
-            if name is not None and name not in numpy and sharding is not None:
+            name = shapes.on_devices(shape)
+            if name is not None and sharding is not None:
                 plan.shardings[name] = sharding
-    for x in kept:
-        if by_shape[id(x)] not in wanted:
-            plan.shapes[by_shape[id(x)]] = x
+    for name, x in shapes:
+        if name not in wanted:
+            plan.shapes[name] = x
     return plan

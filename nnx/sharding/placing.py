@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 import refx.ref as ref_module
 from nnx._ambient import ambient
@@ -21,12 +21,15 @@ from nnx.sharding.rules import (
     Rules,
     ShardingError,
     as_rules,
+    by_kind,
     current_mesh,
+    entry_of,
     resolve,
     the_mesh,
 )
 from refx import Partition, Ref
 from refx.access import put, writable
+from refx.dag import items
 from refx.filters import to_predicates
 from refx.partition import Path, dotted
 from refx.selection import check_selection
@@ -52,31 +55,15 @@ def place(x: Any, sharding: NamedSharding) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type)
     if not isinstance(x, Tracer):
         return move(x, sharding)
-    kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    specs = by_kind(sharding.spec, sharding.mesh)
     current = jax.sharding.get_abstract_mesh()
-    # What shard_map maps over is not there inside it.
-    kinds |= dict(zip(current.axis_names, current.axis_types, strict=True))
-    explicit = _only(sharding.spec, [a for a, kind in kinds.items() if kind == AxisType.Explicit])
-    auto = _only(sharding.spec, [a for a, kind in kinds.items() if kind == AxisType.Auto])
     mesh = sharding.mesh if current.empty else current
-    if AxisType.Explicit in kinds.values():
-        x = jax.sharding.reshard(x, NamedSharding(mesh, explicit))
-        if all(part is None for part in auto):
-            return x
-    if AxisType.Auto in kinds.values():
-        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, auto))
-    return x
-
-
-def _only(spec: PartitionSpec, axes: list[str]) -> PartitionSpec:
-    """A spec with nothing but some of the mesh axes."""
-    parts = []
-    for part in spec:
-        names = part if isinstance(part, tuple) else (part,)
-        kept = tuple(name for name in names if name in axes)
-        free = part is PartitionSpec.UNCONSTRAINED
-        parts.append(part if free else kept[0] if len(kept) == 1 else (kept or None))
-    return PartitionSpec(*parts)
+    auto = specs.get(AxisType.Auto)
+    if AxisType.Explicit in specs:
+        x = jax.sharding.reshard(x, NamedSharding(mesh, specs[AxisType.Explicit]))
+        if auto is not None and not any(auto):
+            auto = None
+    return x if auto is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, auto))
 
 
 def map_value(value: Any, said: Any, mesh: AnyMesh, rules: Rules, where: str) -> Any:
@@ -143,35 +130,30 @@ def shardings(
 
 def _planned(tree: Any, specs: Specs, axes: Any, mesh: AnyMesh) -> list[tuple[Any, Any, Any, Any]]:
     """Path, Ref (or the plain array), value and sharding of everything in a tree."""
-    rules, said = rules_for(axes), _said(specs, tree)
-    kept = snapshot(tree)
-    cells = [*zip(kept.dagdef.ref_paths, kept.refs, kept.values(), strict=True)]
-    leaves = kept.leaves()
-    cells += [*zip(kept.dagdef.leaf_paths, leaves, leaves, strict=True)]
+    cells = list(items(snapshot(tree)))
+    rules, said = rules_for(axes), _said(specs, tree, [(path, cell) for path, cell, _ in cells])
     planned = []
-    for path, cell, value in cells:
-        outer, _planning.mesh = _planning.mesh, mesh
-        try:
+    outer, _planning.mesh = _planning.mesh, mesh
+    try:
+        for path, cell, value in cells:
             what = said(path, cell)
-        finally:
-            _planning.mesh = outer
-        if what is None and isinstance(cell, Ref):
-            what = cell._metadata.get(KEY)
-        where = f"Ref {dotted(path)!r}" if path else "A Ref"
-        planned.append((path, cell, value, map_value(value, what, mesh, rules, where)))
+            if what is None and isinstance(cell, Ref):
+                what = cell._metadata.get(KEY)
+            where = f"Ref {dotted(path)!r}" if path else "A Ref"
+            planned.append((path, cell, value, map_value(value, what, mesh, rules, where)))
+    finally:
+        _planning.mesh = outer
     return planned
 
 
-def _said(specs: Specs, tree: Any) -> Callable[[Path, Any], Any]:
+def _said(specs: Specs, tree: Any, cells: list[tuple[Path, Any]]) -> Callable[[Path, Any], Any]:
+    """What `specs` says of a path and the Ref (or plain array) there."""
     if specs is None:
         return lambda path, cell: None
     if isinstance(specs, Mapping):
         predicates = to_predicates(specs)
-        kept = snapshot(tree)
-        items = [*zip(kept.dagdef.ref_paths, kept.refs, strict=True)]
-        items += [*zip(kept.dagdef.leaf_paths, kept.leaves(), strict=True)]
         for filter, predicate in zip(specs, predicates, strict=True):
-            if filter is not ... and not any(predicate(path, cell) for path, cell in items):
+            if filter is not ... and not any(predicate(path, cell) for path, cell in cells):
                 check_selection(filter, tree)
         values = list(specs.values())
 
@@ -246,6 +228,14 @@ def _placed(value: Any, where: Any) -> Any:
     )
 
 
+def with_places(value: Any, where: Any) -> list[tuple[Any, Any]]:
+    """The parts of a value, each with its sharding or None; `where` is one for all, or a tree."""
+    leaves, places = (jax.tree.leaves(t, is_leaf=lambda x: x is None) for t in (value, where))
+    if where is None or isinstance(where, Sharding):
+        places = [where] * len(leaves)
+    return list(zip(leaves, places, strict=True))
+
+
 def fsdp(
     axis: str | tuple[str, ...], min_size: int = 2**16
 ) -> Callable[[Path, Any], PartitionSpec | None]:
@@ -293,7 +283,7 @@ def fsdp(
         if not divisible:
             return None
         largest = max(divisible, key=lambda i: value.shape[i])
-        return PartitionSpec(*[None] * largest, names[0] if len(names) == 1 else names)
+        return PartitionSpec(*[None] * largest, entry_of(names))
 
     return rule
 

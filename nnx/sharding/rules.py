@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nnx._ambient import ambient
 from refx import RefError
@@ -213,18 +213,49 @@ def resolve(
                 f"into {count} equal parts along {' and '.join(map(repr, axes))}. Choose a size that "
                 f"is a multiple of {count}, or leave this dimension whole: a rule or an entry None."
             )
-        spec.append(axes[0] if len(axes) == 1 else (axes or None))
+        spec.append(entry_of(axes))
     return stripped(spec)
 
 
 def _axes(part: Any, sizes: Mapping[str, int], rules: Rules) -> tuple[str, ...]:
     found: list[str] = []
-    for name in () if part is None else (part,) if isinstance(part, str) else part:
-        target = rules.get(name, name)
-        for axis in () if target is None else (target,) if isinstance(target, str) else target:
+    for name in names_in(part):
+        for axis in names_in(rules.get(name, name)):
             if axis in sizes and axis not in found:
                 found.append(axis)
     return tuple(found)
+
+
+def names_in(part: Any) -> tuple[Any, ...]:
+    """The names in one entry of a sharding."""
+    if part is None:
+        return ()
+    return part if isinstance(part, tuple) else (part,)
+
+
+def entry_of(names: tuple[Any, ...]) -> Any:
+    """The entry that has these names: the inverse of `names_in`."""
+    return names[0] if len(names) == 1 else (names or None)
+
+
+def axis_kinds(mesh: AnyMesh) -> dict[str, AxisType]:
+    """The kind of each axis of a mesh, here: what a `shard_map` around maps over is Manual inside it."""
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    current = jax.sharding.get_abstract_mesh()
+    return kinds | dict(zip(current.axis_names, current.axis_types, strict=True))
+
+
+def by_kind(spec: PartitionSpec, mesh: AnyMesh) -> dict[AxisType, PartitionSpec]:
+    """What a spec says of the axes of each kind that the mesh has."""
+    kinds = axis_kinds(mesh)
+    free = PartitionSpec.UNCONSTRAINED
+
+    def only(kind: AxisType) -> PartitionSpec:
+        kept = ([n for n in names_in(part) if kinds.get(n) == kind] for part in spec)
+        pairs = zip(spec, kept, strict=True)
+        return PartitionSpec(*(p if p is free else entry_of(tuple(names)) for p, names in pairs))
+
+    return {kind: only(kind) for kind in dict.fromkeys(kinds.values())}
 
 
 def _shown(said: Any) -> str:
@@ -240,17 +271,13 @@ def stripped(parts: Iterable[Any]) -> PartitionSpec:
 
 
 def inserted(said: Any, axis: int, entry: Any = None) -> Any:
-    """A sharding with one more entry, for an axis that was added at `axis`.
+    """A sharding with one more entry, for an axis that was added at `axis`, counted from the front.
 
     A PartitionSpec may have fewer entries than the array has dimensions; what it lacks is None.
     """
     parts = [*said]
-    if axis < 0 and isinstance(said, PartitionSpec):
-        # Only the rank says where that is, and a spec does not know it.
-        return said if -axis > len(parts) + 1 else PartitionSpec(*parts)
-    at = axis if axis >= 0 else len(parts) + 1 + axis
-    parts += [None] * (at - len(parts))
-    parts.insert(at, entry)
+    parts += [None] * (axis - len(parts))
+    parts.insert(axis, entry)
     return PartitionSpec(*parts) if isinstance(said, PartitionSpec) else tuple(parts)
 
 

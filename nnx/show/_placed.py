@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 import refx
-from nnx.sharding.placing import shardings
+from nnx.sharding.placing import shardings, with_places
 from refx import Node
 
 __all__ = ["Placement", "placement_text"]
@@ -43,12 +42,8 @@ class Placement:
     def bytes_of(self, cell: Any, value: Any) -> tuple[int, bool]:
         """The bytes of a value that one device holds, and whether that is less than all of it."""
         said = self._planned.get(id(cell))
-        leaves = jax.tree.leaves(value)
-        where = [said] * len(leaves) if said is None or isinstance(said, NamedSharding) else None
-        if where is None:
-            where = jax.tree.leaves(said, is_leaf=lambda x: x is None)
         total, divided = 0, False
-        for x, sharding in zip(leaves, where, strict=True):
+        for x, sharding in with_places(value, said):
             if not hasattr(x, "shape"):
                 continue
             sharding = sharding or sharding_of(x)

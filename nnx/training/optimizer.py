@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec as P
 
 import refx
 from nnx.module import Module, ref
+from nnx.sharding.rules import removed
 from nnx.show._format import bytes_text, count_text, short
 from nnx.show._walk import Walk
 from nnx.show.text import collection_sizes, number_text
@@ -450,13 +450,10 @@ def _facts_of_state(
     if said is None or len(shapes) != 1:
         return {}
     (whole,) = shapes
-    parts = [*said, *[None] * (len(whole) - len(said))]
     lacking = [i for i in range(len(whole)) if shape == (*whole[:i], *whole[i + 1 :])]
     if not lacking:
         return {}
-    i = lacking[0 if "v_col" in path else -1]
-    del parts[i]
-    return {**facts, "sharding": type(said)(*parts) if isinstance(said, P) else tuple(parts)}
+    return {**facts, "sharding": removed(said, lacking[0 if "v_col" in path else -1])}
 
 
 def _state_path(keys: Any, params: Mapping[str, Path]) -> tuple[Path, Path | None]:

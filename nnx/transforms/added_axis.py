@@ -8,7 +8,6 @@ from typing import Any
 from nnx.sharding.rules import inserted
 from nnx.sharding.structure import with_shardings
 from nnx.transforms.boundary import Packed, Spec
-from refx.dagdef import RefDef
 
 __all__: list[str] = []
 
@@ -24,13 +23,14 @@ def with_axes(packed: Packed, axes: Sequence[int | None], entry: Any = None) -> 
     graph = packed.spec.graph
     if graph is None or not any(axis is not None for axis in axes):
         return packed
-    nodes = enumerate(graph.dagdef.nodes)
-    new = [n for n, x in nodes if type(x) is RefDef and n not in graph.known]
-    added = dict(zip(new, axes, strict=True))
+    added = {n: (axis, x) for n, axis, x in zip(graph.new(), axes, packed.out[0], strict=True)}
 
     def change(n: int, said: Any) -> Any:
-        axis = added.get(n)
-        return said if axis is None else inserted(said, axis, entry)
+        axis, value = added.get(n, (None, None))
+        if axis is None:
+            return said
+        # The rank says where an axis is that is counted from the end; a spec may not have it.
+        return inserted(said, axis % getattr(value, "ndim", len(said) + 1), entry)
 
     moved = graph._replace(dagdef=with_shardings(graph.dagdef, change))
     return Packed(Spec(packed.spec.written, moved), packed.out, packed.written)

@@ -65,6 +65,11 @@ class Graph(NamedTuple):
     # Whether the caller's containers have to be filled again.
     refill: bool
 
+    def new(self) -> list[int]:
+        """The numbers of the new Refs in `dagdef`, in order."""
+        nodes = enumerate(self.dagdef.nodes)
+        return [n for n, node in nodes if type(node) is RefDef and n not in self.known]
+
 
 class Spec(NamedTuple):
     """What a call left behind, without the values: the aux data of the output node."""
@@ -407,15 +412,9 @@ def _apply(call: Call, graph: Graph, new: list[Any], arrays: list[Any]) -> Any:
     existing = {n: objects[i] for n, i in graph.known.items()}
     given = iter(arrays)
     leaves = [call.leaves[i] if i is not None else next(given) for i in graph.leaves]
-    new = list(map(_born, _new_defs(graph), new))
+    new = [_born(graph.dagdef.nodes[n], x) for n, x in zip(graph.new(), new, strict=True)]
     (_, out), _ = build(graph.dagdef, new, leaves, existing=existing, refill=graph.refill)
     return out
-
-
-def _new_defs(graph: Graph) -> list[RefDef]:
-    """What stands in the structure for each new Ref."""
-    nodes = enumerate(graph.dagdef.nodes)
-    return [node for n, node in nodes if type(node) is RefDef and n not in graph.known]
 
 
 def _born(node: RefDef, value: Any) -> Any:
@@ -440,7 +439,7 @@ def fresh_output(call: Call, packed: Packed, values: list[Any], leaves: list[Any
     numbers = [n for n, node in enumerate(call.layout.dagdef.nodes) if type(node) is RefDef]
     ref_at = {n: i for i, n in enumerate(numbers)}
     new, more = map(iter, packed.out)
-    new = map(_born, _new_defs(graph), new)
+    new = (_born(graph.dagdef.nodes[n], x) for n, x in zip(graph.new(), new, strict=True))
     refs = [
         values[ref_at[graph.known[n]]] if n in graph.known else next(new)
         for n, node in enumerate(graph.dagdef.nodes)

@@ -292,3 +292,30 @@ def test_rules_are_those_of_the_thread_and_end_with_the_block():
         thread.join()
         assert nnx.shardings(net, mesh=AUTO)["w"].spec == P("data")
     assert seen == [P()] and nnx.shardings(net, mesh=AUTO)["w"].spec == P()
+
+
+@pytest.mark.parametrize("said", [(None, "model"), P(None, "model")], ids=["tuple", "spec"])
+@pytest.mark.parametrize(("out_axes", "want"), [(0, 2), (1, 2), (2, 1), (-1, 1), (-2, 2), (-3, 2)])
+def test_vmap_adds_the_entry_where_it_adds_the_axis(said, out_axes, want):
+    def make(key):
+        return nnx.Linear.init(key)(8, 16, use_bias=False, kernel_metadata={"sharding": said})
+
+    with jax.set_mesh(AUTO):
+        many = nnx.vmap(make, out_axes=out_axes)(jax.random.split(jax.random.key(0), 4))
+    assert many.kernel.shape[want] == 16
+    assert spec(many.kernel) == P(*[None] * want, "model")
+
+
+def test_a_stack_and_its_layers_have_the_entries_of_their_axes():
+    def layer():
+        return nnx.Linear(8, 8, kernel_metadata={"sharding": ("embed", "mlp")})
+
+    def entries(module):
+        return nnx.get_ref(module, "kernel").metadata["sharding"]
+
+    with nnx.scope(0):
+        stack = nnx.Stack(layer, 3)
+    stacked = (None, "embed", "mlp")
+    assert entries(stack.layers) == entries(stack[1:].layers) == stacked
+    assert entries(stack[1]) == ("embed", "mlp")
+    assert entries(nnx.Stack.of(stack.unstack()).layers) == stacked

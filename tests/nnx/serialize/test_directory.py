@@ -279,9 +279,11 @@ def test_layers_one_by_one_into_a_stack(tmp_path):
     target = {"layers": stack}
     nnx.shard(target, {"params": P(None, "data")}, mesh=mesh_of(2))
     report = nnx.load_state(tmp_path / "run", into=target, strict=False)
-    if report.loaded:  # the bridge between the two forms is the same as for one file
-        kernel = nnx.get_partition(target, "params")
-        assert any(x.sharding.spec == P(None, "data") for x in kernel.values())
+    assert len(report.loaded) == 2
+    for i, layer in enumerate(layers):
+        np.testing.assert_array_equal(stack[i].kernel, layer.kernel)
+    params = nnx.get_partition(target, "params")
+    assert all(x.sharding.spec == P(None, "data") for x in params.values())
 
 
 def test_a_training_run_goes_on_with_the_same_losses(tmp_path):
