@@ -1,8 +1,6 @@
 """Layers: modules with the arguments, names, shapes and numerics of their flax.nnx namesakes."""
 
-from jax.nn import initializers
-
-from nnx.layers.activations import (
+from jax.nn import (
     celu,
     elu,
     gelu,
@@ -12,6 +10,7 @@ from nnx.layers.activations import (
     hard_swish,
     hard_tanh,
     identity,
+    initializers,
     leaky_relu,
     log_sigmoid,
     log_softmax,
@@ -30,8 +29,9 @@ from nnx.layers.activations import (
     squareplus,
     standardize,
     swish,
-    tanh,
 )
+from jax.numpy import tanh
+
 from nnx.layers.adaptive_pooling import adaptive_avg_pool, adaptive_max_pool
 from nnx.layers.attention import MultiHeadAttention
 from nnx.layers.attention_functions import dot_product_attention, dot_product_attention_weights

@@ -44,8 +44,9 @@ def new_ref(
     small = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
     drawn_in = jnp.float32 if small else dtype
     value = drawn_in_place(init, key, shape, drawn_in, metadata.get("sharding"))
-    value = (init(key, shape, drawn_in) if value is None else value).astype(dtype)
-    return Ref(value, "params", **metadata)
+    if value is None:
+        value = init(key, shape, drawn_in)
+    return Ref(value.astype(dtype) if small else value, "params", **metadata)
 
 
 def shape_error(layer: Module, what: str, expected: str, got: Any) -> ValueError:

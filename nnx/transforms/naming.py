@@ -111,7 +111,7 @@ class InputNames:
         self._layout = call.layout
         self._roots = call.roots
         self._paths = _argument_paths(call.layout.form)
-        self._parameters = _parameters(fn)
+        self._parameters = parameters(fn)
 
     def name(self, kind: str, i: int) -> str:
         """The name of the i-th of the `values`, the `leaves`, the `others` or the `donated`."""
@@ -174,7 +174,8 @@ def _argument_paths(form: Any) -> list[Any]:
     return [path for path, _ in paths]
 
 
-def _parameters(fn: Any) -> list[inspect.Parameter]:
+def parameters(fn: Any) -> list[inspect.Parameter]:
+    """The parameters of a function; none where Python cannot tell."""
     try:
         return list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from jax.core import Tracer
 from nnx.sharding.rules import canonical
 from nnx.transforms.call import Call
 from nnx.transforms.layout import Layout
+from nnx.transforms.naming import parameters
 from refx import Node
 from refx.dagdef import Leaf, NodeDef, RefDef, Tree
 from refx.partition import Path, dotted
@@ -114,7 +114,7 @@ class View:
         treedef = layout.form.treedef
         flat = jax.tree.unflatten(treedef, range(treedef.num_leaves))
         keyed = jax.tree_util.tree_flatten_with_path(flat)[0]
-        self.parameters = _parameters(jitted._fn)
+        self.parameters = [p.name for p in parameters(jitted._fn)]
         fixed = {i for i, _ in layout.statics[1]} if layout.statics is not None else set()
         left = [i for i in range(len(flat[0]) + len(fixed)) if i not in fixed]
 
@@ -157,13 +157,6 @@ _SCOPE, _STEPS = ("the scope",), ("the steps to closed-over modules",)
 
 def _part(key: Any) -> str:
     return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
-
-
-def _parameters(fn: Any) -> list[str]:
-    try:
-        return list(inspect.signature(fn).parameters)
-    except (TypeError, ValueError):
-        return []
 
 
 def _variable(path: tuple[Any, ...]) -> Path:
