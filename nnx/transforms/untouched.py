@@ -68,6 +68,8 @@ class Untouched:
         self._outer = outer
         # What stands for closed-over roots, where the caller passes one of them as an argument, too.
         self._closed = reachable(layout.dagdef, range(closed.start, closed.stop))
+        self._given = reachable(layout.dagdef, range(start))
+        self._objects = objects
         self._numbers = [n for n, x in enumerate(objects) if type(x) is not Ref]
         self._inner = Contents([contents(objects[n]) for n in self._numbers])
         self._roots = call.roots[closed]
@@ -119,6 +121,7 @@ class Untouched:
 
     def _check_arguments(self, frame: Frame) -> None:
         changed = [self._numbers[i] for i in self._inner.changed()]
+        self._check_identity([self._objects[n] for n in changed], frame)
         both = [n for n in changed if n in self._closed]
         if not both:
             # What is far is looked for only here, where there is a reason.
@@ -127,6 +130,18 @@ class Untouched:
         if both:
             self.restore()
             raise _both(self._outer[both[0]], frame)
+
+    def _check_identity(self, changed: list[Any], frame: Frame) -> None:
+        """Raise if an argument was given what it holds already, by its name outside.
+
+        In the body those are two objects, so whatever visits each object once would count it twice.
+        """
+        theirs = {id(self._outer[n]) for n in self._given}
+        for x in changed:
+            twice = next((y for y in _objects_of(x) if id(y) in theirs), None)
+            if twice is not None:
+                self.restore()
+                raise _given_again(twice, x, frame)
 
     def _check_caller(self, frame: Frame) -> None:
         changed = self._caller.changed()
@@ -182,12 +197,25 @@ def _objects_of(root: Any) -> list[Any]:
         return [root]
 
 
+def _a(x: Any) -> str:
+    name = type(x).__name__
+    return f"a {name}" if isinstance(x, Node | Ref) else f"a {name} of a module"
+
+
 def _both(x: Any, frame: Frame) -> StructureError:
-    what = f"A {type(x).__name__}" if isinstance(x, Node) else f"A {type(x).__name__} of a module"
+    what = _a(x)
     return StructureError(
-        f"{what} was changed in {frame.name}: an attribute, a list or a dict of it. It is an "
-        f"argument and the function closes over it, too, where the change is not seen. Use it under "
+        f"{what[0].upper()}{what[1:]} was changed in {frame.name}: an attribute, a list or a dict of it. "
+        f"It is an argument and the function closes over it, too, where the change is not seen. Use it under "
         f"one of the two names: the argument."
+    )
+
+
+def _given_again(x: Any, holder: Any, frame: Frame) -> StructureError:
+    return StructureError(
+        f"In {frame.name} {_a(holder)} that is an argument was given {_a(x)} that the function "
+        f"closes over. The arguments hold it already, and inside the two are different objects, so "
+        f"it would count twice. Take it from the argument."
     )
 
 

@@ -294,3 +294,42 @@ def test_a_closed_over_list_changed_where_the_body_runs_more_often_or_never(loop
     with pytest.raises(nnx.StructureError, match="A Two that .* closes over was changed inside it"):
         loop(add)
     assert m.kids == []
+
+
+class Holder(nnx.Module):
+    def __init__(self, head):
+        self.head = head
+        self.kids = []
+
+
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.remat, lambda f: nnx.jit(nnx.remat(f))])
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda m, leaf: setattr(m, "kids", [leaf, m]),
+        lambda m, leaf: m.kids.append(leaf),
+        lambda m, leaf: setattr(m, "again", Holder(leaf)),
+        lambda m, leaf: setattr(m, "again", (leaf, {"a": m})),
+    ],
+)
+def test_an_argument_that_is_given_what_it_holds_by_its_name_outside(transform, give):
+    leaf = Cached()
+    model = Holder(leaf)
+
+    def count(m):
+        give(m, leaf)
+        return len({id(x) for x in nnx.modules(m).values()})
+
+    message = (
+        r"In nnx\.\w+\(.*count\) a (Holder|list of a module) that is an argument was given a Cached "
+        r"that the function closes over.*Take it from the argument"
+    )
+    with pytest.raises(nnx.StructureError, match=message):
+        transform(count)(model)
+    assert vars(model).keys() == {"head", "kids"} and model.kids == [] and model.head is leaf
+
+
+def test_an_argument_that_is_given_what_only_the_function_knows():
+    leaf, model = Cached(), Holder(Cached())
+    nnx.jit(lambda m: m.kids.append(leaf))(model)
+    assert model.kids == [leaf]
