@@ -29,7 +29,7 @@ import jax
 import refx.ref as ref_module
 from nnx._layer_names import RootNames
 from nnx.scope import entered
-from nnx.transforms.call import Call, Roots, unlabelled
+from nnx.transforms.call import Call, Roots, Values, unlabelled
 from nnx.transforms.donation import explain_deleted
 from nnx.transforms.homes import kept
 from nnx.transforms.layout import Layout
@@ -91,6 +91,15 @@ class Packed:
         self.out = out
         self.written = written
 
+    def values(self) -> dict[int, Any]:
+        """What was written, by the number of the Ref."""
+        return dict(zip(self.spec.written, self.written, strict=True))
+
+    def united(self, numbers: Iterable[int], before: Values) -> list[Any]:
+        """The values of these Refs afterwards, whether or not they were written."""
+        written = self.values()
+        return [written[i] if i in written else before.refs[i] for i in numbers]
+
 
 class _Key:
     """A part of the output in JAX's names: `result[0]` is that of the user's output."""
@@ -123,9 +132,7 @@ def run(
     fn: Callable[..., Any],
     name: str,
     call: Call,
-    values: Any,
-    leaves: Any,
-    others: Any,
+    values: Values,
     *,
     layout: Layout | None = None,
     mode: str = "lift",
@@ -141,9 +148,7 @@ def run(
       fn: the user's function.
       name: the transformation and the function, for messages.
       call: the caller's side, for the closed-over Refs.
-      values: a value for each Ref.
-      leaves: a value for each plain array.
-      others: the arguments that hold no Refs.
+      values: what JAX gives for the values of the call.
       layout: the static part of the call; that of `call` without it.
       mode: what reading a closed-over Ref means. `"lift"`: it must become a root. `"read"`: its
         value is taken as it is, since the trace is not kept, and only a written one becomes a
@@ -166,8 +171,9 @@ def run(
     )
     with frame:
         if layout.labels:
-            values, leaves = unlabelled(layout, values, leaves)
-        roots, objects = build(layout.dagdef, map(copy_containers, values), leaves)
+            values = unlabelled(layout, values)
+        leaves = values.plain_arrays
+        roots, objects = build(layout.dagdef, map(copy_containers, values.refs), leaves)
         label_stand_ins(layout, objects)
         outer = call.objects()
         inner_refs = [x for x in objects if type(x) is Ref]
@@ -179,7 +185,7 @@ def run(
         frame.describe = _namer(layout.dagdef, outer, objects)
         frame.roots = RootNames(roots, call.roots)
         try:
-            args, kwargs = _arguments(layout, roots, others)
+            args, kwargs = _arguments(layout, roots, values.arguments)
             scope = roots[-1] if layout.has_scope else None
             with entered(scope):
                 out = fn(*args, **kwargs)
@@ -385,7 +391,8 @@ def close_call(call: Call, packed: Packed) -> Any:
         if call.at_once:
             # The old values are let go here, while the program that read them has hardly begun:
             # a few microseconds later it costs a third more.
-            refs, call.values = call.refs, []
+            refs = call.refs
+            call.values.refs.clear()
             for i, value in zip(spec.written, packed.written):
                 refs[i]._value = value
             if local.frame is not None:
@@ -411,7 +418,7 @@ def _apply(call: Call, graph: Graph, new: list[Any], arrays: list[Any]) -> Any:
     objects = call.objects()
     existing = {n: objects[i] for n, i in graph.known.items()}
     given = iter(arrays)
-    leaves = [call.leaves[i] if i is not None else next(given) for i in graph.leaves]
+    leaves = [call.values.plain_arrays[i] if i is not None else next(given) for i in graph.leaves]
     new = [_born(graph.dagdef.nodes[n], x) for n, x in zip(graph.new(), new, strict=True)]
     (_, out), _ = build(graph.dagdef, new, leaves, existing=existing, refill=graph.refill)
     return out
@@ -425,25 +432,26 @@ def _born(node: RefDef, value: Any) -> Any:
     return ref_module.at_birth(value, node.collection.value, facts)
 
 
-def fresh_output(call: Call, packed: Packed, values: list[Any], leaves: list[Any]) -> Any:
+def fresh_output(call: Call, packed: Packed, values: Values) -> Any:
     """The output with value semantics: what came in comes out as a copy, with what was written.
 
-    `values` and `leaves` are those that came in, or `ShapeDtypeStruct`s for them.
+    `values` are those that came in, or `ShapeDtypeStruct`s for them.
     """
     graph = packed.spec.graph
     if graph is None:
         return packed.out
-    values, leaves = unlabelled(call.layout, values, leaves)
+    values = unlabelled(call.layout, values)
     for i, value in zip(packed.spec.written, packed.written, strict=True):
-        values[i] = value
+        values.refs[i] = value
     numbers = [n for n, node in enumerate(call.layout.dagdef.nodes) if type(node) is RefDef]
     ref_at = {n: i for i, n in enumerate(numbers)}
     new, more = map(iter, packed.out)
     new = (_born(graph.dagdef.nodes[n], x) for n, x in zip(graph.new(), new, strict=True))
     refs = [
-        values[ref_at[graph.known[n]]] if n in graph.known else next(new)
+        values.refs[ref_at[graph.known[n]]] if n in graph.known else next(new)
         for n, node in enumerate(graph.dagdef.nodes)
         if type(node) is RefDef
     ]
-    arrays = [leaves[i] if i is not None else next(more) for i in graph.leaves]
+    given = values.plain_arrays
+    arrays = [given[i] if i is not None else next(more) for i in graph.leaves]
     return build(graph.dagdef, refs, arrays)[0][1]

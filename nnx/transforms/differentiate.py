@@ -67,12 +67,12 @@ def differentiate(
             return (pure_of(out), (out, aux)) if holds[-1] else (out, aux)
 
         def pure(parts: list[Parts]) -> Any:
-            flat = list(call.values), list(call.leaves), list(call.others)
+            values = call.values.copied()
             for t, part in zip(targets, parts, strict=True):
-                t.put(part, *flat)
-            return run(inner, name, call, *flat, mode="constant", split_out=split_out)
+                t.put(part, values)
+            return run(inner, name, call, values, mode="constant", split_out=split_out)
 
-        parts = [t.take(call.values, call.leaves, call.others) for t in targets]
+        parts = [t.take(call.values) for t in targets]
         result, packed = transform(named(pure, inner, call), parts, targets, name)
         closed = close_call(call, packed)
         if holds[-1]:

@@ -17,7 +17,7 @@ from nnx._ambient import ambient
 from nnx.transforms import plain
 from nnx.transforms.axes import AxisError, ByFilter, Specs, assign, length
 from nnx.transforms.boundary import abstractly, close_call, run
-from nnx.transforms.call import Call, Roots, open_call
+from nnx.transforms.call import Call, Roots, Values, open_call
 from nnx.transforms.callables import function_name
 from nnx.transforms.carry import CARRY, Loop, run_loop
 from nnx.transforms.eager import compiled_once
@@ -130,14 +130,14 @@ def _scan(
         sliced = loop.sliced()
         slices = jax.eval_shape(lambda: sliced)
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), slices)
-        loop.learn(abstractly(loop.pure_step(), loop.first(), one))
+        loop.abstract_step(one)
 
         def body(carry: Any, x: Any) -> Any:
             carry, packed = loop.step(carry, x)
             return carry, (packed.out, loop.sliced_of(packed))
 
         last, (out, sliced) = jax.lax.scan(
-            named(body, f, call, loop.spread),
+            named(body, f, call, loop.labels),
             loop.first(),
             sliced,
             size,
@@ -213,14 +213,14 @@ def _while_loop(
         body_of_val = lambda val: (body_fun(val), None)  # noqa: E731
         loop = Loop(name, body_of_val, call, specs, init, renewed=renewed)
         nothing = loop.sliced()
-        loop.learn(abstractly(loop.pure_step(), loop.first(), nothing))
+        loop.abstract_step(nothing)
 
         def condition(carry: Any) -> Any:
             packed = run(
                 cond_fun,
                 name,
                 call,
-                *loop.place(carry, nothing),
+                loop.place(carry, nothing),
                 mode="constant",
                 runs_once=False,
             )
@@ -237,8 +237,8 @@ def _while_loop(
 
         abstractly(condition, loop.first())
         last = jax.lax.while_loop(
-            named(condition, cond_fun, call, loop.spread),
-            named(body, body_fun, call, loop.spread),
+            named(condition, cond_fun, call, loop.carry_labels),
+            named(body, body_fun, call, loop.carry_labels),
             loop.first(),
         )
         close_call(call, loop.packed(None, last, []))
@@ -306,7 +306,7 @@ def _fori_loop(
         call = open_call((index, init), {}, roots)
         specs = _all_carried(call)
         # The index is an input of each step, and nothing that is carried.
-        specs.others[0] = 0
+        specs.values.arguments[0] = 0
         call.repeats = 1 if count is None else count
         loop = Loop(
             name,
@@ -318,12 +318,12 @@ def _fori_loop(
             steps=count,
             renewed=renewed,
         )
-        loop.learn(abstractly(loop.pure_step(), loop.first(), ([], [], [index])))
+        loop.abstract_step(Values([], [], [index]))
 
         def body(i: Any, carry: Any) -> Any:
-            return loop.step(carry, ([], [], [i]))[0]
+            return loop.step(carry, Values([], [], [i]))[0]
 
-        body = named(body, body_fun, call, loop.spread)
+        body = named(body, body_fun, call, loop.index_labels)
         last = jax.lax.fori_loop(lower, upper, body, loop.first(), unroll=unroll)
         close_call(call, loop.packed(None, last, []))
         return loop.last(last)
@@ -409,6 +409,4 @@ def _sizes(name: str, xs: Any) -> set[int]:
 
 
 def _all_carried(call: Call) -> Specs:
-    return Specs(
-        [CARRY] * len(call.refs), [CARRY] * len(call.leaves), [CARRY] * len(call.others), []
-    )
+    return Specs(Values(*[[CARRY] * len(values) for values in call.values]), [])

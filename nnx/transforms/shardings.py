@@ -55,6 +55,7 @@ class Shardings:
         packed = Packed(
             out.spec,
             jax.tree.unflatten(jax.tree.structure(out.out), outputs),
-            [specs.refs[i] for i in out.spec.written],
+            [specs.values.refs[i] for i in out.spec.written],
         )
-        return {"in_shardings": tuple(specs[:3]), "out_shardings": packed}
+        inputs = layout.divided(specs.values)
+        return {"in_shardings": inputs, "out_shardings": packed}

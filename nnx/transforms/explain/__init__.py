@@ -18,7 +18,7 @@ from nnx.transforms.call import Call
 from nnx.transforms.explain.differences import (
     Program,
     View,
-    aval,
+    avals_of,
     differences,
     placed_elsewhere,
     placement,
@@ -131,7 +131,7 @@ def note_compiled(event: str, duration_secs: float, **_: Any) -> None:
     call: Call | None = ambient.call
     if call is None or not event.endswith("backend_compile_duration") or not call.layout.programs:
         return
-    avals = tuple(list(map(aval, x)) for x in (call.values, call.leaves, call.others))
+    avals = avals_of(call)
     for program in call.layout.programs:
         if program.avals == avals and (now := placement(call)) not in program.placements:
             program.placements.append(now)

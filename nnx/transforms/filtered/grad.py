@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import jax
@@ -216,4 +217,4 @@ def _by_filter(rules: dict[Any, Any], module: Any, name: str) -> Iterator[tuple[
     specs = assign(
         call, (module,), {}, (rules,), name=name, keyword=True, ambient=lambda path, ref: True
     )
-    return zip((*specs.refs, *specs.leaves), (*call.values, *call.leaves), strict=False)
+    return zip(chain(*specs.values[:2]), chain(*call.values[:2]), strict=True)
