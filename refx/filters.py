@@ -306,7 +306,7 @@ class _ByClass(_Selector):
     _takes = "a class"
 
     def __init__(self, kind: type | types.UnionType | tuple[typing.Any, ...]):
-        kinds = kind if isinstance(kind, tuple) else typing.get_args(kind) or (kind,)
+        kinds: typing.Any = kind if isinstance(kind, tuple) else typing.get_args(kind) or (kind,)
         if not kinds or not all(isinstance(k, type) for k in kinds):
             raise FilterError(
                 f"{type(self).__name__} takes {self._takes}, or a tuple of classes, but got {kind!r:.80}."
