@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import refx
 from nnx._hints import missing as _missing
-from nnx.module import Module, dataclass, param, ref, static
+from nnx.fields import dataclass, param, ref, static
+from nnx.module import Module
 from nnx.purify import purify
 from nnx.rng import RngStream
 from nnx.scope import MissingFlagError, MissingStreamError, get_flag, make_rng, scope

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 from typing import Any
 
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from refx import Node
-from refx.node import set_on_class
 
 __all__: list[str] = []
 
@@ -112,40 +110,3 @@ def forward_instead(cls: type) -> Any:
         )
 
     return __call__
-
-
-def check_after_init(cls: type) -> None:
-    """Call the `__check_init__` of each class after `__init__`, those of base classes first.
-
-    That is Equinox's hook: a subclass cannot forget to call it, since nobody calls it.
-    """
-    checks = [vars(b)["__check_init__"] for b in cls.__mro__[::-1] if "__check_init__" in vars(b)]
-    if not checks:
-        return
-    init = _unchecked(cls.__init__)
-
-    @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        if type(self) is cls:
-            for check in checks:
-                check(self)
-
-    vars(__init__)["_unchecked"] = init
-    set_on_class(cls, "__init__", __init__)
-
-
-def own_init(cls: type) -> None:
-    """Undo `check_after_init`, so that a class has the `__init__` that its user wrote, or none."""
-    init = vars(cls).get("__init__")
-    own = _unchecked(init)
-    if own is init:
-        return
-    if any(_unchecked(vars(base).get("__init__")) is own for base in cls.__mro__[1:]):
-        type.__delattr__(cls, "__init__")
-    else:
-        set_on_class(cls, "__init__", own)
-
-
-def _unchecked(init: Any) -> Any:
-    return getattr(init, "_unchecked", init)

@@ -14,6 +14,7 @@ from refx import Any as AnyOf
 from refx.dagdef import node_paths
 from refx.node import attributes, is_identity
 from refx.partition import Path, dotted
+from refx.selection import follow
 from refx.walk import walk
 
 __all__ = ["modules", "replace"]
@@ -69,20 +70,6 @@ def selector(where: Where) -> Callable[[Path, Any], bool]:
     )
 
 
-def followed(tree: Any, parts: Iterable[str]) -> Any:
-    """What a path leads to, be it the first path of that or another; None where it leads nowhere."""
-    for part in parts:
-        if isinstance(tree, Node):
-            tree = attributes(tree).get(part)
-        elif isinstance(tree, dict):
-            tree = next((x for key, x in tree.items() if str(key) == part), None)
-        elif isinstance(tree, list | tuple) and part.isdigit() and int(part) < len(tree):
-            tree = tree[int(part)]
-        else:
-            return None
-    return tree
-
-
 def listed_modules(paths: Iterable[Path], most: int = 12) -> str:
     """Paths for a message."""
     names = [dotted(path) or "'' (the model)" for path in paths]
@@ -129,7 +116,7 @@ def replace(tree: M, where: Where, fn: Callable[[Any], Any]) -> M:
     ]
     if not chosen and isinstance(where, str):
         # A shared module has other paths than its first.
-        other = followed(tree, where.split("."))
+        other = follow(tree, where.split("."))
         pairs = [(p, found.objects[i]) for i, p in paths.items() if isinstance(other, Module)]
         chosen = [(path, x) for path, x in pairs if x is other]
     if not chosen:

@@ -53,8 +53,10 @@ __all__: list[str] = []
 _captured: weakref.WeakSet[Ref[Any]] = weakref.WeakSet()
 
 
-def _stand_in(frame: Frame, ref: Ref[Any], owner: Any) -> Ref[Any]:
+def _stand_in(frame: Frame | None, ref: Ref[Any], owner: Any) -> Ref[Any]:
     """The Ref that stands in the body of `frame` for `ref`, a Ref of an enclosing level."""
+    if frame is None:
+        raise _misplaced(ref, owner)
     known = frame.stand_ins.get(ref)
     if known is not None:
         return known.inner
@@ -80,8 +82,6 @@ def seen_from(frame: Frame | None, ref: Ref[Any], owner: Any = None) -> Any:
     if ref._trace is FROZEN:
         # As an input, where the program around has it as one: as a constant it may be large.
         return (ref if frame is None else frame.inner(ref))._value
-    if frame is None:
-        raise _misplaced(ref, owner)
     return _stand_in(frame, ref, owner)._value
 
 
@@ -95,7 +95,6 @@ def read(ref: Ref[Any], owner: Any = None) -> Any:
     if ref._frame is not frame:
         if _outlives_its_body(ref):
             return _alive(ref, ref._value, owner)
-        _check_reachable(ref, owner)
         value = seen_from(frame, ref, owner)
         if frame is not None and current_trace(()) is not frame.trace():
             _check_not_captured(frame.inner(ref), owner, frame, current_trace(()))
@@ -153,12 +152,7 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
     frame = local.frame
     if ref._trace is FROZEN:
         raise ReadOnlyError(_frozen_message(describe(ref, owner)))
-    if ref._frame is not frame:
-        _check_reachable(ref, owner)
-        assert frame is not None
-        target = _stand_in(frame, ref, owner)
-    else:
-        target = ref
+    target = ref if ref._frame is frame else _stand_in(frame, ref, owner)
     home = target._trace()
     if target._trace is LABEL:
         home = EVAL if frame is None else frame.trace()
@@ -256,19 +250,6 @@ def _outlives_its_body(ref: Ref[Any]) -> bool:
     if ref._frame is None or ref._frame.open or (ref._trace not in (READ_ONLY, LABEL)):
         return False
     return all([runs(x._trace) for x in jax.tree.leaves(ref._value) if isinstance(x, Tracer)])
-
-
-def _check_reachable(ref: Ref[Any], owner: Any) -> None:
-    home = ref._frame
-    if home is None:
-        return
-    if not home.open:
-        raise _misplaced(ref, owner)
-    frame = local.frame
-    while frame is not None and frame is not home:
-        frame = frame.parent
-    if frame is None:
-        raise _misplaced(ref, owner)
 
 
 def _misplaced(ref: Ref[Any], owner: Any) -> Exception:

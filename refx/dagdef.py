@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -139,34 +139,26 @@ class DagDef(Generic[T]):
         return self.ref_paths + self.leaf_paths
 
     def _find_paths(self) -> None:
-        paths, leaves = _paths(self)
-        refs = tuple(paths[i] for i, n in enumerate(self.nodes) if type(n) is RefDef)
+        found = list(parts(self))
+        refs = [p for x, p in found if type(x) is int and type(self.nodes[x]) is RefDef]
+        leaves = {x.number: path for x, path in found if type(x) is Leaf}
         self._leaf_paths = tuple(leaves[i] for i in range(len(leaves)))
-        twice = [p for p, count in Counter(refs + self._leaf_paths).items() if count > 1]
+        twice = [p for p, count in Counter((*refs, *self._leaf_paths)).items() if count > 1]
         if twice:
             raise StructureError(
                 f"Two values have the same path {dotted(twice[0])!r}: keys of a dict that are "
                 f"different but read the same, such as 1 and '1'. Rename one of the keys."
             )
-        self._ref_paths = refs
+        self._ref_paths = tuple(refs)
 
     def __repr__(self) -> str:
         # Not by the paths, which may be ambiguous: a message that has this repr must come through.
         kinds = [n.kind.__name__ for n in self.nodes if type(n) is NodeDef]
-        refs = sum(type(n) is RefDef for n in self.nodes)
-        leaves = set()
-        todo = [self.root, *(c for n in self.nodes if type(n) is NodeDef for c in n.children)]
-        while todo:
-            child = todo.pop()
-            if type(child) is Leaf:
-                leaves.add(child.number)
-            elif type(child) is Tree:
-                todo += child.children
-        if type(self.root) is int and type(self.nodes[self.root]) is NodeDef:
-            what = kinds[0]
-        else:
-            what = "Ref" if type(self.root) is int else "tree"
-        return f"DagDef({what}: {refs} Refs, {len(leaves)} arrays, {len(kinds)} nodes)"
+        refs = len(self.nodes) - len(kinds)
+        leaves = sum(type(part) is Leaf for part, _ in parts(self))
+        root = self.nodes[self.root] if type(self.root) is int else None
+        what = "tree" if root is None else "Ref" if type(root) is RefDef else kinds[0]
+        return f"DagDef({what}: {refs} Refs, {leaves} arrays, {len(kinds)} nodes)"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The revisions of classes count what happened in this process.
@@ -230,28 +222,26 @@ def revision_of(kind: type) -> int:
 jax.tree_util.register_pytree_node(DagDef, lambda dagdef: ((), dagdef), lambda dagdef, _: dagdef)
 
 
-def node_paths(dagdef: DagDef) -> dict[int, Path]:
-    """The canonical path of each object of a structure, by its number."""
-    return _paths(dagdef)[0]
-
-
-def _paths(dagdef: DagDef) -> tuple[dict[int, Path], dict[int, Path]]:
-    """The paths of the objects and of the plain arrays of a structure, by their numbers."""
-    paths: dict[int, Path] = {}
-    leaves: dict[int, Path] = {}
+def parts(dagdef: DagDef) -> Iterator[tuple[Any, Path]]:
+    """Everything in a structure, with its path: an object once, as its number, at its first path."""
+    seen: set[int] = set()
     todo: list[tuple[Any, Path]] = [(dagdef.root, ())]
     while todo:
         child, path = todo.pop()
+        held = child
         if type(child) is int:
-            if child in paths:
+            if child in seen:
                 continue
-            paths[child] = path
-            child = dagdef.nodes[child]
-        elif type(child) is Leaf:
-            leaves.setdefault(child.number, path)
-        if isinstance(child, (NodeDef, Tree)):
-            todo += _below(child, path)
-    return paths, leaves
+            seen.add(child)
+            held = dagdef.nodes[child]
+        yield child, path
+        if isinstance(held, (NodeDef, Tree)):
+            todo += _below(held, path)
+
+
+def node_paths(dagdef: DagDef) -> dict[int, Path]:
+    """The canonical path of each object of a structure, by its number."""
+    return {part: path for part, path in parts(dagdef) if type(part) is int}
 
 
 def _below(at: NodeDef | Tree, path: Path) -> list[tuple[Any, Path]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from operator import is_
 from typing import Any
 
 from refx.dag import refs
@@ -13,11 +12,12 @@ from refx.dagdef import node_paths
 from refx.errors import FilterError, NotMutableError
 from refx.filters import Filter, reads_paths, selects_nothing, to_predicate
 from refx.frame import local
-from refx.node import Node, attributes
+from refx.node import Node
 from refx.partition import dotted
 from refx.ref import Ref
 from refx.selection import check_selection
-from refx.walk import walk
+from refx.snapshot import Contents
+from refx.walk import contents, walk
 
 __all__ = ["mutable"]
 
@@ -114,29 +114,20 @@ class _Content:
 
     def __init__(self, tree: Any):
         found = walk(tree)
-        self._ids = frozenset(map(id, found.objects))
         paths = node_paths(found.dagdef)
-        numbers = {id(x): i for i, x in enumerate(found.objects)}
-        self._items = [(paths[numbers[id(x)]], x, _items(x)) for x in found.containers]
+        self._paths = {id(x): paths[i] for i, x in enumerate(found.objects)}
+        self._containers = found.containers
+        self._content = Contents(list(map(contents, found.containers)))
 
     def holds(self, node: Node) -> bool:
-        return id(node) in self._ids
+        return id(node) in self._paths
 
     def check(self) -> None:
-        for path, container, before in self._items:
-            now = _items(container)
-            if len(now) == len(before) and all(map(is_, now, before)):
-                continue
-            kind = type(container).__name__
+        for i in self._content.changed():
+            container = self._containers[i]
+            path, kind = self._paths[id(container)], type(container).__name__
             where = f"The {kind} at {dotted(path)!r}" if path else f"The {kind}"
             raise NotMutableError(
                 f"{where} was changed, but the surrounding `mutable` lets nothing be changed. Move "
                 f"the change out of it, or change a clone."
             )
-
-
-def _items(container: Any) -> list[Any]:
-    if isinstance(container, list):
-        return list(container)
-    content = attributes(container) if isinstance(container, Node) else container
-    return [x for pair in content.items() for x in pair]

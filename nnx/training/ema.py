@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 import refx
-from nnx.module import Module, ref
+from nnx.fields import ref
+from nnx.module import Module
 from nnx.training._cells import (
     dtype_of,
     fresh,

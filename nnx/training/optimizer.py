@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 import refx
-from nnx.module import Module, ref
+from nnx.fields import ref
+from nnx.module import Module
 from nnx.sharding.rules import removed
 from nnx.show._format import bytes_text, count_text, short
 from nnx.show._walk import Walk

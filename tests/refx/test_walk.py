@@ -292,3 +292,18 @@ def test_what_cannot_be_hashed_is_named_with_its_path(value):
 def test_a_static_field_must_be_hashable(value):
     with pytest.raises(refx.UnhashableStaticError, match="'value'"):
         refx.split(_setting(value))
+
+
+def test_a_function_may_close_over_a_variable_that_is_not_bound_yet():
+    class Holder(refx.Node):
+        pass
+
+    def make():
+        holder = Holder()
+        holder.fn = lambda x: later(x)
+        dagdef, _ = refx.split(holder)
+        later = abs
+        assert refx.split(holder)[0] is dagdef
+        return holder
+
+    assert make().fn(-1) == 1
