@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -86,7 +86,7 @@ def build(
     *,
     trace: Any = None,
     existing: Mapping[int, Any] | None = None,
-    refill: bool = True,
+    rewritten: Collection[int] | None = None,
 ) -> tuple[Any, list[Any]]:
     """Make the tree of a DagDef: its root, and its objects in the order of the DagDef.
 
@@ -96,7 +96,7 @@ def build(
       leaves: a value for each plain array, in order.
       trace: the trace reference of what is made; the current one without it.
       existing: objects, by number, that are used instead of new ones.
-      refill: whether the existing ones get the content of the DagDef, or stay as they are.
+      rewritten: the existing ones that get the content of the DagDef, by number; all without it.
     """
     recipe = _recipe(dagdef)
     frame = local.frame
@@ -127,7 +127,7 @@ def build(
         for treedef, parts in pytrees:
             pool.append(jax.tree.unflatten(treedef, map(get, parts)))
         known = existing is not None and i in existing
-        if known and not refill:
+        if known and rewritten is not None and i not in rewritten:
             continue
         obj = objects[i]
         if kind is list:

@@ -108,7 +108,7 @@ class StandIn:
             [],
             found.leaves,
             existing={i: x for i, x in enumerate(found.objects) if isinstance(x, Ref)},
-            refill=False,
+            rewritten=(),
         )
         self.modules: dict[Path, Module] = {
             paths[i]: x for i, x in enumerate(objects) if isinstance(x, Module)

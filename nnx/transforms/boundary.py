@@ -35,14 +35,14 @@ from nnx.transforms.homes import kept
 from nnx.transforms.layout import Layout
 from nnx.transforms.tracebacks import shortened
 from nnx.transforms.untouched import Untouched, check_arguments, check_found, reachable
-from refx import Node, Ref
+from refx import Node, Ref, RefError
 from refx.access import check_structure, label, put, writable
 from refx.build import build
-from refx.dagdef import DagDef, RefDef
+from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree
 from refx.frame import Frame, Original, StandIn, copy_containers, local
 from refx.node import is_identity
 from refx.partition import Path, dotted
-from refx.walk import walk
+from refx.walk import Walk, walk
 
 __all__: list[str] = []
 
@@ -54,7 +54,7 @@ class Lift(Exception):
 class Graph(NamedTuple):
     """The structure that a call left behind, where it is more than new values.
 
-    `dagdef` is that of `(roots, output)`. `known` maps its numbers to those of the call's DagDef
+    `dagdef` is that of `(roots, output, let go)`. `known` maps its numbers to those of the call's DagDef
     for what the caller has already; `new` counts the Refs that are new; `leaves` says for each
     plain array whether it is the i-th that came in, or (None) one that was returned.
     """
@@ -62,8 +62,8 @@ class Graph(NamedTuple):
     dagdef: DagDef
     known: dict[int, int]
     leaves: tuple[int | None, ...]
-    # Whether the caller's containers have to be filled again.
-    refill: bool
+    # The caller's containers that hold something else now, by their numbers in `dagdef`.
+    rewritten: frozenset[int]
 
     def new(self) -> list[int]:
         """The numbers of the new Refs in `dagdef`, in order."""
@@ -200,10 +200,14 @@ def run(
                 # The body runs again, and does then what it has done to the caller's containers.
                 closed.restore()
             result = packed if finish is None else finish(packed, outline)
-        except Exception:
+        except Exception as error:
+            twice = closed.changed_by_two_names(frame)
             closed.restore()
             _note_found(frame, mode, call)
-            raise
+            if twice is None or isinstance(error, RefError):
+                raise
+            # What the body read by the other name was not there, or was what it had been.
+            raise twice from error
         finally:
             # What escaped must not keep a tracer alive, and says so when it is used.
             for ref in inner_refs:
@@ -305,7 +309,7 @@ def _pack(
     ours = set(map(id, objects))
     names = frame.stand_ins.values()
     alias.update((id(s.ref), s.inner) for s in names if id(s.inner) in ours)
-    both = walk((roots, out), alias, skip=2)
+    both = walk((roots, out, _let_go(layout, after, objects)), alias, skip=2)
     strangers = [x for x in both.objects if is_identity(x) and x._frame is not frame]
     if strangers:
         roots_of = [x for x in strangers if isinstance(x, Node)] or strangers
@@ -313,13 +317,12 @@ def _pack(
         return Packed(Spec((), None), None, []), Outline([], [])
     numbers = {id(x): i for i, x in enumerate(objects)}
     came = {id(x): i for i, x in enumerate(leaves)}
-    graph = Graph(
-        both.dagdef,
-        {n: numbers[id(x)] for n, x in enumerate(both.objects) if id(x) in numbers},
-        tuple(came.get(id(x)) for x in both.leaves),
-        not same,
-    )
-    # The canonical paths begin with "0" for what hangs on a root and with "1" for the output.
+    known = {n: numbers[id(x)] for n, x in enumerate(both.objects) if id(x) in numbers}
+    positions = tuple(came.get(id(x)) for x in both.leaves)
+    rewritten = frozenset() if same else _rewritten(both.dagdef, layout.dagdef, known, positions)
+    graph = Graph(both.dagdef, known, positions, rewritten)
+    # The canonical paths begin with "0" for what hangs on a root, with "1" for the output, and with
+    # "2" for what a root has let go.
     paths = dict(zip(map(id, both.refs), both.dagdef.ref_paths, strict=True))
     new = [(paths[id(r)], r) for r in both.refs if id(r) not in numbers]
     arrays = [
@@ -329,6 +332,47 @@ def _pack(
     ]
     values = [r._value for _, r in new], [x for _, x in arrays]
     return Packed(Spec(written, graph), values, new_values), Outline(new, arrays)
+
+
+def _let_go(layout: Layout, after: Walk, objects: list[Any]) -> tuple[list[Any], ...]:
+    """For each root, the containers that it held and that no root holds now.
+
+    The caller may hold them, too, so what the body changed in them counts.
+    """
+    still = set(map(id, after.objects))
+    gone = {n for n, x in enumerate(objects) if type(x) is not Ref and id(x) not in still}
+    lost: list[list[Any]] = []
+    for root in range(len(layout.dagdef.root.children)):
+        mine = gone and gone & reachable(layout.dagdef, [root])
+        lost.append([objects[n] for n in sorted(mine)])
+        gone = gone - mine
+    return tuple(lost)
+
+
+def _rewritten(
+    after: DagDef, before: DagDef, known: dict[int, int], leaves: tuple[int | None, ...]
+) -> frozenset[int]:
+    """The objects that a body was given and that hold something else now, by their numbers after."""
+
+    def then(child: Any) -> Any:
+        """A child in the numbers before; None where it is new."""
+        if type(child) is int:
+            return known.get(child)
+        if type(child) is Leaf:
+            number = leaves[child.number]
+            return None if number is None else Leaf(number)
+        if type(child) is Tree:
+            return child._replace(children=tuple(map(then, child.children)))
+        return child
+
+    found = []
+    for n, i in known.items():
+        node = after.nodes[n]
+        if type(node) is NodeDef:
+            node = node._replace(children=tuple(map(then, node.children)))
+        if node != before.nodes[i]:
+            found.append(n)
+    return frozenset(found)
 
 
 def until_lifted(attempt: Callable[[Roots], Any]) -> Any:
@@ -383,10 +427,11 @@ def close_call(call: Call, packed: Packed) -> Any:
     if call.found:
         raise Lift
     spec = packed.spec
-    if spec.graph is not None and spec.graph.refill:
-        for root in call.roots:
-            if isinstance(root, Node):
-                check_structure(root, "The structure")
+    if spec.graph is not None and spec.graph.rewritten:
+        objects = call.objects()
+        for n in spec.graph.rewritten:
+            if isinstance(changed := objects[spec.graph.known[n]], Node):
+                check_structure(changed, "The structure")
     if spec.written:
         if call.at_once:
             # The old values are let go here, while the program that read them has hardly begun:
@@ -420,7 +465,7 @@ def _apply(call: Call, graph: Graph, new: list[Any], arrays: list[Any]) -> Any:
     given = iter(arrays)
     leaves = [call.values.plain_arrays[i] if i is not None else next(given) for i in graph.leaves]
     new = [_born(graph.dagdef.nodes[n], x) for n, x in zip(graph.new(), new, strict=True)]
-    (_, out), _ = build(graph.dagdef, new, leaves, existing=existing, refill=graph.refill)
+    (_, out, _), _ = build(graph.dagdef, new, leaves, existing=existing, rewritten=graph.rewritten)
     return out
 
 

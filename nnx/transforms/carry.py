@@ -246,7 +246,7 @@ class Loop:
             raise Renewed(self._seen)
         self._spec = packed.spec
         graph = packed.spec.graph
-        if graph is not None and graph.refill:
+        if graph is not None and graph.rewritten:
             raise StructureError(
                 f"The body of {self._name} changes the structure of a module that comes from "
                 f"outside (an attribute, a list or a Ref was added, removed or replaced), and the "

@@ -106,8 +106,10 @@ class Untouched:
 
     def check(self, frame: Frame) -> None:
         """Raise if something was changed that is seen by two names, after putting it back."""
-        if not self._inner.same():
-            self._check_arguments(frame)
+        twice = self.changed_by_two_names(frame)
+        if twice is not None:
+            self.restore()
+            raise twice
         if not self._caller.same():
             self._check_caller(frame)
         if self._runs_once:
@@ -119,29 +121,23 @@ class Untouched:
                 self.restore()
                 raise _changed(root, frame)
 
-    def _check_arguments(self, frame: Frame) -> None:
+    def changed_by_two_names(self, frame: Frame) -> StructureError | None:
+        """The error for a module that the body reaches by two names and that it changed by one."""
+        if self._inner.same():
+            return None
         changed = [self._numbers[i] for i in self._inner.changed()]
-        self._check_identity([self._objects[n] for n in changed], frame)
+        # In the body those are two objects, so whatever visits each object once would count it twice.
+        theirs = {id(self._outer[n]) for n in self._given}
+        for n in changed:
+            again = next((x for x in _objects_of(self._objects[n]) if id(x) in theirs), None)
+            if again is not None:
+                return _given_again(again, self._objects[n], frame)
         both = [n for n in changed if n in self._closed]
         if not both:
             # What is far is looked for only here, where there is a reason.
             seen = {id(x) for root in closed_over(self._fn) for x in _objects_of(root)}
             both = [n for n in changed if id(self._outer[n]) in seen]
-        if both:
-            self.restore()
-            raise _both(self._outer[both[0]], frame)
-
-    def _check_identity(self, changed: list[Any], frame: Frame) -> None:
-        """Raise if an argument was given what it holds already, by its name outside.
-
-        In the body those are two objects, so whatever visits each object once would count it twice.
-        """
-        theirs = {id(self._outer[n]) for n in self._given}
-        for x in changed:
-            twice = next((y for y in _objects_of(x) if id(y) in theirs), None)
-            if twice is not None:
-                self.restore()
-                raise _given_again(twice, x, frame)
+        return _both(self._outer[both[0]], frame) if both else None
 
     def _check_caller(self, frame: Frame) -> None:
         changed = self._caller.changed()

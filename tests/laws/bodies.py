@@ -189,7 +189,7 @@ class Bodies:
             second = rng.choice([m for m, w in scope.modules if w in self.world.leaves])
             return [Line(f'{name}.w = cell({second}, "w")')]
         new = f"array({number(rng, self.real)})"
-        kind = rng.randrange(10)
+        kind = rng.randrange(12)
         if kind == 0:
             return [Line(f"{name}.extra = Ref({new})")]
         if kind == 1:
@@ -210,7 +210,15 @@ class Bodies:
             return [Line(f"{name}.arr = {self.expression(scope)}")]
         if kind == 8:
             return [Line(f"{name}.late = {rng.choice(['None', f'Leaf({new}, {new})', other])}")]
-        return [Line(f"{name}.kids = [{other}, {name}]")]
+        if kind == 9:
+            return [Line(f"{name}.kids = [{other}, {name}]")]
+        # What is let go counts as well: another name may hold it.
+        if kind == 10:
+            head = (Line(f"{name}.head.level = 3"), Line(f"{name}.head = None"))
+            return [Block(f'if getattr({name}, "head", None) is not None:', head)]
+        kids = self.name("k")
+        lines = (f"{kids} = {name}.kids", f"{name}.kids = []", f"{kids}.append({other})")
+        return [Block(f'if hasattr({name}, "kids"):', tuple(map(Line, lines)))]
 
     def closed_surgery(self, scope: Scope) -> list[Node]:
         """A change of a list of a module that is closed over, or that a variable holds, too."""

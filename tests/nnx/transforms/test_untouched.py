@@ -329,7 +329,52 @@ def test_an_argument_that_is_given_what_it_holds_by_its_name_outside(transform, 
     assert vars(model).keys() == {"head", "kids"} and model.kids == [] and model.head is leaf
 
 
-def test_an_argument_that_is_given_what_only_the_function_knows():
-    leaf, model = Cached(), Holder(Cached())
-    nnx.jit(lambda m: m.kids.append(leaf))(model)
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.remat, nnx.checkify, nnx.eval_shape])
+def test_what_was_set_by_one_name_is_not_there_by_the_other(transform):
+    model = Holder(Cached())
+
+    def body(m):
+        m.mode = "fast"
+        return len(model.mode)
+
+    message = r"A Holder was changed in nnx\.\w+\(.*body\): .* Use it under one of the two names"
+    with pytest.raises(nnx.StructureError, match=message) as caught:
+        transform(body)(model) if transform is not nnx.eval_shape else transform(body, model)
+    assert isinstance(caught.value.__cause__, AttributeError)
+    assert not hasattr(model, "mode")
+
+
+CALLS = [
+    lambda f, m: nnx.jit(f)(m),
+    lambda f, m: nnx.remat(f)(m),
+    lambda f, m: nnx.jit(nnx.jit(f))(m),
+    lambda f, m: nnx.jit(nnx.remat(f))(m),
+    lambda f, m: nnx.cond(True, f, f, m),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_a_body_changes_and_lets_go_has_changed(call):
+    leaf = Cached()
+    model = Holder(leaf)
+    kids = model.kids
+
+    def body(m):
+        m.head.mode = "fast"
+        m.head.array = m.head.w * jnp.ones(2)
+        m.head.extra = nnx.Ref(m.head.w + 1)
+        m.head.w += 1
+        m.head = None
+        old, m.kids = m.kids, []
+        old.append(Holder(None))
+
+    call(body, model)
+    assert model.head is None and model.kids == [] and [k.head for k in kids] == [None]
+    assert (leaf.mode, leaf.w, leaf.array.tolist(), leaf.extra.value) == ("fast", 3, [2, 2], 3)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_module_that_only_the_function_knows_becomes_a_part_of_an_argument(call):
+    leaf, model = Cached(), Holder(None)
+    call(lambda m: m.kids.append(leaf), model)
     assert model.kids == [leaf]
