@@ -27,7 +27,7 @@ from refx.errors import (
     ValueTypeError,
 )
 from refx.frame import Frame, Original, StandIn, copy_containers, local
-from refx.text import ALTERNATIVES, array_text
+from refx.text import ALTERNATIVES, array_text, is_arraylike, ours
 from refx.trace import (
     CONSTANT,
     EVAL,
@@ -179,7 +179,8 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
 def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
     """Raise if a Ref cannot hold `value`.
 
-    A value holds arrays and scalars, and no tracer that is not of the current trace or one around it.
+    A value holds arrays and scalars, no Ref or module, and no tracer that is not of the current trace
+    or one around it.
     """
     if isinstance(value, jax.Array):
         if not isinstance(value, Tracer):
@@ -188,7 +189,7 @@ def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
             return
         tracers = [value]
     else:
-        leaves = jax.tree.leaves(value)
+        leaves = leaves_of(value)
         if not (ref is not None and ref._trace is LABEL) and not all(map(_is_value, leaves)):
             found = next(x for x in leaves if not _is_value(x))
             raise ValueTypeError(
@@ -207,6 +208,24 @@ def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
                 f"so the value would leak out of it. Return the value from the transformation and "
                 f"assign it outside, or use {ALTERNATIVES['in its place']}."
             )
+
+
+def is_identity(x: Any) -> bool:
+    """Whether `x` is a Ref or a Node: a thing with an identity that a pytree walk must not enter."""
+    return getattr(type(x), "_has_identity", False)
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """The leaves of the value of a Ref. Raises if one is a Ref or a module."""
+    leaves = jax.tree.leaves(value, is_leaf=is_identity)
+    for x in leaves:
+        if is_identity(x):
+            raise ValueTypeError(
+                f"The value of a Ref must be a pytree of arrays and scalars, but it holds a "
+                f"{type(x).__name__}. Put that in an attribute, a list or a dict of the module; to "
+                f"tie two fields, assign the Ref to the field: decoder.w = {ours('get_ref')}(encoder, 'w')."
+            )
+    return leaves
 
 
 def _what(ref: Ref[Any] | None, owner: Any) -> str:
@@ -310,11 +329,7 @@ def _is_value(x: Any) -> bool:
     """Whether `x` is an array, a number, or what stands for an array."""
     if isinstance(x, np.ndarray | np.generic):
         return x.dtype.kind not in "OSU"
-    return (
-        isinstance(x, _VALUES)
-        or hasattr(type(x), "__jax_array__")
-        or (hasattr(x, "shape") and hasattr(x, "dtype"))
-    )
+    return isinstance(x, _VALUES) or hasattr(type(x), "__jax_array__") or is_arraylike(x)
 
 
 def _stands_in(ref: Ref[Any], frame: Frame | None) -> bool:

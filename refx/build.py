@@ -12,7 +12,7 @@ from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree
 from refx.frame import local
 from refx.node import Node, attributes, book, is_array, tell
 from refx.node import make as make_node
-from refx.ref import Ref
+from refx.ref import Ref, metadata_of
 from refx.static import Static
 from refx.trace import FROZEN, trace_ref
 
@@ -53,7 +53,8 @@ class _Recipe:
         self.fills: list[tuple[int, type, Any, tuple[int, ...], list[Any]]] = []
         for i, node in enumerate(nodes):
             if type(node) is RefDef:
-                self.makers.append((Ref, node.frozen, node.collection.value, dagdef.metadata[i]))
+                facts = metadata_of((name, fact.value) for name, fact in node.metadata)
+                self.makers.append((Ref, node.frozen, node.collection.value, facts))
                 continue
             kind = Node if issubclass(node.kind, Node) else node.kind
             self.makers.append((kind, node.frozen, node.kind, None))

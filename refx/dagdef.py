@@ -16,8 +16,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -99,7 +98,6 @@ class DagDef(Generic[T]):
         "_leaf_paths",
         "_ref_paths",
         "alone",
-        "metadata",
         "nodes",
         "recipe",
         "root",
@@ -108,10 +106,6 @@ class DagDef(Generic[T]):
     def __init__(self, root: Any, nodes: tuple[Any, ...]):
         self.root = root
         self.nodes = nodes
-        self.metadata = [
-            MappingProxyType({k: v.value for k, v in n.metadata}) if type(n) is RefDef else _EMPTY
-            for n in nodes
-        ]
         self._ref_paths: tuple[Path, ...] | None = None
         self._leaf_paths: tuple[Path, ...] = ()
         # What `build` has worked out, and the structure of a tuple with this tree alone.
@@ -171,8 +165,6 @@ class DagDef(Generic[T]):
     def __deepcopy__(self, memo: Any) -> DagDef:
         return self
 
-
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 _interned: weakref.WeakValueDictionary[Any, DagDef] = weakref.WeakValueDictionary()
 _intern_lock = threading.Lock()

@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from refx.access import check_structure, check_value
+from refx.access import is_identity as is_identity
 from refx.errors import StructureError, ValueTypeError
 from refx.frame import local
 from refx.ref import Ref
@@ -140,7 +141,7 @@ class Node(_HasDict, metaclass=NodeType):
     # `_dict` is the dict of the attributes, where it is found faster than by its own name.
     __slots__ = ("_book", "_dict", "_frame", "_trace")
 
-    _is_node: ClassVar[bool] = True
+    _has_identity: ClassVar[bool] = True
     _revision: ClassVar[int] = 0
     # The fields of the class by name, and those of them that need a value before `__init__` runs.
     _fields: ClassVar[dict[str, Any]] = {}
@@ -358,11 +359,6 @@ def is_exposed(node: Node) -> bool:
         or cls.__setattr__ is not Node.__setattr__
         or cls.__delattr__ is not Node.__delattr__
     )
-
-
-def is_identity(x: Any) -> bool:
-    """Whether `x` is a Ref or a Node: a thing with an identity that a pytree walk must not enter."""
-    return isinstance(x, (Ref, Node))
 
 
 def _flatten_method(method: types.MethodType) -> tuple[tuple[Any, ...], Any]:

@@ -102,7 +102,7 @@ def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
     hashable = kind.__hash__ is not None
     if hashable and _is_trusted(kind.__module__):
         return (kind, Same(value)) if by_identity else (kind, value)
-    if isinstance(value, type | types.ModuleType) or getattr(kind, "_is_node", False):
+    if isinstance(value, type | types.ModuleType) or getattr(kind, "_has_identity", False):
         return kind, Same(value)
     if isinstance(value, _CONTAINERS):
         # It has no hash, which whoever asks for one has to explain.
