@@ -26,7 +26,7 @@ from refx.errors import (
     TraceLevelError,
     ValueTypeError,
 )
-from refx.frame import Frame, Original, StandIn, copy_containers, local
+from refx.frame import Frame, Original, StandIn, copy_containers, local, trace_of
 from refx.text import ALTERNATIVES, array_text, is_arraylike, ours
 from refx.trace import (
     CONSTANT,
@@ -77,7 +77,7 @@ def _stand_in(frame: Frame | None, ref: Ref[Any], owner: Any) -> Ref[Any]:
 
 def seen_from(frame: Frame | None, ref: Ref[Any], owner: Any = None) -> Any:
     """The value of `ref` at the level of `frame`, an ancestor of the current one or itself."""
-    if ref._frame is frame:
+    if ref._frame is frame or _outlives_its_body(ref):
         return ref._value
     if ref._trace is FROZEN:
         # As an input, where the program around has it as one: as a constant it may be large.
@@ -87,21 +87,13 @@ def seen_from(frame: Frame | None, ref: Ref[Any], owner: Any = None) -> Any:
 
 def read(ref: Ref[Any], owner: Any = None) -> Any:
     """The value of `ref` here, for every case: the callers have the common one inlined."""
-    frame = local.frame
     if local.peeking:
         return ref._value
-    if ref._trace is FROZEN:
-        return _alive(ref, seen_from(frame, ref), owner)
-    if ref._frame is not frame:
-        if _outlives_its_body(ref):
-            return _alive(ref, ref._value, owner)
-        value = seen_from(frame, ref, owner)
-        if frame is not None and current_trace(()) is not frame.trace():
-            _check_not_captured(frame.inner(ref), owner, frame, current_trace(()))
-        return _alive(ref, value, owner)
-    if current_trace(()) is not (EVAL if frame is None else frame.trace()):
-        _check_not_captured(ref, owner, frame, current_trace(()))
-    return _alive(ref, ref._value, owner)
+    frame, trace = local.frame, current_trace(())
+    value = seen_from(frame, ref, owner)
+    if trace is not trace_of(frame):
+        _check_not_captured(ref if frame is None else frame.inner(ref), owner, frame, trace)
+    return _alive(ref, value, owner)
 
 
 def peek(ref: Ref[Any]) -> Any:
@@ -153,9 +145,7 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
     if ref._trace is FROZEN:
         raise ReadOnlyError(_frozen_message(describe(ref, owner)))
     target = ref if ref._frame is frame else _stand_in(frame, ref, owner)
-    home = target._trace()
-    if target._trace is LABEL:
-        home = EVAL if frame is None else frame.trace()
+    home = trace_of(frame) if target._trace is LABEL else target._trace()
     if home is not current_trace(()):
         raise _not_writable(target, ref, owner)
     if target in (_captured if frame is None else frame.captured_as_constant):
@@ -292,10 +282,12 @@ def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: A
     # vmap and grad run their function anew at every call, so a closed-over value is always fresh.
     # jit, scan, checkpoint and the like keep a program in a cache: a concrete value read by closure
     # becomes a constant of that program, and later writes of the Ref would not reach it.
+    if ref._trace is READ_ONLY or ref._trace is FROZEN:
+        return
     home = ref._trace()
     if home is None:
-        home = EVAL if frame is None else frame.trace()
-    program = None if ref._trace is READ_ONLY else program_between(home, trace)
+        home = trace_of(frame)
+    program = program_between(home, trace)
     if program is None:
         return
     of_body = home is not EVAL and not _stands_in(ref, frame)

@@ -17,6 +17,7 @@ from refx.access import is_identity as is_identity
 from refx.errors import StructureError, ValueTypeError
 from refx.frame import local
 from refx.ref import Ref
+from refx.static import SIMPLE, Static
 from refx.text import ALTERNATIVES, ours
 from refx.trace import trace_ref
 
@@ -272,17 +273,13 @@ def _field_in_instance(node: Node, name: str, field: Any) -> ValueTypeError:
 
 
 _NOTHING: Any = object()
-_EXACT = frozenset({int, bool, str, bytes, type(None)})
 
 
 def _are_alike(old: Any, new: Any) -> bool:
     """Whether an attribute that was `old` and is `new` leaves the structure as it was."""
     if old is new or (isinstance(old, LEAVES) and isinstance(new, LEAVES)):
         return True
-    kind = type(old)
-    if kind is float:
-        return type(new) is float and float.hex(old) == float.hex(new)  # pyright: ignore
-    return kind is type(new) and kind in _EXACT and old == new
+    return type(old) in SIMPLE and Static(old) == Static(new)
 
 
 LEAVES = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)

@@ -21,6 +21,8 @@ __all__: list[str] = []
 
 # Of these, `==` between two values of one type is right.
 _PLAIN = frozenset({int, bool, str, bytes, type(None), type, type(len), types.FunctionType})
+# These cannot change, and hold nothing.
+SIMPLE = frozenset({int, float, bool, str, complex, bytes, type(None), type(len), type})
 _CONTAINERS = (list, dict, set, bytearray, collections.deque, np.ndarray, jax.Array)
 # Packages whose objects count by their `==`: they are not changed in place, or keep caches beside
 # their content. Every installed package is one; a package under development adds its name.
