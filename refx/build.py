@@ -147,19 +147,16 @@ def build(
     return pool[recipe.root], objects
 
 
-def objects_of(dagdef: DagDef, tree: Any) -> list[Any] | None:
-    """The objects of a tree of this structure by their numbers; None where only a walk finds them."""
+def objects_of(dagdef: DagDef, roots: tuple[Any, ...]) -> list[Any] | None:
+    """The objects of some roots of this structure by their numbers; None where a walk has to find them."""
     recipe = _recipe(dagdef)
+    if len(recipe.root_pytrees) != 1:
+        return None
     count = len(dagdef.nodes)
     objects: list[Any] = [None] * count
-    if recipe.root < count:
-        objects[recipe.root] = tree
-    elif len(recipe.root_pytrees) == 1 and type(tree) is tuple:
-        for number, x in zip(recipe.root_pytrees[0][1], tree, strict=True):
-            if number < count:
-                objects[number] = x
-    else:
-        return None
+    for number, x in zip(recipe.root_pytrees[0][1], roots, strict=True):
+        if number < count:
+            objects[number] = x
     # A number is that of the first visit, so what holds an object comes before it.
     for i, kind, names, children, pytrees in recipe.fills:
         if pytrees or kind not in _FOLLOWED:

@@ -166,10 +166,7 @@ def _hides(obj: Any) -> bool:
 
 def _has_attributes(obj: Any) -> bool:
     """Whether `obj` may be a pytree of a class of its own, with a dict of attributes."""
-    kind = type(obj)
-    if isinstance(obj, tuple) or kind in SIMPLE or kind in _NO_PYTREES or is_array(obj):
-        return False
-    if isinstance(obj, type | types.ModuleType) or is_identity(obj):
+    if isinstance(obj, _NO_PYTREES) or is_array(obj):
         return False
     held = getattr(obj, "__dict__", None)
     return type(held) is dict and bool(held)
@@ -188,7 +185,7 @@ def _held_by_attributes(obj: Any) -> Iterator[Any]:
                 todo.append(x)
 
 
-_NO_PYTREES = frozenset({types.FunctionType, types.MethodType, functools.partial})
+_NO_PYTREES = (tuple, types.FunctionType, types.MethodType, types.ModuleType)
 
 
 def _identities(items: Iterable[Any]) -> list[Any]:
