@@ -1,4 +1,4 @@
-"""What classes of modules are helped with: mistakes of people who come from elsewhere, `__check_init__`."""
+"""What people who come from elsewhere get wrong when they write or make a module."""
 
 from __future__ import annotations
 
@@ -10,45 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refx import Node
-
 __all__: list[str] = []
-
-_HINTS = {
-    "parameters named_parameters": "the values are model['params'], a Partition by path",
-    "buffers variables": "the values are model[...], or those of a collection, model['batch_stats']",
-    "state_dict": (
-        "nnx.save(path, model) writes a file, model[...] gives the values by path, and "
-        "nnx.bridge.to_state_dict(model) a state dict for PyTorch"
-    ),
-    "load_state_dict": (
-        "nnx.load_state(path, model) reads a file, nnx.update(model, partition) writes values by path"
-    ),
-    "named_modules children named_children iter_modules": "nnx.modules(model) gives them by path",
-    "zero_grad backward": "gradients are a value: grads = nnx.grad(loss)(model)",
-    "requires_grad_ freeze": "say what is trained by a filter: nnx.grad(loss, wrt='params')",
-    "to cuda cpu": "jax.device_put(model[...], device), then nnx.update; arrays know where they are",
-    "half bfloat16 float double": "layers take dtype= and param_dtype=",
-    "register_forward_hook": "nnx.capture(model, where)(x) gives outputs, nnx.patch changes them",
-    "register_buffer": "declare a field in the class, mean: jax.Array = nnx.ref('batch_stats')",
-    "register_parameter add_module": "assign it: self.name = ...",
-    "sow perturb": "nnx.capture(model, where)(x) gives outputs, nnx.output_grad their gradients",
-    "variable param": "declare a field in the class: w: jax.Array = nnx.param()",
-    "tabulate": "nnx.tabulate(model, x)",
-    "forward": "call the module itself, model(x)",
-    "split": "nnx.split(model, ...)",
-    "state": "the values are model[...], a Partition by path",
-}
-HINTS = {name: hint for names, hint in _HINTS.items() for name in names.split()}
-
-
-def no_attribute(module: Node, name: str) -> AttributeError:
-    """The error for an attribute that a module does not have."""
-    text = f"{type(module).__name__!r} object has no attribute {name!r}"
-    if name in HINTS:
-        text = f"{text}: {HINTS[name]}."
-    # With the object, Python adds a name of it that is much like this one.
-    return AttributeError(text, name=name, obj=module)
 
 
 def check_arguments(cls: type, kwargs: dict[str, Any]) -> None:

@@ -17,8 +17,8 @@ from nnx._class_checks import (
     check_arguments,
     explain_data,
     forward_instead,
-    no_attribute,
 )
+from nnx._hints import no_attribute
 from nnx._layer_names import LayerCall
 from nnx.fields import check_after_init
 from nnx.scope import (

@@ -26,8 +26,8 @@ from refx.errors import (
     TraceLevelError,
     ValueTypeError,
 )
-from refx.frame import Frame, Original, StandIn, copy_containers, local
-from refx.text import ALTERNATIVES, array_text
+from refx.frame import Frame, Original, StandIn, copy_containers, local, trace_of
+from refx.text import ALTERNATIVES, array_text, is_arraylike, ours
 from refx.trace import (
     CONSTANT,
     EVAL,
@@ -77,7 +77,7 @@ def _stand_in(frame: Frame | None, ref: Ref[Any], owner: Any) -> Ref[Any]:
 
 def seen_from(frame: Frame | None, ref: Ref[Any], owner: Any = None) -> Any:
     """The value of `ref` at the level of `frame`, an ancestor of the current one or itself."""
-    if ref._frame is frame:
+    if ref._frame is frame or _outlives_its_body(ref):
         return ref._value
     if ref._trace is FROZEN:
         # As an input, where the program around has it as one: as a constant it may be large.
@@ -87,21 +87,13 @@ def seen_from(frame: Frame | None, ref: Ref[Any], owner: Any = None) -> Any:
 
 def read(ref: Ref[Any], owner: Any = None) -> Any:
     """The value of `ref` here, for every case: the callers have the common one inlined."""
-    frame = local.frame
     if local.peeking:
         return ref._value
-    if ref._trace is FROZEN:
-        return _alive(ref, seen_from(frame, ref), owner)
-    if ref._frame is not frame:
-        if _outlives_its_body(ref):
-            return _alive(ref, ref._value, owner)
-        value = seen_from(frame, ref, owner)
-        if frame is not None and current_trace(()) is not frame.trace():
-            _check_not_captured(frame.inner(ref), owner, frame, current_trace(()))
-        return _alive(ref, value, owner)
-    if current_trace(()) is not (EVAL if frame is None else frame.trace()):
-        _check_not_captured(ref, owner, frame, current_trace(()))
-    return _alive(ref, ref._value, owner)
+    frame, trace = local.frame, current_trace(())
+    value = seen_from(frame, ref, owner)
+    if trace is not trace_of(frame):
+        _check_not_captured(ref if frame is None else frame.inner(ref), owner, frame, trace)
+    return _alive(ref, value, owner)
 
 
 def peek(ref: Ref[Any]) -> Any:
@@ -153,9 +145,7 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
     if ref._trace is FROZEN:
         raise ReadOnlyError(_frozen_message(describe(ref, owner)))
     target = ref if ref._frame is frame else _stand_in(frame, ref, owner)
-    home = target._trace()
-    if target._trace is LABEL:
-        home = EVAL if frame is None else frame.trace()
+    home = trace_of(frame) if target._trace is LABEL else target._trace()
     if home is not current_trace(()):
         raise _not_writable(target, ref, owner)
     if target in (_captured if frame is None else frame.captured_as_constant):
@@ -179,7 +169,8 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
 def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
     """Raise if a Ref cannot hold `value`.
 
-    A value holds arrays and scalars, and no tracer that is not of the current trace or one around it.
+    A value holds arrays and scalars, no Ref or module, and no tracer that is not of the current trace
+    or one around it.
     """
     if isinstance(value, jax.Array):
         if not isinstance(value, Tracer):
@@ -188,7 +179,7 @@ def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
             return
         tracers = [value]
     else:
-        leaves = jax.tree.leaves(value)
+        leaves = leaves_of(value)
         if not (ref is not None and ref._trace is LABEL) and not all(map(_is_value, leaves)):
             found = next(x for x in leaves if not _is_value(x))
             raise ValueTypeError(
@@ -207,6 +198,24 @@ def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
                 f"so the value would leak out of it. Return the value from the transformation and "
                 f"assign it outside, or use {ALTERNATIVES['in its place']}."
             )
+
+
+def is_identity(x: Any) -> bool:
+    """Whether `x` is a Ref or a Node: a thing with an identity that a pytree walk must not enter."""
+    return getattr(type(x), "_has_identity", False)
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """The leaves of the value of a Ref. Raises if one is a Ref or a module."""
+    leaves = jax.tree.leaves(value, is_leaf=is_identity)
+    for x in leaves:
+        if is_identity(x):
+            raise ValueTypeError(
+                f"The value of a Ref must be a pytree of arrays and scalars, but it holds a "
+                f"{type(x).__name__}. Put that in an attribute, a list or a dict of the module; to "
+                f"tie two fields, assign the Ref to the field: decoder.w = {ours('get_ref')}(encoder, 'w')."
+            )
+    return leaves
 
 
 def _what(ref: Ref[Any] | None, owner: Any) -> str:
@@ -273,10 +282,12 @@ def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: A
     # vmap and grad run their function anew at every call, so a closed-over value is always fresh.
     # jit, scan, checkpoint and the like keep a program in a cache: a concrete value read by closure
     # becomes a constant of that program, and later writes of the Ref would not reach it.
+    if ref._trace is READ_ONLY or ref._trace is FROZEN:
+        return
     home = ref._trace()
     if home is None:
-        home = EVAL if frame is None else frame.trace()
-    program = None if ref._trace is READ_ONLY else program_between(home, trace)
+        home = trace_of(frame)
+    program = program_between(home, trace)
     if program is None:
         return
     of_body = home is not EVAL and not _stands_in(ref, frame)
@@ -310,11 +321,7 @@ def _is_value(x: Any) -> bool:
     """Whether `x` is an array, a number, or what stands for an array."""
     if isinstance(x, np.ndarray | np.generic):
         return x.dtype.kind not in "OSU"
-    return (
-        isinstance(x, _VALUES)
-        or hasattr(type(x), "__jax_array__")
-        or (hasattr(x, "shape") and hasattr(x, "dtype"))
-    )
+    return isinstance(x, _VALUES) or hasattr(type(x), "__jax_array__") or is_arraylike(x)
 
 
 def _stands_in(ref: Ref[Any], frame: Frame | None) -> bool:

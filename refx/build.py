@@ -12,7 +12,7 @@ from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree
 from refx.frame import local
 from refx.node import Node, attributes, book, is_array, tell
 from refx.node import make as make_node
-from refx.ref import Ref
+from refx.ref import Ref, metadata_of
 from refx.static import Static
 from refx.trace import FROZEN, trace_ref
 
@@ -53,7 +53,8 @@ class _Recipe:
         self.fills: list[tuple[int, type, Any, tuple[int, ...], list[Any]]] = []
         for i, node in enumerate(nodes):
             if type(node) is RefDef:
-                self.makers.append((Ref, node.frozen, node.collection.value, dagdef.metadata[i]))
+                facts = metadata_of((name, fact.value) for name, fact in node.metadata)
+                self.makers.append((Ref, node.frozen, node.collection.value, facts))
                 continue
             kind = Node if issubclass(node.kind, Node) else node.kind
             self.makers.append((kind, node.frozen, node.kind, None))
@@ -146,19 +147,16 @@ def build(
     return pool[recipe.root], objects
 
 
-def objects_of(dagdef: DagDef, tree: Any) -> list[Any] | None:
-    """The objects of a tree of this structure by their numbers; None where only a walk finds them."""
+def objects_of(dagdef: DagDef, roots: tuple[Any, ...]) -> list[Any] | None:
+    """The objects of some roots of this structure by their numbers; None where a walk has to find them."""
     recipe = _recipe(dagdef)
+    if len(recipe.root_pytrees) != 1:
+        return None
     count = len(dagdef.nodes)
     objects: list[Any] = [None] * count
-    if recipe.root < count:
-        objects[recipe.root] = tree
-    elif len(recipe.root_pytrees) == 1 and type(tree) is tuple:
-        for number, x in zip(recipe.root_pytrees[0][1], tree, strict=True):
-            if number < count:
-                objects[number] = x
-    else:
-        return None
+    for number, x in zip(recipe.root_pytrees[0][1], roots, strict=True):
+        if number < count:
+            objects[number] = x
     # A number is that of the first visit, so what holds an object comes before it.
     for i, kind, names, children, pytrees in recipe.fills:
         if pytrees or kind not in _FOLLOWED:

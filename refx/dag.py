@@ -25,7 +25,7 @@ from refx.filters import Filter, to_predicate, to_predicates
 from refx.frame import copy_containers
 from refx.node import Node
 from refx.partition import Partition, Path, as_path, dotted, listed
-from refx.ref import Ref, check_type
+from refx.ref import Ref
 from refx.selection import check_selection, follow
 from refx.snapshot import Snapshot, snapshot
 from refx.text import ours
@@ -352,7 +352,6 @@ def find_ref(tree: Any, given: Any, cells: Mapping[Path, Ref[Any]]) -> tuple[Pat
 
 
 def _check_like(path: Path, cell: Ref[Any], new: Any, strict: bool) -> None:
-    check_type(new)
     check_value(cell, new)
     if not strict:
         return

@@ -16,8 +16,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -96,10 +95,8 @@ class DagDef(Generic[T]):
 
     __slots__ = (
         "__weakref__",
-        "_leaf_paths",
-        "_ref_paths",
+        "_paths",
         "alone",
-        "metadata",
         "nodes",
         "recipe",
         "root",
@@ -108,12 +105,8 @@ class DagDef(Generic[T]):
     def __init__(self, root: Any, nodes: tuple[Any, ...]):
         self.root = root
         self.nodes = nodes
-        self.metadata = [
-            MappingProxyType({k: v.value for k, v in n.metadata}) if type(n) is RefDef else _EMPTY
-            for n in nodes
-        ]
-        self._ref_paths: tuple[Path, ...] | None = None
-        self._leaf_paths: tuple[Path, ...] = ()
+        # Of the Refs and of the plain arrays, found when one is asked for.
+        self._paths: tuple[tuple[Path, ...], tuple[Path, ...]] | None = None
         # What `build` has worked out, and the structure of a tuple with this tree alone.
         self.recipe: Any = None
         self.alone: DagDef | None = None
@@ -121,35 +114,33 @@ class DagDef(Generic[T]):
     @property
     def ref_paths(self) -> tuple[Path, ...]:
         """The canonical path of each Ref, in order."""
-        if self._ref_paths is None:
-            self._find_paths()
-        assert self._ref_paths is not None
-        return self._ref_paths
+        return self._found_paths()[0]
 
     @property
     def leaf_paths(self) -> tuple[Path, ...]:
         """The path of each plain array, in order."""
-        if self._ref_paths is None:
-            self._find_paths()
-        return self._leaf_paths
+        return self._found_paths()[1]
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """The path of every value: the Refs' and then the plain arrays'."""
-        return self.ref_paths + self.leaf_paths
+        refs, leaves = self._found_paths()
+        return refs + leaves
 
-    def _find_paths(self) -> None:
+    def _found_paths(self) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+        if self._paths is not None:
+            return self._paths
         found = list(parts(self))
         refs = [p for x, p in found if type(x) is int and type(self.nodes[x]) is RefDef]
-        leaves = {x.number: path for x, path in found if type(x) is Leaf}
-        self._leaf_paths = tuple(leaves[i] for i in range(len(leaves)))
-        twice = [p for p, count in Counter((*refs, *self._leaf_paths)).items() if count > 1]
+        leaves = [p for _, p in sorted((x.number, p) for x, p in found if type(x) is Leaf)]
+        twice = [p for p, count in Counter(refs + leaves).items() if count > 1]
         if twice:
             raise StructureError(
                 f"Two values have the same path {dotted(twice[0])!r}: keys of a dict that are "
                 f"different but read the same, such as 1 and '1'. Rename one of the keys."
             )
-        self._ref_paths = tuple(refs)
+        self._paths = tuple(refs), tuple(leaves)
+        return self._paths
 
     def __repr__(self) -> str:
         # Not by the paths, which may be ambiguous: a message that has this repr must come through.
@@ -171,8 +162,6 @@ class DagDef(Generic[T]):
     def __deepcopy__(self, memo: Any) -> DagDef:
         return self
 
-
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 _interned: weakref.WeakValueDictionary[Any, DagDef] = weakref.WeakValueDictionary()
 _intern_lock = threading.Lock()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from refx.frame import local
-from refx.text import array_text
+from refx.text import array_text, is_arraylike
 from refx.trace import EVAL, current_trace, kind_of
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def summary(ref: Ref[Any]) -> str:
 
 def value_text(value: Any) -> str:
     """The dtype and the shape of a value, or what it is."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    if is_arraylike(value):
         return array_text(value)
     leaves = jax.tree.leaves(value)
     if len(leaves) == 1 and leaves[0] is value:

@@ -10,10 +10,10 @@ from refx.buffers import CONCRETE
 from refx.errors import UnsetFieldError, ValueTypeError
 from refx.frame import local
 from refx.node import Node, attributes, tell
-from refx.ref import Ref, check_type
+from refx.ref import Ref
 from refx.trace import EVAL, current_trace
 
-__all__ = ["MISSING", "RefField", "StaticField"]
+__all__ = ["MISSING", "RefField", "StaticField", "get_ref"]
 
 
 class _Missing:
@@ -152,7 +152,6 @@ class RefField(Field):
             attributes(node)[self.name] = Ref(value, self.collection, **self.metadata)
             tell(node)
         else:
-            check_type(value)
             write(cell, value, node)
 
     def __delete__(self, node: Any) -> None:

@@ -13,6 +13,7 @@ import typing
 from collections.abc import Callable, Hashable, Iterable
 
 from refx.errors import FilterError
+from refx.node import Node
 from refx.partition import Name, Partition
 from refx.ref import Ref
 from refx.text import ours
@@ -51,20 +52,18 @@ def to_predicate(filter: Filter) -> Predicate:
         return lambda path, ref: False
     if isinstance(filter, tuple):
         return Any(*filter)
-    kind = type(filter)
-    if isinstance(filter, (Ref, Partition)) or getattr(kind, "_is_node", False):
+    if isinstance(filter, (Ref, Node, Partition)):
         raise FilterError(
-            f"A {kind.__name__} is not a filter. The tree comes first, and then what selects of it: "
-            f"a collection name, a tuple of filters (any of), ..., None, a callable (path, ref) -> "
-            f"bool, or All, Any, Not, InModule, PathContains, PathMatches, OfType."
+            f"A {type(filter).__name__} is not a filter. The tree comes first, and then what selects of "
+            f"it: {_FILTERS}."
         )
-    if callable(filter) and not isinstance(filter, type):
-        return typing.cast(Predicate, filter)
     if isinstance(filter, type):
         how = f"To select by the type of values, use OfType({filter.__name__})."
-        if getattr(filter, "_is_node", False):
+        if issubclass(filter, Node):
             how = by_module(filter)
         raise FilterError(f"{filter.__name__} is a class, not a filter. {how}")
+    if callable(filter):
+        return typing.cast(Predicate, filter)
     if isinstance(filter, slice):
         raise FilterError(
             f"{filter!r} is not a filter. To take parts by number, slice the list that holds them, "
@@ -74,11 +73,16 @@ def to_predicate(filter: Filter) -> Predicate:
         hash(filter)
     except TypeError:
         raise FilterError(
-            f"{filter!r:.200} is not a filter. A filter is a collection name, a tuple of filters (any "
-            f"of), ..., None, a callable (path, ref) -> bool, or All, Any, Not, InModule, PathContains, "
-            f"PathMatches, OfType. For a list of filters, write a tuple."
+            f"{filter!r:.200} is not a filter. A filter is {_FILTERS}. For a list of filters, write a "
+            f"tuple."
         ) from None
     return _InCollection(filter)
+
+
+_FILTERS = (
+    "a collection name, a tuple of filters (any of), ..., None, a callable (path, ref) -> bool, or "
+    "All, Any, Not, InModule, PathContains, PathMatches, OfType"
+)
 
 
 def to_predicates(filters: Iterable[Filter]) -> list[Predicate]:

@@ -175,6 +175,11 @@ class _Local(threading.local):
 local = _Local()
 
 
+def trace_of(frame: Frame | None) -> Any:
+    """The trace that a body runs in; without one, that of code outside of every transformation."""
+    return EVAL if frame is None else frame.trace()
+
+
 def is_eager() -> bool:
     """Whether code runs outside of every transformation."""
     return local.frame is None and current_trace(()) is EVAL

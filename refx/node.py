@@ -13,9 +13,11 @@ import numpy as np
 from jax.core import Tracer
 
 from refx.access import check_structure, check_value
+from refx.access import is_identity as is_identity
 from refx.errors import StructureError, ValueTypeError
 from refx.frame import local
 from refx.ref import Ref
+from refx.static import SIMPLE, Static
 from refx.text import ALTERNATIVES, ours
 from refx.trace import trace_ref
 
@@ -140,7 +142,7 @@ class Node(_HasDict, metaclass=NodeType):
     # `_dict` is the dict of the attributes, where it is found faster than by its own name.
     __slots__ = ("_book", "_dict", "_frame", "_trace")
 
-    _is_node: ClassVar[bool] = True
+    _has_identity: ClassVar[bool] = True
     _revision: ClassVar[int] = 0
     # The fields of the class by name, and those of them that need a value before `__init__` runs.
     _fields: ClassVar[dict[str, Any]] = {}
@@ -271,17 +273,13 @@ def _field_in_instance(node: Node, name: str, field: Any) -> ValueTypeError:
 
 
 _NOTHING: Any = object()
-_EXACT = frozenset({int, bool, str, bytes, type(None)})
 
 
 def _are_alike(old: Any, new: Any) -> bool:
     """Whether an attribute that was `old` and is `new` leaves the structure as it was."""
     if old is new or (isinstance(old, LEAVES) and isinstance(new, LEAVES)):
         return True
-    kind = type(old)
-    if kind is float:
-        return type(new) is float and float.hex(old) == float.hex(new)  # pyright: ignore
-    return kind is type(new) and kind in _EXACT and old == new
+    return type(old) in SIMPLE and Static(old) == Static(new)
 
 
 LEAVES = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
@@ -358,11 +356,6 @@ def is_exposed(node: Node) -> bool:
         or cls.__setattr__ is not Node.__setattr__
         or cls.__delattr__ is not Node.__delattr__
     )
-
-
-def is_identity(x: Any) -> bool:
-    """Whether `x` is a Ref or a Node: a thing with an identity that a pytree walk must not enter."""
-    return isinstance(x, (Ref, Node))
 
 
 def _flatten_method(method: types.MethodType) -> tuple[tuple[Any, ...], Any]:

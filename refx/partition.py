@@ -12,7 +12,7 @@ import jax.export
 
 from refx.buffers import dead_error, is_dead
 from refx.errors import StructureError, UnknownPathError
-from refx.text import array_text
+from refx.text import array_text, is_arraylike
 
 __all__ = ["Partition"]
 
@@ -251,11 +251,7 @@ class _Text:
 
 
 def _short(value: Any) -> str:
-    return repr(jax.tree.map(lambda x: _Text(x) if _is_array(x) else x, value))
-
-
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
+    return repr(jax.tree.map(lambda x: _Text(x) if is_arraylike(x) else x, value))
 
 
 def _flatten(p: Partition) -> tuple[tuple[Any, ...], Hashable]:

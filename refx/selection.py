@@ -40,7 +40,7 @@ def mistake(filter: Filter, *trees: Any) -> str | None:
         parts = filter if isinstance(filter, tuple) else filter.filters
         return next((text for part in parts if (text := mistake(part, *trees))), None)
     if isinstance(filter, OfType):
-        module = next((kind for kind in filter.kinds if getattr(kind, "_is_node", False)), None)
+        module = next((kind for kind in filter.kinds if issubclass(kind, Node)), None)
         return None if module is None else f"{filter!r} selects nothing. {by_module(module)}"
     if isinstance(filter, InModule) and trees and all(isinstance(t, Partition) for t in trees):
         return (

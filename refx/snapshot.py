@@ -18,10 +18,10 @@ import jax
 
 from refx.access import read
 from refx.dagdef import DagDef
-from refx.frame import local
+from refx.frame import local, trace_of
 from refx.node import Node, book, class_changes, is_array, is_exposed
 from refx.ref import Ref
-from refx.trace import EVAL, LABEL, current_trace, trace_ref
+from refx.trace import LABEL, current_trace, trace_ref
 from refx.walk import Walk, contents, walk
 
 __all__: list[str] = []
@@ -100,7 +100,7 @@ class Snapshot:
     def values(self, tree: Any = None) -> list[Any]:
         """The values of the Refs, as seen from here; `tree` is what they are read of."""
         frame = local.frame
-        if self.frame is frame and current_trace(()) is (EVAL if frame is None else frame.trace()):
+        if self.frame is frame and current_trace(()) is trace_of(frame):
             return [r._value for r in self.refs]
         owner = tree if isinstance(tree, Node) else None
         return [read(r, owner) for r in self.refs]

@@ -26,6 +26,11 @@ ALTERNATIVES = {
 """What messages advise, by what it does. A library on top of this one puts its own names here."""
 
 
+def is_arraylike(x: Any) -> bool:
+    """Whether `x` has a shape and a dtype, so that its data need not be looked at."""
+    return not isinstance(x, type) and hasattr(x, "shape") and hasattr(x, "dtype")
+
+
 def array_text(x: Any, dtype: Any = None) -> str:
     """`float32[8,128]`, of anything with a shape and a dtype; no data is read."""
     return f"{x.dtype if dtype is None else dtype}[{','.join(map(str, x.shape))}]"

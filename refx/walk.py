@@ -16,7 +16,7 @@ from refx.frame import local
 from refx.node import LEAVES, Node, attributes, is_array, is_identity
 from refx.partition import Name, Partition, Path, dotted
 from refx.ref import Ref
-from refx.static import Static
+from refx.static import SIMPLE, Static
 from refx.text import ALTERNATIVES
 from refx.trace import FROZEN
 
@@ -43,8 +43,7 @@ class Walk(NamedTuple):
     functions: list[tuple[str, Any]]
 
 
-_STATIC = frozenset({int, float, bool, str, complex, bytes, type(None), type(len), type})
-_NO_ARRAYS = _STATIC | {Ref, list, dict, tuple}
+_NO_ARRAYS = SIMPLE | {Ref, list, dict, tuple}
 
 
 def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) -> Walk:
@@ -76,7 +75,7 @@ def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             found.leaves.append(obj)
             found.places.append((holder, link[1] if link is not None else None))
             continue
-        if kind in _STATIC:
+        if kind in SIMPLE:
             place[position] = Static(obj)
             continue
         fields: Mapping[str, Any] = {}
@@ -167,10 +166,7 @@ def _hides(obj: Any) -> bool:
 
 def _has_attributes(obj: Any) -> bool:
     """Whether `obj` may be a pytree of a class of its own, with a dict of attributes."""
-    kind = type(obj)
-    if isinstance(obj, tuple) or kind in _STATIC or kind in _NO_PYTREES or is_array(obj):
-        return False
-    if isinstance(obj, type | types.ModuleType) or is_identity(obj):
+    if isinstance(obj, _NO_PYTREES) or is_array(obj):
         return False
     held = getattr(obj, "__dict__", None)
     return type(held) is dict and bool(held)
@@ -189,7 +185,7 @@ def _held_by_attributes(obj: Any) -> Iterator[Any]:
                 todo.append(x)
 
 
-_NO_PYTREES = frozenset({types.FunctionType, types.MethodType, functools.partial})
+_NO_PYTREES = (tuple, types.FunctionType, types.MethodType, types.ModuleType)
 
 
 def _identities(items: Iterable[Any]) -> list[Any]:

@@ -7,10 +7,10 @@ import re
 import types
 from typing import Any
 
-import jax
 import numpy as np
 
 from refx import Node, Ref
+from refx.text import is_arraylike
 
 __all__ = ["array_text", "bytes_text", "clip", "count_text", "dtype_text", "short"]
 
@@ -28,13 +28,6 @@ def array_text(x: Any) -> str:
 @functools.lru_cache(maxsize=1024)
 def _array_text(dtype: Any, shape: tuple[Any, ...]) -> str:
     return f"{dtype}[{','.join(map(str, shape))}]"
-
-
-def is_arraylike(x: Any) -> bool:
-    """Whether `x` has a shape and a dtype, so that its data need not be looked at."""
-    if isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct | np.generic):
-        return True
-    return not isinstance(x, type) and hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def count_text(n: float) -> str:

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 
-from nnx.show._format import bytes_text, count_text, is_arraylike, short
+from nnx.show._format import bytes_text, count_text, short
 from nnx.show._placed import Placement
 from nnx.show._walk import ARRAY, BACK, LIST, MAP, NODE, REF, STATIC, Item, Walk, has_ended
 from refx import Node
 from refx.buffers import CONCRETE
+from refx.text import is_arraylike
 
 __all__ = ["collection_sizes", "device_bytes", "tree_repr"]
 
