@@ -91,7 +91,7 @@ class Jit(Generic[P, R]):
         self.reason: str | None = None
         # The last program; the float that alone made the last ones new, and how many.
         self.last_program: Any = None
-        self.float_changes = "", 0
+        self.number_changes = "", 0
         self._static = Statics(self._name, self._fn, *statics, bound=bound)
         self._donate = donate
         self._options = options

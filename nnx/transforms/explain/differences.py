@@ -217,6 +217,9 @@ def _facts(layout: Layout, names: View) -> dict[Path, Any]:
 
 # ---- differences
 
+CLOSED_OVER = ", which the function closes over"
+ANOTHER = "another one"
+
 
 def differences(old: View, new: View) -> list[str]:
     reasons = list(_structure(old.facts, new.facts))
@@ -229,7 +232,7 @@ def differences(old: View, new: View) -> list[str]:
     for name in sorted(names):
         was, now = old.read.get(name), new.read.get(name)
         if was != now:
-            reasons.append(f"{name}, which the function closes over: {_replaced(was, now)}")
+            reasons.append(f"{name}{CLOSED_OVER}: {_replaced(was, now)}")
     options = old.program.options
     for name, now in new.program.options.items():
         if str(options[name]) != str(now):
@@ -316,7 +319,7 @@ def _fact(path: Path, was: Any, now: Any) -> str:
 def _replaced(was: Any, now: Any) -> str:
     # What counts by identity has a number here.
     if type(was) is int or type(now) is int or was is None or now is None:
-        return "another one"
+        return ANOTHER
     return _change(was, now)
 
 
