@@ -157,7 +157,7 @@ class _Local(threading.local):
     # Set by `mutable`: says whether a Ref may be written. None allows everything.
     allowed: Callable[[Ref[Any]], bool] | None
     # Set by `mutable` where nothing may change: whether the attributes of a Node are fixed; and the
-    # collections that take note of Nodes made since then.
+    # collections that take note of Refs and Nodes made since then.
     fixed: Callable[[Any], bool] | None
     made: tuple[Any, ...]
     # Whether a walk looks at what a pytree class makes of a module: no Ref counts as read.
@@ -173,6 +173,12 @@ class _Local(threading.local):
 
 
 local = _Local()
+
+
+def note_made(*made: Any) -> None:
+    """Note Refs and Nodes that are new, where a `mutable` lets only new ones be changed."""
+    for known in local.made:
+        known.update((id(x), x) for x in made)
 
 
 def trace_of(frame: Frame | None) -> Any:

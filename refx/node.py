@@ -15,7 +15,7 @@ from jax.core import Tracer
 from refx.access import check_structure, check_value
 from refx.access import is_identity as is_identity
 from refx.errors import StructureError, ValueTypeError
-from refx.frame import local
+from refx.frame import local, note_made
 from refx.ref import Ref
 from refx.static import SIMPLE, Static
 from refx.text import ALTERNATIVES, ours
@@ -301,8 +301,7 @@ def make(cls: type, frame: Any, trace: Any, _new: Any = object.__new__) -> Any:
     _set_frame(node, frame)
     _set_trace(node, trace)
     _set_book(node, None)
-    for made in local.made:
-        made[id(node)] = node
+    note_made(node)
     return node
 
 

@@ -13,7 +13,7 @@ from refx.access import check_value, is_label, label, read, write
 from refx.buffers import CONCRETE
 from refx.describe import summary
 from refx.errors import UnhashableStaticError
-from refx.frame import Frame, local
+from refx.frame import Frame, local, note_made
 from refx.static import Static
 from refx.trace import EVAL, LABEL, READ_ONLY, current_trace, trace_ref
 
@@ -82,8 +82,7 @@ class Ref(Generic[T]):
         self._metadata = metadata_of(metadata.items())
         self._frame = local.frame
         self._trace = trace_ref()
-        for made in local.made:
-            made[id(self)] = self
+        note_made(self)
 
     @property
     def value(self) -> T:
@@ -144,8 +143,7 @@ def _restore(value: Any, collection: Hashable, metadata: Any) -> Ref[Any]:
     # Also of what JAX puts in the place of an array and no `Ref(...)` takes.
     at = LABEL if is_label(value) else trace_ref()
     ref = make(value, collection, metadata_of(metadata.items()), local.frame, at)
-    for made in local.made:
-        made[id(ref)] = ref
+    note_made(ref)
     return ref
 
 
@@ -198,6 +196,7 @@ def _unflatten(aux: Any, children: Any) -> Ref[Any]:
     facts = metadata_of((name, fact.value) for name, fact in metadata)
     at = READ_ONLY if copied else trace_ref()
     ref = make(children[0], collection.value, facts, local.frame, at)
+    note_made(ref)
     if not copied:
         label([ref])
     return ref
