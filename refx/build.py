@@ -12,15 +12,15 @@ from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree
 from refx.frame import local, note_made
 from refx.node import (
     Node,
-    _own_dict,
-    _set_book,
-    _set_dict,
-    _set_frame,
-    _set_trace,
     attributes,
     book,
     is_array,
     is_identity,
+    own_dict,
+    set_book,
+    set_dict,
+    set_frame,
+    set_trace,
     tell,
 )
 from refx.ref import Ref, metadata_of
@@ -131,10 +131,10 @@ def build(
         elif kind is Node:
             # As `make` in node.py.
             obj = new(about)
-            _set_dict(obj, _own_dict(obj))
-            _set_frame(obj, frame)
-            _set_trace(obj, FROZEN if frozen else trace)
-            _set_book(obj, None)
+            set_dict(obj, own_dict(obj))
+            set_frame(obj, frame)
+            set_trace(obj, FROZEN if frozen else trace)
+            set_book(obj, None)
         else:
             obj = kind() if kind is list or kind is dict else new(kind)
         objects.append(obj)

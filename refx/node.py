@@ -28,7 +28,7 @@ class _HasDict:
     pass
 
 
-_own_dict = _HasDict.__dict__["__dict__"].__get__
+own_dict = _HasDict.__dict__["__dict__"].__get__
 
 # Counts the changes of classes of Nodes: after one, every structure is looked at again.
 class_changes = [0]
@@ -297,10 +297,10 @@ _SLOTS = frozenset(Node.__slots__)
 def make(cls: type, frame: Any, trace: Any, _new: Any = object.__new__) -> Any:
     """A Node without attributes, at a given level: `__init__` has not run and will not."""
     node = _new(cls)
-    _set_dict(node, _own_dict(node))
-    _set_frame(node, frame)
-    _set_trace(node, trace)
-    _set_book(node, None)
+    set_dict(node, own_dict(node))
+    set_frame(node, frame)
+    set_trace(node, trace)
+    set_book(node, None)
     note_made(node)
     return node
 
@@ -315,10 +315,11 @@ def _blank(cls: type, marks: dict[Any, Any] | None = None) -> Any:
 attributes: Callable[[Node], dict[str, Any]] = Node._dict.__get__  # pyright: ignore
 """`attributes(node)` is the live dict of a Node's attributes; `vars(node)` also takes note of it."""
 
-_set_dict = Node._dict.__set__  # pyright: ignore
-_set_frame = Node._frame.__set__
-_set_trace = Node._trace.__set__
-_set_book = Node._book.__set__  # pyright: ignore
+# The slots of a Node, set without asking it. `build` uses them for thousands of Nodes.
+set_dict = Node._dict.__set__  # pyright: ignore
+set_frame = Node._frame.__set__
+set_trace = Node._trace.__set__
+set_book = Node._book.__set__  # pyright: ignore
 _book_lock = threading.Lock()
 
 
@@ -331,7 +332,7 @@ def book(node: Node) -> Book:
             found = node._book
             if found is None:
                 found = Book()
-                _set_book(node, found)
+                set_book(node, found)
     return found
 
 
