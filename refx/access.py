@@ -27,6 +27,7 @@ from refx.errors import (
     ValueTypeError,
 )
 from refx.frame import Frame, Original, StandIn, copy_containers, local, trace_of
+from refx.static import WITH_IDENTITY
 from refx.text import ALTERNATIVES, array_text, is_arraylike, ours
 from refx.trace import (
     CONSTANT,
@@ -202,7 +203,7 @@ def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
 
 def is_identity(x: Any) -> bool:
     """Whether `x` is a Ref or a Node: a thing with an identity that a pytree walk must not enter."""
-    return getattr(type(x), "_has_identity", False)
+    return type(x) in WITH_IDENTITY
 
 
 def leaves_of(value: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from refx.access import is_identity as is_identity
 from refx.errors import StructureError, ValueTypeError
 from refx.frame import local, note_made
 from refx.ref import Ref
-from refx.static import SIMPLE, Static
+from refx.static import SIMPLE, WITH_IDENTITY, Static
 from refx.text import ALTERNATIVES, ours
 from refx.trace import trace_ref
 
@@ -142,7 +142,6 @@ class Node(_HasDict, metaclass=NodeType):
     # `_dict` is the dict of the attributes, where it is found faster than by its own name.
     __slots__ = ("_book", "_dict", "_frame", "_trace")
 
-    _has_identity: ClassVar[bool] = True
     _revision: ClassVar[int] = 0
     # The fields of the class by name, and those of them that need a value before `__init__` runs.
     _fields: ClassVar[dict[str, Any]] = {}
@@ -184,6 +183,7 @@ class Node(_HasDict, metaclass=NodeType):
                     fields.pop(name, None)
         set_on_class(cls, "_fields", fields)
         set_on_class(cls, "_defaults", tuple(f for f in fields.values() if f.has_default))
+        WITH_IDENTITY.add(cls)
         for register in on_subclass:
             register(cls)
 
@@ -254,6 +254,9 @@ class Node(_HasDict, metaclass=NodeType):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         marks = None if self._book is None else self._book.marks
         return _blank, (type(self), marks), self.__getstate__()
+
+
+WITH_IDENTITY.add(Node)
 
 
 def _field_in_instance(node: Node, name: str, field: Any) -> ValueTypeError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, TypeVar, final
+from typing import Any, Generic, TypeVar, final
 
 import jax
 from jax.core import Tracer
@@ -14,7 +14,7 @@ from refx.buffers import CONCRETE
 from refx.describe import summary
 from refx.errors import UnhashableStaticError
 from refx.frame import Frame, local, note_made
-from refx.static import Static
+from refx.static import WITH_IDENTITY, Static
 from refx.trace import EVAL, LABEL, READ_ONLY, current_trace, trace_ref
 
 __all__ = ["Ref"]
@@ -59,8 +59,6 @@ class Ref(Generic[T]):
     >>> count
     Ref(1, 'counters')
     """
-
-    _has_identity: ClassVar[bool] = True
 
     __slots__ = ("__weakref__", "_collection", "_frame", "_metadata", "_trace", "_value")
 
@@ -122,6 +120,9 @@ class Ref(Generic[T]):
         # Copying and pickling make a Ref of the current level with the same value; the frame and
         # the trace of the original are of no use to it.
         return _restore, (self.value, self._collection, dict(self._metadata))
+
+
+WITH_IDENTITY.add(Ref)
 
 
 def _no_arithmetic(self: Ref[Any], *others: Any, **options: Any) -> Any:
