@@ -241,7 +241,7 @@ class Node(_HasDict, metaclass=NodeType):
     def __dict__(self) -> dict[str, Any]:  # pyright: ignore
         # Whoever holds this dict can change it, and the Node is not asked.
         if self._book is None or not self._book.exposed:
-            expose(self)
+            mark_exposed(self)
         return attributes(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -345,7 +345,7 @@ def tell(node: Node) -> None:
         node._book.tell()
 
 
-def expose(node: Node) -> None:
+def mark_exposed(node: Node) -> None:
     """Have every tree that holds `node` compare it item by item from now on."""
     book(node).exposed = True
     tell(node)

@@ -31,8 +31,8 @@ class _PathKey(jax.tree_util.GetAttrKey):
 
 
 def _flatten(node: Node) -> tuple[list[Any], DagDef]:
-    kept = snapshot(node)
-    return kept.values() + kept.leaves(), kept.dagdef
+    snap = snapshot(node)
+    return snap.values() + snap.leaves(), snap.dagdef
 
 
 def _flatten_with_keys(node: Node) -> tuple[list[tuple[Any, Any]], DagDef]:

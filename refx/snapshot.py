@@ -146,7 +146,7 @@ def _common(refs: list[Ref[Any]], name: str, otherwise: Any) -> Any:
 def _comparisons(found: Walk) -> tuple[Any, ...]:
     """What has to be compared to see whether a tree is as it was."""
     plain: list[Any] = list(found.contents)
-    parts: list[Any] = [_Opaque(*o) for o in found.opaque]
+    parts: list[Any] = [_PytreeObject(*o) for o in found.opaque]
     for container in found.containers:
         if isinstance(container, Node) and not is_exposed(container):
             continue
@@ -221,7 +221,7 @@ class _WithArrays:
         )
 
 
-class _Opaque:
+class _PytreeObject:
     """An instance of a registered pytree class, which may change in ways that only it knows."""
 
     __slots__ = ("_children", "_obj", "_treedef")
