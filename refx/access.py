@@ -156,7 +156,7 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
             f"another call of that function would go on with the old value. Pass the module to it "
             f"as an argument, or use {ALTERNATIVES['same name']}."
         )
-    if local.allowed is not None and not local.allowed(ref):
+    if local.limit is not None and not local.limit.lets_write(ref):
         raise NotMutableError(
             f"{describe(ref, owner)} was written, but the surrounding `mutable` does not allow it. "
             f"Add {ref._collection!r} to its filter, a tuple of all that may be written, or move "
@@ -226,7 +226,7 @@ def _what(ref: Ref[Any] | None, owner: Any) -> str:
 def check_structure(node: Any, what: str) -> None:
     """Raise if the structure of `node`, a Node, may not be changed here."""
     name = type(node).__name__
-    if local.fixed is not None and local.fixed(node):
+    if local.limit is not None and not local.limit.lets_change(node):
         raise NotMutableError(
             f"{what} of a {name} was changed, but the surrounding `mutable` lets nothing be changed. "
             f"Move the change out of it, or change a clone."

@@ -138,9 +138,9 @@ def build(
         else:
             obj = kind() if kind is list or kind is dict else new(kind)
         objects.append(obj)
-    if local.made:
+    if local.limit is not None:
         old = existing or {}
-        note_made(*(x for i, x in enumerate(objects) if is_identity(x) and i not in old))
+        note_made(*[x for i, x in enumerate(objects) if is_identity(x) and i not in old])
     pool = [*objects, *leaves, *recipe.statics]
     get = pool.__getitem__
     for i, kind, names, children, pytrees in recipe.fills:

@@ -109,7 +109,7 @@ class Snapshot:
         """Whether all Refs may be written here, without asking each of them."""
         return (
             self.frame is local.frame
-            and local.allowed is None
+            and local.limit is None
             and (self.frame is None or not self.frame.captured_as_constant)
             and self.trace is not None
             and self.trace() is current_trace(())
