@@ -16,7 +16,7 @@ from refx.frame import local
 from refx.node import LEAVES, Node, attributes, is_array, is_identity
 from refx.partition import Name, Partition, Path, dotted
 from refx.ref import Ref
-from refx.static import SIMPLE, Static
+from refx.static import SIMPLE, WITH_IDENTITY, Static
 from refx.text import ALTERNATIVES
 from refx.trace import FROZEN
 
@@ -43,7 +43,7 @@ class Walk(NamedTuple):
     functions: list[tuple[str, Any]]
 
 
-_NO_ARRAYS = SIMPLE | {Ref, list, dict, tuple}
+_NO_ARRAYS = SIMPLE | {list, dict, tuple}
 
 
 def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) -> Walk:
@@ -70,7 +70,8 @@ def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
         if alias is not None:
             obj = alias.get(id(obj), obj)
         kind = type(obj)
-        if mark is True or (kind not in _NO_ARRAYS and is_array(obj)):
+        known = kind in WITH_IDENTITY
+        if mark is True or (not known and kind not in _NO_ARRAYS and is_array(obj)):
             place[position] = Leaf(len(found.leaves))
             found.leaves.append(obj)
             found.places.append((holder, link[1] if link is not None else None))
@@ -80,7 +81,7 @@ def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             continue
         fields: Mapping[str, Any] = {}
         content = None
-        if kind is Ref or kind is list or kind is dict or isinstance(obj, Node) or _hides(obj):
+        if known or kind is list or kind is dict or _hides(obj):
             number = numbers.get(id(obj))
             if number is not None:
                 place[position] = number
@@ -96,7 +97,7 @@ def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             names = tuple(range(len(content))) if kind is list else tuple(content)
             values = list(content) if kind is list else list(content.values())
             children: list[Any] = [None] * len(names)
-            if isinstance(obj, Node):
+            if known:
                 fields = obj._fields
                 mark = obj._book.marks if obj._book is not None else None
                 nodes.append((kind, names, children, obj._revision, obj._trace is FROZEN))
