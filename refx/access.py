@@ -129,7 +129,7 @@ def holds_array(value: Any) -> bool:
 def is_label(value: Any) -> bool:
     """Whether a value has something in it, but neither arrays nor numbers that might be arrays."""
     leaves = jax.tree.leaves(value)
-    return bool(leaves) and not any([isinstance(x, _VALUES) for x in leaves])
+    return bool(leaves) and not any([isinstance(x, VALUES) for x in leaves])
 
 
 def label(refs: Iterable[Ref[Any]]) -> None:
@@ -293,7 +293,7 @@ def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: A
         return
     of_body = home is not EVAL and not _stands_in(ref, frame)
     leaves = jax.tree.leaves(ref._value)
-    constant = ref._trace is LABEL or not any([isinstance(x, _VALUES) for x in leaves])
+    constant = ref._trace is LABEL or not any([isinstance(x, VALUES) for x in leaves])
     if of_body or constant or any([isinstance(x, Tracer) for x in leaves]):
         # A Ref of a body that runs once is closed over by functions of that body, and JAX lifts a
         # tracer; but the program is kept for the next call of the same function. What holds no
@@ -315,14 +315,15 @@ def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: A
     )
 
 
-_VALUES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+VALUES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+"""The classes of arrays and numbers, which values are made of."""
 
 
 def _is_value(x: Any) -> bool:
     """Whether `x` is an array, a number, or what stands for an array."""
     if isinstance(x, np.ndarray | np.generic):
         return x.dtype.kind not in "OSU"
-    return isinstance(x, _VALUES) or hasattr(type(x), "__jax_array__") or is_arraylike(x)
+    return isinstance(x, VALUES) or hasattr(type(x), "__jax_array__") or is_arraylike(x)
 
 
 def _stands_in(ref: Ref[Any], frame: Frame | None) -> bool:

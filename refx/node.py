@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from refx.access import check_structure, check_value
+from refx.access import VALUES, check_structure, check_value
 from refx.access import is_identity as is_identity
 from refx.errors import StructureError, ValueTypeError
 from refx.frame import local, note_made
@@ -33,9 +33,6 @@ own_dict = _HasDict.__dict__["__dict__"].__get__
 # Counts the changes of classes of Nodes: after one, every structure is looked at again.
 class_changes = [0]
 
-_NUMBERS = (bool, int, float, complex)
-_ARRAYS = (jax.Array, np.ndarray, np.generic, *_NUMBERS)
-
 
 class Book:
     """What a Node keeps about itself beside its attributes.
@@ -43,7 +40,7 @@ class Book:
     `snapshot` is the structure of the tree below it, remembered. `watchers` are weak references to
     every snapshot that this Node is part of; a change of the Node tells them. `exposed` says that
     somebody holds the dict of its attributes, and can change it without telling. `marks` are the
-    names of attributes that are leaves whatever they hold (see `structure.mark`).
+    names of attributes that are leaves whatever they hold (see `mark` in build.py).
     """
 
     __slots__ = ("_limit", "exposed", "marks", "snapshot", "watchers")
@@ -210,7 +207,7 @@ class Node(_HasDict, metaclass=NodeType):
         if name in _SLOTS:
             raise StructureError(f"The attribute name {name!r} is taken by refx; choose another.")
         old = attributes(self).get(name, _NOTHING)
-        if type(old) is Ref and isinstance(value, _ARRAYS):
+        if type(old) is Ref and isinstance(value, VALUES):
             raise StructureError(
                 f"Attribute {name!r} of a {type(self).__name__} is a Ref, which an array cannot "
                 f"replace unnoticed: write self.{name}.value = ... to give it a value. To have a "
@@ -280,18 +277,14 @@ _NOTHING: Any = object()
 
 def _are_alike(old: Any, new: Any) -> bool:
     """Whether an attribute that was `old` and is `new` leaves the structure as it was."""
-    if old is new or (isinstance(old, LEAVES) and isinstance(new, LEAVES)):
+    if old is new or (is_array(old) and is_array(new)):
         return True
     return type(old) in SIMPLE and Static(old) == Static(new)
 
 
-LEAVES = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
-"""What an attribute that holds one is a value: arrays, and what stands for one in `eval_shape`."""
-
-
 def is_array(x: Any) -> bool:
     """Whether `x` is an array attribute, a value; ShapeDtypeStructs stand for one in `eval_shape`."""
-    return isinstance(x, LEAVES)
+    return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
 
 
 _SLOTS = frozenset(Node.__slots__)

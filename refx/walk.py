@@ -13,7 +13,7 @@ import jax
 from refx.dagdef import DagDef, Leaf, NodeDef, PathName, RefDef, Tree, intern, parts_of
 from refx.errors import StructureError, UnhashableStaticError
 from refx.frame import local
-from refx.node import LEAVES, Node, attributes, is_array, is_identity
+from refx.node import Node, attributes, is_array, is_identity
 from refx.partition import Name, Partition, Path, dotted
 from refx.ref import Ref
 from refx.static import SIMPLE, WITH_IDENTITY, Static
@@ -337,7 +337,7 @@ def _cells(fn: Any) -> list[Any]:
 def _holds_arrays(static: Static) -> bool:
     """Whether an object that counts by its attributes has arrays among them."""
     parts = [x for c in static.contents for x in (c.values() if isinstance(c, dict) else c)]
-    return any(isinstance(x, LEAVES) for x in parts)
+    return any(is_array(x) for x in parts)
 
 
 def _clip(obj: Any) -> str:
