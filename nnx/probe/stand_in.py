@@ -19,7 +19,7 @@ from refx import Node, Ref
 from refx.access import check_structure
 from refx.build import build
 from refx.dagdef import NodeDef, intern, node_paths, revision_of
-from refx.node import attributes, mark_exposed, is_identity, set_on_class
+from refx.node import attributes, is_identity, mark_exposed, set_on_class
 from refx.partition import Path
 from refx.snapshot import snapshot
 from refx.static import Static
