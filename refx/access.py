@@ -98,7 +98,7 @@ def read(ref: Ref[Any], owner: Any = None) -> Any:
 
 
 def peek(ref: Ref[Any]) -> Any:
-    """The value of `ref` as it is seen here, its buffer gone or not: to compare, or to replace."""
+    """The value of `ref` as it is seen here, also where its buffer is gone: to compare or replace it."""
     return seen_from(local.frame, ref)
 
 
@@ -122,12 +122,12 @@ def put(target: Ref[Any], value: Any) -> None:
 
 
 def holds_array(value: Any) -> bool:
-    """Whether an array or a tracer is in a value; the shape of one is none."""
+    """Whether a value holds an array or a tracer. A shape is not one."""
     return any([isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(value)])
 
 
 def is_label(value: Any) -> bool:
-    """Whether a value has something in it, but neither arrays nor numbers that might be arrays."""
+    """Whether a value holds something, but neither arrays nor numbers."""
     leaves = jax.tree.leaves(value)
     return bool(leaves) and not any([isinstance(x, VALUES) for x in leaves])
 
@@ -251,11 +251,11 @@ def check_structure(node: Any, what: str) -> None:
 
 
 def _outlives_its_body(ref: Ref[Any]) -> bool:
-    """Whether a Ref of a body that has ended still has a value: nobody can write it, and each tracer
-    in it is of a trace that runs.
+    """Whether a Ref of a body that has ended may still be read.
 
-    The backward rule of a library reads such Refs. It runs after the body of a gradient, where the
-    library split a module into the leaves to differentiate and the others.
+    Nobody can write it, and each tracer in it belongs to a trace that runs. A library that splits a
+    module into what it differentiates and the rest reads such Refs: its backward rule runs after the
+    body of the gradient.
     """
     if ref._frame is None or ref._frame.open or (ref._trace not in (READ_ONLY, LABEL)):
         return False
@@ -280,9 +280,9 @@ def _misplaced(ref: Ref[Any], owner: Any) -> Exception:
 
 
 def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: Any) -> None:
-    # vmap and grad run their function anew at every call, so a closed-over value is always fresh.
-    # jit, scan, checkpoint and the like keep a program in a cache: a concrete value read by closure
-    # becomes a constant of that program, and later writes of the Ref would not reach it.
+    # vmap and grad run their function again at every call, so a closed-over value is always the
+    # current one. jit, scan, checkpoint and the like keep a program: a concrete value read by closure
+    # becomes a constant of it, and later writes of the Ref would not reach it.
     if ref._trace is READ_ONLY or ref._trace is FROZEN:
         return
     home = ref._trace()

@@ -63,8 +63,8 @@ def mutable(filter: Filter, tree: Any = None) -> Iterator[None]:
 class Limit:
     """What may be written within one `mutable`, and within those around it.
 
-    With a filter that selects nothing, `_new` are the Refs and Nodes that were made within: by id,
-    since a class may have a hash of its own; weakly, since those of a body hold tracers.
+    Where the filter selects nothing, `_new` holds the Refs and Nodes that were made within: by id,
+    since a class may define its own hash, and weakly, since those of a body hold tracers.
     """
 
     def __init__(self, outer: Limit | None, filter: Filter, tree: Any):

@@ -67,11 +67,11 @@ class Snapshot:
         # By id, all that another tree could share with this one.
         self.identities = frozenset(map(id, found.objects))
         self._places = found.places
-        # An array in a tuple cannot be replaced without the tuple, so those are kept as they are.
+        # An array in a tuple cannot be replaced without replacing the tuple, so the array is enough.
         self._leaves = [
             x if p[0] is None else None for x, p in zip(found.leaves, found.places, strict=True)
         ]
-        # Where all Refs were made; False is no frame, so Refs of several levels compare with none.
+        # The frame that all Refs were made in. Refs of several levels have False, which is no frame.
         self.frame: Any = _common(found.refs, "_frame", False)
         self.trace: Any = _common(found.refs, "_trace", None)
         self.has_labels = any([r._trace is LABEL for r in found.refs])

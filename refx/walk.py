@@ -149,8 +149,8 @@ def contents(container: Any) -> Any:
 def _hides(obj: Any) -> bool:
     """Whether `obj` is a pytree whose class takes apart the modules or Refs that it holds.
 
-    Its leaves would be the values of their Refs, so a copy of it would have Refs of its own, that
-    nobody trains. So it is walked as an object: by its attributes.
+    Its leaves would be the values of their Refs, so a copy would have other Refs, which nobody
+    trains. So it is walked as an object: by its attributes.
     """
     if not _has_attributes(obj):
         return False
