@@ -17,7 +17,7 @@ def check_arguments(cls: type, kwargs: dict[str, Any]) -> None:
     """Refuse arguments of a constructor that are habits from elsewhere, or dtypes that are none.
 
     Raises:
-      TypeError: `rngs` for a class that takes none; a string that is no dtype, for a layer.
+      TypeError: `rngs` for a class that takes none; a string that is not a dtype, for a layer.
     """
     if "rngs" in kwargs:
         parameters = inspect.signature(cls.__init__).parameters.values()

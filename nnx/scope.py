@@ -27,8 +27,8 @@ class MissingFlagError(RefError):
 
 
 class Scope(Node):
-    """Streams and flags. It is a Node, so it crosses a boundary like any argument: its streams as
-    Refs that advance, its flags as static structure, a new value of which means a new trace.
+    """Streams and flags. It is a Node, so it crosses a boundary like any argument: its streams are
+    Refs that advance, and its flags are static, so another value of a flag means a new trace.
     """
 
     def __init__(self, streams: dict[str, RngStream], flags: dict[str, Any]):

@@ -107,25 +107,18 @@ def replace(tree: M, where: Where, fn: Callable[[Any], Any]) -> M:
       fn = Linear(
     ...
     """
-    found = walk(tree)
-    paths, selects = node_paths(found.dagdef), selector(where)
-    chosen = [
-        (paths[i], x)
-        for i, x in enumerate(found.objects)
-        if isinstance(x, Module) and selects(paths[i], x)
-    ]
+    there, selects = modules(tree), selector(where)
+    chosen = [(path, x) for path, x in there.items() if selects(path, x)]
     if not chosen and isinstance(where, str):
         # A shared module has other paths than its first.
         other = follow(tree, where.split("."))
-        pairs = [(p, found.objects[i]) for i, p in paths.items() if isinstance(other, Module)]
-        chosen = [(path, x) for path, x in pairs if x is other]
+        chosen = [(path, x) for path, x in there.items() if x is other]
     if not chosen:
-        there = [paths[i] for i, x in enumerate(found.objects) if isinstance(x, Module)]
         raise FilterError(
             f"nnx.replace selects no module of {type(tree).__name__} with {where!r}. Its modules "
             f"are: {listed_modules(there)}."
         )
-    places = _places(found.containers, {id(module) for _, module in chosen})
+    places = _places(walk(tree).containers, {id(module) for _, module in chosen})
     undo: list[tuple[Any, Any, Any]] = []
     root: Any = tree
     try:

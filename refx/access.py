@@ -27,6 +27,7 @@ from refx.errors import (
     ValueTypeError,
 )
 from refx.frame import Frame, Original, StandIn, copy_containers, local, trace_of
+from refx.static import WITH_IDENTITY
 from refx.text import ALTERNATIVES, array_text, is_arraylike, ours
 from refx.trace import (
     CONSTANT,
@@ -97,7 +98,7 @@ def read(ref: Ref[Any], owner: Any = None) -> Any:
 
 
 def peek(ref: Ref[Any]) -> Any:
-    """The value of `ref` as it is seen here, its buffer gone or not: to compare, or to replace."""
+    """The value of `ref` as it is seen here, also where its buffer is gone: to compare or replace it."""
     return seen_from(local.frame, ref)
 
 
@@ -121,14 +122,14 @@ def put(target: Ref[Any], value: Any) -> None:
 
 
 def holds_array(value: Any) -> bool:
-    """Whether an array or a tracer is in a value; the shape of one is none."""
+    """Whether a value holds an array or a tracer. A shape is not one."""
     return any([isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(value)])
 
 
 def is_label(value: Any) -> bool:
-    """Whether a value has something in it, but neither arrays nor numbers that might be arrays."""
+    """Whether a value holds something, but neither arrays nor numbers."""
     leaves = jax.tree.leaves(value)
-    return bool(leaves) and not any([isinstance(x, _VALUES) for x in leaves])
+    return bool(leaves) and not any([isinstance(x, VALUES) for x in leaves])
 
 
 def label(refs: Iterable[Ref[Any]]) -> None:
@@ -155,7 +156,7 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
             f"another call of that function would go on with the old value. Pass the module to it "
             f"as an argument, or use {ALTERNATIVES['same name']}."
         )
-    if local.allowed is not None and not local.allowed(ref):
+    if local.limit is not None and not local.limit.lets_write(ref):
         raise NotMutableError(
             f"{describe(ref, owner)} was written, but the surrounding `mutable` does not allow it. "
             f"Add {ref._collection!r} to its filter, a tuple of all that may be written, or move "
@@ -202,7 +203,7 @@ def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
 
 def is_identity(x: Any) -> bool:
     """Whether `x` is a Ref or a Node: a thing with an identity that a pytree walk must not enter."""
-    return getattr(type(x), "_has_identity", False)
+    return type(x) in WITH_IDENTITY
 
 
 def leaves_of(value: Any) -> list[Any]:
@@ -225,7 +226,7 @@ def _what(ref: Ref[Any] | None, owner: Any) -> str:
 def check_structure(node: Any, what: str) -> None:
     """Raise if the structure of `node`, a Node, may not be changed here."""
     name = type(node).__name__
-    if local.fixed is not None and local.fixed(node):
+    if local.limit is not None and not local.limit.lets_change(node):
         raise NotMutableError(
             f"{what} of a {name} was changed, but the surrounding `mutable` lets nothing be changed. "
             f"Move the change out of it, or change a clone."
@@ -250,11 +251,11 @@ def check_structure(node: Any, what: str) -> None:
 
 
 def _outlives_its_body(ref: Ref[Any]) -> bool:
-    """Whether a Ref of a body that has ended still has a value: nobody can write it, and each tracer
-    in it is of a trace that runs.
+    """Whether a Ref of a body that has ended may still be read.
 
-    The backward rule of a library reads such Refs. It runs after the body of a gradient, where the
-    library split a module into the leaves to differentiate and the others.
+    Nobody can write it, and each tracer in it belongs to a trace that runs. A library that splits a
+    module into what it differentiates and the rest reads such Refs: its backward rule runs after the
+    body of the gradient.
     """
     if ref._frame is None or ref._frame.open or (ref._trace not in (READ_ONLY, LABEL)):
         return False
@@ -279,9 +280,9 @@ def _misplaced(ref: Ref[Any], owner: Any) -> Exception:
 
 
 def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: Any) -> None:
-    # vmap and grad run their function anew at every call, so a closed-over value is always fresh.
-    # jit, scan, checkpoint and the like keep a program in a cache: a concrete value read by closure
-    # becomes a constant of that program, and later writes of the Ref would not reach it.
+    # vmap and grad run their function again at every call, so a closed-over value is always the
+    # current one. jit, scan, checkpoint and the like keep a program: a concrete value read by closure
+    # becomes a constant of it, and later writes of the Ref would not reach it.
     if ref._trace is READ_ONLY or ref._trace is FROZEN:
         return
     home = ref._trace()
@@ -292,7 +293,7 @@ def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: A
         return
     of_body = home is not EVAL and not _stands_in(ref, frame)
     leaves = jax.tree.leaves(ref._value)
-    constant = ref._trace is LABEL or not any([isinstance(x, _VALUES) for x in leaves])
+    constant = ref._trace is LABEL or not any([isinstance(x, VALUES) for x in leaves])
     if of_body or constant or any([isinstance(x, Tracer) for x in leaves]):
         # A Ref of a body that runs once is closed over by functions of that body, and JAX lifts a
         # tracer; but the program is kept for the next call of the same function. What holds no
@@ -314,14 +315,15 @@ def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: A
     )
 
 
-_VALUES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+VALUES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+"""The classes of arrays and numbers, which values are made of."""
 
 
 def _is_value(x: Any) -> bool:
     """Whether `x` is an array, a number, or what stands for an array."""
     if isinstance(x, np.ndarray | np.generic):
         return x.dtype.kind not in "OSU"
-    return isinstance(x, _VALUES) or hasattr(type(x), "__jax_array__") or is_arraylike(x)
+    return isinstance(x, VALUES) or hasattr(type(x), "__jax_array__") or is_arraylike(x)
 
 
 def _stands_in(ref: Ref[Any], frame: Frame | None) -> bool:

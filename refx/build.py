@@ -9,9 +9,20 @@ from typing import Any
 import jax
 
 from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree
-from refx.frame import local
-from refx.node import Node, attributes, book, is_array, tell
-from refx.node import make as make_node
+from refx.frame import local, note_made
+from refx.node import (
+    Node,
+    attributes,
+    book,
+    is_array,
+    is_identity,
+    own_dict,
+    set_book,
+    set_dict,
+    set_frame,
+    set_trace,
+    tell,
+)
 from refx.ref import Ref, metadata_of
 from refx.static import Static
 from refx.trace import FROZEN, trace_ref
@@ -118,10 +129,18 @@ def build(
             obj._frame = frame
             obj._trace = FROZEN if frozen else trace
         elif kind is Node:
-            obj = make_node(about, frame, FROZEN if frozen else trace)
+            # As `make` in node.py.
+            obj = new(about)
+            set_dict(obj, own_dict(obj))
+            set_frame(obj, frame)
+            set_trace(obj, FROZEN if frozen else trace)
+            set_book(obj, None)
         else:
             obj = kind() if kind is list or kind is dict else new(kind)
         objects.append(obj)
+    if local.limit is not None:
+        old = existing or {}
+        note_made(*[x for i, x in enumerate(objects) if is_identity(x) and i not in old])
     pool = [*objects, *leaves, *recipe.statics]
     get = pool.__getitem__
     for i, kind, names, children, pytrees in recipe.fills:
@@ -137,7 +156,9 @@ def build(
         content = attributes(obj) if kind is Node else obj if kind is dict else vars(obj)
         if known:
             content.clear()
-        content.update(zip(names, map(get, children)))
+        # Most objects hold few others: a loop takes less time than `update` here.
+        for name, number in zip(names, children):
+            content[name] = pool[number]
         if known and kind is Node:
             tell(obj)
     for treedef, parts in recipe.root_pytrees:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from refx.dag import refs
@@ -50,63 +50,65 @@ def mutable(filter: Filter, tree: Any = None) -> Iterator[None]:
     ...         print(str(error)[:44])
     A Ref (collection 'params', 1.0) was written
     """
-    predicate = to_predicate(filter)
-    if tree is None and reads_paths(filter):
-        raise FilterError(
-            f"The filter {filter!r} looks at paths, so mutable needs the tree to take them from: "
-            f"mutable(filter, tree=model)."
-        )
-    paths = None if tree is None else {cell: path for path, cell in refs(tree).items()}
-    if paths is not None and not any(predicate(path, cell) for cell, path in paths.items()):
-        check_selection(filter, tree)
-    outer = local.allowed
-    frozen = _frozen(tree) if selects_nothing(filter) else contextlib.nullcontext(_nothing)
-
-    def allowed(cell: Ref[Any]) -> bool:
-        if outer is not None and not outer(cell):
-            return False
-        if paths is None:
-            return predicate((), cell) or is_new(cell)
-        path = paths.get(cell)
-        return path is None or predicate(path, cell)
-
+    outer = local.limit
+    local.limit = limit = Limit(outer, filter, tree)
     try:
-        with frozen as is_new:
-            local.allowed = allowed
-            yield
+        yield
     finally:
-        local.allowed = outer
+        local.limit = outer
+    if limit.content is not None:
+        limit.content.check()
 
 
-def _nothing(x: Any) -> bool:
-    return False
+class Limit:
+    """What may be written within one `mutable`, and within those around it.
 
-
-@contextlib.contextmanager
-def _frozen(tree: Any) -> Iterator[Callable[[Any], bool]]:
-    """Within this context the modules of a tree, or all that there are now, may not change.
-
-    It gives a function that says of a Ref or a module whether it was made within.
+    Where the filter selects nothing, `_new` holds the Refs and Nodes that were made within: by id,
+    since a class may define its own hash, and weakly, since those of a body hold tracers.
     """
-    outer, made = local.fixed, local.made
-    # By id, since a class may have a hash of its own; weakly, since those of a body hold tracers.
-    new: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-    content = None if tree is None else _Content(tree)
 
-    def is_new(x: Any) -> bool:
-        return new.get(id(x)) is x
+    def __init__(self, outer: Limit | None, filter: Filter, tree: Any):
+        self._outer = outer
+        self._predicate = to_predicate(filter)
+        if tree is None and reads_paths(filter):
+            raise FilterError(
+                f"The filter {filter!r} looks at paths, so mutable needs the tree to take them from: "
+                f"mutable(filter, tree=model)."
+            )
+        self._paths = None if tree is None else {cell: path for path, cell in refs(tree).items()}
+        paths = self._paths or {}
+        if tree is not None and not any(self._predicate(path, x) for x, path in paths.items()):
+            check_selection(filter, tree)
+        nothing = selects_nothing(filter)
+        self._new: Any = weakref.WeakValueDictionary() if nothing else None
+        self.content = _Content(tree) if nothing and tree is not None else None
 
-    def is_fixed(node: Node) -> bool:
-        return content.holds(node) if content is not None else not is_new(node)
+    def note_made(self, made: Iterable[Any]) -> None:
+        """Note Refs and Nodes that are new."""
+        if self._outer is not None:
+            self._outer.note_made(made)
+        if self._new is not None:
+            self._new.update((id(x), x) for x in made)
 
-    local.made = (*made, new)
-    local.fixed = lambda node: is_fixed(node) or (outer is not None and outer(node))
-    try:
-        yield is_new
-    finally:
-        local.fixed, local.made = outer, made
-    if content is not None:
-        content.check()
+    def lets_write(self, cell: Ref[Any]) -> bool:
+        """Whether a Ref may be given a value."""
+        if self._outer is not None and not self._outer.lets_write(cell):
+            return False
+        if self._paths is None:
+            return self._predicate((), cell) or self._is_new(cell)
+        path = self._paths.get(cell)
+        return path is None or self._predicate(path, cell)
+
+    def lets_change(self, node: Node) -> bool:
+        """Whether the attributes of a Node may be set and deleted."""
+        if self._outer is not None and not self._outer.lets_change(node):
+            return False
+        if self.content is not None:
+            return not self.content.holds(node)
+        return self._new is None or self._is_new(node)
+
+    def _is_new(self, x: Any) -> bool:
+        return self._new is not None and self._new.get(id(x)) is x
 
 
 class _Content:

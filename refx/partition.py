@@ -204,7 +204,7 @@ class Partition(Mapping[Path, Any]):
     def __repr__(self) -> str:
         lines = [
             f"  {'.'.join(p)!r}: {_short(v)},"
-            for p, v in itertools.islice(self._items.items(), _MOST)
+            for p, v in itertools.islice(self._items.items(), _SHOWN)
         ]
         rest = len(self._items) - len(lines)
         if rest:
@@ -237,7 +237,7 @@ def listed(paths: Any, most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-_MOST = 200
+_SHOWN = 200
 
 
 class _Text:

@@ -1,7 +1,7 @@
 """Nodes as plain JAX pytrees: a Node is the tuple of its values, each shared Ref once.
 
-That is value semantics: what JAX rebuilds is another Node with Refs of its own, and JAX has no way
-to write into the caller's. So a Node that is rebuilt around tracers may be read but not written.
+That is value semantics: what JAX rebuilds is another Node with other Refs, and JAX has no way to
+write into the caller's. So a Node that is rebuilt around tracers may be read but not written.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class _PathKey(jax.tree_util.GetAttrKey):
 
 
 def _flatten(node: Node) -> tuple[list[Any], DagDef]:
-    kept = snapshot(node)
-    return kept.values() + kept.leaves(), kept.dagdef
+    snap = snapshot(node)
+    return snap.values() + snap.leaves(), snap.dagdef
 
 
 def _flatten_with_keys(node: Node) -> tuple[list[tuple[Any, Any]], DagDef]:

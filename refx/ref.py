@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, TypeVar, final
+from typing import Any, Generic, TypeVar, final
 
 import jax
 from jax.core import Tracer
@@ -13,8 +13,8 @@ from refx.access import check_value, is_label, label, read, write
 from refx.buffers import CONCRETE
 from refx.describe import summary
 from refx.errors import UnhashableStaticError
-from refx.frame import Frame, local
-from refx.static import Static
+from refx.frame import Frame, local, note_made
+from refx.static import WITH_IDENTITY, Static
 from refx.trace import EVAL, LABEL, READ_ONLY, current_trace, trace_ref
 
 __all__ = ["Ref"]
@@ -60,8 +60,6 @@ class Ref(Generic[T]):
     Ref(1, 'counters')
     """
 
-    _has_identity: ClassVar[bool] = True
-
     __slots__ = ("__weakref__", "_collection", "_frame", "_metadata", "_trace", "_value")
 
     _value: Any
@@ -82,8 +80,7 @@ class Ref(Generic[T]):
         self._metadata = metadata_of(metadata.items())
         self._frame = local.frame
         self._trace = trace_ref()
-        for made in local.made:
-            made[id(self)] = self
+        note_made(self)
 
     @property
     def value(self) -> T:
@@ -125,6 +122,9 @@ class Ref(Generic[T]):
         return _restore, (self.value, self._collection, dict(self._metadata))
 
 
+WITH_IDENTITY.add(Ref)
+
+
 def _no_arithmetic(self: Ref[Any], *others: Any, **options: Any) -> Any:
     raise TypeError(
         f"{self!r} is a cell that holds a value, not the value: use .value, as in ref.value + 1."
@@ -144,8 +144,7 @@ def _restore(value: Any, collection: Hashable, metadata: Any) -> Ref[Any]:
     # Also of what JAX puts in the place of an array and no `Ref(...)` takes.
     at = LABEL if is_label(value) else trace_ref()
     ref = make(value, collection, metadata_of(metadata.items()), local.frame, at)
-    for made in local.made:
-        made[id(ref)] = ref
+    note_made(ref)
     return ref
 
 
@@ -198,6 +197,7 @@ def _unflatten(aux: Any, children: Any) -> Ref[Any]:
     facts = metadata_of((name, fact.value) for name, fact in metadata)
     at = READ_ONLY if copied else trace_ref()
     ref = make(children[0], collection.value, facts, local.frame, at)
+    note_made(ref)
     if not copied:
         label([ref])
     return ref

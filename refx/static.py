@@ -33,6 +33,10 @@ _DEPTH = 4
 NESTED = _DEPTH - 1
 
 
+WITH_IDENTITY: set[type] = set()
+"""The classes whose instances are what they are, whatever they hold: Ref, and each class of Nodes."""
+
+
 class Static:
     """A value that is part of the structure. Equal means equal in type and in content.
 
@@ -104,7 +108,7 @@ def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
     hashable = kind.__hash__ is not None
     if hashable and _is_trusted(kind.__module__):
         return (kind, Same(value)) if by_identity else (kind, value)
-    if isinstance(value, type | types.ModuleType) or getattr(kind, "_has_identity", False):
+    if isinstance(value, type | types.ModuleType) or kind in WITH_IDENTITY:
         return kind, Same(value)
     if isinstance(value, _CONTAINERS):
         # It has no hash, which whoever asks for one has to explain.

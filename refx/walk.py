@@ -13,10 +13,10 @@ import jax
 from refx.dagdef import DagDef, Leaf, NodeDef, PathName, RefDef, Tree, intern, parts_of
 from refx.errors import StructureError, UnhashableStaticError
 from refx.frame import local
-from refx.node import LEAVES, Node, attributes, is_array, is_identity
+from refx.node import Node, attributes, is_array, is_identity
 from refx.partition import Name, Partition, Path, dotted
 from refx.ref import Ref
-from refx.static import SIMPLE, Static
+from refx.static import SIMPLE, WITH_IDENTITY, Static
 from refx.text import ALTERNATIVES
 from refx.trace import FROZEN
 
@@ -43,7 +43,7 @@ class Walk(NamedTuple):
     functions: list[tuple[str, Any]]
 
 
-_NO_ARRAYS = SIMPLE | {Ref, list, dict, tuple}
+_NO_ARRAYS = SIMPLE | {list, dict, tuple}
 
 
 def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) -> Walk:
@@ -70,7 +70,8 @@ def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
         if alias is not None:
             obj = alias.get(id(obj), obj)
         kind = type(obj)
-        if mark is True or (kind not in _NO_ARRAYS and is_array(obj)):
+        known = kind in WITH_IDENTITY
+        if mark is True or (not known and kind not in _NO_ARRAYS and is_array(obj)):
             place[position] = Leaf(len(found.leaves))
             found.leaves.append(obj)
             found.places.append((holder, link[1] if link is not None else None))
@@ -80,7 +81,7 @@ def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             continue
         fields: Mapping[str, Any] = {}
         content = None
-        if kind is Ref or kind is list or kind is dict or isinstance(obj, Node) or _hides(obj):
+        if known or kind is list or kind is dict or _hides(obj):
             number = numbers.get(id(obj))
             if number is not None:
                 place[position] = number
@@ -96,7 +97,7 @@ def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             names = tuple(range(len(content))) if kind is list else tuple(content)
             values = list(content) if kind is list else list(content.values())
             children: list[Any] = [None] * len(names)
-            if isinstance(obj, Node):
+            if known:
                 fields = obj._fields
                 mark = obj._book.marks if obj._book is not None else None
                 nodes.append((kind, names, children, obj._revision, obj._trace is FROZEN))
@@ -148,8 +149,8 @@ def contents(container: Any) -> Any:
 def _hides(obj: Any) -> bool:
     """Whether `obj` is a pytree whose class takes apart the modules or Refs that it holds.
 
-    Its leaves would be the values of their Refs, so a copy of it would have Refs of its own, that
-    nobody trains. So it is walked as an object: by its attributes.
+    Its leaves would be the values of their Refs, so a copy would have other Refs, which nobody
+    trains. So it is walked as an object: by its attributes.
     """
     if not _has_attributes(obj):
         return False
@@ -336,7 +337,7 @@ def _cells(fn: Any) -> list[Any]:
 def _holds_arrays(static: Static) -> bool:
     """Whether an object that counts by its attributes has arrays among them."""
     parts = [x for c in static.contents for x in (c.values() if isinstance(c, dict) else c)]
-    return any(isinstance(x, LEAVES) for x in parts)
+    return any(is_array(x) for x in parts)
 
 
 def _clip(obj: Any) -> str:

@@ -19,7 +19,7 @@ from refx import Node, Ref
 from refx.access import check_structure
 from refx.build import build
 from refx.dagdef import NodeDef, intern, node_paths, revision_of
-from refx.node import attributes, expose, is_identity, set_on_class
+from refx.node import attributes, is_identity, mark_exposed, set_on_class
 from refx.partition import Path
 from refx.snapshot import snapshot
 from refx.static import Static
@@ -153,7 +153,7 @@ class StandIn:
         build(intern(after.dagdef.root, tuple(nodes)), [], after.leaves, existing=existing)
         for original in existing.values():
             if isinstance(original, Node):
-                expose(original)
+                mark_exposed(original)
 
     def _unmarked(self, node: Any, x: Any) -> Any:
         if not isinstance(node, NodeDef):

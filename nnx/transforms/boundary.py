@@ -430,8 +430,15 @@ def close_call(call: Call, packed: Packed) -> Any:
     if spec.graph is not None and spec.graph.rewritten:
         objects = call.objects()
         for n in spec.graph.rewritten:
-            if isinstance(changed := objects[spec.graph.known[n]], Node):
-                check_structure(changed, "The structure")
+            number = spec.graph.known[n]
+            holders = [objects[number]]
+            if not isinstance(holders[0], Node):
+                # A list or a dict may change where the modules that it is a part of may.
+                every = enumerate(call.roots)
+                holders = [x for i, x in every if number in reachable(call.layout.dagdef, [i])]
+            for holder in holders:
+                if isinstance(holder, Node):
+                    check_structure(holder, "The structure")
     if spec.written:
         if call.at_once:
             # The old values are let go here, while the program that read them has hardly begun:

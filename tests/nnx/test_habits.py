@@ -174,6 +174,16 @@ def test_check_init_runs_after_the_last_init_and_cannot_be_forgotten():
     with pytest.raises(ValueError, match="no size"):
         Larger(-1)
 
+    @nnx.dataclass
+    class OwnInit(Data):
+        def __init__(self):
+            self.size = 5
+
+        def __check_init__(self):
+            self.size += 1
+
+    assert OwnInit().size == 6
+
 
 def test_a_converter_sees_each_value_and_no_ref():
     model = Checked([1, 2])

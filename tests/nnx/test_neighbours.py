@@ -95,6 +95,22 @@ def test_a_mask_is_a_constant_that_is_never_stale(net, transform):
     assert jnp.array_equal(jax.tree.leaves(f(net))[2], net.table * 2)
 
 
+def test_a_mask_becomes_a_model_where_it_is_given_values(net):
+    mask = jax.tree.map(lambda x: x.ndim == 2, net)
+    mask.linear.kernel = net.linear.kernel
+
+    @nnx.jit
+    def double(mask):
+        mask.linear.kernel = mask.linear.kernel * 2
+
+    double(mask)
+    assert jnp.array_equal(mask.linear.kernel, net.linear.kernel * 2)
+    # What was the bool of a plain array, a leaf, is a part of the tree now.
+    mask.table = nnx.Linear.init(0)(2, 2)
+    assert nnx.refs(mask)["table", "kernel"].value is mask.table.kernel
+    assert any(x is mask.table.kernel for x in jax.tree.leaves(mask))
+
+
 @pytest.mark.parametrize("transform", [nnx.jit, jax.jit])
 def test_axes_shapes_labels_and_shardings_made_of_a_module(net, transform):
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), net)

@@ -45,6 +45,14 @@ class Pair(NamedTuple):
     scale: Any
 
 
+class Degrees(float):
+    """A number with a unit, which its == does not look at."""
+
+
+class Kelvin(Degrees):
+    pass
+
+
 @dataclasses.dataclass(frozen=True)
 class ByName:
     """Its own == and hash, whatever else it holds."""
@@ -83,6 +91,8 @@ EQUAL_BUT_DIFFERENT = {
     "in a frozen dataclass": (Config(1), Config(1.0)),
     "in a tuple in a dataclass": (Config((0.0, "a")), Config((-0.0, "a"))),
     "in a NamedTuple in a dataclass": (Config(Pair(1)), Config(Pair(1.0))),
+    "subclasses of float": (Degrees(1.0), Kelvin(1.0)),
+    "a float and a subclass": (1.0, Degrees(1.0)),
     "in a dataclass in a dataclass": (Config(Config(1)), Config(Config(True))),
 }
 
