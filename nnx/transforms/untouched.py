@@ -143,15 +143,7 @@ class Untouched:
         changed = self._caller.changed()
         given = [i for i in changed if self._owners[i] is None]
         # What belongs to the body may not stay in what is older than it.
-        mine = any(
-            _is_of(x, frame)
-            for i in changed
-            for content in [self._kept[i]]
-            for x in jax.tree.leaves(
-                list(content.values() if isinstance(content, dict) else content),
-                is_leaf=is_identity,
-            )
-        )
+        mine = any(_is_of(x, frame) for i in changed for x in _held(self._kept[i]))
         if given or mine or not self._runs_once:
             self.restore()
             at = (given or list(changed))[0]
@@ -184,6 +176,16 @@ def _containers_of(root: Any) -> list[tuple[Any, list[Any]]]:
     own = [(root, containers(root))]
     nodes = [x for x in jax.tree.leaves(root, is_leaf=is_identity) if isinstance(x, Node)]
     return [*own, *(pair for x in nodes for pair in _containers_of(x))]
+
+
+def _held(content: Any) -> list[Any]:
+    """The modules, the Refs and the arrays in a list or a dict."""
+    try:
+        # A list may hold itself, which a walk of JAX's does not survive.
+        found = walk(content)
+        return [*found.objects, *found.leaves]
+    except RefError:
+        return jax.tree.leaves(content, is_leaf=is_identity)
 
 
 def _objects_of(root: Any) -> list[Any]:

@@ -378,3 +378,12 @@ def test_a_module_that_only_the_function_knows_becomes_a_part_of_an_argument(cal
     leaf, model = Cached(), Holder(None)
     call(lambda m: m.kids.append(leaf), model)
     assert model.kids == [leaf]
+
+
+def test_a_list_that_is_put_into_itself():
+    model = Holder(None)
+    nnx.jit(lambda m: m.kids.append(m.kids))(model)
+    assert len(model.kids) == 1 and model.kids[0] is model.kids
+    with pytest.raises(nnx.StructureError, match="A Holder that nnx.jit.* closes over was changed"):
+        nnx.jit(lambda: model.kids.append(model.kids))()
+    assert len(model.kids) == 1
