@@ -12,8 +12,8 @@ import jax
 
 from refx.dagdef import DagDef, Leaf, NodeDef, PathName, RefDef, Tree, intern, parts_of
 from refx.errors import StructureError, UnhashableStaticError
-from refx.frame import local
 from refx.node import Node, attributes, is_array, is_identity
+from refx.opened import hides, opened
 from refx.partition import Name, Partition, Path, dotted
 from refx.ref import Ref
 from refx.static import SIMPLE, WITH_IDENTITY, Static
@@ -81,7 +81,7 @@ def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             continue
         fields: Mapping[str, Any] = {}
         content = None
-        if known or kind is list or kind is dict or _hides(obj):
+        if known or kind is list or kind is dict or hides(obj):
             number = numbers.get(id(obj))
             if number is not None:
                 place[position] = number
@@ -146,49 +146,6 @@ def contents(container: Any) -> Any:
     return container if isinstance(container, list | dict) else vars(container)
 
 
-def _hides(obj: Any) -> bool:
-    """Whether `obj` is a pytree whose class takes apart the modules or Refs that it holds.
-
-    Its leaves would be the values of their Refs, so a copy would have other Refs, which nobody
-    trains. So it is walked as an object: by its attributes.
-    """
-    if not _has_attributes(obj):
-        return False
-    outer, local.peeking = local.peeking, True
-    try:
-        leaves = jax.tree.leaves(obj, is_leaf=is_identity)
-        if len(leaves) == 1 and leaves[0] is obj:
-            return False
-        seen = set(map(id, leaves))
-        return any(id(x) not in seen for x in _held_by_attributes(obj))
-    finally:
-        local.peeking = outer
-
-
-def _has_attributes(obj: Any) -> bool:
-    """Whether `obj` may be a pytree of a class of its own, with a dict of attributes."""
-    if isinstance(obj, _NO_PYTREES) or is_array(obj):
-        return False
-    held = getattr(obj, "__dict__", None)
-    return type(held) is dict and bool(held)
-
-
-def _held_by_attributes(obj: Any) -> Iterator[Any]:
-    """The Refs and Nodes that an object and the pytrees in it hold in their attributes."""
-    todo, seen = [obj], {id(obj)}
-    while todo:
-        at = todo.pop()
-        for x in jax.tree.leaves(vars(at), is_leaf=lambda x: is_identity(x) or _has_attributes(x)):
-            if is_identity(x):
-                yield x
-            elif id(x) not in seen and _has_attributes(x) and not jax.tree_util.all_leaves([x]):
-                seen.add(id(x))
-                todo.append(x)
-
-
-_NO_PYTREES = (tuple, types.FunctionType, types.MethodType, types.ModuleType)
-
-
 def _identities(items: Iterable[Any]) -> list[Any]:
     """The Refs and Nodes in some objects and in their lists, tuples and dicts."""
     return [x for x in jax.tree.leaves(list(items), is_leaf=is_identity) if is_identity(x)]
@@ -228,6 +185,7 @@ def _names(obj: Any, keyed: Any) -> tuple[Any, ...]:
 
 def leaves_by_path(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """The leaves of a pytree, where Refs and Nodes are leaves, with the paths that a DagDef has."""
+    tree = tree if path else opened(tree)
     keyed = [] if is_identity(tree) else _one_level(tree)[0]
     if is_identity(tree) or (len(keyed) == 1 and keyed[0][1] is tree):
         yield path, tree

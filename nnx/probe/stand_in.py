@@ -12,10 +12,8 @@ import types
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import jax
-
 from nnx.module import Module
-from refx import Node, Ref
+from refx import Node, Ref, opened
 from refx.access import check_structure
 from refx.build import build
 from refx.dagdef import NodeDef, intern, node_paths, revision_of
@@ -131,13 +129,9 @@ class StandIn:
 
     def originals(self, out: Any) -> Any:
         """An output with the modules of the tree in the place of those that stand for them."""
-        if not any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity))):
+        if not opened.holds_identity(out):
             return out
-        return jax.tree.map(
-            lambda x: self._originals.get(id(x), x) if is_identity(x) else x,
-            out,
-            is_leaf=is_identity,
-        )
+        return opened.map(lambda x: self._originals.get(id(x), x) if is_identity(x) else x, out)
 
     def _take_back(self, after: Walk) -> None:
         existing: dict[int, Any] = {}

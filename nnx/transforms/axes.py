@@ -16,7 +16,7 @@ import jax
 from nnx.transforms.boundary import Outline, Packed, run
 from nnx.transforms.call import Call, Values
 from nnx.transforms.naming import named
-from refx import Ref, RefError
+from refx import Ref, RefError, opened
 from refx.filters import to_predicate, to_predicates
 from refx.node import is_array, is_identity
 from refx.partition import Partition, Path, dotted
@@ -218,7 +218,7 @@ def along(arg: Any, spec: Any, name: str, where: str) -> list[tuple[Any, Any, st
     # A dict is a prefix of a dict with the same keys; anywhere else its keys are filters.
     filters = isinstance(spec, dict) and not (isinstance(arg, dict) and set(arg) == set(spec))
     if whole or filters:
-        return [(x, spec, where) for x in jax.tree.leaves(arg, is_leaf=is_identity)]
+        return [(x, spec, where) for x in opened.leaves(arg)]
     children, treedef = jax.tree.flatten(arg, is_leaf=lambda x: x is not arg)
     parts, spec_def = jax.tree.flatten(spec, is_leaf=lambda x: x is not spec)
     if treedef != spec_def:

@@ -35,7 +35,7 @@ from nnx.transforms.homes import kept
 from nnx.transforms.layout import Layout
 from nnx.transforms.tracebacks import shortened
 from nnx.transforms.untouched import Untouched, check_arguments, check_found, reachable
-from refx import Node, Ref, RefError
+from refx import Node, Ref, RefError, opened
 from refx.access import check_structure, label, put, writable
 from refx.build import build
 from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree
@@ -301,7 +301,7 @@ def _pack(
         and all(map(is_, after.objects, objects))
         and all(map(is_, after.leaves, leaves))
     )
-    holds = any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity)))
+    holds = opened.holds_identity(out)
     if same and not holds:
         return Packed(Spec(written, None), out, new_values), Outline([], [])
     alias = {id(o): i for o, i in zip(outer, objects, strict=True)}

@@ -13,7 +13,7 @@ from nnx.transforms.axes import Specs, places
 from nnx.transforms.boundary import Packed, Spec, abstractly, check_lifted, run, until_lifted
 from nnx.transforms.call import Call, Roots, Values
 from nnx.transforms.naming import inputs_of, named
-from refx import RefError, StructureError, clone, merge, split
+from refx import RefError, StructureError, clone, merge, opened, split
 from refx.access import write
 from refx.frame import local
 from refx.node import is_identity
@@ -89,7 +89,7 @@ class Loop:
 
     def _arrays_of(self, renewed: frozenset[int]) -> list[int]:
         """The numbers of the plain arrays of the renewed modules, in the order of their structure."""
-        parts = jax.tree.leaves(self._init, is_leaf=is_identity)
+        parts = opened.leaves(self._init)
         modules = [i for i, x in enumerate(parts) if is_identity(x)]
         # The first roots of the call are the modules of the carry.
         roots = [place for i, place in zip(modules, places(self.call)) if i in renewed]
@@ -164,8 +164,8 @@ class Loop:
 
     def _match(self, carry: Any, new: Any, came: set[int]) -> tuple[list[Any], list[Any]]:
         """The plain values and the arrays of renewed modules of the next carry."""
-        olds, old_def = jax.tree.flatten(carry, is_leaf=is_identity)
-        news, new_def = jax.tree.flatten(new, is_leaf=is_identity)
+        olds, old_def = opened.flatten(carry)
+        news, new_def = opened.flatten(new)
         if old_def != new_def:
             raise CarryError(
                 f"The carry of {self._name} changes its structure: it comes in as {old_def} and "
@@ -257,7 +257,7 @@ class Loop:
         refs = [i for i in packed.spec.written if self._is_carried[i]]
         self._carried.refs.extend(refs)
         after = carry._replace(refs=[written[i] for i in refs])
-        flat = jax.tree_util.tree_flatten_with_path(self._init, is_leaf=is_identity)[0]
+        flat = opened.flatten_with_path(self._init)[0]
         paths = [jax.tree_util.keystr(path) for path, x in flat if not is_identity(x)]
         arrays = self.call.layout.dagdef.leaf_paths
         names = Values(
@@ -298,7 +298,7 @@ class Loop:
 
     def last(self, carry: Values) -> Any:
         """The last carry, with the caller's own modules where they are kept."""
-        flat, treedef = jax.tree.flatten(self._init, is_leaf=is_identity)
+        flat, treedef = opened.flatten(self._init)
         todo = iter(carry.arguments)
         flat = [x if is_identity(x) else next(todo) for x in flat]
         if self._carried.plain_arrays:
@@ -321,7 +321,7 @@ def run_loop(init: Any, attempt: Callable[[Roots, Any, frozenset[int]], Any]) ->
         except Renewed as found:
             renewed = found.at
         at = sorted(renewed)
-        flat, treedef = jax.tree.flatten(init, is_leaf=is_identity)
+        flat, treedef = opened.flatten(init)
         for i, module in zip(at, clone(tuple(flat[i] for i in at)), strict=True):
             flat[i] = module
         init = jax.tree.unflatten(treedef, flat)

@@ -33,6 +33,7 @@ from nnx.transforms.custom_arguments import (
     moving,
 )
 from nnx.transforms.targets import Place, Target, shapes, text, zero_tangent
+from refx import opened
 from refx.node import is_identity
 from refx.partition import dotted
 
@@ -255,7 +256,7 @@ class custom_vjp(_Custom):
                 f"The forward rule of {self._name} must return (out, residuals), but it returned "
                 f"{type(out).__name__}."
             )
-        held = jax.tree.leaves(out[1], is_leaf=is_identity)
+        held = opened.leaves(out[1])
         if any(map(is_identity, held)):
             raise CustomRuleError(
                 f"The residuals of {self._name} hold a module or a Ref, which would be gone when "

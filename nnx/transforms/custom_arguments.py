@@ -11,8 +11,7 @@ from jax.core import Tracer
 
 from nnx.transforms.call import Call
 from nnx.transforms.targets import Target, by_path, locate, moves
-from refx import RefError
-from refx.node import is_identity
+from refx import RefError, opened
 from refx.partition import listed
 
 __all__ = ["CustomRuleError"]
@@ -43,7 +42,7 @@ class Fixed:
     """The arguments that are not differentiated; what is traced of them is an input of its own."""
 
     def __init__(self, args: list[Any], name: str):
-        leaves, self._treedef = jax.tree.flatten(args, is_leaf=is_identity)
+        leaves, self._treedef = opened.flatten(args)
         self._where = [i for i, x in enumerate(leaves) if isinstance(x, Tracer)]
         # Given to JAX and not kept: JAX keeps the rules after the tracers have ended.
         self.traced = [_constant(leaves[i], name) for i in self._where]

@@ -13,7 +13,7 @@ from nnx.transforms.call import Roots, open_call
 from nnx.transforms.callables import function_name, unbound
 from nnx.transforms.naming import named
 from nnx.transforms.targets import DifferentiationError, Parts, moves, targets_of
-from refx import Filter, Ref, get_partition
+from refx import Filter, Ref, get_partition, opened
 from refx.node import is_identity
 
 __all__: list[str] = []
@@ -63,7 +63,7 @@ def differentiate(
             out, aux = split_aux(name, out, what) if has_aux else (out, None)
             if check is not None:
                 check(name, out)
-            holds.append(any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity))))
+            holds.append(opened.holds_identity(out))
             return (pure_of(out), (out, aux)) if holds[-1] else (out, aux)
 
         def pure(parts: list[Parts]) -> Any:
@@ -98,6 +98,4 @@ def pure_of(tree: Any) -> Any:
     def selects(path: Any, cell: Any) -> bool:
         return all(map(moves, jax.tree.leaves(cell.value if isinstance(cell, Ref) else cell)))
 
-    return jax.tree.map(
-        lambda x: get_partition(x, selects) if is_identity(x) else x, tree, is_leaf=is_identity
-    )
+    return opened.map(lambda x: get_partition(x, selects) if is_identity(x) else x, tree)

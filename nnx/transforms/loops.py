@@ -23,7 +23,7 @@ from nnx.transforms.carry import CARRY, Loop, run_loop
 from nnx.transforms.eager import compiled_once
 from nnx.transforms.naming import named
 from nnx.transforms.vmap import vmap
-from refx import Filter, StructureError
+from refx import Filter, StructureError, opened
 from refx.node import is_identity
 
 __all__ = ["fori_loop", "map", "scan", "while_loop"]
@@ -87,7 +87,7 @@ def scan(
                 f"{name} got the axis {axis!r}; Refs of xs are sliced along axis 0, or carried "
                 f"with nnx.CARRY."
             )
-    if axes and not any(is_identity(x) for x in jax.tree.leaves(xs, is_leaf=is_identity)):
+    if axes and not opened.holds_identity(xs):
         raise AxisError(
             f"{name} got axes, which say what is sliced of the Refs in xs, but xs holds no module or "
             f"Ref. Those in init, and closed-over ones, are always carried: leave axes out."
@@ -359,7 +359,7 @@ def map(f: Callable[[X], Y], xs: X, *, batch_size: int | None = None) -> Y:
         return _mapped(name, f, xs)
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise AxisError(f"{name} got batch_size={batch_size!r}, but it must be a positive int.")
-    if any(is_identity(x) for x in jax.tree.leaves(xs, is_leaf=is_identity)):
+    if opened.holds_identity(xs):
         raise AxisError(
             f"{name} with batch_size= takes no modules or Refs in xs. Leave batch_size out, or "
             f"let f close over the module."
@@ -391,7 +391,7 @@ def _mapped(name: str, f: Callable[[Any], Any], xs: Any) -> Any:
 def _sizes(name: str, xs: Any) -> set[int]:
     """The size of the leading axis, which all arrays have; that of modules is looked at later."""
     sizes: dict[int, str] = {}
-    for path, x in jax.tree_util.tree_flatten_with_path(xs, is_leaf=is_identity)[0]:
+    for path, x in opened.flatten_with_path(xs)[0]:
         if is_identity(x):
             continue
         where = "xs" + jax.tree_util.keystr(path)
@@ -403,7 +403,7 @@ def _sizes(name: str, xs: Any) -> set[int]:
         sizes.setdefault(shape[0], f"{shape[0]} of {where}")
     if len(sizes) > 1:
         raise AxisError(f"{name} got two sizes to map over: {' and '.join(sizes.values())}.")
-    if not sizes and not jax.tree.leaves(xs, is_leaf=is_identity):
+    if not sizes and not opened.leaves(xs):
         raise AxisError(f"{name} has nothing to map over: xs has no arrays.")
     return set(sizes)
 

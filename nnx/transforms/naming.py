@@ -18,8 +18,7 @@ import jax
 from nnx._ambient import ambient
 from nnx.transforms.call import Values
 from nnx.transforms.layout import Layout
-from refx import Node
-from refx.node import is_identity
+from refx import Node, opened
 
 __all__: list[str] = []
 
@@ -180,12 +179,12 @@ def attribute_path(path: Any) -> str:
 
 def _argument_paths(form: Any) -> list[Any]:
     """The key path of each leaf in `(args, kwargs)`; none where a pytree takes no stand-ins."""
-    stand_ins: list[Any] = [object()] * form.treedef.num_leaves
+    stand_ins: list[Any] = [jax.ShapeDtypeStruct((), bool)] * form.treedef.num_leaves
     for i in form.where:
         stand_ins[i] = Node()
     try:
         tree = form.treedef.unflatten(stand_ins)
-        paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_identity)[0]
+        paths = opened.flatten_with_path(tree)[0]
     except Exception:
         return []
     return [path for path, _ in paths]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnx.transforms.call import Call, Values
-from refx import Filter, Partition, RefError, ShapeError, UnknownPathError, to_predicate
+from refx import Filter, Partition, RefError, ShapeError, UnknownPathError, opened, to_predicate
 from refx.node import is_identity
 from refx.partition import Path, dotted, listed
 from refx.selection import mistake
@@ -40,8 +40,8 @@ def locate(call: Call, args: tuple[Any, ...], number: int) -> Target:
 
     Places are found by path, not by identity: one array may be in several of them.
     """
-    flat, treedef = jax.tree.flatten(args[number], is_leaf=is_identity)
-    before = jax.tree.leaves(args[:number], is_leaf=is_identity)
+    flat, treedef = opened.flatten(args[number])
+    before = opened.leaves(args[:number])
     root = sum(map(is_identity, before))
     other = len(before) - root
     if not any(map(is_identity, flat)):

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterable
 from operator import is_
 from typing import Any
 
-import jax
 from jax.core import Tracer
 
 from nnx.transforms.call import Call
 from nnx.transforms.layout import Layout
 from nnx.transforms.looking import Graph, containers
-from refx import Node, Ref, RefError
+from refx import Node, Ref, RefError, opened
 from refx.access import writable
 from refx.dagdef import DagDef
 from refx.errors import StructureError
@@ -174,7 +173,7 @@ def _containers_of(root: Any) -> list[tuple[Any, list[Any]]]:
             # It can be no argument either, and whoever uses it will be told why.
             return []
     own = [(root, containers(root))]
-    nodes = [x for x in jax.tree.leaves(root, is_leaf=is_identity) if isinstance(x, Node)]
+    nodes = [x for x in opened.leaves(root) if isinstance(x, Node)]
     return [*own, *(pair for x in nodes for pair in _containers_of(x))]
 
 
@@ -185,7 +184,7 @@ def _held(content: Any) -> list[Any]:
         found = walk(content)
         return [*found.objects, *found.leaves]
     except RefError:
-        return jax.tree.leaves(content, is_leaf=is_identity)
+        return opened.leaves(content)
 
 
 def _objects_of(root: Any) -> list[Any]:
@@ -257,7 +256,7 @@ def check_found(frame: Frame) -> None:
 def check_arguments(frame: Frame, arguments: Any, roots: tuple[Any, ...]) -> None:
     """Raise if a list or a dict of modules among the arguments was changed."""
     # It is a value to JAX, and the body had a copy of it.
-    now = [x for x in jax.tree.leaves(arguments, is_leaf=is_identity) if is_identity(x)]
+    now = [x for x in opened.leaves(arguments) if is_identity(x)]
     if len(now) != len(roots) or not all(map(is_, now, roots)):
         raise StructureError(
             f"A list, dict or tuple of modules or Refs that is an argument of {frame.name} was "
