@@ -30,14 +30,36 @@ __all__: list[str] = []
 _EAGER = weakref.ref(EVAL)
 
 
+def layer_call(fn: Any) -> Any:
+    """What a class of modules keeps for a function that is its `__call__`."""
+    if type(fn) is types.FunctionType and not hasattr(fn, "__isabstractmethod__"):
+        return LayerCall(fn)
+    return fn
+
+
 class LayerCall:
-    """The `__call__` of a class of modules: the user's function, in a scope where JAX traces."""
+    """The `__call__` of a class of modules: the user's function, in a scope where JAX traces.
+
+    Decorators of a class (beartype, typeguard) look through its dict for functions, so it passes for
+    the function that it stands for.
+    """
+
+    __slots__ = ("__dict__", "fn", "scoped")
 
     def __init__(self, fn: types.FunctionType):
-        functools.update_wrapper(self, fn, updated=())  # pyright: ignore[reportArgumentType]
+        # What the class would answer for; the rest is asked of the function.
+        vars(self).update(__module__=fn.__module__, __doc__=fn.__doc__)
+        self.fn = fn
         self.scoped = _scoped(fn)
 
-    __wrapped__: types.FunctionType
+    @property
+    def __class__(self) -> type:  # pyright: ignore
+        return types.FunctionType
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "fn":  # in a copy that is not filled yet
+            raise AttributeError(name)
+        return getattr(self.fn, name)
 
     def __get__(
         self,
@@ -48,22 +70,22 @@ class LayerCall:
         method: Any = types.MethodType,
     ) -> Any:
         if module is None:
-            return self.__wrapped__
+            return self.fn
         if local.frame is None and module._trace is eager:
-            return method(self.__wrapped__, module)
+            return method(self.fn, module)
         return method(self.scoped, module)
 
     def __call__(self, module: Any, /, *args: Any, **kwargs: Any) -> Any:
         return self.__get__(module)(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        return LayerCall, (self.__wrapped__,)
+        return LayerCall, (self.fn,)
 
 
 def method_of(cls: type, name: str) -> Any:
     """What a class has by the name of a method: the function as the user wrote it."""
     found = inspect.getattr_static(cls, name, None)
-    return found.__wrapped__ if isinstance(found, LayerCall) else found
+    return found.fn if type(found) is LayerCall else found
 
 
 def _scoped(fn: Callable[..., Any]) -> Callable[..., Any]:

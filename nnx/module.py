@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -19,7 +18,7 @@ from nnx._class_checks import (
     forward_instead,
 )
 from nnx._hints import no_attribute
-from nnx._layer_names import LayerCall
+from nnx._layer_names import layer_call
 from nnx.fields import check_after_init
 from nnx.scope import (
     MissingStreamError,
@@ -43,7 +42,7 @@ from refx import (
 )
 from refx.dag import update_cells, values_of
 from refx.field import Field
-from refx.node import attributes, set_on_class
+from refx.node import NodeType, attributes, set_on_class
 from refx.partition import dotted
 from refx.selection import check_selection
 from refx.static import TRUSTED
@@ -88,7 +87,15 @@ M = TypeVar("M", bound="Module")
 T = TypeVar("T")
 
 
-class Module(Node):
+class _ModuleType(NodeType):
+    """The class of module classes."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        # As by a decorator of the class, which checks types.
+        super().__setattr__(name, layer_call(value) if name == "__call__" else value)
+
+
+class Module(Node, metaclass=_ModuleType):
     """The base class of models and layers.
 
     Attributes are set in `__init__` as in any Python class. `param()` and `ref()` fields and
@@ -114,8 +121,8 @@ class Module(Node):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         call = vars(cls).get("__call__")
-        if type(call) is types.FunctionType and not hasattr(call, "__isabstractmethod__"):
-            set_on_class(cls, "__call__", LayerCall(call))
+        if (layered := layer_call(call)) is not call:
+            set_on_class(cls, "__call__", layered)
 
         elif call is None and callable(vars(cls).get("forward")):
             if not any("__call__" in vars(base) for base in cls.__mro__):

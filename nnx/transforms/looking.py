@@ -478,6 +478,9 @@ def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
     kind = type(x)
     home = _home(kind)
     own = _own_dict(x)
+    if kind is LayerCall:
+        yield "fn", None, x.fn, False
+        return
     if own is not None and "__wrapped__" in own:
         yield "__wrapped__", (own, "__wrapped__"), own["__wrapped__"], False
         if home.partition(".")[0] == "nnx":

@@ -202,9 +202,9 @@ OWN_ARGUMENT = {
     "remat": lambda net, held: nnx.remat(_both)(net, held),
     "cond": lambda net, held: nnx.cond(True, _both, lambda m, held: 0.0, net, held),
     "switch": lambda net, held: nnx.switch(0, [_both, lambda m, held: 0.0], net, held),
-    "scan": lambda net, held: nnx.scan(
-        lambda c, _: (c, _both(*c)), (net, held), None, length=1
-    )[1][0],
+    "scan": lambda net, held: nnx.scan(lambda c, _: (c, _both(*c)), (net, held), None, length=1)[1][
+        0
+    ],
     "fori_loop": lambda net, held: nnx.fori_loop(
         0, 1, lambda i, c: (c[0], c[1], _both(c[0], c[1])), (net, held, jnp.zeros(()))
     )[2],
