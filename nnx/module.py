@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import jax
 
+import nnx._exported  # noqa: F401 — knows each class of modules
 import refx
 from nnx import show
 from nnx._ambient import ambient

@@ -41,7 +41,8 @@ def _flatten_with_keys(node: Node) -> tuple[list[tuple[Any, Any]], DagDef]:
     return list(zip(keys, values, strict=True)), dagdef
 
 
-def _unflatten(dagdef: DagDef, children: Any) -> Any:
+def unflatten(dagdef: DagDef, children: Any) -> Any:
+    """A Node around what JAX puts in the place of its values."""
     children = list(children)
     # Nearly always all of them are arrays, and no program is traced.
     arrays = CONCRETE.issuperset(map(type, children)) and current_trace(()) is EVAL
@@ -56,7 +57,7 @@ def _unflatten(dagdef: DagDef, children: Any) -> Any:
 
 def register(cls: type[Node]) -> None:
     """Make a subclass of Node known to JAX."""
-    jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, _unflatten, _flatten)
+    jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, unflatten, _flatten)
 
 
 on_subclass.append(register)

@@ -30,6 +30,7 @@ from nnx.transforms.callables import function_name
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import explain_deleted, explain_donation, selected
 from nnx.transforms.explain import Explanation, explain, note
+from nnx.transforms.exported import exportable
 from nnx.transforms.homes import at_home
 from nnx.transforms.layout import Layout, Plans
 from nnx.transforms.naming import inputs_of, named
@@ -316,7 +317,14 @@ class Jit(Generic[P, R]):
         def open_(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
             return self._open(bound + args, kwargs)
 
-        return Traced(traced, self._name, call.layout, open_, self._inputs)
+        def exported(spec: Spec) -> Any:
+            left, named, fn = args, kwargs, self._fn
+            if self._static.active:
+                left, named, statics = self._static.take(bound + args, kwargs)
+                left, fn = left[len(bound) :], self._static.restore(fn, statics)
+            return exportable(fn, self._name, call, spec, len(bound), left, named)
+
+        return Traced(traced, self._name, call.layout, open_, self._inputs, exported)
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered:
         """Lower for these arguments, as `jax.jit(f).lower`: has `.compile()` and `.as_text()`."""
