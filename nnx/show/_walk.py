@@ -16,13 +16,13 @@ from typing import Any
 
 import jax
 
-from nnx.show._format import array_text, short
+from nnx.show._format import short
 from nnx.show._placed import placement_text
 from refx import Node, Ref
 from refx.field import RefField
 from refx.node import attributes
 from refx.static import Static
-from refx.text import is_arraylike, key_name
+from refx.text import array_text, is_arraylike, key_name
 
 __all__ = ["ARRAY", "BACK", "LIST", "MAP", "NODE", "REF", "STATIC", "TREE", "Item", "Walk"]
 
