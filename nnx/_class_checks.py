@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refx.text import array_text
+
 __all__: list[str] = []
 
 
@@ -57,7 +59,7 @@ def explain_data(cls: type, args: Any, kwargs: Any, error: TypeError) -> None:
         name = cls.__name__
         raise TypeError(
             f"{error}. {name}.init(key)(...) makes a {name}, with the arguments of its constructor, but "
-            f"it was given data, {given.dtype}{list(given.shape)}. That comes with the call: "
+            f"it was given data, {array_text(given)}. That comes with the call: "
             f"model = {name}.init(key)(...), then model(x)."
         ) from None
 

@@ -10,19 +10,7 @@ import jax
 
 from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree
 from refx.frame import local, note_made
-from refx.node import (
-    Node,
-    attributes,
-    book,
-    is_array,
-    is_identity,
-    own_dict,
-    set_book,
-    set_dict,
-    set_frame,
-    set_trace,
-    tell,
-)
+from refx.node import Node, attributes, blank, book, is_array, is_identity, tell
 from refx.ref import Ref, metadata_of
 from refx.static import Static
 from refx.trace import FROZEN, trace_ref
@@ -129,12 +117,7 @@ def build(
             obj._frame = frame
             obj._trace = FROZEN if frozen else trace
         elif kind is Node:
-            # As `make` in node.py.
-            obj = new(about)
-            set_dict(obj, own_dict(obj))
-            set_frame(obj, frame)
-            set_trace(obj, FROZEN if frozen else trace)
-            set_book(obj, None)
+            obj = blank(about, frame, FROZEN if frozen else trace)
         else:
             obj = kind() if kind is list or kind is dict else new(kind)
         objects.append(obj)

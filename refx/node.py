@@ -28,7 +28,7 @@ class _HasDict:
     pass
 
 
-own_dict = _HasDict.__dict__["__dict__"].__get__
+_own_dict = _HasDict.__dict__["__dict__"].__get__
 
 # Counts the changes of classes of Nodes: after one, every structure is looked at again.
 class_changes = [0]
@@ -250,7 +250,7 @@ class Node(_HasDict, metaclass=NodeType):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         marks = None if self._book is None else self._book.marks
-        return _blank, (type(self), marks), self.__getstate__()
+        return _restore, (type(self), marks), self.__getstate__()
 
 
 WITH_IDENTITY.add(Node)
@@ -290,18 +290,24 @@ def is_array(x: Any) -> bool:
 _SLOTS = frozenset(Node.__slots__)
 
 
-def make(cls: type, frame: Any, trace: Any, _new: Any = object.__new__) -> Any:
+def make(cls: type, frame: Any, trace: Any) -> Any:
     """A Node without attributes, at a given level: `__init__` has not run and will not."""
-    node = _new(cls)
-    set_dict(node, own_dict(node))
-    set_frame(node, frame)
-    set_trace(node, trace)
-    set_book(node, None)
+    node = blank(cls, frame, trace)
     note_made(node)
     return node
 
 
-def _blank(cls: type, marks: dict[Any, Any] | None = None) -> Any:
+def blank(cls: type, frame: Any, trace: Any, _new: Any = object.__new__) -> Any:
+    """`make`, for `build`, which notes what it has made all at once."""
+    node = _new(cls)
+    _set_dict(node, _own_dict(node))
+    _set_frame(node, frame)
+    _set_trace(node, trace)
+    _set_book(node, None)
+    return node
+
+
+def _restore(cls: type, marks: dict[Any, Any] | None = None) -> Any:
     node = make(cls, local.frame, trace_ref())
     if marks is not None:
         book(node).marks = marks
@@ -311,11 +317,10 @@ def _blank(cls: type, marks: dict[Any, Any] | None = None) -> Any:
 attributes: Callable[[Node], dict[str, Any]] = Node._dict.__get__  # pyright: ignore
 """`attributes(node)` is the live dict of a Node's attributes; `vars(node)` also takes note of it."""
 
-# The slots of a Node, set without asking it. `build` uses them for thousands of Nodes.
-set_dict = Node._dict.__set__  # pyright: ignore
-set_frame = Node._frame.__set__
-set_trace = Node._trace.__set__
-set_book = Node._book.__set__  # pyright: ignore
+_set_dict = Node._dict.__set__  # pyright: ignore
+_set_frame = Node._frame.__set__
+_set_trace = Node._trace.__set__
+_set_book = Node._book.__set__  # pyright: ignore
 _book_lock = threading.Lock()
 
 
@@ -328,7 +333,7 @@ def book(node: Node) -> Book:
             found = node._book
             if found is None:
                 found = Book()
-                set_book(node, found)
+                _set_book(node, found)
     return found
 
 

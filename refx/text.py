@@ -36,6 +36,14 @@ def array_text(x: Any, dtype: Any = None) -> str:
     return f"{x.dtype if dtype is None else dtype}[{','.join(map(str, x.shape))}]"
 
 
+def key_name(key: Any) -> str:
+    """What JAX's key of a part of a pytree is called: `kernel`, `0`."""
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
 def ours(name: str) -> str:
     """A public name as a user finds it: `refx.clone`, or in a library on top of this one."""
     return f"{ALTERNATIVES['library']}.{name}"

@@ -17,7 +17,7 @@ from refx.opened import hides, opened
 from refx.partition import Name, Partition, Path, dotted
 from refx.ref import Ref
 from refx.static import SIMPLE, WITH_IDENTITY, Static
-from refx.text import ALTERNATIVES
+from refx.text import ALTERNATIVES, key_name
 from refx.trace import FROZEN
 
 __all__: list[str] = []
@@ -180,7 +180,7 @@ def _one_level(obj: Any) -> Any:
 def _names(obj: Any, keyed: Any) -> tuple[Any, ...]:
     if isinstance(obj, Partition):
         return tuple(map(PathName, obj))
-    return tuple(_name(path[0]) for path, _ in keyed)
+    return tuple(key_name(path[0]) for path, _ in keyed)
 
 
 def leaves_by_path(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -199,13 +199,6 @@ def _freeze(child: Any) -> Any:
         treedef, names, children = child
         return Tree(treedef, names, tuple(map(_freeze, children)))
     return child
-
-
-def _name(key: Any) -> str:
-    for attribute in ("name", "key", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 def _path(link: Any) -> Path:

@@ -22,6 +22,7 @@ from nnx.transforms.callables import unbound
 from refx import clone, opened, refs
 from refx.node import is_identity
 from refx.partition import Path, dotted
+from refx.text import key_name
 
 __all__ = ["NonFinite", "find_nonfinite"]
 
@@ -125,7 +126,7 @@ class _Search:
             # Paths of a module's own call begin at the module.
             given = {"": bound[0], **dict(list(given.items())[1:])}
         flat = [
-            (_joined(name, tuple(map(_key, keys))), x)
+            (_joined(name, tuple(map(key_name, keys))), x)
             for name, arg in given.items()
             for keys, x in opened.flatten_with_path(arg)[0]
         ]
@@ -224,10 +225,6 @@ def _names(fn: Any, args: tuple[Any, ...]) -> dict[str, Any]:
         else:
             named[name] = x
     return named
-
-
-def _key(key: Any) -> str:
-    return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
 
 
 def _joined(name: str, path: Path) -> str:

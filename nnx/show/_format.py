@@ -10,24 +10,14 @@ from typing import Any
 import numpy as np
 
 from refx import Node, Ref
-from refx.text import is_arraylike
+from refx.text import array_text, is_arraylike
 
-__all__ = ["array_text", "bytes_text", "clip", "count_text", "dtype_text", "short"]
+__all__ = ["bytes_text", "clip", "count_text", "dtype_text", "short"]
 
 
 def dtype_text(x: Any) -> str:
     """The dtype of anything that is like an array, by its name."""
     return str(x.dtype)
-
-
-def array_text(x: Any) -> str:
-    """`float32[784,128]`, from the dtype and the shape alone."""
-    return _array_text(x.dtype, x.shape)
-
-
-@functools.lru_cache(maxsize=1024)
-def _array_text(dtype: Any, shape: tuple[Any, ...]) -> str:
-    return f"{dtype}[{','.join(map(str, shape))}]"
 
 
 def count_text(n: float) -> str:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from nnx.sharding.rules import removed
-from nnx.training._state import Place, find_hyperparameters, key_name
+from nnx.training._state import Place, find_hyperparameters
 from refx.partition import Path
+from refx.text import key_name
 
 __all__: list[str] = []
 

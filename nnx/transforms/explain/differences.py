@@ -17,7 +17,7 @@ from refx import Node
 from refx.dagdef import Leaf, NodeDef, RefDef, Tree
 from refx.partition import Path, dotted
 from refx.static import Static
-from refx.text import array_text
+from refx.text import array_text, key_name
 
 __all__: list[str] = []
 
@@ -123,7 +123,7 @@ class View:
         others = [*closed, _SCOPE] if layout.has_scope else closed
         self.names = CallNames(jitted._fn, layout, others)
         self.roots, self.arguments = [
-            [tuple(map(_part, path)) for path in paths]
+            [tuple(map(key_name, path)) for path in paths]
             for paths in (self.names.roots, self.names.arguments)
         ]
         self.values = dict(zip(self._names(), itertools.chain(*program.avals), strict=True))
@@ -142,10 +142,6 @@ class View:
 
 
 _SCOPE, _STEPS = ("the scope",), ("the steps to closed-over modules",)
-
-
-def _part(key: Any) -> str:
-    return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
 
 
 def _variable(path: tuple[Any, ...]) -> Path:
