@@ -100,7 +100,7 @@ jax.export.register_pytree_node_serialization(
     serialized_name=_NAME,
     serialize_auxdata=_to_bytes,
     deserialize_auxdata=_from_bytes,
-    from_children=unflatten,
+    from_children=lambda aux_data, children: unflatten(aux_data, children),
 )
 jax.export.register_pytree_node_serialization(
     DagDef,

@@ -124,7 +124,6 @@ class Module(Node, metaclass=_ModuleType):
         call = vars(cls).get("__call__")
         if (layered := layer_call(call)) is not call:
             set_on_class(cls, "__call__", layered)
-
         elif call is None and callable(vars(cls).get("forward")):
             if not any("__call__" in vars(base) for base in cls.__mro__):
                 set_on_class(cls, "__call__", forward_instead(cls))

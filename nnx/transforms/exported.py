@@ -10,8 +10,8 @@ from nnx._ambient import ambient
 from nnx.transforms.arguments import take_roots
 from nnx.transforms.axes import places
 from nnx.transforms.boundary import Spec, fresh_output, run
-from nnx.transforms.call import Call
-from nnx.transforms.naming import named
+from nnx.transforms.call import Call, Values
+from nnx.transforms.naming import program_name
 from refx import ReadOnlyError
 from refx.partition import listed
 from refx.snapshot import Snapshot, snapshot
@@ -43,18 +43,22 @@ def exportable(
     arrays = _first([i for root in given for _, _, i in root.leaves])
 
     def exported(*args: Any, **kwargs: Any) -> Any:
-        _, roots, others = take_roots(args, kwargs, False)
+        _, roots, arguments = take_roots(args, kwargs, False)
         found: list[Snapshot] = [snapshot(root) for root in roots]
-        values = _placed(call.values, refs, [x for s in found for x in s.values()])
-        leaves = _placed(call.leaves, arrays, [x for s in found for x in s.leaves()])
+        values = Values(
+            _placed(call.values.refs, refs, [x for s in found for x in s.values()]),
+            _placed(call.values.plain_arrays, arrays, [x for s in found for x in s.leaves()]),
+            arguments,
+        )
         outer, ambient.call = ambient.call, call
         try:
-            packed = run(fn, name, call, values, leaves, others)
+            packed = run(fn, name, call, values)
         finally:
             ambient.call = outer
-        return fresh_output(call, packed, values, leaves)
+        return fresh_output(call, packed, values)
 
-    return jax.jit(named(exported, fn)).trace(*args, **kwargs)
+    exported.__name__ = exported.__qualname__ = program_name(fn)
+    return jax.jit(exported).trace(*args, **kwargs)
 
 
 def _first(numbers: list[int]) -> dict[int, int]:
@@ -67,7 +71,7 @@ def _placed(constants: list[Any], positions: dict[int, int], given: list[Any]) -
 
 
 def _check_pure(name: str, call: Call, spec: Spec) -> None:
-    changed = spec.graph is not None and spec.graph.refill
+    changed = spec.graph is not None and bool(spec.graph.rewritten)
     if not spec.written and not changed:
         return
     paths = [call.layout.dagdef.ref_paths[i] for i in spec.written]
