@@ -47,7 +47,7 @@ from refx.node import NodeType, attributes, set_on_class
 from refx.partition import dotted
 from refx.selection import check_selection
 from refx.static import TRUSTED
-from refx.text import ALTERNATIVES
+from refx.text import ADVICE, ALTERNATIVES
 from refx.walk import walk
 
 __all__ = ["Module"]
@@ -82,6 +82,10 @@ ALTERNATIVES.update(
             "out), or change an nnx.clone of the module and return that."
         ),
     }
+)
+ADVICE.update(
+    batch_stats="keep the statistics as they are: model.apply(use_running_average=True)(x)",
+    rngs="draw with a key of its own: model.apply(rngs=key)(x)",
 )
 
 M = TypeVar("M", bound="Module")

@@ -28,7 +28,7 @@ from refx.errors import (
 )
 from refx.frame import Frame, Original, StandIn, copy_containers, local, trace_of
 from refx.static import WITH_IDENTITY
-from refx.text import ALTERNATIVES, array_text, is_arraylike, ours
+from refx.text import ADVICE, ALTERNATIVES, array_text, is_arraylike, ours
 from refx.trace import (
     CONSTANT,
     EVAL,
@@ -332,9 +332,10 @@ def _stands_in(ref: Ref[Any], frame: Frame | None) -> bool:
 
 
 def _not_writable(target: Ref[Any], ref: Ref[Any], owner: Any) -> Exception:
-    what = describe(ref, owner)
+    what, advice = describe(ref, owner), ADVICE.get(ref._collection)
+    more = f" Or {advice}." if advice else ""
     if target._trace is READ_ONLY:
-        return ReadOnlyError(_read_only_message(what, transformation()))
+        return ReadOnlyError(_read_only_message(what, transformation()) + more)
     if not isinstance(target._trace, Marker) and not runs(target._trace()):
         return EndedTraceError(
             f"{what} was made inside a jax transformation that has ended; its value was a tracer "
@@ -345,13 +346,13 @@ def _not_writable(target: Ref[Any], ref: Ref[Any], owner: Any) -> Exception:
         return TraceLevelError(
             f"{what} was written inside {frame.name if frame else 'a transformation'}, which "
             f"closes over it: a closed-over Ref is a constant there. Pass its module to the "
-            f"function as an argument; updates of arguments propagate to the caller."
+            f"function as an argument; updates of arguments propagate to the caller.{more}"
         )
     return TraceLevelError(
         f"{what} was written inside {transformation()}, but it was made outside of it. The write "
         f"would happen once, while tracing, and would leak a tracer. Use "
         f"{ALTERNATIVES['same name']}{ALTERNATIVES['writes back']}, whose updates propagate to the caller, "
-        f"or return the new value and assign it outside."
+        f"or {advice or 'return the new value and assign it outside'}."
     )
 
 

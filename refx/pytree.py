@@ -14,6 +14,7 @@ from refx.access import label
 from refx.buffers import CONCRETE
 from refx.build import build
 from refx.dagdef import DagDef
+from refx.describe import copies
 from refx.node import Node, is_array, on_subclass
 from refx.partition import dotted
 from refx.ref import Ref, is_value_copy
@@ -50,7 +51,9 @@ def unflatten(dagdef: DagDef, children: Any) -> Any:
     trace = READ_ONLY if copied else None
     count = len(dagdef.ref_paths)
     root, objects = build(dagdef, children, children[count:], trace=trace)
-    if not arrays and not copied and not all(map(is_array, children[:count])):
+    if copied:
+        copies[root] = dagdef, [x for x in objects if type(x) is Ref]
+    elif not arrays and not all(map(is_array, children[:count])):
         label(x for x in objects if type(x) is Ref)
     return root
 

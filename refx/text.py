@@ -31,6 +31,10 @@ def is_arraylike(x: Any) -> bool:
     return not isinstance(x, type) and hasattr(x, "shape") and hasattr(x, "dtype")
 
 
+ADVICE: dict[Any, str] = {}
+"""By collection, what a message of a write that is not allowed adds. A library on top puts its own here."""
+
+
 def array_text(x: Any, dtype: Any = None) -> str:
     """`float32[8,128]`, of anything with a shape and a dtype; no data is read."""
     return f"{x.dtype if dtype is None else dtype}[{','.join(map(str, x.shape))}]"
