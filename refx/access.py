@@ -220,7 +220,9 @@ def leaves_of(value: Any) -> list[Any]:
 
 
 def _what(ref: Ref[Any] | None, owner: Any) -> str:
-    return "A new Ref" if ref is None else describe(ref, owner)
+    if ref is None:
+        return f"Ref {owner}" if type(owner) is str else "A new Ref"
+    return describe(ref, owner)
 
 
 def check_structure(node: Any, what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from refx.access import check_structure, read, write
+from refx.access import check_structure, check_value, read, write
 from refx.buffers import CONCRETE
 from refx.errors import UnsetFieldError, ValueTypeError
 from refx.frame import local
@@ -149,7 +149,13 @@ class RefField(Field):
                 tell(node)
         elif cell is None:
             check_structure(node, f"Attribute {self.name!r}")
-            attributes(node)[self.name] = Ref(value, self.collection, **self.metadata)
+            try:
+                new = Ref(value, self.collection, **self.metadata)
+            except ValueTypeError:
+                # Again, to say which it is.
+                check_value(None, value, f"{type(node).__name__}.{self.name}")
+                raise
+            attributes(node)[self.name] = new
             tell(node)
         else:
             write(cell, value, node)
