@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Hashable
 from typing import Any
 
+from nnx._layer_names import layer_call
 from nnx.module import Module
 from refx import Node, Ref, opened
 from refx.access import check_structure
@@ -71,7 +72,9 @@ def _wrapped(kind: Any, name: str, around: Around) -> Any:
         # The class may have been given another one since.
         return around(name, getattr(kind, name), self, args, kwargs)
 
-    return functools.wraps(getattr(kind, name), updated=())(call)
+    call = functools.wraps(getattr(kind, name), updated=())(call)
+    # Operations in it have the name of the layer, as without a mark.
+    return layer_call(call) if name == "__call__" else call
 
 
 class StandIn:

@@ -143,15 +143,20 @@ class Optimizer(Module):
         self.layout = Layout(treedef, tuple(state), tuple((p, s) for p, (s, _) in facts.items()))
 
     def __repr__(self) -> str:
+        lines = self.__nnx_summary__()
+        return "\n  ".join(["Optimizer(", *lines]) + "\n)" if lines else super().__repr__()
+
+    def __nnx_summary__(self) -> list[str] | None:
+        """What is shown of it, by itself and in a module: the state of each parameter would be long."""
         if not {"step", "state", "tx", "layout"} <= attributes(self).keys():
-            return super().__repr__()
+            return None
         walk = Walk(self)
         n, size = collection_sizes(walk).get("opt_state", (0, 0))
         lines = [f"tx = {transformation_text(self.tx)}", f"wrt = {short(self.wrt)}"]
         if (now := number_text(self.step)) is not None:
             lines.append(f"step = {now}")
         lines.append(f"state = {self.layout!r}  # opt_state: {count_text(n)} ({bytes_text(size)})")
-        return "\n  ".join(["Optimizer(", *lines]) + "\n)"
+        return lines
 
     def update(self, model: Any, grads: Mapping[Path, Any], **extra: Any) -> None:
         """Apply gradients: write the model's parameters, the optimizer's state, and `step`.
