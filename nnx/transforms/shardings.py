@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 from nnx.transforms.axes import AxisError, along_output, assign
-from nnx.transforms.boundary import Packed
 from nnx.transforms.call import Call
 from nnx.transforms.layout import Layout
+from nnx.transforms.result import Packed
 
 __all__: list[str] = []
 
