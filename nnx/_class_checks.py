@@ -1,4 +1,4 @@
-"""What classes of modules are helped with: mistakes of people who come from elsewhere, `__check_init__`."""
+"""Help for classes of modules: clear errors for habits from other libraries, and `__check_init__`."""
 
 from __future__ import annotations
 
@@ -49,22 +49,24 @@ def no_attribute(module: Node, name: str) -> AttributeError:
     text = f"{type(module).__name__!r} object has no attribute {name!r}"
     if name in HINTS:
         text = f"{text}: {HINTS[name]}."
-    # With the object, Python adds a name of it that is much like this one.
+    # Given the object, Python suggests a similar name.
     return AttributeError(text, name=name, obj=module)
 
 
 def check_arguments(cls: type, kwargs: dict[str, Any]) -> None:
-    """Refuse arguments of a constructor that are habits from elsewhere, or dtypes that are none.
+    """Refuse constructor arguments that other libraries take, and strings that do not name a dtype.
 
     Raises:
-      TypeError: `rngs` for a class that takes none; a string that is no dtype, for a layer.
+      TypeError: the class does not take the given `rngs`; a layer was given a string that does not
+        name a dtype.
     """
     if "rngs" in kwargs:
         parameters = inspect.signature(cls.__init__).parameters.values()
         if not any(p.name == "rngs" or p.kind is p.VAR_KEYWORD for p in parameters):
             raise TypeError(
-                f"{cls.__name__} takes no rngs: its keys come from the scope around it. Make the model "
-                f"with Net.init(jax.random.key(0))(...), or in `with nnx.scope(jax.random.key(0)):`."
+                f"{cls.__name__} does not take rngs: its keys come from the scope around it. Make "
+                "the model with Net.init(jax.random.key(0))(...), or in "
+                "`with nnx.scope(jax.random.key(0)):`."
             )
     if not any(base.__module__.startswith("nnx.layers.") for base in cls.__mro__):
         return
@@ -76,17 +78,17 @@ def check_arguments(cls: type, kwargs: dict[str, Any]) -> None:
                 close = difflib.get_close_matches(given, _DTYPES, 1, 0.5)
                 meant = f" Did you mean {close[0]!r}?" if close else ""
                 raise TypeError(
-                    f"{cls.__name__} got {name}={given!r}, which is no dtype of JAX.{meant}"
+                    f"{cls.__name__} got {name}={given!r}, which is not a dtype of JAX.{meant}"
                 ) from None
 
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64", "int8", "int32", "complex64")
 CHECKED = frozenset({"rngs", "dtype", "param_dtype"})
-"""The arguments that `check_arguments` looks at."""
+"""The arguments that `check_arguments` checks."""
 
 
 def explain_data(cls: type, args: Any, kwargs: Any, error: TypeError) -> None:
-    """Say that a constructor was given data, where that is why its arguments do not fit."""
+    """Explain a failed constructor call, if it failed because it was given data."""
     arrays = (jax.Array, np.ndarray)
     given = next((x for x in (*args, *kwargs.values()) if isinstance(x, arrays)), None)
     if given is None or jnp.issubdtype(given.dtype, jax.dtypes.prng_key):
@@ -103,21 +105,21 @@ def explain_data(cls: type, args: Any, kwargs: Any, error: TypeError) -> None:
 
 
 def forward_instead(cls: type) -> Any:
-    """A `__call__` for a class that has a method `forward` instead of one."""
+    """A `__call__` for a class that only has a method `forward`."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
-            f"A {type(self).__name__} cannot be called: it has a method named forward, and no "
-            f"__call__. Rename it: def __call__(self, ...)."
+            f"A {type(self).__name__} cannot be called: it has a method named forward, but no "
+            "__call__. Rename it: def __call__(self, ...)."
         )
 
     return __call__
 
 
 def check_after_init(cls: type) -> None:
-    """Call the `__check_init__` of each class after `__init__`, those of base classes first.
+    """Make a class call the `__check_init__` of each of its classes after `__init__`, base classes first.
 
-    That is Equinox's hook: a subclass cannot forget to call it, since nobody calls it.
+    The hook comes from Equinox. It runs by itself, so a subclass cannot forget to call it.
     """
     checks = [vars(b)["__check_init__"] for b in cls.__mro__[::-1] if "__check_init__" in vars(b)]
     if not checks:
@@ -136,7 +138,7 @@ def check_after_init(cls: type) -> None:
 
 
 def own_init(cls: type) -> None:
-    """Undo `check_after_init`, so that a class has the `__init__` that its user wrote, or none."""
+    """Undo `check_after_init`: the class gets back the `__init__` that its user wrote, if any."""
     init = vars(cls).get("__init__")
     own = _unchecked(init)
     if own is init:

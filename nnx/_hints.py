@@ -1,4 +1,4 @@
-"""What to write here for names that people know from other libraries."""
+"""The nnx equivalents of names that people know from other libraries."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _NAMES = {
     "Pytree": "nnx.Module",
     "StateAxes": "nnx.vmap with a dict from filter to axis: in_axes=({'params': 0, ...: None}, 0)",
     "DiffState": "nnx.grad with wrt=filter",
-    "split_rngs fork_rngs": "nnx.vmap or nnx.scan, which give each lane or step keys of its own",
+    "split_rngs fork_rngs": "nnx.vmap or nnx.scan, which give each lane or step its own keys",
     "cached_partial": "nnx.jit, which keeps the structure by itself",
     "pop": "nnx.capture for intermediates, or `del model.name`",
     "capture_intermediates": "nnx.capture",
-    "perturb": "nnx.output_grad, which needs no mark in the model",
+    "perturb": "nnx.output_grad, which works on any model as it is",
     "register_forward_hook": "nnx.capture to see an output, nnx.patch to change it",
     "Flatten": "a function in nnx.Sequential: lambda x: x.reshape(len(x), -1)",
     "get_partition_spec get_named_sharding": "nnx.shardings",
@@ -57,5 +57,5 @@ def missing(name: str) -> AttributeError:
     """The error for a name that nnx does not have."""
     hint = f"; use {HINTS[name]}" if name in HINTS else ""
     text = f"module 'nnx' has no attribute {name!r}{hint}"
-    # With the module, Python adds a name of it that is much like this one.
+    # Given the module, Python suggests a similar name.
     return AttributeError(text, name=name, obj=sys.modules["nnx"])

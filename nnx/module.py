@@ -58,7 +58,7 @@ from refx.walk import walk
 
 __all__ = ["Module", "dataclass", "param", "ref", "static"]
 
-# Objects of ours among a module's attributes count by their identity.
+# Compare nnx's own objects in a module's attributes by identity.
 TRUSTED.add("nnx")
 ALTERNATIVES.update(
     {
@@ -69,8 +69,8 @@ ALTERNATIVES.update(
         "field": "nnx.ref({!r})",
         "holder": (
             "nnx.Partial for a functools.partial; for a method that was transformed or wrapped, "
-            "decorate it in the class, or use nnx.VMap, nnx.Grad or nnx.Remat; make a class of your "
-            "own an nnx.Module or a registered pytree"
+            "decorate it in the class, or use nnx.VMap, nnx.Grad or nnx.Remat; turn your own "
+            "class into an nnx.Module or a registered pytree"
         ),
         "a transformation": "an nnx transformation",
         "same name": "the nnx transformation of the same name",
@@ -80,8 +80,8 @@ ALTERNATIVES.update(
         "would pass over it": ", nnx.grad and nnx.jit",
         "writes back": " (nnx.jit, nnx.vmap, nnx.scan, ...)",
         "in its place": (
-            "the nnx transformation in its place (nnx.jit, nnx.grad, nnx.vmap, ...), which writes "
-            "Refs back for you"
+            "the nnx transformation instead (nnx.jit, nnx.grad, nnx.vmap, ...), which writes Refs "
+            "back for you"
         ),
         "not on a copy": (
             "Use nnx.jit (updates propagate to the caller), nnx.jit_filter (modules in, modules "
@@ -104,19 +104,19 @@ def ref(
     converter: Callable[[Any], Any] | None = None,
     **metadata: Any,
 ) -> Any:
-    """A field whose value lives in a Ref of the given collection.
+    """A class field whose value lives in a Ref of the given collection.
 
-    Reading the attribute gives the value, assigning it writes the Ref. Assigning a Ref ties the
-    field to that Ref; assigning None leaves the field without one.
+    Reading the attribute gives the value. Assigning to it writes the Ref. Assigning a Ref ties the
+    field to that Ref, and assigning None removes the field's Ref.
 
     Args:
-      collection: the label that filters select by.
-      default: the value that a new instance starts with, or
-      default_factory: a function that makes it; it may call `nnx.make_rng`.
-      init: whether `@nnx.dataclass` makes it an argument of `__init__`.
-      kw_only: whether that argument is by keyword only.
-      converter: called with each value that the field is given; its result is what the Ref holds.
-      **metadata: hashable facts that the Ref keeps.
+      collection: the label by which filters select the Ref.
+      default: the value of a new instance.
+      default_factory: a function that makes the value, instead of `default`; it may call `nnx.make_rng`.
+      init: whether `@nnx.dataclass` adds an argument for it to `__init__`.
+      kw_only: whether that argument is keyword-only.
+      converter: a function that is called with each value assigned to the field; the Ref holds its result.
+      **metadata: hashable values that the Ref keeps as its metadata.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> class Average(nnx.Module):
@@ -146,7 +146,7 @@ def ref(
 
 
 def param(*given: NoReturn, **options: Any) -> Any:
-    """A field in the collection `"params"`: what training changes. Options as for `ref`.
+    """A field in the collection `"params"`: a value that training changes. Options as for `ref`.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> class Scale(nnx.Module):
@@ -170,10 +170,10 @@ def static(
     init: bool = True,
     kw_only: bool = False,
 ) -> Any:
-    """A field that is part of the structure, whatever it holds; it must be hashable.
+    """A field that is always part of the structure. Its value must be hashable.
 
-    Numbers, strings and callables are static without it. It is for defaults, for `@nnx.dataclass`,
-    and for what would be a value or structure otherwise, such as a tuple that is a setting.
+    Numbers, strings and callables are static anyway. Use it for defaults, for `@nnx.dataclass`, and
+    for a setting that would otherwise count as values or structure, such as a tuple of numbers.
 
     >>> import nnx
     >>> @nnx.dataclass
@@ -191,23 +191,23 @@ def _given_value(field: str, given: tuple[Any, ...]) -> TypeError:
     name = field.split("(")[0]
     kind = "int" if name == "static" else "jax.Array"
     return TypeError(
-        f"nnx.{name} makes a field of the class, which takes no value as an argument, but got a "
+        f"nnx.{name} declares a field of the class and does not take a value, but got a "
         f"{type(given[-1]).__name__}. Declare it in the class body, `w: {kind} = nnx.{field}`, and "
-        f"assign the value in __init__, self.w = ...; or say default=, or default_factory=, which "
-        f"makes one for each instance. A Ref without a field is nnx.Ref(value, collection)."
+        "assign the value in __init__, self.w = ...; or give default=, or default_factory=, which "
+        "is called for each instance. For a Ref without a field, use nnx.Ref(value, collection)."
     )
 
 
 class Module(Node):
     """The base class of models and layers.
 
-    Attributes are set in `__init__` as in any Python class. `param()` and `ref()` fields and
-    attributes that are assigned an `nnx.Ref` hold values that training may change; array
-    attributes are values too; modules and plain lists, tuples, dicts of them are structure;
-    everything else is static. Attributes may be changed later: the next transformation sees it.
+    Set attributes in `__init__`, as in any Python class. `param()` and `ref()` fields, and
+    attributes that hold an `nnx.Ref`, are values that training may change. Array attributes are
+    values too. Modules are structure, and so are plain lists, tuples and dicts of them. Everything
+    else is static. You may change attributes later: the next transformation sees the change.
 
-    To JAX a module is a pytree of its values, so `jax.tree.map`, `jax.jit` or optax take it, with
-    value semantics; the nnx transformations write updates back into it.
+    To JAX, a module is a pytree of its values. So `jax.tree.map`, `jax.jit` and optax take it, with
+    value semantics. The nnx transformations write updates back into it.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> class Affine(nnx.Module):
@@ -240,7 +240,8 @@ class Module(Node):
             return super().__new__(cls, *args, **kwargs)
 
         def __getattr__(self, name):
-            # What comes here is missing, or is a property that raised an AttributeError: that one.
+            # Either the attribute is missing, or it is a property that raised an AttributeError:
+            # keep that error.
             if any(name in vars(base) for base in type(self).__mro__):
                 return object.__getattribute__(self, name)
             raise no_attribute(self, name)
@@ -251,17 +252,17 @@ class Module(Node):
 
         Args:
           rngs: a key, a seed, or a mapping from stream name to key, as for `nnx.scope`.
-          **flags: flags for the constructor. One that nothing asks for is a UserWarning.
+          **flags: flags for the constructor. A flag that nothing reads gives a UserWarning.
 
         Returns:
-          A callable with the constructor's arguments. It is typed as the class.
+          A callable that takes the constructor's arguments. Its type is that of the class.
         """
         inner = make_scope(rngs, **flags)
         name = cls.__name__
 
         @functools.wraps(cls, updated=())
         def construct(*args: Any, **kwargs: Any) -> M:
-            advice = f"Arguments of the constructor go in the second brackets: {name}.init(0)(...)."
+            advice = f"Put the constructor's arguments in the second brackets: {name}.init(0)(...)."
             with expected(flags, f"{name}.init", advice), entered(inner):
                 try:
                     return cls(*args, **kwargs)
@@ -276,12 +277,13 @@ class Module(Node):
 
         Args:
           rngs: a key, a seed, or a mapping from stream name to key, as for `nnx.scope`.
-          mutable: a filter; a write of a Ref of this module that it does not select is an error.
-          **flags: flags for the call; they win over attributes of the same name. One that no module
-            asks for in the call is a UserWarning.
+          mutable: a filter. Writing a Ref of this module that the filter does not select is an error.
+          **flags: flags for the call; they win over attributes of the same name. A flag that no
+            module reads gives a UserWarning.
 
         Returns:
-          A stand-in for the module whose call and methods run in the scope; typed as the module.
+          A stand-in for the module. Its call and its methods run in the scope, and its type is that
+          of the module.
         """
         return cast("M", _Applied(self, make_scope(rngs, **flags), mutable, flags))
 
@@ -294,24 +296,24 @@ class Module(Node):
             raise missing_stream(name, streams, type(self).__name__) from None
 
     def get_flag(self, name: str, default: Any = MISSING) -> Any:
-        """The flag `name`: of the ambient scope, else the attribute of that name, else the default.
+        """The flag `name`: from the ambient scope, else from the attribute of that name, else the default.
 
         Raises:
-          MissingFlagError: there is none of the three.
+          MissingFlagError: none of the three exists.
         """
         own = attributes(self).get(name)
         if own is None:
             own = getattr(type(self), name, None)
-        # A part or a value may have the name, too.
+        # A submodule or a value may have the same name.
         if own is None or isinstance(own, (Node, Ref, Field, jax.Array)):
             own = default
         return get_flag(name, own)
 
     def train(self: M) -> M:
-        """Set the modules of the whole tree to training: dropout drops, batch norm takes batches.
+        """Set the modules of the whole tree to training: dropout drops, batch norm uses the batch.
 
-        It sets `training`, `deterministic` and `use_running_average` wherever they exist and are a
-        bool or None, and returns the module. Flags of a scope win over these.
+        This sets `training`, `deterministic` and `use_running_average` wherever they exist and are
+        a bool or None. It returns the module. Flags of a scope win over these attributes.
         """
         return self._set_mode(training=True)
 
@@ -339,8 +341,8 @@ class Module(Node):
         """Write the values of a partition into the Refs: `model["params"] = new`.
 
         Raises:
-          UnknownPathError: a path that the module does not have, or that the filter excludes.
-          FilterError: the filter selects nothing, by mistake; see `nnx.get_partition`.
+          UnknownPathError: the module does not have a path, or the filter excludes it.
+          FilterError: the filter looks like a mistake and selects nothing; see `nnx.get_partition`.
         """
         selects = refx.to_predicate(filter)
         cells = refx.refs(self)
@@ -357,13 +359,14 @@ class Module(Node):
             if path not in selected:
                 raise UnknownPathError(
                     f"The filter {filter!r} does not select {dotted(given)!r} (collection "
-                    f"{cell.collection!r}), so model[{filter!r}] cannot write it. Is this the "
-                    f"partition of another filter? nnx.update(model, partition) writes any path."
+                    f"{cell.collection!r}), so model[{filter!r}] cannot write it. Did this "
+                    "partition come from another filter? nnx.update(model, partition) writes any "
+                    "path."
                 )
 
         update_cells(self, cells, [partition], check=check)
 
-    # Brackets take filters, so Python's way to iterate by number would never end.
+    # Brackets take filters, so iterating by number, Python's fallback, would never end.
     __iter__ = None
 
     def __dir__(self) -> list[str]:
@@ -379,26 +382,26 @@ class Module(Node):
         return show_node(self, path, subtree_renderer)
 
 
-# What every module has for itself, and nobody types.
+# Attributes that every module keeps for itself.
 _INTERNAL = frozenset(name for name in dir(Module) if name.startswith("_"))
 
 
 def _is_flag(node: Node, name: str) -> bool:
-    """Whether this attribute says how a module behaves; parts and values may have its name too."""
+    """Whether this attribute is a flag; a submodule or a value may have the name of a flag too."""
     there = getattr(type(node), name, MISSING)
     value = attributes(node).get(name, there)
     return isinstance(value, bool | None) and not isinstance(there, RefField)
 
 
-_ASK = "A module asks with self.get_flag(name, default), in the method that is called."
+_ASK = "A module reads a flag with self.get_flag(name, default), in the method that is called."
 
 
 class _Applied:
-    """A module, its submodules and its methods, as they are when called in a scope."""
+    """Stands for a module and its submodules; their calls and methods run in a scope."""
 
-    # For the message where one is an argument of a transformation.
+    # For the error when one is given to a transformation as an argument.
     _as_argument = (
-        "what model.apply(...) gives, which is called and not passed on. Transform it, as in "
+        "the result of model.apply(...), which is only there to be called. Transform it, as in "
         "nnx.jit(model.apply(decode=True))(x), or pass the model and put the call in "
         "`with nnx.scope(key, decode=True):`"
     )
@@ -439,8 +442,8 @@ class _Applied:
 def dataclass(cls: type[T]) -> type[T]:
     """Give a module class an `__init__` made from its annotated fields, in order.
 
-    A field takes part with its specifier (`param()`, `ref(...)`, `static()`) or as a plain
-    annotation, with or without a default. Equality stays identity.
+    Fields may have a specifier (`param()`, `ref(...)`, `static()`) or be plain annotations, with or
+    without a default. Equality stays identity.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> @nnx.dataclass
@@ -453,7 +456,7 @@ def dataclass(cls: type[T]) -> type[T]:
     36.0
     """
     own = {name: f for name, f in vars(cls).items() if isinstance(f, Field)}
-    # An annotation alone keeps the specifier of the base class, as it keeps a default.
+    # A bare annotation keeps the base class's specifier, as it keeps its default.
     inherited = {name: getattr(cls, name, None) for name in inspect.get_annotations(cls)}
     own |= {name: f for name, f in inherited.items() if isinstance(f, Field)}
     for name, f in own.items():

@@ -1,7 +1,7 @@
-"""What a person sees of a model: text, tables, pages and pictures.
+"""Show a model as text, tables, pages and pictures.
 
-`text` is what modules print as, so `nnx.module` is built on it; `tabulate` is built on modules. So
-nothing but `text` is imported here.
+`nnx.module` uses `text` to print modules, while `tabulate` itself uses modules. So only `text` is
+imported here.
 """
 
 from nnx.show.text import tree_repr

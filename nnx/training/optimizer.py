@@ -1,4 +1,4 @@
-"""`nnx.Optimizer`: an optax transformation, its state in Refs."""
+"""`nnx.Optimizer`: an optax transformation, with its state in Refs."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ __all__ = ["Optimizer", "mask"]
 
 
 class Layout:
-    """How the Refs of the state and the optax state belong together; static.
+    """How the Refs of the state map to the optax state. It is static.
 
-    `targets` are the parameters that the optimizer was made for, with their shapes.
+    `targets` are the parameters for which the optimizer was made, with their shapes.
     """
 
     __slots__ = ("_hyperparams", "paths", "targets", "treedef")
@@ -82,30 +82,31 @@ class Layout:
 class Optimizer(Module):
     """An optax transformation for the parameters of a model, with its state in Refs.
 
-    It does not hold the model: `optimizer.update(model, grads)` takes it, so that a training step
-    has both as arguments and each is saved, sharded or replicated by itself.
+    It does not hold the model; pass it to `optimizer.update(model, grads)`. So a training step
+    takes both as arguments, and you can save, shard or replicate each by itself.
 
-    Each array of the state has a Ref of its own, whose path is that of the array in optax's state
-    with the path of the parameter at its end: `state.0.mu.block1.linear.kernel`. So the state is
-    filtered, sharded, saved and updated by path like a model, and files hold arrays and no classes
-    of optax. The Ref has the metadata of its parameter (a sharding, say) where it has its shape.
+    Each array of the state has its own Ref. The Ref's path is the array's path in optax's state,
+    followed by the path of the parameter: `state.0.mu.block1.linear.kernel`. So you can filter,
+    shard, save and update the state by path, like a model, and files hold only arrays, no optax
+    classes. If the array has the parameter's shape, its Ref also has the parameter's metadata, such
+    as a sharding.
 
     Args:
       model: a module, or any tree that holds Refs.
-      tx: an optax transformation, or a dict from filter to transformation: each parameter goes to
-        the first filter that selects it, and `...` as the last takes the rest. Gradients are
-        accumulated by `optax.MultiSteps(tx, every_k_schedule=k)`, and `optax.set_to_zero()` leaves
-        parameters as they are.
-      wrt: a filter: the Refs of the model that are trained. Those that it leaves out cost nothing.
+      tx: an optax transformation, or a dict from filter to transformation. Each parameter goes to
+        the first filter that selects it; a last filter `...` takes the rest. To accumulate
+        gradients, use `optax.MultiSteps(tx, every_k_schedule=k)`. To leave parameters unchanged,
+        use `optax.set_to_zero()`.
+      wrt: a filter that selects the Refs to train. The others cost nothing.
 
     Attributes: `step`, the number of updates, int32; `state`, the Refs of the state; `opt_state`,
-    the same as optax has it, with values; `learning_rate`; `wrt`, as it was given, for
+    the values of the state in optax's form; `learning_rate`; `wrt`, as it was given, for
     `nnx.grad(loss, wrt=optimizer.wrt)`. All Refs are in the collection `"opt_state"`.
 
     Raises:
-      OptimizerError: `wrt` selects nothing; two parameters have one dotted path; a mask is no
-        Partition.
-      UnmatchedPathError: no filter of `tx` selects a parameter.
+      OptimizerError: `wrt` selects nothing; two parameters have the same dotted path; a mask is not
+        a Partition.
+      UnmatchedPathError: there is a parameter that no filter of `tx` selects.
 
     >>> import jax, jax.numpy as jnp, nnx, optax
     >>> model = nnx.Linear.init(jax.random.key(0))(2, 1)
@@ -128,7 +129,7 @@ class Optimizer(Module):
     def __init__(self, model: Any, tx: Any, wrt: Filter = "params"):
         if isinstance(tx, Node) or isinstance(model, optax.GradientTransformation):
             raise TypeError(
-                f"Optimizer takes the model first and then the transformation, as in "
+                "Optimizer takes the model first, then the transformation, as in "
                 f"nnx.Optimizer(model, optax.adam(1e-3)), but got a {type(model).__name__} and a "
                 f"{type(tx).__name__}."
             )
@@ -139,9 +140,9 @@ class Optimizer(Module):
         names = {dotted(path): path for path in params}
         if same := [path for path in params if names[dotted(path)] != path]:
             raise OptimizerError(
-                f"Two parameters read the same by path, {dotted(same[0])!r}, since a key has a dot: "
-                f"{same[0]} and {names[dotted(same[0])]}. Optax knows parameters by this name, so "
-                f"rename one of the keys."
+                f"Two parameters have the same dotted path {dotted(same[0])!r}, because a key "
+                f"contains a dot: {same[0]} and {names[dotted(same[0])]}. Optax tells parameters "
+                "apart by this path, so rename one of the keys."
             )
         if isinstance(tx, Mapping):
             tx = _by_filter(tx, cells)
@@ -153,16 +154,16 @@ class Optimizer(Module):
         try:
             initial = tx.init(params)
         except (TypeError, ValueError) as error:
-            # As JAX says of two trees that differ, before 0.10.2 in the second way.
+            # JAX's messages for two trees that differ; the second is from before 0.10.2.
             says = ("different type", "Expected")
             if "Partition" not in str(error) or not any(text in str(error) for text in says):
                 raise
             raise OptimizerError(
-                "optax got a mask, labels or the like of another structure than the parameters have "
-                "here: a Partition, by path. Make a mask with nnx.training.mask(model, filter); give "
-                "Optimizer a dict from filter to transformation for optax.multi_transform; or build "
-                "it from what optax passes: mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, "
-                "params)."
+                "optax got a mask, labels or similar whose structure does not match the "
+                "parameters, which are a Partition here. Make a mask with "
+                "nnx.training.mask(model, filter); give Optimizer a dict from filter to "
+                "transformation for optax.multi_transform; or build it from what optax passes: "
+                "mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params)."
             ) from error
         flat, treedef = jax.tree_util.tree_flatten_with_path(initial)
         facts = {path: (_shapes(x), cells[path].metadata) for path, x in params.items()}
@@ -190,27 +191,27 @@ class Optimizer(Module):
         return "\n  ".join(["Optimizer(", *lines]) + "\n)"
 
     def update(self, model: Any, grads: Mapping[Path, Any], **extra: Any) -> None:
-        """Apply gradients: write the model's parameters, the optimizer's state, and `step`.
+        """Apply gradients: write the model's parameters, the optimizer's state and `step`.
 
-        Everything is written or, after an error, nothing.
+        If there is an error, nothing is written.
 
         Args:
-          model: the model, as it was given to the constructor.
+          model: the model that the constructor was given, or another of the same structure.
           grads: the gradients: `nnx.grad(loss, wrt=wrt)(model)`. They may be wider than their
-            parameters, as float32 sums of bfloat16 gradients are; what optax then makes of its
-            state, such as moments in float32, is kept. They may have a leading axis of examples
-            where the transformation takes that, as `optax.contrib.dpsgd` does.
-          **extra: what some transformations need, such as `value=loss` for
-            `optax.contrib.reduce_on_plateau`; `optax.lbfgs` needs `value`, `grad` and `value_fn`.
+            parameters, such as float32 sums of bfloat16 gradients. Moments that become wider
+            because of that stay so. Gradients may have a leading axis of examples if the
+            transformation takes that, as `optax.contrib.dpsgd` does.
+          **extra: extra arguments for transformations that need them: `value=loss` for
+            `optax.contrib.reduce_on_plateau`; `value`, `grad` and `value_fn` for `optax.lbfgs`.
 
         Raises:
-          OptimizerError: a path that the gradients lack or that `wrt` does not select, another
-            shape or dtype; a model whose parameters have other paths or shapes than those that the
-            optimizer was made for. Another model of the same structure is taken as it comes.
+          OptimizerError: the gradients lack a path, or have one that `wrt` does not select, or
+            differ in shape or dtype; or the model's parameters have other paths or shapes than when
+            the optimizer was made.
         """
         if isinstance(model, Mapping) and isinstance(grads, Node):
             raise TypeError(
-                f"optimizer.update takes the model first and then the gradients, as in "
+                "optimizer.update takes the model first, then the gradients, as in "
                 f"optimizer.update(model, grads), but got a {type(model).__name__} and a "
                 f"{type(grads).__name__}."
             )
@@ -236,11 +237,11 @@ class Optimizer(Module):
         flat, treedef = jax.tree.flatten(state)
         if treedef != self.layout.treedef:
             raise OptimizerError(
-                f"{self._name()} returned a state of another structure than it had: {treedef}, not "
+                f"{self._name()} changed the structure of its state: it returned {treedef}, not "
                 f"{self.layout.treedef}. A transformation must keep the structure of its state."
             )
         now = Partition(zip(old, map(strong, flat), strict=True))
-        # Gradients wider than their parameters make moments as wide, as they do in optax.
+        # As in optax, gradients wider than their parameters make wider moments.
         problem = values_differ("The new state", now, was, dtypes_fit=widens)
         if problem is not None:
             raise OptimizerError(self._reshaped(params) or f"{self._name()}: {problem}.")
@@ -251,30 +252,31 @@ class Optimizer(Module):
 
     @property
     def opt_state(self) -> Any:
-        """The state as optax has it: its tuples, with a Partition for what is per parameter.
+        """The state in optax's form: its tuples, with a Partition where optax keeps a value per parameter.
 
-        It is a copy. Assigning one writes the values into the Refs; structure, shapes and dtypes
-        must be the same. Its dicts and lists are read-only, so that no write is lost, but for
-        `opt_state.hyperparams[name] = value`, which is that of `hyperparams`. `jax.tree.map` gives
-        one that can be changed and assigned.
+        It is a copy. Assigning a state writes its values into the Refs; structure, shapes and
+        dtypes must match. The copy's dicts and lists are read-only, so that no write is lost. The
+        exception is `opt_state.hyperparams[name] = value`, which writes to `hyperparams`.
+        `jax.tree.map` gives a state that you can change and assign.
         """
         state = jax.tree.unflatten(self.layout.treedef, list(self._values().values()))
         return guard(state, self._write_injected)
 
     @property
     def hyperparams(self) -> Hyperparams:
-        """What `optax.inject_hyperparams` keeps in the state, by name: a mapping to read and write.
+        """The hyperparameters that `optax.inject_hyperparams` keeps in the state: a mapping to read
+        and write.
 
-        Assigning a number or an array writes it into the state, in the dtype that is there, and the
-        next update uses it, without compiling again; it works inside of transformations too. The
-        transformation may be anywhere: in `optax.chain`, `masked`, `multi_transform`, in a dict from
-        filter to transformation. Where several have a hyperparameter of one name, what tells them
-        apart goes before it, as in `"0.learning_rate"`.
+        Assigning a number or an array writes it into the state, cast to the dtype there. The next
+        update uses it without compiling again. This also works inside transformations. The optax
+        transformation may be anywhere: in `optax.chain`, `masked`, `multi_transform`, or in a dict
+        from filter to transformation. If several have a hyperparameter of the same name, a prefix
+        tells them apart, as in `"0.learning_rate"`.
 
         Raises:
-          HyperparameterError: an unknown name; the message lists those that there are. At a write,
-            also a hyperparameter that follows a schedule, another shape, or a fraction for an
-            integer.
+          HyperparameterError: the name is unknown; the message lists the known ones. When writing,
+            also if the hyperparameter follows a schedule, has another shape, or is an integer and
+            the value is a fraction.
 
         >>> import jax, nnx, optax
         >>> model = nnx.Linear.init(jax.random.key(0))(2, 1)
@@ -303,7 +305,7 @@ class Optimizer(Module):
         return self.hyperparams["learning_rate"]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # These write Refs and not attributes, so they are allowed wherever a Ref may be written.
+        # These write Refs, not attributes, so they work wherever a Ref may be written.
         if name == "learning_rate":
             self.hyperparams["learning_rate"] = value
         elif name == "hyperparams":
@@ -314,7 +316,7 @@ class Optimizer(Module):
             super().__setattr__(name, value)
 
     def _write_injected(self, path: Path, new: dict[str, Any]) -> Mapping[str, Any]:
-        """Write to some hyperparameters; the answer is what they are now."""
+        """Write to some hyperparameters and return their new values."""
         names = {p.path: name for name, p in self.layout.hyperparams().items()}
         chosen = {name: names.get((*path, name), name) for name in new}
         self.hyperparams.update({chosen[name]: value for name, value in new.items()})
@@ -325,11 +327,11 @@ class Optimizer(Module):
         flat, treedef = jax.tree.flatten(unguard(state))
         if treedef != self.layout.treedef:
             raise OptimizerError(
-                f"The state of {self._name()} has the structure {self.layout.treedef}, but the one "
-                f"that was assigned has {treedef}."
+                f"The state of {self._name()} has the structure {self.layout.treedef}, but the "
+                f"assigned one has {treedef}."
             )
         now = Partition(zip(old, map(fresh, flat), strict=True))
-        problem = values_differ("The state that was assigned", now, self._values())
+        problem = values_differ("The assigned state", now, self._values())
         if problem is not None:
             raise OptimizerError(f"{problem}. Cast or reshape it first.")
         write_back(list(old.values()), list(now.values()))
@@ -339,7 +341,7 @@ class Optimizer(Module):
         return {path: found[path] for path in self.layout.paths}
 
     def _values(self) -> Partition:
-        # Read through the optimizer, so that a closure over it finds the whole of it at once.
+        # Read through the optimizer, so that a closure over it finds all of its Refs at once.
         found = refx.get_partition(self, "opt_state")
         return Partition({path: found["state", *path] for path in self.layout.paths})
 
@@ -349,7 +351,7 @@ class Optimizer(Module):
     def _matching(self, grads: Any, params: Partition) -> Partition:
         """The gradients in the order of the parameters."""
         if isinstance(grads, Node | Ref):
-            # What jax.grad gives for a module: the module, with gradients for values.
+            # jax.grad returns a module that holds gradients instead of values.
             grads = values_of(grads, selected(grads, self.wrt))
         if not isinstance(grads, Mapping):
             hint = " Take one of them: nnx.grad gives a tuple for a sequence of argnums."
@@ -358,15 +360,14 @@ class Optimizer(Module):
                 f"{type(grads).__name__}.{hint if isinstance(grads, tuple) else ''}"
             )
         grads = Partition(grads)
-        problem = paths_differ("The gradients", grads, params, "which are no Refs that wrt selects")
+        problem = paths_differ("The gradients", grads, params, "which wrt does not select")
         if problem is not None:
             raise OptimizerError(
-                f"{problem}. The optimizer was made for wrt={self.wrt!r}, so the gradients must be "
-                f"taken with that filter and of the same model: nnx.grad(loss, wrt={self.wrt!r})"
-                f"(model)."
+                f"{problem}. The optimizer was made for wrt={self.wrt!r}, so take the gradients "
+                f"with that filter and of the same model: nnx.grad(loss, wrt={self.wrt!r})(model)."
             )
         grads = Partition({path: grads[path] for path in params})
-        # One for each example, as differentially private transformations take them, has an axis more.
+        # Gradients per example, for differentially private transformations, have one more axis.
         problem = values_differ(
             "The gradient",
             grads,
@@ -376,8 +377,8 @@ class Optimizer(Module):
         )
         if problem is not None:
             raise OptimizerError(
-                f"{problem} as the parameter has. Cast or reshape the gradients, or take them anew: "
-                f"nnx.grad(loss, wrt={self.wrt!r})(model)."
+                f"{problem} as the parameter has. Cast or reshape the gradients, or take them "
+                f"again: nnx.grad(loss, wrt={self.wrt!r})(model)."
             )
         return grads
 
@@ -385,7 +386,7 @@ class Optimizer(Module):
         problem: str | None = f"it is a {type(updates).__name__}, not a Partition"
         if isinstance(updates, Partition):
             problem = paths_differ(
-                "its paths", updates, params, "which are not there"
+                "its paths", updates, params, "which do not exist"
             ) or values_differ("it", updates, params, dtypes_fit=lambda new, old: True)
         if problem is not None:
             raise OptimizerError(
@@ -400,8 +401,8 @@ class Optimizer(Module):
         )
         if problem is not None:
             raise OptimizerError(
-                f"{problem}. {self._name()} was made for other parameters: was the model changed "
-                f"since, or is it another one? Make a new Optimizer for it."
+                f"{problem}. {self._name()} was made for other parameters. Did the model change "
+                "since, or is it a different model? Make a new Optimizer for it."
             )
 
     def _reshaped(self, params: Partition) -> str | None:
@@ -410,22 +411,22 @@ class Optimizer(Module):
             if now != shapes:
                 new, old = ("".join(map(str, x)) for x in (now, shapes))
                 return (
-                    f"The parameter {dotted(path)!r} has shape {new}, but it had {old} when the "
-                    f"optimizer was made, and so has its state. Make a new "
-                    f"Optimizer for the changed model."
+                    f"The parameter {dotted(path)!r} has shape {new}, but had {old} when the "
+                    "optimizer was made, and the state still has that shape. Make a new Optimizer "
+                    "for the changed model."
                 )
         return None
 
 
 def _per_example(grads: Partition, params: Partition) -> str | None:
-    """What to say of gradients with more axes than their parameters, where they did not work."""
+    """The error for gradients with more axes than their parameters, if the update failed."""
     problem = values_differ("The gradient", grads, params, dtypes_fit=lambda new, old: True)
     if problem is None:
         return None
     return (
-        f"{problem} as the parameter has, and the transformation cannot take it. Reduce gradients of "
-        f"single examples first, as with jax.tree.map(lambda g: g.mean(0), grads); "
-        f"optax.contrib.dpsgd takes them as they are."
+        f"{problem} as the parameter has, and the transformation cannot use it. Reduce gradients "
+        "per example first, for example with jax.tree.map(lambda g: g.mean(0), grads). "
+        "optax.contrib.dpsgd takes them as they are."
     )
 
 
@@ -439,10 +440,10 @@ def _facts_of_state(
     shapes: Collection[tuple[int, ...]],
     facts: Mapping[str, Any],
 ) -> Mapping[str, Any]:
-    """The metadata of an array of the state: that of its parameter, as far as it has its dimensions.
+    """The metadata of an array of the state: its parameter's, for the dimensions that both have.
 
-    Factored states, such as adafactor's, lack one dimension of the parameter. Of two that are as long,
-    optax leaves out the last in `v_row` and the first in `v_col`.
+    Factored states, such as adafactor's, lack one dimension of the parameter. If two dimensions
+    have the same size, optax leaves out the last in `v_row` and the first in `v_col`.
     """
     if shape in shapes:
         return facts
@@ -457,12 +458,12 @@ def _facts_of_state(
 
 
 def _state_path(keys: Any, params: Mapping[str, Path]) -> tuple[Path, Path | None]:
-    """The path of an array of the state, and the parameter that it is for, if there is one."""
+    """The path of an array of the state, and the path of its parameter, if it has one."""
     path: Path = ()
     param: Path | None = None
     for key in keys:
         name = key_name(key)
-        # A Partition's key is the whole path of the parameter, dotted.
+        # The key of a Partition is the parameter's whole path, dotted.
         if isinstance(key, jax.tree_util.DictKey) and name in params:
             param = params[name]
             path += param or ("value",)
@@ -472,7 +473,7 @@ def _state_path(keys: Any, params: Mapping[str, Path]) -> tuple[Path, Path | Non
 
 
 def _by_filter(rules: Mapping[Any, Any], cells: Mapping[Path, Ref[Any]]) -> Any:
-    """One transformation of several, each for the parameters that its filter selects."""
+    """Join several transformations. Each updates the parameters that its filter selects."""
     predicates = to_predicates(rules)
     labels = {
         path: next((i for i, p in enumerate(predicates) if p(path, cell)), None)
@@ -482,25 +483,25 @@ def _by_filter(rules: Mapping[Any, Any], cells: Mapping[Path, Ref[Any]]) -> Any:
     if unmatched:
         raise UnmatchedPathError(
             f"No filter of the transformations selects {listed(unmatched)}. Add ... as the last "
-            f"filter to take the rest; optax.set_to_zero() leaves parameters as they are."
+            "filter to take the rest. optax.set_to_zero() leaves parameters unchanged."
         )
-    # The labels are part of paths, so they are the numbers of the filters and not their texts.
+    # Labels become part of paths, so use the filters' numbers and not their texts.
     named = Partition({path: str(label) for path, label in labels.items()})
     transformations: dict[Any, Any] = {str(i): tx for i, tx in enumerate(rules.values())}
     return optax.multi_transform(transformations, named)
 
 
 def mask(tree: Any, filter: Filter, wrt: Filter = "params") -> Partition:
-    """Bools by path, true where a filter selects: a mask for `optax.masked` and its like.
+    """A Partition of bools, True where a filter selects: a mask for `optax.masked` and similar functions.
 
     Args:
-      tree: a model; or a Partition, of which a filter sees the path and the array only.
-      filter: where the mask is true.
-      wrt: the filter of the Optimizer: which Refs of a model the mask is for.
+      tree: a model or a Partition. In a Partition, filters only see the path and the array.
+      filter: selects where the mask is True.
+      wrt: the filter of the Optimizer, which says which Refs of a model the mask covers.
 
     Raises:
-      FilterError: nothing is selected, and the filter is a mistake: a misspelled collection, or a
-        collection for a Partition, whose values have none.
+      FilterError: the filter selects nothing and looks like a mistake: a misspelled collection, or
+        a collection for a Partition, whose values do not have collections.
 
     >>> import jax, nnx, optax
     >>> model = nnx.Linear.init(jax.random.key(0))(2, 1)
