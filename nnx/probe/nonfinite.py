@@ -60,8 +60,14 @@ class NonFinite:
             "argument": f"The argument {self.path!r} was not finite before the call",
             "value": f"Ref {self.path!r} was not finite before the call",
             "written": f"All outputs of modules are finite, but Ref {self.path!r} was written and is not",
-            "output gradient": f"The gradient of the output of {self.path!r}{module} is the first on the way back that is not finite{step}, so the code that uses this output produced it",
-            "gradient": f"The gradient of {self.path!r} is not finite, although the gradients of all outputs are",
+            "output gradient": (
+                f"The gradient of the output of {self.path!r}{module} is the first on the way back "
+                f"that is not finite{step}, so the code that uses this output produced it"
+            ),
+            "gradient": (
+                f"The gradient of {self.path!r} is not finite, although the gradients of all "
+                "outputs are"
+            ),
             "result": f"All outputs of modules are finite, but the result of the function{self.path} is not",
         }[self.kind]
         text = f"{what}: {self.nans} nan, {self.infinities} infinite."

@@ -136,7 +136,7 @@ def _layer(name: str, record: Record, at: tuple[At, ...]) -> Any:
     numbers = ", ".join(str(n) for _, n in at)
     if len(at) != len(record.stacks):
         raise ProbeError(
-            f"{name} cannot take {what} in layer {numbers} of a stack: {len(record.stacks)} loops "
+            f"{what} cannot be taken by {name} in layer {numbers} of a stack: {len(record.stacks)} loops "
             "around its call take slices of its Refs. Leave out the number."
         )
     # Take the last axes first, so that the numbers of the others stay valid.
@@ -146,7 +146,7 @@ def _layer(name: str, record: Record, at: tuple[At, ...]) -> Any:
         for axis, number in layers:
             if number >= x.shape[axis]:
                 raise ProbeError(
-                    f"{name} cannot take {what} in layer {numbers}: the stack has {x.shape[axis]} "
+                    f"{what} cannot be taken by {name} in layer {numbers}: the stack has {x.shape[axis]} "
                     "layers."
                 )
             x = jnp.take(x, number, axis)

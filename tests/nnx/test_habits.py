@@ -46,7 +46,10 @@ NET = Net.init(0)()
             lambda: nnx.Linear(2, 3),
             "but no scope with keys is active. Make the module with Cls.init(jax.random.key(0))(...)",
         ),
-        (lambda: nnx.Linear(2, 3, rngs=0), "Linear does not take rngs: its keys come from the scope"),
+        (
+            lambda: nnx.Linear(2, 3, rngs=0),
+            "Linear does not take rngs: its keys come from the scope",
+        ),
         (
             lambda: Net.init(0)(jnp.ones(2)),
             "but it was given data, float32[2]. That comes with the call: model = Net.init(key)(...)",

@@ -115,7 +115,9 @@ def test_duplicate_names():
         purify(lambda x: jax.jit(dense, static_argnums=1)(lax.map(lambda x: dense(x, 3), x), 3))(
             {}, X[None]
         )
-    with pytest.raises(purify.DuplicateNameError, match=r"would be called 'param_0', but another one has that name"):
+    with pytest.raises(
+        purify.DuplicateNameError, match=r"would be called 'param_0', but another one has that name"
+    ):
         purify(lambda: (param(3, "param_0"), param(3))).shapes()
 
 
@@ -168,7 +170,7 @@ def test_mistakes_at_markers():
         param("three", "n")
     with pytest.raises(purify.MarkerError, match="negative size"):
         param(-1, "n")
-    with pytest.raises(purify.MarkerError, match="needs a name, because it is given by keyword"):
+    with pytest.raises(purify.MarkerError, match="needs a name, because it is passed by keyword"):
         fixed(3)
     with pytest.raises(
         purify.MarkerError, match="name of a param must be a non-empty string, not 3"

@@ -229,7 +229,5 @@ def test_intermediates_in_branches_and_while_loops_have_no_value(where):
     else:
         model = purify(lambda x: lax.while_loop(lambda c: c[0] < 1, f, x))
     close(model({"w": W}, X), X + W)
-    with pytest.raises(
-        purify.MarkerError, match=rf"intermediate\('y'\).*is inside {where}, so"
-    ):
+    with pytest.raises(purify.MarkerError, match=rf"intermediate\('y'\).*is inside {where}, so"):
         model.intermediates({"w": W}, X)

@@ -153,9 +153,7 @@ class TestUnusedFlags:
     def test_a_flag_that_nobody_asks_for_is_a_warning(self):
         net = self.Net.init(0)()
         x = jnp.ones(2)
-        message = (
-            r"(?s)flag 'gian' of Net\.apply, so it changed nothing.*: gain\. A module reads a flag with"
-        )
+        message = r"(?s)flag 'gian' of Net\.apply, so it changed nothing.*: gain\. A module reads a flag with"
         with pytest.warns(UserWarning, match=message) as seen:
             net.apply(gian=2.0)(x)
         assert seen[0].filename == __file__

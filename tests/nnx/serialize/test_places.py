@@ -85,7 +85,9 @@ def test_an_open_file_on_a_full_disk():
         with pytest.raises(OSError):
             file.close()
     # A device is no file whose place another could take.
-    with pytest.raises(nnx.SaveError, match="/dev/full cannot be saved: it is not an ordinary file"):
+    with pytest.raises(
+        nnx.SaveError, match="/dev/full cannot be saved: it is not an ordinary file"
+    ):
         nnx.save("/dev/full", Dense())
     assert not os.path.isfile("/dev/full")
 

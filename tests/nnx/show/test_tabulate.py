@@ -258,7 +258,9 @@ def test_an_error_in_the_model_leaves_no_trace(mlp):
             tabulate(mlp, jnp.ones((8, 5)))
         assert _calls._running.recorders == []
     assert mlp(jnp.ones((8, 3))).shape == (8, 1)
-    with pytest.raises(TypeError, match="takes a module or a bound method of a module, but got a list"):
+    with pytest.raises(
+        TypeError, match="takes a module or a bound method of a module, but got a list"
+    ):
         tabulate([mlp], jnp.ones(3))
 
 

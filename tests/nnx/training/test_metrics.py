@@ -360,7 +360,11 @@ def test_an_update_over_the_lanes_of_an_axis():
             TypeError,
             "Average merges .* Welford",
         ),
-        (lambda: made().merge(metrics.Average()), TypeError, "MultiMetric merges only other MultiMetrics"),
+        (
+            lambda: made().merge(metrics.Average()),
+            TypeError,
+            "MultiMetric merges only other MultiMetrics",
+        ),
         (
             lambda: metrics.MultiMetric(a=metrics.Average()).merge(made()),
             ValueError,

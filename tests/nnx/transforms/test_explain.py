@@ -369,7 +369,9 @@ def test_assert_max_traces():
     with limit:
         step(X)
     step(X[:, :1])
-    with pytest.raises(TypeError, match="takes a function that nnx.jit returned, but got a function"):
+    with pytest.raises(
+        TypeError, match="takes a function that nnx.jit returned, but got a function"
+    ):
         assert_max_traces(lambda x: x, 1)
 
 
