@@ -1,8 +1,8 @@
 """A tree as JSON and named arrays.
 
-What has an identity (Refs, modules, lists, dicts) is in one flat list of objects and is referred to by
-number, so that sharing and cycles are nothing special and depth has no limit. Everything else is written
-in place, as a JSON value or as a JSON object with one key that says what it is, such as
+Objects with an identity (Refs, modules, lists, dicts) are in one flat list, and references to them
+are numbers. So sharing and cycles need no special case, and depth has no limit. Everything else is
+written in place: as a JSON value, or as a JSON object with one key that names its kind, such as
 `{"tuple": [...]}`. `decode.py` is the inverse and has the same kinds.
 """
 
@@ -55,7 +55,7 @@ __all__: list[str] = []
 
 
 class Encoded(NamedTuple):
-    """A tree as it is written: the structure, and the arrays by the names that it uses."""
+    """A tree in written form: the structure, and the arrays by the names that the structure uses."""
 
     structure: dict[str, Any]
     arrays: dict[str, Any]
@@ -66,10 +66,10 @@ def encode(tree: Any, *, spread: bool = False) -> Encoded:
 
     Args:
       tree: the tree.
-      spread: whether a process may have a part of an array only.
+      spread: whether a process may hold only a part of an array.
 
     Raises:
-      SaveError: it holds something that has no name or no inverse; the message has its path.
+      SaveError: the tree holds something that cannot be named or rebuilt. The message has its path.
     """
     return _Encoder(tree, spread).run()
 
@@ -93,25 +93,25 @@ class _Encoder:
         self._numbers: dict[int, int] = {}
         self._arrays: dict[str, Any] = {}
         self._array_names: dict[int, str] = {}
-        # The names of the arrays, without regard to case: some file systems have none.
+        # The names of the arrays in lower case, because some file systems ignore case.
         self._taken: set[str] = set()
         self._classes: dict[str, Any] = {}
         self._class_names: dict[type, str] = {}
-        # Where in the grammar the value is that is written, and how deep in others.
+        # The grammar's context of the value that is being written, and its nesting depth.
         self._context = "free"
         self._depth = 0
         try:
             kept = snapshot(tree)
         except Exception as error:
             raise SaveError(f"The tree cannot be saved: {error}") from error
-        # Where a Ref is shared, its canonical path is what names it.
+        # A shared Ref is named by its canonical path.
         self._canonical = dict(zip(map(id, kept.refs), kept.dagdef.ref_paths, strict=True))
         self._leaves = list(zip(kept.dagdef.leaf_paths, kept.leaves(), strict=True))
 
     def run(self) -> Encoded:
         root = self._code(self._tree, ())
         specs = []
-        # The list of objects grows while it is walked.
+        # The list of objects grows during this loop.
         for obj, path in zip(self._objects, self._paths, strict=False):
             specs.append(self._spec(obj, path))
         for path, x in self._leaves:
@@ -120,7 +120,7 @@ class _Encoder:
                     f"{at(path)} is a {type(x).__name__} in the place of an array, as jax.tree.map puts "
                     f"it there. Save the model that it was made of, or a dict of what it says."
                 )
-        # For those who want the values by path and not the tree.
+        # For readers who want the values by path and not the tree.
         leaves = [[list(map(str, path)), self._code(x, path)] for path, x in self._leaves]
         structure = {
             "format": FORMAT,
@@ -192,7 +192,7 @@ class _Encoder:
         return [self._code(x, (*path, str(i))) for i, x in enumerate(items)]
 
     def _within(self, slot: str, x: Any, path: Path) -> Any:
-        """The code of a value in another context of the grammar."""
+        """The code of a value, in another context of the grammar."""
         outer, self._context = self._context, entered(self._context, slot)
         try:
             return self._code(x, path)
@@ -210,7 +210,7 @@ class _Encoder:
                 raise SaveError(f"{at(path)} is an integer of more than {DIGITS} digits.")
             return x
         if kind is str:
-            # Two halves of one character, side by side, are that character when they are read.
+            # Two surrogate halves next to each other would be read back as one character.
             if not x.isascii() and json.loads(json.dumps(x)) != x:
                 raise SaveError(f"{at(path)} is a text that is not valid Unicode: {x!r:.80}.")
             return x
@@ -287,7 +287,7 @@ class _Encoder:
         raise unsaveable(x, path)
 
     def _partition(self, x: Partition, path: Path) -> Any:
-        # Like the value of a Ref, one of a Partition has no identity inside it.
+        # Nothing inside a value of a Partition has an identity, as in the value of a Ref.
         return [[list(map(str, p)), self._within("content", v, (*path, *p))] for p, v in x.items()]
 
     def _partial(self, x: Any, path: Path) -> Any:
@@ -362,7 +362,7 @@ class _Encoder:
             raise SaveError(f"{at(path)} has bits that are no {x.dtype}. Make the array anew.")
 
     def _member(self, path: Path) -> str:
-        # A name that every file system takes, should somebody unpack the file.
+        # A name that every file system accepts, in case somebody unpacks the file.
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", dotted(path)).strip(".")[:120] or "value"
         chosen, n = name, 1
         while chosen.lower() in self._taken:
@@ -393,12 +393,12 @@ _KINDS: dict[type, tuple[str, _Kind]] = {
 
 
 def _is_whole(x: jax.Array) -> bool:
-    """Whether this process has all of an array."""
+    """Whether this process holds all of an array."""
     return x.is_fully_addressable or x.is_fully_replicated
 
 
 def _has_names(x: enum.Enum) -> bool:
-    """Whether its name says which member it is, or the names of which members a flag is made."""
+    """Whether the name of an enum value identifies its member, or the members of a flag."""
     members = type(x).__members__
     parts = x.name.split("|") if isinstance(x, enum.Flag) and x.name else [x.name]
     return x.name in members or all(part in members for part in parts)
