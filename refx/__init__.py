@@ -46,6 +46,7 @@ from refx.node import Node
 from refx.partition import Partition
 from refx.ref import Ref
 
+# A plain list, since mypy does not follow those of the files. A test compares them.
 __all__ = [
     "All",
     "Any",

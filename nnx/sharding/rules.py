@@ -16,7 +16,9 @@ from refx import RefError
 __all__ = ["ShardingError", "axis_rules"]
 
 AnyMesh = Mesh | AbstractMesh
-# A mesh axis, several axes that divide one dimension together, or None.
+# JAX compares this before it uses a trace or a program again.
+_in_keys = jax.make_user_context(default_value=None)
+# A mesh axis, several that divide one dimension together, or None for none.
 Target = str | tuple[str, ...] | None
 
 
@@ -91,11 +93,10 @@ def _all_strings(x: Any) -> bool:
 def axis_rules(rules: Mapping[str, Target] | Iterable[tuple[str, Target]]) -> Iterator[None]:
     """Map logical axis names to mesh axes within a block of code, in this thread.
 
-    A name without a rule is a mesh axis if the mesh has one of that name. Otherwise that dimension
-    is not sharded. It is not sharded either if the mesh lacks the axis that a rule names, so the
-    same rules serve a laptop and a cluster. Blocks nest: inner rules win, and the outer ones still
-    hold for other names. Functions under `nnx.jit` compile once for each set of rules. Plain
-    `jax.jit` uses the rules that hold when it traces.
+    A name without a rule is a mesh axis if the mesh has one of that name, else that dimension is
+    not sharded. The same holds for an axis that a rule names and the mesh lacks, so the same rules
+    serve a laptop and a cluster. Inside another block, these rules win and the others still hold.
+    A function, under `nnx.jit` or plain `jax.jit`, compiles once for each set of rules.
 
     Args:
       rules: a mapping (or pairs) from a logical name to a mesh axis, to a tuple of mesh axes that
@@ -114,7 +115,8 @@ def axis_rules(rules: Mapping[str, Target] | Iterable[tuple[str, Target]]) -> It
     outer = ambient.rules
     ambient.rules = as_rules(rules, outer if outer is not None else NO_RULES)
     try:
-        yield
+        with _in_keys(ambient.rules):
+            yield
     finally:
         ambient.rules = outer
 
@@ -169,7 +171,13 @@ def entries(said: Any) -> tuple[Any, ...]:
 
 
 def resolve(
-    said: Any, shape: tuple[int, ...], mesh: AnyMesh | Mapping[str, int], rules: Rules, where: str
+    said: Any,
+    shape: tuple[int, ...],
+    mesh: AnyMesh | Mapping[str, int],
+    rules: Rules,
+    where: str,
+    *,
+    strict: bool = False,
 ) -> PartitionSpec:
     """Translate `said` into a PartitionSpec over mesh axes, for an array of `shape`.
 
@@ -177,8 +185,9 @@ def resolve(
       said: a PartitionSpec or a tuple of names: logical names or mesh axes.
       shape: the shape of the array.
       mesh: the mesh, or the sizes of its axes.
-      rules: the mesh axes that logical names stand for.
-      where: the array's name in error messages.
+      rules: what logical names stand for.
+      where: how a message calls the array.
+      strict: whether a name that neither the rules nor the mesh know is an error.
 
     Raises:
       ShardingError: the rank differs, a mesh axis serves two dimensions, or a size does not divide.
@@ -188,16 +197,21 @@ def resolve(
     exact = not isinstance(said, PartitionSpec)
     if len(parts) > len(shape) or (exact and parts and len(parts) != len(shape)):
         raise ShardingError(
-            f"{where} has shape {shape}, but its sharding {_shown(said)} has {len(parts)} entries. "
-            "Give one entry for each dimension; None leaves a dimension whole."
+            f"{where} has the shape {shape}, but its sharding {_shown(said)} has {_count(parts)}. "
+            f"Give one entry for each dimension; None leaves a dimension whole."
         )
-    sizes = dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
+    given = dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
+    # Inside shard_map an array is the part of one device, along these axes.
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    sizes = {axis: size for axis, size in given.items() if axis not in manual}
     taken: dict[str, Any] = {}
     spec: list[Any] = []
     for size, part in zip(shape, parts):
         if part is PartitionSpec.UNCONSTRAINED:
             spec.append(part)
             continue
+        if strict:
+            _check_known(part, given, rules, where)
         axes = _axes(part, sizes, rules)
         for axis in axes:
             if axis in taken:
@@ -222,10 +236,18 @@ def resolve(
 def _axes(part: Any, sizes: Mapping[str, int], rules: Rules) -> tuple[str, ...]:
     found: list[str] = []
     for name in names_in(part):
-        for axis in names_in(rules.get(name, name)):
-            if axis in sizes and axis not in found:
-                found.append(axis)
-    return tuple(found)
+        found += names_in(rules.get(name, name))
+    return tuple(axis for axis in found if axis in sizes)
+
+
+def _check_known(part: Any, sizes: Mapping[str, int], rules: Rules, where: str) -> None:
+    for name in names_in(part):
+        if name not in sizes and name not in rules:
+            known = ", ".join(map(repr, [*sizes, *rules])) or "no names"
+            raise ShardingError(
+                f"{where} got a spec with {name!r}, which is not an axis of the mesh and has no rule; "
+                f"there are {known}. Name one of these, or add a rule with nnx.axis_rules or axes=."
+            )
 
 
 def names_in(part: Any) -> tuple[Any, ...]:
@@ -262,6 +284,10 @@ def by_kind(spec: PartitionSpec, mesh: AnyMesh) -> dict[AxisType, PartitionSpec]
     return {kind: only(kind) for kind in dict.fromkeys(kinds.values())}
 
 
+def _count(parts: tuple[Any, ...]) -> str:
+    return "1 entry" if len(parts) == 1 else f"{len(parts)} entries"
+
+
 def _shown(said: Any) -> str:
     return str(said) if isinstance(said, PartitionSpec) else repr(tuple(said))
 
@@ -275,19 +301,19 @@ def stripped(parts: Iterable[Any]) -> PartitionSpec:
 
 
 def inserted(said: Any, axis: int, entry: Any = None) -> Any:
-    """A sharding with one more entry, for an axis added at position `axis`, counted from the front.
+    """A sharding with one more entry, for an axis that was added at `axis`, counted from 0.
 
     A PartitionSpec may have fewer entries than the array has dimensions. Missing entries count as None.
     """
-    parts = [*said]
+    parts = [*entries(said)]
     parts += [None] * (axis - len(parts))
     parts.insert(axis, entry)
     return PartitionSpec(*parts) if isinstance(said, PartitionSpec) else tuple(parts)
 
 
 def removed(said: Any, axis: int = 0) -> Any:
-    """A sharding without the entry of a removed axis."""
-    parts = [*said]
+    """A sharding without the entry of an axis that is taken away, counted from 0."""
+    parts = [*entries(said)]
     del parts[axis : axis + 1]
     return PartitionSpec(*parts) if isinstance(said, PartitionSpec) else tuple(parts)
 

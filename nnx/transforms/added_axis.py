@@ -7,7 +7,7 @@ from typing import Any
 
 from nnx.sharding.rules import inserted
 from nnx.sharding.structure import with_shardings
-from nnx.transforms.boundary import Packed, Spec
+from nnx.transforms.result import Packed, Spec
 
 __all__: list[str] = []
 

@@ -21,28 +21,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
-import refx.ref as ref_module
 from nnx._layer_names import RootNames
 from nnx.scope import entered
-from nnx.transforms.call import Call, Roots, unlabelled
+from nnx.transforms.call import Call, Roots, Values, unlabelled
 from nnx.transforms.donation import explain_deleted
-from nnx.transforms.homes import kept
 from nnx.transforms.layout import Layout
+from nnx.transforms.result import NewValues, Packed, apply, note_found, pack
 from nnx.transforms.tracebacks import shortened
 from nnx.transforms.untouched import Untouched, check_arguments, check_found, reachable
-from refx import Node, Ref
+from refx import Node, Ref, RefError
 from refx.access import check_structure, label, put, writable
 from refx.build import build
-from refx.dagdef import DagDef, RefDef
+from refx.dagdef import DagDef
 from refx.frame import Frame, Original, StandIn, copy_containers, local
-from refx.node import is_identity
-from refx.partition import Path, dotted
-from refx.walk import walk
+from refx.partition import dotted
 
 __all__: list[str] = []
 
@@ -51,81 +47,11 @@ class Lift(Exception):
     """Raised outside of every trace to start a call again with more roots."""
 
 
-class Graph(NamedTuple):
-    """The structure that a call left behind, where it is more than new values.
-
-    `dagdef` is that of `(roots, output)`. `known` maps its numbers to those of the call's DagDef
-    for what the caller has already; `new` counts the Refs that are new; `leaves` says for each
-    plain array whether it is the i-th that came in, or (None) one that was returned.
-    """
-
-    dagdef: DagDef
-    known: dict[int, int]
-    leaves: tuple[int | None, ...]
-    # Whether the caller's containers have to be filled again.
-    refill: bool
-
-    def new(self) -> list[int]:
-        """The numbers of the new Refs in `dagdef`, in order."""
-        nodes = enumerate(self.dagdef.nodes)
-        return [n for n, node in nodes if type(node) is RefDef and n not in self.known]
-
-
-class Spec(NamedTuple):
-    """What a call left behind, without the values: the aux data of the output node."""
-
-    written: tuple[int, ...]
-    graph: Graph | None
-
-
-class Packed:
-    """The output of the pure function: a pytree whose aux data JAX keeps with the program.
-
-    `out` is the user's output, or, with a graph, the values of new Refs and arrays.
-    """
-
-    __slots__ = ("out", "spec", "written")
-
-    def __init__(self, spec: Spec, out: Any, written: Any):
-        self.spec = spec
-        self.out = out
-        self.written = written
-
-
-class _Key:
-    """A part of the output in JAX's names: `result[0]` is that of the user's output."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __str__(self) -> str:
-        return self.name
-
-
-_KEYS = _Key(""), _Key(".written")
-
-jax.tree_util.register_pytree_with_keys(
-    Packed,
-    lambda p: (tuple(zip(_KEYS, (p.out, p.written), strict=True)), p.spec),
-    lambda spec, children: Packed(spec, *children),
-    lambda p: ((p.out, p.written), p.spec),
-)
-
-
-class Outline(NamedTuple):
-    """The new Refs and the new plain arrays of a Graph, with their paths in `(roots, output)`."""
-
-    new: list[tuple[Path, Ref[Any]]]
-    arrays: list[tuple[Path, Any]]
-
-
 def run(
     fn: Callable[..., Any],
     name: str,
     call: Call,
-    values: Any,
-    leaves: Any,
-    others: Any,
+    values: Values,
     *,
     layout: Layout | None = None,
     mode: str = "lift",
@@ -133,7 +59,7 @@ def run(
     watch: Callable[..., Any] | None = None,
     runs_once: bool = True,
     split_out: Callable[[Any], tuple[Any, Any]] | None = None,
-    finish: Callable[[Packed, Outline], Any] | None = None,
+    finish: Callable[[Packed, NewValues], Any] | None = None,
 ) -> Any:
     """Step 2 and 3: call `fn` on the roots built from `values`, and pack what it left behind.
 
@@ -141,9 +67,7 @@ def run(
       fn: the user's function.
       name: the transformation and the function, for messages.
       call: the caller's side, for the closed-over Refs.
-      values: a value for each Ref.
-      leaves: a value for each plain array.
-      others: the arguments that hold no Refs.
+      values: what JAX gives for the values of the call.
       layout: the static part of the call; that of `call` without it.
       mode: what reading a closed-over Ref means. `"lift"`: it must become a root. `"read"`: its
         value is taken as it is, since the trace is not kept, and only a written one becomes a
@@ -166,8 +90,9 @@ def run(
     )
     with frame:
         if layout.labels:
-            values, leaves = unlabelled(layout, values, leaves)
-        roots, objects = build(layout.dagdef, map(copy_containers, values), leaves)
+            values = unlabelled(layout, values)
+        leaves = values.plain_arrays
+        roots, objects = build(layout.dagdef, map(copy_containers, values.refs), leaves)
         label_stand_ins(layout, objects)
         outer = call.objects()
         inner_refs = [x for x in objects if type(x) is Ref]
@@ -179,7 +104,7 @@ def run(
         frame.describe = _namer(layout.dagdef, outer, objects)
         frame.roots = RootNames(roots, call.roots)
         try:
-            args, kwargs = _arguments(layout, roots, others)
+            args, kwargs = _arguments(layout, roots, values.arguments)
             scope = roots[-1] if layout.has_scope else None
             with entered(scope):
                 out = fn(*args, **kwargs)
@@ -187,17 +112,21 @@ def run(
             check_found(frame)
             closed.check(frame)
             first, out = split_out(out) if split_out is not None else (None, out)
-            packed, outline = _pack(
+            packed, outline = pack(
                 frame, layout, call, roots, objects, outer, before, leaves, out, mode, assigned
             )
             if call.found:
                 # The body runs again, and does then what it has done to the caller's containers.
                 closed.restore()
             result = packed if finish is None else finish(packed, outline)
-        except Exception:
+        except Exception as error:
+            twice = closed.changed_by_two_names(frame)
             closed.restore()
-            _note_found(frame, mode, call)
-            raise
+            note_found(frame, mode, call)
+            if twice is None or isinstance(error, RefError):
+                raise
+            # What the body read by the other name was not there, or was what it had been.
+            raise twice from error
         finally:
             # What escaped must not keep a tracer alive, and says so when it is used.
             for ref in inner_refs:
@@ -253,78 +182,6 @@ def _namer(dagdef: DagDef, outer: list[Any], objects: list[Any]) -> Callable[[An
     return name
 
 
-def _note_found(frame: Frame, mode: str, call: Call) -> None:
-    """Note the closed-over Refs that the body met and that have to be roots."""
-    if mode == "constant":
-        return
-    for met in frame.met():
-        if mode == "lift" or met.was_written(frame):
-            # A module that was made in the body may hold the Ref, but cannot be a root outside.
-            inside = met.owner is None or met.owner._frame is frame
-            call.found.append((met.ref, met.ref if inside else met.owner))
-
-
-def _pack(
-    frame: Frame,
-    layout: Layout,
-    call: Call,
-    roots: tuple[Any, ...],
-    objects: list[Any],
-    outer: list[Any],
-    before: list[Original],
-    leaves: Any,
-    out: Any,
-    mode: str,
-    assigned: bool,
-) -> tuple[Packed, Outline]:
-    _note_found(frame, mode, call)
-    inner_refs = [x for x in objects if type(x) is Ref]
-    written = tuple(
-        i
-        for i, (ref, was) in enumerate(zip(inner_refs, before, strict=True))
-        if was.changed(ref._value) or (assigned and ref in frame.assigned)
-    )
-    new_values = kept(layout, written, [inner_refs[i]._value for i in written])
-    after = walk(roots, skip=1)
-    same = (
-        after.dagdef is layout.dagdef
-        and all(map(is_, after.objects, objects))
-        and all(map(is_, after.leaves, leaves))
-    )
-    holds = any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity)))
-    if same and not holds:
-        return Packed(Spec(written, None), out, new_values), Outline([], [])
-    alias = {id(o): i for o, i in zip(outer, objects, strict=True)}
-    # A Ref may go by the name that it has further out, where the call is made in another body.
-    ours = set(map(id, objects))
-    names = frame.stand_ins.values()
-    alias.update((id(s.ref), s.inner) for s in names if id(s.inner) in ours)
-    both = walk((roots, out), alias, skip=2)
-    strangers = [x for x in both.objects if is_identity(x) and x._frame is not frame]
-    if strangers:
-        roots_of = [x for x in strangers if isinstance(x, Node)] or strangers
-        call.found += [(x, x) for x in roots_of]
-        return Packed(Spec((), None), None, []), Outline([], [])
-    numbers = {id(x): i for i, x in enumerate(objects)}
-    came = {id(x): i for i, x in enumerate(leaves)}
-    graph = Graph(
-        both.dagdef,
-        {n: numbers[id(x)] for n, x in enumerate(both.objects) if id(x) in numbers},
-        tuple(came.get(id(x)) for x in both.leaves),
-        not same,
-    )
-    # The canonical paths begin with "0" for what hangs on a root and with "1" for the output.
-    paths = dict(zip(map(id, both.refs), both.dagdef.ref_paths, strict=True))
-    new = [(paths[id(r)], r) for r in both.refs if id(r) not in numbers]
-    arrays = [
-        (path, x)
-        for path, x in zip(both.dagdef.leaf_paths, both.leaves, strict=True)
-        if id(x) not in came
-    ]
-    values = [r._value for _, r in new], [x for _, x in arrays]
-    return Packed(Spec(written, graph), values, new_values), Outline(new, arrays)
-
-
 def until_lifted(attempt: Callable[[Roots], Any]) -> Any:
     """Call `attempt` with the roots that are known, again as long as it meets more of them."""
     roots = Roots()
@@ -377,15 +234,24 @@ def close_call(call: Call, packed: Packed) -> Any:
     if call.found:
         raise Lift
     spec = packed.spec
-    if spec.graph is not None and spec.graph.refill:
-        for root in call.roots:
-            if isinstance(root, Node):
-                check_structure(root, "The structure")
+    if spec.graph is not None and spec.graph.rewritten:
+        objects = call.objects()
+        for n in spec.graph.rewritten:
+            number = spec.graph.known[n]
+            holders = [objects[number]]
+            if not isinstance(holders[0], Node):
+                # A list or a dict may change where the modules that it is a part of may.
+                every = enumerate(call.roots)
+                holders = [x for i, x in every if number in reachable(call.layout.dagdef, [i])]
+            for holder in holders:
+                if isinstance(holder, Node):
+                    check_structure(holder, "The structure")
     if spec.written:
         if call.at_once:
             # The old values are let go here, while the program that read them has hardly begun:
             # a few microseconds later it costs a third more.
-            refs, call.values = call.refs, []
+            refs = call.refs
+            call.values.refs.clear()
             for i, value in zip(spec.written, packed.written):
                 refs[i]._value = value
             if local.frame is not None:
@@ -394,7 +260,7 @@ def close_call(call: Call, packed: Packed) -> Any:
             write_back([call.refs[i] for i in spec.written], packed.written)
     if spec.graph is None:
         return packed.out
-    return _apply(call, spec.graph, *packed.out)
+    return apply(call, spec.graph, *packed.out)
 
 
 def write_back(
@@ -405,45 +271,3 @@ def write_back(
     targets = [writable(ref, name) for ref, name in zip(refs, names, strict=True)]
     for target, value in zip(targets, values, strict=True):
         put(target, value)
-
-
-def _apply(call: Call, graph: Graph, new: list[Any], arrays: list[Any]) -> Any:
-    objects = call.objects()
-    existing = {n: objects[i] for n, i in graph.known.items()}
-    given = iter(arrays)
-    leaves = [call.leaves[i] if i is not None else next(given) for i in graph.leaves]
-    new = [_born(graph.dagdef.nodes[n], x) for n, x in zip(graph.new(), new, strict=True)]
-    (_, out), _ = build(graph.dagdef, new, leaves, existing=existing, refill=graph.refill)
-    return out
-
-
-def _born(node: RefDef, value: Any) -> Any:
-    """The value of a new Ref, where a library wants it: its metadata may say."""
-    if not node.metadata or ref_module.at_birth is None:
-        return value
-    facts = {name: fact.value for name, fact in node.metadata}
-    return ref_module.at_birth(value, node.collection.value, facts)
-
-
-def fresh_output(call: Call, packed: Packed, values: list[Any], leaves: list[Any]) -> Any:
-    """The output with value semantics: what came in comes out as a copy, with what was written.
-
-    `values` and `leaves` are those that came in, or `ShapeDtypeStruct`s for them.
-    """
-    graph = packed.spec.graph
-    if graph is None:
-        return packed.out
-    values, leaves = unlabelled(call.layout, values, leaves)
-    for i, value in zip(packed.spec.written, packed.written, strict=True):
-        values[i] = value
-    numbers = [n for n, node in enumerate(call.layout.dagdef.nodes) if type(node) is RefDef]
-    ref_at = {n: i for i, n in enumerate(numbers)}
-    new, more = map(iter, packed.out)
-    new = (_born(graph.dagdef.nodes[n], x) for n, x in zip(graph.new(), new, strict=True))
-    refs = [
-        values[ref_at[graph.known[n]]] if n in graph.known else next(new)
-        for n, node in enumerate(graph.dagdef.nodes)
-        if type(node) is RefDef
-    ]
-    arrays = [leaves[i] if i is not None else next(more) for i in graph.leaves]
-    return build(graph.dagdef, refs, arrays)[0][1]

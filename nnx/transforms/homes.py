@@ -27,7 +27,7 @@ _MOST = 32
 def at_home(call: Call) -> Layout:
     """The layout of a call for the places that its values have."""
     layout = call.layout
-    places = [v.sharding if type(v) in CONCRETE else None for v in call.values]
+    places = [v.sharding if type(v) in CONCRETE else None for v in call.values.refs]
     # Outputs of one program share their sharding objects, so this compares identities.
     for known, moved in layout.elsewhere:
         if known == places:

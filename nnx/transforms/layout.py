@@ -88,6 +88,14 @@ class Layout:
         layout.programs = self.programs
         return layout
 
+    def divided(self, values: Any) -> tuple[list[Any], Any]:
+        """What is donated of the values of a call, and the values without it."""
+        refs = list(values.refs)
+        donated = [refs[i] for i in self.donated]
+        for i in self.donated:
+            refs[i] = None
+        return donated, values._replace(refs=refs)
+
     def name_of(self, i: int) -> str:
         """How a message calls the i-th Ref."""
         path = self.dagdef.ref_paths[i][1:]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from refx import Partition, Ref, merge, split, to_predicate, update
+from refx import Partition, Ref, merge, opened, split, to_predicate, update
 from refx.dag import refs
 from refx.node import is_identity
 
@@ -39,7 +39,7 @@ def scan(
     carried: Callable[[Any, Ref[Any]], bool],
 ) -> tuple[Any, Any]:
     """`nnx.scan` without a program; `carried` says which Refs of `xs` are not sliced."""
-    flat, treedef = jax.tree.flatten(xs, is_leaf=is_identity)
+    flat, treedef = opened.flatten(xs)
     modules = tuple([x for x in flat if is_identity(x)])
     dagdef, values = split(modules)
     cells = refs(modules)

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 from nnx.transforms.axes import AxisError, along_output, assign
-from nnx.transforms.boundary import Packed
 from nnx.transforms.call import Call
 from nnx.transforms.layout import Layout
+from nnx.transforms.result import Packed
 
 __all__: list[str] = []
 
@@ -55,6 +55,7 @@ class Shardings:
         packed = Packed(
             out.spec,
             jax.tree.unflatten(jax.tree.structure(out.out), outputs),
-            [specs.refs[i] for i in out.spec.written],
+            [specs.values.refs[i] for i in out.spec.written],
         )
-        return {"in_shardings": tuple(specs[:3]), "out_shardings": packed}
+        inputs = layout.divided(specs.values)
+        return {"in_shardings": inputs, "out_shardings": packed}

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import nnx
-from nnx._class_checks import HINTS
+from nnx._hints import MODULE
 
 
 class Net(nnx.Module):
@@ -80,7 +80,7 @@ def test_a_mistake_is_explained(call, text):
     assert text in str(info.value)
 
 
-@pytest.mark.parametrize("name", HINTS)
+@pytest.mark.parametrize("name", MODULE)
 def test_attributes_of_other_libraries_lead_to_ours(name):
     model = Plain()
     if hasattr(Plain, name):
@@ -89,7 +89,7 @@ def test_attributes_of_other_libraries_lead_to_ours(name):
         AttributeError, match=f"^'Plain' object has no attribute '{name}': "
     ) as info:
         getattr(model, name)
-    assert HINTS[name] in str(info.value) and (info.value.name, info.value.obj) == (name, model)
+    assert MODULE[name] in str(info.value) and (info.value.name, info.value.obj) == (name, model)
 
 
 def test_other_attributes_are_missing_as_ever():
@@ -177,6 +177,16 @@ def test_check_init_runs_after_the_last_init_and_cannot_be_forgotten():
     with pytest.raises(ValueError, match="no size"):
         Larger(-1)
 
+    @nnx.dataclass
+    class OwnInit(Data):
+        def __init__(self):
+            self.size = 5
+
+        def __check_init__(self):
+            self.size += 1
+
+    assert OwnInit().size == 6
+
 
 def test_a_converter_sees_each_value_and_no_ref():
     model = Checked([1, 2])
@@ -205,3 +215,19 @@ def test_a_float_that_changes_at_each_step_is_warned_of_once():
             step(model)
     assert len(seen) == 1
     assert "A float is part of the program. Make it an array or a Ref" in str(seen[0].message)
+
+
+def test_data_in_the_place_of_a_size_that_has_a_default():
+    class Net(nnx.Module):
+        def __init__(self, size=4):
+            self.linear = nnx.Linear(size, size)
+
+    with pytest.raises(TypeError) as raised:
+        Net.init(0)(jnp.ones((3, 4)))
+    assert raised.value.__notes__[-1] == (
+        "Net.init(key)(...) makes a Net, with the arguments of its constructor, but it was given data, "
+        "float32[3,4]. That comes with the call: model = Net.init(key)(...), then model(x)."
+    )
+    with pytest.raises(TypeError) as raised:
+        Net.init(0)("4")
+    assert not getattr(raised.value, "__notes__", [])
