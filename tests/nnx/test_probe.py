@@ -641,7 +641,7 @@ def test_a_plain_program_inside_is_not_patched_for_ever():
 
     model = Plain.init(0)()
     with pytest.raises(
-        ProbeError, match="'inner' cannot be patched in a plain jax .* JAX keeps the program"
+        ProbeError, match="'inner' cannot be patched in a plain jax .* JAX caches the program"
     ):
         nnx.patch(model, {"inner": lambda h: -h})(X)
     close(model(X), model.inner(X))

@@ -121,7 +121,10 @@ def test_an_array_that_is_missing_or_of_another_shape(run):
         (lambda s: s["sums"].pop("small"), "its checksums are not those of its arrays"),
         (lambda s: s.update(sums=3), "its checksums are not a dict from name to number"),
         (lambda s: s.update(arrays="../other"), "it names '../other' as the folder of its arrays"),
-        (lambda s: s.update(arrays="arrays-none"), "the folder of its arrays is missing: 'arrays-none'"),
+        (
+            lambda s: s.update(arrays="arrays-none"),
+            "the folder of its arrays is missing: 'arrays-none'",
+        ),
         (lambda s: s.update(version=99), "its format version is 99"),
         (lambda s: s.update(format="other"), "its structure is not one that nnx.save wrote"),
         (lambda s: s["sums"].update(small=1), "the checksum of its array 'small' is wrong"),

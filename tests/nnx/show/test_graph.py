@@ -189,5 +189,7 @@ def test_files(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="takes a module, but got a dict"):
         graph({"a": model})
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="needs matplotlib to save a PNG.*ends in .svg, which works without it"):
+    with pytest.raises(
+        ImportError, match="needs matplotlib to save a PNG.*ends in .svg, which works without it"
+    ):
         picture.save(tmp_path / "other.png")
