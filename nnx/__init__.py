@@ -91,7 +91,7 @@ else:
                     break
             else:
                 raise _no_name(name)
-        # The next time Python finds it without this function.
+        # Next time, Python finds the name without calling this function.
         globals()[name] = found
         return found
 

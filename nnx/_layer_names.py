@@ -175,7 +175,7 @@ def _nearest_first(holder: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _below(holder: Any) -> Iterator[tuple[str, Any]]:
-    """The modules in the attributes of a module, and in lists and dicts there; or in a tuple of roots."""
+    """The modules in a module's attributes, also in lists and dicts there; or in a tuple of roots."""
     items = attributes(holder).items() if isinstance(holder, Node) else (("", x) for x in holder)
     for name, x in items:
         yield from _inside(name, x)

@@ -110,7 +110,7 @@ def replace(tree: M, where: Where, fn: Callable[[Any], Any]) -> M:
     there, selects = modules(tree), selector(where)
     chosen = [(path, x) for path, x in there.items() if selects(path, x)]
     if not chosen and isinstance(where, str):
-        # A shared module has other paths than its first.
+        # A shared module has more paths than its first.
         other = follow(tree, where.split("."))
         chosen = [(path, x) for path, x in there.items() if x is other]
     if not chosen:

@@ -224,7 +224,7 @@ def _length(xs: Any, length: int | None, axes: dict[Any, Any]) -> int | None:
         return length
     rules = [(to_predicate(f), axis) for f, axis in axes.items()]
     for x in opened.leaves(xs):
-        # The rules are for Refs; arrays are sliced always.
+        # The rules apply to Refs. Arrays are always sliced.
         values = [x]
         if is_identity(x):
             values = [

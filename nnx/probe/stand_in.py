@@ -132,7 +132,7 @@ class StandIn:
             self._take_back(walk(self.root))
 
     def originals(self, out: Any) -> Any:
-        """An output with the modules of the tree in the place of those that stand for them."""
+        """An output in which stand-ins are replaced by the original modules."""
         if not opened.holds_identity(out):
             return out
         return opened.map(lambda x: self._originals.get(id(x), x) if is_identity(x) else x, out)

@@ -117,8 +117,8 @@ class _Encoder:
         for path, x in self._leaves:
             if not is_array(x):
                 raise SaveError(
-                    f"{at(path)} is a {type(x).__name__} in the place of an array, as jax.tree.map puts "
-                    f"it there. Save the model that it was made of, or a dict of what it says."
+                    f"{at(path)} is a {type(x).__name__} instead of an array, perhaps from "
+                    "jax.tree.map. Save the original model, or a dict of these values."
                 )
         # For readers who want the values by path and not the tree.
         leaves = [[list(map(str, path)), self._code(x, path)] for path, x in self._leaves]
@@ -156,7 +156,7 @@ class _Encoder:
     def _ref(self, ref: Ref[Any], path: Path) -> dict[str, Any]:
         path = self._canonical.get(id(ref), path)
         if id(ref) not in self._canonical:
-            raise SaveError(f"{at(path)} holds a Ref that is no part of the tree.")
+            raise SaveError(f"{at(path)} holds a Ref that is not part of the tree.")
         try:
             value = peek(ref)
         except EndedTraceError as error:
@@ -218,8 +218,8 @@ class _Encoder:
             return x if math.isfinite(x) else {"float": repr(x)}
         if self._depth > DEPTH:
             raise SaveError(
-                f"{at(path)[:200]} is in values that are nested more than {DEPTH} deep. Use a list in "
-                f"the place of some of the tuples."
+                f"{at(path)[:200]} is nested more than {DEPTH} levels deep. Replace some of the "
+                "tuples by lists."
             )
         self._depth += 1
         try:
@@ -247,7 +247,7 @@ class _Encoder:
         if f"object {kind}" not in CONTEXTS[self._context]:
             raise SaveError(
                 f"{at(path)} holds a {type(x).__name__} in a key, in metadata or in the value of a "
-                f"Ref, which can be saved only in an attribute, a list, a tuple or a dict."
+                "Ref. It can be saved only in an attribute, a list, a tuple or a dict."
             )
         number = self._numbers.get(id(x))
         if number is None:
@@ -298,21 +298,21 @@ class _Encoder:
         name = x.__func__.__name__
         if method_of(type(x.__self__), name) is not x.__func__:
             raise SaveError(
-                f"{at(path)} is a method {name!r} that its class {type(x.__self__).__name__} does not "
-                f"have by that name. Define it in the class."
+                f"{at(path)} is a method {name!r}, but its class {type(x.__self__).__name__} has "
+                "no method of that name. Define it in the class."
             )
         return [self._within("node", x.__self__, path), name]
 
     def _dtype(self, dtype: np.dtype, path: Path) -> str:
         if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None:
-            raise SaveError(f"{at(path)} has a dtype with parts or of Python objects: {dtype}.")
+            raise SaveError(f"{at(path)} has a dtype with fields or of Python objects: {dtype}.")
         return dtype_name(dtype)
 
     def _array(self, x: Any, path: Path) -> Any:
         if isinstance(x, Tracer) and current_trace(()) is EVAL:
             raise SaveError(
-                f"{at(path)} is a tracer of a transformation that has ended, and means nothing any "
-                f"more. Return the value, or its module, from the function that was transformed."
+                f"{at(path)} is a tracer of a transformation that has ended, so it has no value. "
+                "Return the value, or its module, from the transformed function."
             )
         if isinstance(x, Tracer):
             raise SaveError(
@@ -321,8 +321,8 @@ class _Encoder:
             )
         if isinstance(x, jax.Array) and x.is_deleted():
             raise SaveError(
-                f"{at(path)} is an array that was deleted, as arrays are that were donated to a "
-                f"compiled function. Save the model that came out of it."
+                f"{at(path)} is a deleted array: it was probably donated to a compiled function. "
+                "Save the model that the function returned."
             )
         name = self._array_names.get(id(x))
         if name is None:
@@ -330,8 +330,9 @@ class _Encoder:
             self._arrays[name] = x
         if not self._spread and isinstance(x, jax.Array) and not _is_whole(x):
             raise SaveError(
-                f"{at(path)} is spread over the devices of several processes, so no process can write it "
-                f"into one file. Save into a directory, in every process: nnx.save('run/', tree)."
+                f"{at(path)} is spread over the devices of several processes, so no process can "
+                "write it into one file. Save into a directory, in every process: "
+                "nnx.save('run/', tree)."
             )
         code: dict[str, Any] = {"array": name, "shape": list(x.shape)}
         if isinstance(x, np.ndarray):
@@ -348,7 +349,9 @@ class _Encoder:
                 )
             self._check_bits(x, path)
             if x.dtype.itemsize == 0:
-                raise SaveError(f"{at(path)} is a NumPy array of empty texts; save a list of them.")
+                raise SaveError(
+                    f"{at(path)} is a NumPy array of empty strings. Save a list of them."
+                )
             return code | {"dtype": dtype_name(x.dtype), "numpy": True}
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return code | {"key": str(jax.random.key_impl(x))}
@@ -359,7 +362,9 @@ class _Encoder:
         if isinstance(x, jax.Array) and not _is_whole(x):
             return
         if np.dtype(x.dtype).kind in "bUV" and has_bad_bits(np.asarray(x)):
-            raise SaveError(f"{at(path)} has bits that are no {x.dtype}. Make the array anew.")
+            raise SaveError(
+                f"{at(path)} has bits that are not a valid {x.dtype}. Make the array again."
+            )
 
     def _member(self, path: Path) -> str:
         # A name that every file system accepts, in case somebody unpacks the file.
@@ -410,8 +415,8 @@ def _fields(x: Any, path: Path) -> dict[str, Any]:
         cached = inspect.getattr_static(type(x), name, None)
         if name not in names and not isinstance(cached, functools.cached_property):
             raise SaveError(
-                f"{at(path)} is a {type(x).__qualname__}, a dataclass that holds {name!r}, which is "
-                f"none of its fields and would be lost. Make it one: field(init=False)."
+                f"{at(path)} is a {type(x).__qualname__}, a dataclass that holds {name!r}, which "
+                "is not one of its fields and would be lost. Make it a field: field(init=False)."
             )
     return {name: getattr(x, name) for name in names}
 

@@ -194,11 +194,12 @@ def load(
     its own part. A single file is read by every process.
 
     Args:
-      path: the path of the file or directory, or a file that is open for bytes, read from where it is.
+      path: the path of the file or directory, or a file that is open for bytes, which is read from
+        its current position.
       kind: the class of what was saved, if it is known: anything else is an error, and editors and type
         checkers know what comes: `nnx.load("net.npz", Net)` is a `Net`.
-      only: a filter for what is read. In the place of the rest are `jax.ShapeDtypeStruct`s; with `None`
-        there is nothing else, so no device holds anything.
+      only: a filter that selects the values to read. All others become `jax.ShapeDtypeStruct`s.
+        With `None` that is all of them, so no device holds anything.
       specs: a dict from filter to PartitionSpec, or a callable `(path, ref) -> PartitionSpec`, such as
         `nnx.fsdp("data")`; it wins over the `sharding` metadata.
       axes: rules from logical axis names in the metadata to axes of the mesh.

@@ -18,7 +18,7 @@ __all__ = ["ShardingError", "axis_rules"]
 AnyMesh = Mesh | AbstractMesh
 # JAX compares this before it uses a trace or a program again.
 _in_keys = jax.make_user_context(default_value=None)
-# A mesh axis, several that divide one dimension together, or None for none.
+# A mesh axis, several axes that divide one dimension together, or None.
 Target = str | tuple[str, ...] | None
 
 
@@ -93,10 +93,11 @@ def _all_strings(x: Any) -> bool:
 def axis_rules(rules: Mapping[str, Target] | Iterable[tuple[str, Target]]) -> Iterator[None]:
     """Map logical axis names to mesh axes within a block of code, in this thread.
 
-    A name without a rule is a mesh axis if the mesh has one of that name, else that dimension is
-    not sharded. The same holds for an axis that a rule names and the mesh lacks, so the same rules
-    serve a laptop and a cluster. Inside another block, these rules win and the others still hold.
-    A function, under `nnx.jit` or plain `jax.jit`, compiles once for each set of rules.
+    A name without a rule is a mesh axis if the mesh has one of that name. Otherwise that dimension
+    is not sharded. It is not sharded either if the mesh lacks the axis that a rule names, so the
+    same rules serve a laptop and a cluster. Blocks nest: inner rules win, and the outer ones still
+    hold for other names. A function, under `nnx.jit` or plain `jax.jit`, compiles once for each set
+    of rules.
 
     Args:
       rules: a mapping (or pairs) from a logical name to a mesh axis, to a tuple of mesh axes that
@@ -185,8 +186,8 @@ def resolve(
       said: a PartitionSpec or a tuple of names: logical names or mesh axes.
       shape: the shape of the array.
       mesh: the mesh, or the sizes of its axes.
-      rules: what logical names stand for.
-      where: how a message calls the array.
+      rules: the mesh axes that logical names stand for.
+      where: the array's name in error messages.
       strict: whether a name that neither the rules nor the mesh know is an error.
 
     Raises:
@@ -197,7 +198,7 @@ def resolve(
     exact = not isinstance(said, PartitionSpec)
     if len(parts) > len(shape) or (exact and parts and len(parts) != len(shape)):
         raise ShardingError(
-            f"{where} has the shape {shape}, but its sharding {_shown(said)} has {_count(parts)}. "
+            f"{where} has shape {shape}, but its sharding {_shown(said)} has {_count(parts)}. "
             f"Give one entry for each dimension; None leaves a dimension whole."
         )
     given = dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
