@@ -15,7 +15,7 @@ __all__: list[str] = []
 
 def at(path: Path) -> str:
     """How a message begins that is about the value at a path."""
-    return f"The value at {dotted(path)!r}" if path else "What was to be saved"
+    return f"The value at {dotted(path)!r}" if path else "The object given to nnx.save"
 
 
 def unsaveable(x: Any, path: Path) -> SaveError:
