@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    # What follows is loaded when it is first used, so that an import of nnx is quick.
+    # These modules are loaded on first use, so that `import nnx` is quick.
     from nnx import bridge, debug, layers, probe, serialize, surgery, training, transforms
     from nnx.layers import *  # noqa: F403
     from nnx.probe import *  # noqa: F403
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     __all__ += refx.__all__
 else:
     _OWN = __all__
-    # It would take everything to know them all: `from nnx import *` asks the function below.
+    # Knowing every name would load every module, so `from nnx import *` asks `__getattr__` below.
     del __all__
     _PACKAGES = ("transforms", "layers", "training", "serialize", "surgery", "probe")
     _SHOWN = {"graph": "graph", "display": "html", "tabulate": "tabulate"}
@@ -91,7 +91,7 @@ else:
                     break
             else:
                 raise _no_name(name)
-        # The next time Python finds it without this function.
+        # Next time, Python finds the name without calling this function.
         globals()[name] = found
         return found
 

@@ -1,4 +1,4 @@
-"""What is around the code that runs, in each thread: the scope, the call, the probe."""
+"""The surroundings of the running code, per thread: the scope, the call, the probe."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__: list[str] = []
 class _Ambient(threading.local):
     # The random streams and flags; see `nnx.scope`.
     scope: Any
-    # The call that a compiled function is being traced for.
+    # The call for which a compiled function is being traced.
     call: Any
-    # What watches the calls of modules; transformations are called by it where there is one.
+    # Watches the calls of modules. While a probe is active, it runs the transformations.
     probe: Any
-    # The names of the flags that were asked for, in a call that was given some.
+    # The names of the flags that were read during a call that was given flags.
     asked: set[Any] | None
-    # What logical axis names stand for; see `nnx.axis_rules`.
+    # The mesh axes that logical axis names stand for; see `nnx.axis_rules`.
     rules: Any
 
     def __init__(self) -> None:
-        # Runs in each thread. As attributes of the instance they are found faster.
+        # Runs once in each thread. Lookup is faster for attributes of the instance.
         self.scope = None
         self.call = None
         self.probe = None

@@ -16,7 +16,7 @@ __all__: list[str] = []
 
 
 def check_arguments(cls: type, kwargs: dict[str, Any]) -> None:
-    """Refuse arguments of a constructor that are habits from elsewhere, or dtypes that are none.
+    """Refuse constructor arguments that other libraries take, and strings that do not name a dtype.
 
     Raises:
       TypeError: `rngs` for a class that takes none; a string that is not a dtype, for a layer.
@@ -25,8 +25,9 @@ def check_arguments(cls: type, kwargs: dict[str, Any]) -> None:
         parameters = inspect.signature(cls.__init__).parameters.values()
         if not any(p.name == "rngs" or p.kind is p.VAR_KEYWORD for p in parameters):
             raise TypeError(
-                f"{cls.__name__} takes no rngs: its keys come from the scope around it. Make the model "
-                f"with Net.init(jax.random.key(0))(...), or in `with nnx.scope(jax.random.key(0)):`."
+                f"{cls.__name__} does not take rngs: its keys come from the scope around it. Make "
+                "the model with Net.init(jax.random.key(0))(...), or in "
+                "`with nnx.scope(jax.random.key(0)):`."
             )
     if not any(base.__module__.startswith("nnx.layers.") for base in cls.__mro__):
         return
@@ -38,13 +39,13 @@ def check_arguments(cls: type, kwargs: dict[str, Any]) -> None:
                 close = difflib.get_close_matches(given, _DTYPES, 1, 0.5)
                 meant = f" Did you mean {close[0]!r}?" if close else ""
                 raise TypeError(
-                    f"{cls.__name__} got {name}={given!r}, which is no dtype of JAX.{meant}"
+                    f"{cls.__name__} got {name}={given!r}, which is not a dtype of JAX.{meant}"
                 ) from None
 
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64", "int8", "int32", "complex64")
 CHECKED = frozenset({"rngs", "dtype", "param_dtype"})
-"""The arguments that `check_arguments` looks at."""
+"""The arguments that `check_arguments` checks."""
 
 
 def explain_data(cls: type, args: Any, kwargs: Any, error: Exception) -> None:
@@ -70,12 +71,12 @@ def explain_data(cls: type, args: Any, kwargs: Any, error: Exception) -> None:
 
 
 def forward_instead(cls: type) -> Any:
-    """A `__call__` for a class that has a method `forward` instead of one."""
+    """A `__call__` for a class that only has a method `forward`."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
-            f"A {type(self).__name__} cannot be called: it has a method named forward, and no "
-            f"__call__. Rename it: def __call__(self, ...)."
+            f"A {type(self).__name__} cannot be called: it has a method named forward, but no "
+            "__call__. Rename it: def __call__(self, ...)."
         )
 
     return __call__

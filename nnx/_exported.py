@@ -53,7 +53,7 @@ def _to_bytes(dagdef: DagDef) -> bytes:
         written = {"structure": encode(tree).structure, "frozen": frozen}
     except errors.SaveError as error:
         raise errors.SaveError(
-            f"{str(error).partition(', or save the values alone')[0].rstrip('.')}. Or give the exported "
+            f"{str(error).partition(' Or save only the values')[0].rstrip('.')}. Or give the exported "
             f"program the values in place of the module: dagdef, values = nnx.split(model), then "
             f"jax.export.export(jax.jit(lambda values, x: nnx.merge(dagdef, values)(x)))(values, x)."
         ) from error

@@ -1,4 +1,4 @@
-"""What to write here for names that people know from other libraries."""
+"""The nnx equivalents of names that people know from other libraries."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _OF_NNX = {
     "Pytree": "nnx.Module",
     "StateAxes": "nnx.vmap with a dict from filter to axis: in_axes=({'params': 0, ...: None}, 0)",
     "DiffState": "nnx.grad with wrt=filter",
-    "split_rngs fork_rngs": "nnx.vmap or nnx.scan, which give each lane or step keys of its own",
+    "split_rngs fork_rngs": "nnx.vmap or nnx.scan, which give each lane or step its own keys",
     "cached_partial": "nnx.jit, which keeps the structure by itself",
     "pop": "nnx.capture for intermediates, or `del model.name`",
     "capture_intermediates": "nnx.capture",
-    "perturb": "nnx.output_grad, which needs no mark in the model",
+    "perturb": "nnx.output_grad, which works on any model as it is",
     "register_forward_hook": "nnx.capture to see an output, nnx.patch to change it",
     "Flatten": "a function in nnx.Sequential: lambda x: x.reshape(len(x), -1)",
     "get_partition_spec get_named_sharding": "nnx.shardings",

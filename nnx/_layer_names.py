@@ -1,9 +1,9 @@
 """Operations of a compiled program carry the path of their layer, so that a profile reads like the model.
 
-A module that is called while JAX traces enters a `jax.named_scope`, by the path that leads to it from
-the module around it: `blocks.0`, and in it `attention`. A layer at two paths is called by the one that
-was taken. The module that the step calls first adds nothing, nor does a call outside of a trace: there,
-`__call__` is the user's own function, without anything around it.
+A module that is called while JAX traces enters a `jax.named_scope`. The scope's name is the path
+from the calling module: `blocks.0`, and inside it `attention`. A layer with two paths gets the path
+that the call took. The outermost module adds no name. Outside a trace, `__call__` is the user's own
+function and costs nothing extra.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from refx.trace import EVAL
 
 __all__: list[str] = []
 
-# Weak references to one object are one: this is what `trace_ref` gives outside of all traces.
+# Two weak references to one object are the same object. `trace_ref` gives this one outside all
+# traces.
 _EAGER = weakref.ref(EVAL)
 
 
@@ -83,7 +84,7 @@ class LayerCall:
 
 
 def method_of(cls: type, name: str) -> Any:
-    """What a class has by the name of a method: the function as the user wrote it."""
+    """The method of a class, as the user wrote it."""
     found = inspect.getattr_static(cls, name, None)
     return found.fn if type(found) is LayerCall else found
 
@@ -93,7 +94,7 @@ def _scoped(fn: Callable[..., Any]) -> Callable[..., Any]:
     def call(module: Any, /, *args: Any, **kwargs: Any) -> Any:
         around = _here.names
         if around is not None and around.holder is module:
-            # As by `super().__call__`.
+            # A call such as `super().__call__`.
             return fn(module, *args, **kwargs)
         name = _name(module, around)
         _here.names = Names(module)
@@ -109,7 +110,7 @@ def _scoped(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Names:
-    """The names of the modules below a module, or below several: each is found when it is asked for."""
+    """The names of the modules below one or more modules. Each is looked up on demand."""
 
     def __init__(self, holder: Any):
         self._found: dict[int, str] = {}
@@ -127,7 +128,7 @@ class Names:
 
 
 class RootNames(Names):
-    """The names below what a body was given: `inner`, in the order of what is outside, `outer`."""
+    """The names below the objects that a body received. `inner` has the order of `outer`, the originals."""
 
     def __init__(self, inner: Iterable[Any], outer: Iterable[Any]):
         inner, outer = tuple(inner), tuple(outer)
@@ -135,7 +136,7 @@ class RootNames(Names):
         self._outer = {id(i): o for i, o in zip(inner, outer, strict=True)}
 
     def outer(self, root: Any) -> Any:
-        """What a root is outside of the body."""
+        """The object outside the body that a root stands for."""
         return self._outer.get(id(root), root)
 
 
@@ -174,15 +175,15 @@ def _nearest_first(holder: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _below(holder: Any) -> Iterator[tuple[str, Any]]:
-    """The modules in the attributes of a module, and in lists and dicts there; or in a tuple of roots."""
+    """The modules in a module's attributes, also in lists and dicts there; or in a tuple of roots."""
     items = attributes(holder).items() if isinstance(holder, Node) else (("", x) for x in holder)
     for name, x in items:
         yield from _inside(name, x)
 
 
 def _inside(name: str, x: Any, around: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
-    # One level at a time: JAX cannot sort the keys of a dict that are of several types. A list may
-    # hold itself.
+    # Go one level at a time: JAX cannot sort dict keys of several types, and a list may hold
+    # itself.
     if isinstance(x, Node):
         yield name.lstrip("."), x
     elif isinstance(x, dict | list | tuple | types.MethodType) and id(x) not in around:

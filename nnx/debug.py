@@ -32,11 +32,11 @@ class TooManyTracesError(RefError, AssertionError):
 
 @contextlib.contextmanager
 def retraces() -> Iterator[list[Explanation]]:
-    """Within this context each new trace of a compiled function is logged, with its reason.
+    """Within this context, log each new trace of a compiled function, with its reason.
 
-    The reasons are those of `step.explain(...)`: what is new compared with the program of the function
-    that is most like it. They go to the logger `"nnx"`, as warnings, and into the list that the context
-    gives. Traces of this thread count, those for probes (`nnx.capture` and its kin) too.
+    The reasons are those of `step.explain(...)`: the differences from the most similar program of
+    the function. They go to the logger `"nnx"` as warnings, and into the list that the context
+    gives. Only traces in this thread are logged, including those for probes such as `nnx.capture`.
 
     >>> import jax.numpy as jnp, nnx
     >>> step = nnx.jit(lambda x: x + 1)
@@ -63,7 +63,7 @@ def retraces() -> Iterator[list[Explanation]]:
 
 
 class _Limit:
-    """A limit that holds from now on, or as long as the context does."""
+    """A limit on traces. It holds from now on, or within the context."""
 
     def __init__(self, jitted: Jit, limit: int):
         self._jitted = jitted
@@ -82,7 +82,7 @@ class _Limit:
         self._remove()
         why = f" {explanation}" if explanation is not None else ""
         raise TooManyTracesError(
-            f"{self._jitted._name} was traced {traces} times, and may be {self._limit} times.{why}"
+            f"{self._jitted._name} was traced {traces} times, but the limit is {self._limit}.{why}"
         )
 
     def _remove(self) -> None:
@@ -99,15 +99,17 @@ class _Limit:
 def assert_max_traces(fn: Callable[..., Any], n: int) -> contextlib.AbstractContextManager[None]:
     """Raise as soon as a compiled function has been traced more than `n` times in all.
 
-    It holds from now on; as a context, `with nnx.debug.assert_max_traces(step, 1):`, as long as that.
+    The limit holds from now on. Used as a context, `with nnx.debug.assert_max_traces(step, 1):`, it
+    holds within the block.
 
     Args:
-      fn: what `nnx.jit` returned.
-      n: how many traces there may be, those before this call included. A closure that is found in
-        the first trace, and a trace that only finds out what to donate, do not count.
+      fn: a function that `nnx.jit` returned.
+      n: the largest number of traces, including those before this call. Two kinds of trace do not
+        count: the second trace for a closure that the first one found, and a trace that only finds
+        out what to donate.
 
     Raises:
-      TooManyTracesError: there are more; the message says what was new.
+      TooManyTracesError: there were more; the message says what was new.
       TypeError: `fn` was not made by `nnx.jit`.
 
     >>> import jax.numpy as jnp, nnx
@@ -118,7 +120,7 @@ def assert_max_traces(fn: Callable[..., Any], n: int) -> contextlib.AbstractCont
     jitted = fn._jit if isinstance(fn, BoundJit) else fn
     if not isinstance(jitted, Jit):
         raise TypeError(
-            f"nnx.debug.assert_max_traces takes what nnx.jit returned, but got a "
+            "nnx.debug.assert_max_traces takes a function that nnx.jit returned, but got a "
             f"{type(fn).__name__}: {fn!r:.80}."
         )
     return _Limit(jitted, n)

@@ -52,7 +52,7 @@ from refx.walk import walk
 
 __all__ = ["Module"]
 
-# Objects of ours among a module's attributes count by their identity.
+# Compare nnx's own objects in a module's attributes by identity.
 TRUSTED.add("nnx")
 ALTERNATIVES.update(
     {
@@ -63,8 +63,8 @@ ALTERNATIVES.update(
         "field": "nnx.ref({!r})",
         "holder": (
             "nnx.Partial for a functools.partial; for a method that was transformed or wrapped, "
-            "decorate it in the class, or use nnx.VMap, nnx.Grad or nnx.Remat; make a class of your "
-            "own an nnx.Module or a registered pytree"
+            "decorate it in the class, or use nnx.VMap, nnx.Grad or nnx.Remat; turn your own "
+            "class into an nnx.Module or a registered pytree"
         ),
         "a transformation": "an nnx transformation",
         "same name": "the nnx transformation of the same name",
@@ -74,8 +74,8 @@ ALTERNATIVES.update(
         "would pass over it": ", nnx.grad and nnx.jit",
         "writes back": " (nnx.jit, nnx.vmap, nnx.scan, ...)",
         "in its place": (
-            "the nnx transformation in its place (nnx.jit, nnx.grad, nnx.vmap, ...), which writes "
-            "Refs back for you"
+            "the nnx transformation instead (nnx.jit, nnx.grad, nnx.vmap, ...), which writes Refs "
+            "back for you"
         ),
         "not on a copy": (
             "Use nnx.jit (updates propagate to the caller), nnx.jit_filter (modules in, modules "
@@ -103,13 +103,13 @@ class _ModuleType(NodeType):
 class Module(Node, metaclass=_ModuleType):
     """The base class of models and layers.
 
-    Attributes are set in `__init__` as in any Python class. `param()` and `ref()` fields and
-    attributes that are assigned an `nnx.Ref` hold values that training may change; array
-    attributes are values too; modules and plain lists, tuples, dicts of them are structure;
-    everything else is static. Attributes may be changed later: the next transformation sees it.
+    Set attributes in `__init__`, as in any Python class. `param()` and `ref()` fields, and
+    attributes that hold an `nnx.Ref`, are values that training may change. Array attributes are
+    values too. Modules are structure, and so are plain lists, tuples and dicts of them. Everything
+    else is static. You may change attributes later: the next transformation sees the change.
 
-    To JAX a module is a pytree of its values, so `jax.tree.map`, `jax.jit` or optax take it, with
-    value semantics; the nnx transformations write updates back into it.
+    To JAX, a module is a pytree of its values. So `jax.tree.map`, `jax.jit` and optax take it, with
+    value semantics. The nnx transformations write updates back into it.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> class Affine(nnx.Module):
@@ -141,7 +141,8 @@ class Module(Node, metaclass=_ModuleType):
             return super().__new__(cls, *args, **kwargs)
 
         def __getattr__(self, name):
-            # What comes here is missing, or is a property that raised an AttributeError: that one.
+            # Either the attribute is missing, or it is a property that raised an AttributeError:
+            # keep that error.
             if any(name in vars(base) for base in type(self).__mro__):
                 return object.__getattribute__(self, name)
             raise no_attribute(self, name)
@@ -152,17 +153,17 @@ class Module(Node, metaclass=_ModuleType):
 
         Args:
           rngs: a key, a seed, or a mapping from stream name to key, as for `nnx.scope`.
-          **flags: flags for the constructor. One that nothing asks for is a UserWarning.
+          **flags: flags for the constructor. A flag that nothing reads gives a UserWarning.
 
         Returns:
-          A callable with the constructor's arguments. It is typed as the class.
+          A callable that takes the constructor's arguments. Its type is that of the class.
         """
         inner = make_scope(rngs, **flags)
         name = cls.__name__
 
         @functools.wraps(cls, updated=())
         def construct(*args: Any, **kwargs: Any) -> M:
-            advice = f"Arguments of the constructor go in the second brackets: {name}.init(0)(...)."
+            advice = f"Put the constructor's arguments in the second brackets: {name}.init(0)(...)."
             with expected(flags, f"{name}.init", advice), entered(inner):
                 try:
                     return cls(*args, **kwargs)
@@ -177,12 +178,13 @@ class Module(Node, metaclass=_ModuleType):
 
         Args:
           rngs: a key, a seed, or a mapping from stream name to key, as for `nnx.scope`.
-          mutable: a filter; a write of a Ref of this module that it does not select is an error.
-          **flags: flags for the call; they win over attributes of the same name. One that no module
-            asks for in the call is a UserWarning.
+          mutable: a filter. Writing a Ref of this module that the filter does not select is an error.
+          **flags: flags for the call; they win over attributes of the same name. A flag that no
+            module reads gives a UserWarning.
 
         Returns:
-          A stand-in for the module whose call and methods run in the scope; typed as the module.
+          A stand-in for the module. Its call and its methods run in the scope, and its type is that
+          of the module.
         """
         return cast("M", _Applied(self, make_scope(rngs, **flags), mutable, flags))
 
@@ -195,24 +197,24 @@ class Module(Node, metaclass=_ModuleType):
             raise missing_stream(name, streams, type(self).__name__) from None
 
     def get_flag(self, name: str, default: Any = MISSING) -> Any:
-        """The flag `name`: of the ambient scope, else the attribute of that name, else the default.
+        """The flag `name`: from the ambient scope, else from the attribute of that name, else the default.
 
         Raises:
-          MissingFlagError: there is none of the three.
+          MissingFlagError: none of the three exists.
         """
         own = attributes(self).get(name)
         if own is None:
             own = getattr(type(self), name, None)
-        # A part or a value may have the name, too.
+        # A submodule or a value may have the same name.
         if own is None or isinstance(own, (Node, Ref, Field, jax.Array)):
             own = default
         return get_flag(name, own)
 
     def train(self: M) -> M:
-        """Set the modules of the whole tree to training: dropout drops, batch norm takes batches.
+        """Set the modules of the whole tree to training: dropout drops, batch norm uses the batch.
 
-        It sets `training`, `deterministic` and `use_running_average` wherever they exist and are a
-        bool or None, and returns the module. Flags of a scope win over these.
+        This sets `training`, `deterministic` and `use_running_average` wherever they exist and are
+        a bool or None. It returns the module. Flags of a scope win over these attributes.
         """
         return self._set_mode(training=True)
 
@@ -240,8 +242,8 @@ class Module(Node, metaclass=_ModuleType):
         """Write the values of a partition into the Refs: `model["params"] = new`.
 
         Raises:
-          UnknownPathError: a path that the module does not have, or that the filter excludes.
-          FilterError: the filter selects nothing, by mistake; see `nnx.get_partition`.
+          UnknownPathError: the module does not have a path, or the filter excludes it.
+          FilterError: the filter looks like a mistake and selects nothing; see `nnx.get_partition`.
         """
         selects = refx.to_predicate(filter)
         cells = refx.refs(self)
@@ -258,13 +260,14 @@ class Module(Node, metaclass=_ModuleType):
             if path not in selected:
                 raise UnknownPathError(
                     f"The filter {filter!r} does not select {dotted(given)!r} (collection "
-                    f"{cell.collection!r}), so model[{filter!r}] cannot write it. Is this the "
-                    f"partition of another filter? nnx.update(model, partition) writes any path."
+                    f"{cell.collection!r}), so model[{filter!r}] cannot write it. Did this "
+                    "partition come from another filter? nnx.update(model, partition) writes any "
+                    "path."
                 )
 
         update_cells(self, cells, [partition], check=check)
 
-    # Brackets take filters, so Python's way to iterate by number would never end.
+    # Brackets take filters, so iterating by number, Python's fallback, would never end.
     __iter__ = None
 
     def __dir__(self) -> list[str]:
@@ -280,26 +283,26 @@ class Module(Node, metaclass=_ModuleType):
         return show.show_node(self, path, subtree_renderer)
 
 
-# What every module has for itself, and nobody types.
+# Attributes that every module keeps for itself.
 _INTERNAL = frozenset(name for name in dir(Module) if name.startswith("_"))
 
 
 def _is_flag(node: Node, name: str) -> bool:
-    """Whether this attribute says how a module behaves; parts and values may have its name too."""
+    """Whether this attribute is a flag; a submodule or a value may have the name of a flag too."""
     there = getattr(type(node), name, MISSING)
     value = attributes(node).get(name, there)
     return isinstance(value, bool | None) and not isinstance(there, RefField)
 
 
-_ASK = "A module asks with self.get_flag(name, default), in the method that is called."
+_ASK = "A module reads a flag with self.get_flag(name, default), in the method that is called."
 
 
 class _Applied:
-    """A module, its submodules and its methods, as they are when called in a scope."""
+    """Stands for a module and its submodules; their calls and methods run in a scope."""
 
-    # For the message where one is an argument of a transformation.
+    # For the error when one is given to a transformation as an argument.
     _as_argument = (
-        "what model.apply(...) gives, which is called and not passed on. Transform it, as in "
+        "the result of model.apply(...), which is only there to be called. Transform it, as in "
         "nnx.jit(model.apply(decode=True))(x), or pass the model and put the call in "
         "`with nnx.scope(key, decode=True):`"
     )

@@ -1,4 +1,4 @@
-"""Random streams: a key and a counter, both in Refs, so that they advance through every transform."""
+"""Random streams: a key and a counter. Both are Refs, so they advance through every transformation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RngStream(Node, hidden_slots=True):
     False
     """
 
-    # Outside of traces a dispatch costs more than a key, so keys are made many at a time.
+    # Outside traces, the dispatch costs more than the key, so make many keys at a time.
     __slots__ = ("_ahead",)
 
     def __init__(self, key: Any):
@@ -39,10 +39,10 @@ class RngStream(Node, hidden_slots=True):
         self.count = Ref(0, "rngs")
 
     def next(self, name: str | None = None) -> jax.Array:
-        """The next key, and the stream moves on.
+        """Return the next key and advance the stream.
 
         Args:
-          name: gives a stream that several names share a different key for each name.
+          name: several names that share one stream get different keys.
         """
         key, count = self.key.value, self.count.value
         self.advance()
@@ -65,15 +65,17 @@ class RngStream(Node, hidden_slots=True):
         return block[1][count - start]
 
     def lanes(self, size: int) -> RngStream:
-        """A stream of stacked keys, split from what `next()` would give; this one does not move."""
+        """A stream of stacked keys, split from the key that `next()` would give. This stream does
+        not advance.
+        """
         key = jax.random.fold_in(self.key.value, self.count.value)
         stream = RngStream(jax.random.split(key, size))
-        # A count for each, since a lane may take another branch than the others.
+        # Count per lane, because lanes may take different branches.
         stream.count = Ref(np.zeros((size,), np.int32), "rngs")
         return stream
 
     def advance(self) -> None:
-        """Move on by one key."""
+        """Advance by one key."""
         self.count.value = self.count.value + 1
 
 
@@ -93,7 +95,7 @@ def _number(name: str) -> int:
 
 
 def as_key(key: Any) -> Any:
-    """A key of either kind as it is, an int as a seed; anything else is an error."""
+    """Return a key of either kind as it is, and the key of an int seed. Anything else is an error."""
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         return jax.random.key(int(key))
     if isinstance(key, jax.Array | np.ndarray):
@@ -102,7 +104,7 @@ def as_key(key: Any) -> Any:
         if key.dtype == np.uint32 and key.ndim >= 1:
             return key
     seed = isinstance(key, jax.Array | np.ndarray) and jnp.issubdtype(key.dtype, jnp.integer)
-    hint = " An array that is a seed makes a key with jax.random.key(seed)." if seed else ""
+    hint = " To use an array as a seed, write jax.random.key(seed)." if seed else ""
     raise TypeError(
         f"A random stream needs a key, as from jax.random.key(0), or an int seed, but got "
         f"{type(key).__name__}: {key!r}.{hint}"

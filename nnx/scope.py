@@ -20,11 +20,11 @@ __all__ = ["MissingFlagError", "MissingStreamError", "get_flag", "make_rng", "sc
 
 
 class MissingStreamError(RefError):
-    """A random key was asked for where no scope has a stream for it."""
+    """A random key was requested where no scope has a stream for it."""
 
 
 class MissingFlagError(RefError):
-    """A flag was asked for that no scope sets and that has no default."""
+    """A flag was read that no scope sets and that has no default."""
 
 
 class Scope(Node):
@@ -42,7 +42,7 @@ class Scope(Node):
 
 
 def make_scope(rngs: Any = None, **flags: Any) -> Scope:
-    """A scope inside the ambient one: what it does not set is as outside."""
+    """A scope inside the ambient one. It inherits what it does not set."""
     for name, flag in flags.items():
         if isinstance(flag, jax.Array | np.ndarray):
             raise _array_flag(name, flag)
@@ -54,9 +54,9 @@ def make_scope(rngs: Any = None, **flags: Any) -> Scope:
             )
         if name in _KEYS and isinstance(flag, int) and not isinstance(flag, bool):
             raise TypeError(
-                f"A scope was given the number {flag} as a flag called {name!r}, which seeds "
-                f"nothing. Did you mean rngs={flag}? Keys and seeds are given by rngs, the first "
-                f"argument."
+                f"A scope was given the number {flag} as a flag called {name!r}, which does not "
+                f"seed anything. Did you mean rngs={flag}? Keys and seeds are given by rngs, the "
+                "first argument."
             )
     outer: Scope | None = ambient.scope
     streams = dict(outer.streams) if outer is not None else {}
@@ -89,21 +89,22 @@ def _streams(rngs: Any) -> dict[str, RngStream]:
 
 @contextlib.contextmanager
 def scope(rngs: Any = None, **flags: Any) -> Iterator[None]:
-    """Within this context `make_rng` and `get_flag` answer from these streams and flags.
+    """Within this context, `make_rng` and `get_flag` use these streams and flags.
 
     Args:
-      rngs: a key (typed or legacy) or an int seed, which seeds every stream; or an `RngStream`, which
-        serves every name and goes on where it is; or a mapping from stream name to any of these,
-        where `"default"` serves the names it lacks. With None the streams of the scope outside stay.
-      **flags: hashable values by name. Flags of the scope outside stay unless they are set here.
+      rngs: a key (typed or legacy) or an int seed, which seeds every stream; or an `RngStream`,
+        which serves every name and continues from its current count; or a mapping from stream name
+        to any of these, where `"default"` serves all other names. With None, the streams of the
+        outer scope stay.
+      **flags: hashable values by name. Flags of the outer scope stay unless they are set here.
 
     Raises:
-      UnhashableStaticError: a flag is an array: a key that was to be `rngs`, perhaps; or the flags
-        were given in a dict, as `flags={...}`.
-      TypeError: an int is given as `key`, `rng` or `seed`, and not as `rngs`.
+      UnhashableStaticError: a flag is an array (perhaps a key meant for `rngs`); or the flags were
+        given in a dict, as `flags={...}`.
+      TypeError: an int is given as `key`, `rng` or `seed` instead of `rngs`.
 
-    The scope crosses the boundary of every nnx transformation: its streams are inputs, so that each
-    call of a jitted function gets new keys, deterministically, and its flags are static.
+    The scope crosses the boundary of every nnx transformation. Its streams are inputs, so each call
+    of a jitted function gets new keys, deterministically. Its flags are static.
 
     >>> import jax, nnx
     >>> with nnx.scope(jax.random.key(0), training=True):
@@ -127,20 +128,22 @@ def entered(inner: Scope | None) -> Iterator[None]:
         ambient.scope = outer
 
 
-# A model may have no layer that one of these is for, and is still called with it.
+# People call any model with these flags, whether or not it has a layer that reads them.
 _OF_LAYERS = {"training", "deterministic", "use_running_average", "decode"}
 _ever_asked: set[str] = set()
 
 COMPILED: Any = object()
-"""Among the flags that were asked for: a program ran that may ask for more when it is traced."""
+"""An entry in the set of flags that were read: a compiled program ran, which may have read others
+when it was traced.
+"""
 
 
 @contextlib.contextmanager
 def expected(flags: Mapping[str, Any], call: str, advice: str) -> Iterator[None]:
-    """Within this context, flags that were given by name have to be asked for.
+    """Within this context, warn about given flags that nothing reads.
 
     Warns:
-      UserWarning: nobody asked for one of the flags, so it did nothing.
+      UserWarning: nothing read one of the flags, so it had no effect.
     """
     names = flags.keys() - _OF_LAYERS
     if not names:
@@ -158,21 +161,21 @@ def expected(flags: Mapping[str, Any], call: str, advice: str) -> Iterator[None]
     for name in sorted(unused):
         known = sorted(x for x in asked if x is not COMPILED)
         warnings.warn(
-            f"No module asked for the flag {name!r} of {call}, so it changed nothing. The flags that "
-            f"were asked for: {', '.join(known) or 'none'}. {advice}",
+            f"No module read the flag {name!r} of {call}, so it changed nothing. The flags that "
+            f"were read: {', '.join(known) or 'none'}. {advice}",
             UserWarning,
             stacklevel=4,
         )
 
 
 def make_rng(name: str = "default") -> jax.Array:
-    """The next key of the ambient stream `name`, or of `"default"` if there is none of that name.
+    """The next key of the ambient stream `name`, or of `"default"` if no stream has that name.
 
     Returns:
-      A key of the kind, typed or legacy, that the scope was given.
+      A key of the kind that the scope was given, typed or legacy.
 
     Raises:
-      MissingStreamError: no scope is active, or it has neither stream.
+      MissingStreamError: no scope is active, or it has neither of the two streams.
 
     >>> import jax, nnx
     >>> with nnx.scope(jax.random.key(0)):
@@ -190,19 +193,19 @@ def make_rng(name: str = "default") -> jax.Array:
 
 
 def missing_stream(name: str, streams: Mapping[str, Any], asked: str = "") -> MissingStreamError:
-    """The error for a stream that no scope has; `asked` is the class of the module that asked."""
+    """The error for a stream that no scope has; `asked` is the class of the module that needs it."""
     there = f"the scope has only {sorted(streams)}" if streams else "no scope with keys is active"
     make = "Cls.init(jax.random.key(0))(...)"
     call = "model.apply(rngs=jax.random.key(0))(x)"
     ways = f"Make the module with {make}, call it with {call}"
     if name != "params":
-        rest = ", or after model.eval(), where it drops nothing" if name == "dropout" else ""
+        rest = ", or after model.eval(), when it drops nothing" if name == "dropout" else ""
         ways = f"Call the model with {call}{rest}, make it with {make}"
     who = f" by a {asked}" if asked else ""
     return MissingStreamError(
-        f"A key of the random stream {name!r} was asked for{who}, but {there}. {ways}, or put the code "
-        f"in `with nnx.scope(jax.random.key(0)):`. For this stream alone, pass {{{name!r}: key}} as "
-        f"the key."
+        f"A key of the random stream {name!r} was requested{who}, but {there}. {ways}, or put the "
+        "code in `with nnx.scope(jax.random.key(0)):`. For this stream alone, pass "
+        f"{{{name!r}: key}} as the key."
     )
 
 
@@ -210,7 +213,7 @@ def get_flag(name: str, default: Any = MISSING) -> Any:
     """The ambient flag `name`, or the default.
 
     Raises:
-      MissingFlagError: no scope sets the flag and there is no default.
+      MissingFlagError: no scope sets the flag, and no default was given.
 
     >>> import nnx
     >>> nnx.get_flag("training", False)
@@ -226,7 +229,7 @@ def get_flag(name: str, default: Any = MISSING) -> Any:
         return default
     flags = sorted(around.flags) if around is not None else []
     raise MissingFlagError(
-        f"The flag {name!r} is set by no scope (set are: {', '.join(flags) or 'none'}) and has no "
+        f"No scope sets the flag {name!r} (set: {', '.join(flags) or 'none'}), and it has no "
         f"default. Set it with nnx.scope({name}=...), model.apply({name}=...), or as an attribute "
-        f"of the module."
+        "of the module."
     )

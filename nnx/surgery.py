@@ -1,4 +1,4 @@
-"""`nnx.modules` and `nnx.replace`: find the modules of a tree, and put others in their place."""
+"""`nnx.modules` and `nnx.replace`: find the modules of a tree, and replace them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ M = TypeVar("M")
 N = TypeVar("N", bound=Node)
 
 Where = Filter
-"""What selects modules: a class, a glob over paths, a predicate `(path, module)`, a tuple of them."""
+"""A selector of modules: a class, a glob over paths, a predicate `(path, module)`, or a tuple of these."""
 
 
 def modules(tree: Any, kind: type[N] = Module) -> dict[Path, N]:
-    """The modules of a tree by path, each once: a shared one has its first path.
+    """The modules of a tree by path. Each appears once: a shared module under its first path.
 
     Args:
       tree: a module, or any pytree of modules.
-      kind: a class; only its instances count.
+      kind: a class; only its instances are returned.
 
     Returns:
       A dict from path to module, parents before their children. The tree itself is at `()`.
@@ -48,7 +48,7 @@ def modules(tree: Any, kind: type[N] = Module) -> dict[Path, N]:
 
 
 def selector(where: Where) -> Callable[[Path, Any], bool]:
-    """A predicate `(path, module)` for what selects modules; a string is a glob over paths.
+    """A predicate `(path, module)` made from any selector of modules; a string is a glob over paths.
 
     Raises:
       FilterError: `where` cannot select modules.
@@ -78,25 +78,25 @@ def listed_modules(paths: Iterable[Path], most: int = 12) -> str:
 
 
 def replace(tree: M, where: Where, fn: Callable[[Any], Any]) -> M:
-    """Put `fn(module)` in the place of every module that `where` selects, in place.
+    """Replace every module that `where` selects by `fn(module)`, in place.
 
-    `fn` is called once for each module, for the inner ones before those that hold them. What it
-    returns comes in all places of the module: attributes, lists, tuples, dicts, bound methods.
-    Unlike a copy, everything else stays the same object. If `fn` raises, nothing has changed.
+    `fn` is called once for each module, inner modules first. Its result goes everywhere the module
+    was: attributes, lists, tuples, dicts, bound methods. All other objects stay the same; this is
+    not a copy. If `fn` raises, nothing has changed.
 
     Args:
       tree: a module, or any pytree of modules.
       where: which modules: a class, a glob over their paths such as `"blocks.*.mlp"` (`*` is one
         name, `**` any number), a predicate `(path, module) -> bool`, or a tuple of these.
-      fn: makes the new one, a module or any callable, of the old one. It may return that one.
+      fn: takes the old module and returns the new one: a module or any callable. It may return the old one.
 
     Returns:
-      The tree; or the new module, where the tree itself is selected.
+      The tree, or the new module if the tree itself is selected.
 
     Raises:
       FilterError: `where` selects no module; the message lists them.
       TypeError: `fn` returned None.
-      TraceLevelError: in a transformation that the module was made outside of.
+      TraceLevelError: it was called inside a transformation, for a module made outside.
 
     >>> import jax, nnx
     >>> with nnx.scope(0):
@@ -110,7 +110,7 @@ def replace(tree: M, where: Where, fn: Callable[[Any], Any]) -> M:
     there, selects = modules(tree), selector(where)
     chosen = [(path, x) for path, x in there.items() if selects(path, x)]
     if not chosen and isinstance(where, str):
-        # A shared module has other paths than its first.
+        # A shared module has more paths than its first.
         other = follow(tree, where.split("."))
         chosen = [(path, x) for path, x in there.items() if x is other]
     if not chosen:
@@ -126,8 +126,8 @@ def replace(tree: M, where: Where, fn: Callable[[Any], Any]) -> M:
             new = fn(module)
             if new is None:
                 raise TypeError(
-                    f"nnx.replace put nothing in the place of {dotted(path)!r}: fn returned None. "
-                    f"Return the new module, or the old one."
+                    f"nnx.replace cannot replace {dotted(path)!r}: fn returned None. Return the "
+                    "new module, or the old one."
                 )
             for container, key in places.get(id(module), ()):
                 old = _get(container, key)
@@ -142,7 +142,7 @@ def replace(tree: M, where: Where, fn: Callable[[Any], Any]) -> M:
 
 
 def _inner_first(found: list[tuple[Path, Any]]) -> list[tuple[Path, Any]]:
-    """Modules with those that they hold before them; they come with these after them."""
+    """Reorder modules, given parents first, so that children come before their parents."""
     done: list[tuple[Path, Any]] = []
     around: list[tuple[Path, Any]] = []
     for path, module in found:
@@ -153,7 +153,7 @@ def _inner_first(found: list[tuple[Path, Any]]) -> list[tuple[Path, Any]]:
 
 
 def _places(containers: list[Any], chosen: set[int]) -> dict[int, list[tuple[Any, Any]]]:
-    """By the id of a module, the containers that hold it, and where."""
+    """For the id of each module, the containers that hold it and the place in each."""
     places: dict[int, list[tuple[Any, Any]]] = {}
     for container in containers:
         content = attributes(container) if isinstance(container, Node) else container
@@ -180,13 +180,13 @@ def _set(container: Any, key: Any, value: Any) -> None:
 
 
 def _substituted(x: Any, old: Any, new: Any) -> Any:
-    """`x` with one object in the place of another, inside of tuples and other pytrees too."""
+    """`x` with one object replaced by another, also inside tuples and other pytrees."""
     if x is old:
         return new
     if _is_part(x):
         return x
     if isinstance(x, types.MethodType):
-        # The class of the new one may have another method of that name.
+        # The class of the new module may have a different method of that name.
         return getattr(new, x.__func__.__name__) if x.__self__ is old else x
     parts, treedef = jax.tree.flatten(x, is_leaf=lambda part: part is not x)
     if len(parts) == 1 and parts[0] is x:

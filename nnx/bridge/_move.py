@@ -1,4 +1,4 @@
-"""Moving values by path into a model: everything is checked first, then everything is written."""
+"""Move values into a model by path: check everything first, then write everything."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = ["BridgeError"]
 
 
 class BridgeError(RefError, ValueError):
-    """Weights of another library do not fit a model; nothing was changed.
+    """Weights of another library do not fit a model. Nothing was changed.
 
-    The message lists all that is missing, unexpected, or of another shape.
+    The message lists everything that is missing, unexpected, or of another shape.
     """
 
 
 class Mover:
-    """Collects values for the Refs of a model, with all that is wrong about them."""
+    """Collects values for the Refs of a model, together with every problem found."""
 
     def __init__(self, ours: Any, source: str):
         self.ours = ours
@@ -37,7 +37,8 @@ class Mover:
         self.cells = refx.refs(ours)
         self.unrolled = Unrolled(ours)
         self.values: dict[Path, Any] = {}
-        # Where each value came from, also one that does not fit; by the number of a Stack's layer.
+        # The source of each value, including those that do not fit, by the number of a Stack's
+        # layer.
         self._from: dict[Path, dict[tuple[int, ...], str]] = {}
         self._layers: dict[Path, dict[tuple[int, ...], Any]] = {}
         self._levels: dict[Path, tuple[int, ...]] = {}
@@ -47,14 +48,16 @@ class Mover:
         self._mismatched: dict[Path, tuple[str, str]] = {}
 
     def find(self, path: Any) -> Path | None:
-        """The canonical path of the Ref at a path, or None; of a shared Ref any path will do."""
+        """The canonical path of the Ref at a path, or None. Any path of a shared Ref will do."""
         try:
             return find_ref(self.ours, path, self.cells)[0]
         except UnknownPathError:
             return None
 
     def spots(self, path: Any) -> list[Spot]:
-        """The places of a value that a list or a Stack may have in the other form; none if unknown."""
+        """The places of a value. A list and a Stack can stand for each other. Empty if the path is
+        unknown.
+        """
         found = self.find(path)
         if found is not None:
             return [Spot(self.cells[found], found)]
@@ -62,10 +65,10 @@ class Mover:
         return spots if all(isinstance(spot.at, Ref) for spot in spots) else []
 
     def read(self, path: Any) -> Any:
-        """Our value at a path of a list or a Stack, in the form that the path means.
+        """Our value at a path, in the form of the path: one layer, or all layers stacked.
 
         Raises:
-          KeyError: there is none.
+          KeyError: there is no value.
         """
         spots = self.spots(path)
         if not spots:
@@ -79,11 +82,13 @@ class Mover:
         return stacked(values, tuple(n for _, n in spots[0].part)) if spots[0].part else values[()]
 
     def used(self, path: Any) -> list[tuple[Path, tuple[int, ...]]]:
-        """The Refs, and the numbers of layers in them, that a path means."""
+        """The Refs that a path means, each with the numbers of the layers in it."""
         return [(self._canonical(spot), spot.indices) for spot in self.spots(path)]
 
     def unused(self, collections: Iterable[Any], used: set[Any]) -> list[str]:
-        """The names of what of our model was not used, where `used` has what `used` gave."""
+        """The names of our values that were not used. The argument `used` collects the results of
+        `used()`.
+        """
         wanted, names = set(collections), []
         for path, cell in self.cells.items():
             own = [(at, index) for at, index in used if at == path]
@@ -103,7 +108,7 @@ class Mover:
         return found
 
     def put(self, path: Any, value: Any, name: str) -> None:
-        """Note a value for a path, which may be that of a list for a Stack or the other way."""
+        """Record a value for a path. A list's path may mean a Stack, and the other way round."""
         spots = self.spots(path)
         if not spots:
             same = dotted(path) == name
@@ -117,7 +122,7 @@ class Mover:
             self.put_at(spot, part, name)
 
     def put_at(self, spot: Spot, value: Any, name: str) -> None:
-        """Note a value for a place."""
+        """Record a value for a place."""
         found = self.find(spot.path)
         if found is None:
             same = dotted(spot.name) == name
@@ -152,7 +157,7 @@ class Mover:
         self._levels[found] = spot.levels
 
     def refuse(self, path: Any, value: Any, name: str, why: str, *, whole: bool = False) -> None:
-        """Note that a value does not fit."""
+        """Record that a value does not fit."""
         self._wrong.append(why if whole else f"{dotted(path)}: {name} {why}")
         path = as_path(path)
         self._mismatched[path] = (text_of(value) if value is not None else why, self._text(path))
@@ -166,12 +171,12 @@ class Mover:
     def finish(
         self, required: Iterable[Any] = (), *, strict: bool = True, hint: str = ""
     ) -> LoadReport:
-        """Write everything, or raise an error with all that is wrong.
+        """Write everything, or raise an error that lists every problem.
 
         Args:
-          required: the collections of which every Ref must have got a value.
-          strict: whether what does not fit, is missing or unexpected is an error.
-          hint: the end of the message.
+          required: the collections in which every Ref must have received a value.
+          strict: whether values that do not fit, are missing or are unexpected are an error.
+          hint: text for the end of the message.
         """
         wanted = set(required)
         missing: list[Path] = []
@@ -199,7 +204,7 @@ class Mover:
         )
 
     def _join(self, path: Path) -> list[Path]:
-        """Make one value of those of a Stack's layers; give the paths of those that are missing."""
+        """Stack the values of a Stack's layers. Return the paths of those that are missing."""
         layers, old = self._layers[path], self.cells[path].value
         lead = np.shape(old)[: len(self._levels[path])]
         lacking = [index for index in np.ndindex(*lead) if index not in layers]
@@ -222,13 +227,12 @@ def message(model: str, sections: list[tuple[str, list[str]]]) -> str:
 
 
 def convert(value: Any, like: Any, *, place: bool = True) -> Any:
-    """`value` in the dtype and on the devices of `like`, or None where the kind of number differs.
+    """`value` in the dtype and on the devices of `like`, or None if the kind of number differs.
 
     Args:
       value: an array.
-      like: the value that it replaces; it may be a `jax.ShapeDtypeStruct`, as in a model that
-        `nnx.eval_shape` made.
-      place: whether to put it on devices; otherwise an array of NumPy stays one.
+      like: the value to be replaced. It may be a `jax.ShapeDtypeStruct`, from `nnx.eval_shape`.
+      place: whether to put the value on devices. If not, a NumPy array stays a NumPy array.
     """
     target = dtype_of(like)
     given = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
@@ -246,12 +250,12 @@ def convert(value: Any, like: Any, *, place: bool = True) -> Any:
     array = np.array(value, dtype=target, copy=True)
     if not place:
         return array
-    # From the host each device gets its own part, and no device the whole.
+    # From the host, each device gets only its own part, and none gets the whole.
     return jnp.asarray(array) if sharding is None else jax.device_put(array, sharding)
 
 
 def dtype_of(x: Any) -> Any:
-    """The dtype of an array, of a number, or of the shape that stands for one."""
+    """The dtype of an array, a number, or a ShapeDtypeStruct."""
     return x.dtype if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x).dtype
 
 
@@ -262,7 +266,7 @@ def text_of(x: Any) -> str:
 
 
 def nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
-    """A flat mapping by path as nested dicts."""
+    """Turn a flat mapping by path into nested dicts."""
     result: dict[str, Any] = {}
     for path, value in flat.items():
         at = result

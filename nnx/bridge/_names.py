@@ -1,4 +1,4 @@
-"""Name maps: what other libraries call what is ours."""
+"""Name maps: from names in other libraries to our paths."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ NO_RULE = object()
 
 
 def renamer(names: Names | None) -> Callable[[str], Any]:
-    """A function from a name of theirs to a path of ours, None to drop, or `NO_RULE`.
+    """A function from their name to our path. It returns None to drop the name, or `NO_RULE`.
 
     Args:
-      names: a dict of names or prefixes of names, a function, or a list of `(regex, template)`.
+      names: a dict whose keys are names or prefixes of names, a function, or a list of `(regex, template)`.
     """
     if names is None:
         return lambda name: name
@@ -54,7 +54,7 @@ def renamer(names: Names | None) -> Callable[[str], Any]:
 
 
 def without_prefix(name: str, prefix: str | Sequence[str]) -> str:
-    """A name without each of the prefixes, in order, that it begins with."""
+    """A name without the prefixes that it begins with, taken off in order."""
     for head in [prefix] if isinstance(prefix, str) else prefix:
         name = name.removeprefix(f"{head.rstrip('.')}.")
     return name

@@ -1,4 +1,4 @@
-"""Where a weight of a PyTorch model goes in ours."""
+"""Where a weight of a PyTorch model goes in our model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__: list[str] = []
 
 
 class Target(NamedTuple):
-    """A place in our model, or None for what we do not have, and the change of layout."""
+    """A place in our model, or None if we have none, with the conversion of the layout."""
 
     spot: Spot | None
     convert: Convert
@@ -22,17 +22,18 @@ class Target(NamedTuple):
 
 
 def targets(unrolled: Unrolled, path: str) -> list[Target]:
-    """The places of the weight with a mapped name.
+    """The places of a weight, given its mapped name.
 
     Raises:
-      NoPlaceError: the name is one of PyTorch's, but the layer has no place for it.
+      NoPlaceError: PyTorch uses the name, but our layer has no place for it.
     """
     *parents, leaf = path.split(".")
     spots = unrolled.spots(parents, _ours)
     found: list[Target] = []
     for spot in spots:
         places = _rule(spot.at, leaf)
-        # A list may have a value with an axis for its layers; `0` is the name of one of them.
+        # A list of layers may receive one stacked value; a name such as `0` means one of the
+        # layers.
         each = [spot] if places is not None or leaf.isdecimal() else unrolled.expanded(spot)
         for one in each:
             here = places if one is spot else _rule(one.at, leaf)
@@ -57,7 +58,7 @@ def as_it_is(array: np.ndarray) -> np.ndarray:
     return array
 
 
-# What PyTorch and its users call the parts of our layers.
+# Names that PyTorch and its users give to the parts of our layers.
 _ALIASES = {
     "MultiHeadAttention": {
         "out_proj": "out",

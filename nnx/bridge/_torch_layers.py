@@ -1,4 +1,4 @@
-"""How PyTorch names and lays out the weights of each of our layers."""
+"""PyTorch's names and layouts for the weights of each of our layers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Convert = Callable[[np.ndarray], Any]
 
 
 class Place(NamedTuple):
-    """Where a weight goes: our attribute, or None for what we have not, and the change of layout."""
+    """Where a weight goes: our attribute, or None if we have none, with the conversion of the layout."""
 
     name: str | None
     convert: Convert
-    # Whether a second weight comes to the same place, and ours is the sum.
+    # Whether two of their weights go to the same place; ours is their sum.
     added: bool = False
 
 
@@ -26,21 +26,21 @@ Rule = Callable[[Any, str], list[Place] | None]
 
 
 class NoPlaceError(Exception):
-    """Our layer has nothing like this weight; the message says why, and what has."""
+    """Our layer has no such weight. The message says why, and which layer has it."""
 
 
 def layer_rule(layer: Any, leaf: str) -> list[Place] | None:
-    """What a PyTorch name is in one of our layers.
+    """Translate a PyTorch name for one of our layers.
 
     Args:
-      layer: a layer of ours.
+      layer: one of our layers.
       leaf: the last part of the name, such as `weight`.
 
     Returns:
-      The places of the weight, or of its parts; None where the name needs no rule.
+      The places of the weight, or of its parts; None if the name needs no rule.
 
     Raises:
-      NoPlaceError: the name is one of PyTorch's, but this layer has no place for it.
+      NoPlaceError: PyTorch uses the name, but this layer has no place for it.
     """
     if isinstance(layer, list | tuple):
         return _layers(layer, "", leaf)
@@ -49,12 +49,14 @@ def layer_rule(layer: Any, leaf: str) -> list[Place] | None:
 
 
 def kinds_of(layer: Any) -> list[str]:
-    """The names of its classes. One of the user's with such a name may have another layout."""
+    """The names of the layer's classes that are ours. A user's class of the same name may have
+    another layout.
+    """
     return [kind.__name__ for kind in type(layer).__mro__ if is_ours(kind)]
 
 
 def is_ours(kind: type) -> bool:
-    """Whether a class is one of this library."""
+    """Whether a class belongs to this library."""
     return kind.__module__.partition(".")[0] == "nnx"
 
 
@@ -88,7 +90,7 @@ def _conv(layer: Any, leaf: str) -> list[Place] | None:
 
 def _conv_transpose(layer: Any, leaf: str) -> list[Place] | None:
     def convert(array: np.ndarray) -> np.ndarray:
-        # PyTorch has (in, out, *window) and convolves with the mirrored window.
+        # PyTorch's layout is (in, out, *window), and it convolves with the mirrored window.
         array = np.moveaxis(array, (0, 1), (-2, -1))
         if layer.transpose_kernel:
             return np.swapaxes(array, -1, -2)
@@ -121,7 +123,8 @@ def _attention(layer: Any, leaf: str) -> list[Place] | None:
     name = "kernel" if leaf == "in_proj_weight" else "bias"
 
     def divide(i: int, shape: tuple[int, ...]) -> Convert:
-        # In PyTorch the rows are those of the query, then of the key, then of the value.
+        # In PyTorch, the rows of the query come first, then those of the key, then those of the
+        # value.
         return lambda a: np.split(a, 3)[i].T.reshape(shape)
 
     return [
@@ -130,7 +133,7 @@ def _attention(layer: Any, leaf: str) -> list[Place] | None:
     ]
 
 
-# PyTorch's recurrent layers number their layers, and its cells do not.
+# The names in PyTorch's recurrent layers end in a layer number; those in its cells do not.
 _RECURRENT = re.compile(r"(weight|bias)_(ih|hh|hr)(?:_l(\d+))?(_reverse)?")
 
 
@@ -151,7 +154,7 @@ def _of_cell(path: str, cell: Any, leaf: str) -> list[Place]:
     places = layer_rule(cell, leaf)
     if places is None:
         raise NoPlaceError(
-            f"there is no rule for {path}, of class {type(cell).__name__}; give names and transforms"
+            f"there is no rule for {path} of class {type(cell).__name__}; give names and transforms"
         )
     return [place._replace(name=f"{path}.{place.name}") for place in places]
 
@@ -161,7 +164,7 @@ def _sequential(layer: Any, leaf: str) -> list[Place] | None:
 
 
 def _layers(layers: Any, path: str, leaf: str) -> list[Place] | None:
-    """Several layers of PyTorch are one after the other here, with dropout or not between them."""
+    """PyTorch's numbered layers are layers in a sequence here, with or without dropout between them."""
     match = _RECURRENT.fullmatch(leaf)
     if match is None or match[3] is None:
         return None
@@ -175,9 +178,9 @@ def _layers(layers: Any, path: str, leaf: str) -> list[Place] | None:
 
 
 def _cell(pairs: Callable[[Any], list[tuple[str, str]]]) -> Rule:
-    """The rule of a cell, where `pairs` says the names of the `Linear`s of input and hidden state.
+    """The rule of a cell. `pairs` names the `Linear`s of the input and the hidden state.
 
-    There is a pair for each part of PyTorch's rows.
+    There is one pair for each part of PyTorch's rows.
     """
 
     def rule(layer: Any, leaf: str) -> list[Place] | None:
@@ -186,7 +189,7 @@ def _cell(pairs: Callable[[Any], list[tuple[str, str]]]) -> Rule:
             return None
         kind, side, number, reverse = match.groups()
         if side == "hr":
-            raise NoPlaceError("no cell here has the projection that proj_size makes")
+            raise NoPlaceError("no cell here has a projection like that of proj_size")
         if number not in (None, "0"):
             raise NoPlaceError("for several layers put a list or Sequential of RNN here")
         if reverse:
@@ -201,7 +204,7 @@ def _cell(pairs: Callable[[Any], list[tuple[str, str]]]) -> Rule:
             biases = [name for name in pair if getattr(layer, name).bias is not None]
             if not biases:
                 raise NoPlaceError(f"the {' and '.join(pair)} of this cell have no bias")
-            # PyTorch has two biases, which are added to each other everywhere but in the GRU.
+            # PyTorch has two biases and adds them, except in the GRU.
             convert, added = _part(n, len(parts)), len(biases) == 1
             if own not in biases and _is(layer, "GRUCell"):
                 convert = _without_the_last(own)
@@ -219,9 +222,9 @@ def _without_the_last(own: str) -> Convert:
     def convert(bias: np.ndarray) -> np.ndarray:
         if np.split(bias, 3)[2].any():
             raise ValueError(
-                f"its last third cannot be added to the other bias, as one is inside of the reset "
-                f"gate and one is outside. Give the GRUCell both, as PyTorch's has them, before "
-                f"this: cell.{own}.bias = jnp.zeros({len(bias)})"
+                "its last third cannot be added to the other bias, because one is inside the "
+                "reset gate and one outside. First give the GRUCell both biases, as in PyTorch: "
+                f"cell.{own}.bias = jnp.zeros({len(bias)})"
             )
         return bias
 
@@ -233,7 +236,7 @@ _GATES = _cell(lambda cell: [("ii", "hi"), ("if_", "hf"), ("ig", "hg"), ("io", "
 
 
 def _norm(layer: Any, leaf: str) -> list[Place] | None:
-    # PyTorch has an axis for each that is normalized, and here they are one.
+    # PyTorch keeps each normalized axis; here they are flattened into one.
     names = {"weight": "scale", "bias": "bias"}
     own = getattr(layer, names.get(leaf, ""), None)
     return None if own is None else [Place(names[leaf], lambda a: _flat(a, np.shape(own)))]

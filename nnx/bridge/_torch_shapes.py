@@ -1,4 +1,4 @@
-"""What weights PyTorch has for each of our layers, and of what shape."""
+"""The names and shapes of PyTorch's weights for each of our layers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Shape = tuple[int, ...]
 
 
 def torch_shapes(layer: Any) -> dict[str, Shape] | None:
-    """The names and shapes of PyTorch's weights for a layer, beside those of layers inside it.
+    """The names and shapes of a layer's weights in PyTorch, without those of layers inside it.
 
-    None stands for a module that is not one of PyTorch's: its weights have our names.
+    None means that PyTorch has no such module, so its weights have our names.
     """
     shapes = next((_SHAPES[name] for name in kinds_of(layer) if name in _SHAPES), None)
     return None if shapes is None else shapes(layer)
@@ -63,7 +63,7 @@ def _batch_norm(layer: Any) -> dict[str, Shape]:
 def _attention(layer: Any) -> dict[str, Shape] | None:
     kernels = [part.kernel.shape for part in (layer.query, layer.key, layer.value)]
     if kernels[0] != kernels[1] or kernels[0] != kernels[2]:
-        # PyTorch has no such layer: the projections are layers of their own.
+        # PyTorch does not have this layer; the projections are separate layers.
         return None
     given, width = kernels[0][0], math.prod(kernels[0][1:])
     shapes = {"in_proj_weight": (3 * width, given)}

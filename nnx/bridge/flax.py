@@ -1,4 +1,4 @@
-"""Weights from flax and to flax, by path."""
+"""Move weights from flax and to flax, by path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["from_flax", "to_flax"]
 
 M = TypeVar("M")
 
-# Of flax's variables, those that have to be on both sides. Others move where both have them.
+# flax collections that both sides must have. Others move only if both sides have them.
 _COLLECTIONS = ("params", "batch_stats")
 
 
@@ -30,29 +30,29 @@ def from_flax(
     theirs: Any, ours: M, names: Names | None = None, *, strict: Literal[False]
 ) -> tuple[M, LoadReport]: ...
 def from_flax(theirs: Any, ours: Any, names: Names | None = None, *, strict: bool = True) -> Any:
-    """Move every weight of a flax model into ours, by path.
+    """Move every weight of a flax model into our model, by path.
 
-    Layers of nnx have the attribute names and shapes of their `flax.nnx` namesakes, so a model of
-    ours with the attributes of the flax model takes its weights as they are. Values are cast to the
-    dtypes that our model has, and go to the devices that its values are on or its shapes name. An
-    `nnx.Stack` takes the weights of a list of layers, and a list those of layers that are stacked.
+    Layers of nnx have the attribute names and shapes of their `flax.nnx` namesakes. So if our model
+    uses the same attribute names as the flax model, the weights fit as they are. Values are cast to
+    our model's dtypes and go to the devices of its values, or to those that its shapes name. An
+    `nnx.Stack` takes the weights of a list of layers, and a list takes those of stacked layers.
 
     Args:
-      theirs: a `flax.nnx` module or its `State`; or the variables of a Linen module, which are
-        nested dicts with `"params"` (and `"batch_stats"`) at the top; or `"params"` alone.
-      ours: the model to write; it may be one of shapes alone, which `nnx.eval_shape` made. Its
-        Refs in `"params"` and `"batch_stats"` must all get a value; a shared Ref may have any of
-        its paths on the other side.
-      names: what is called differently, such as `{"Dense_0": "head"}` for a Linen module: from
-        their path to ours, as for `from_state_dict`.
-      strict: whether it is an error if paths are missing or unexpected, or shapes differ. Without it,
-        what fits is moved.
+      theirs: a `flax.nnx` module or its `State`; or the variables of a Linen module (nested dicts
+        with `"params"`, and perhaps `"batch_stats"`, at the top); or `"params"` alone.
+      ours: the model to write. It may hold only shapes, from `nnx.eval_shape`. All its Refs in
+        `"params"` and `"batch_stats"` must get a value. The other side may use any of a shared
+        Ref's paths.
+      names: maps their paths to ours where they differ, such as `{"Dense_0": "head"}` for a Linen
+        module. The forms are those of `from_state_dict`.
+      strict: if True, missing or unexpected paths and different shapes are an error. If False,
+        everything that fits is moved.
 
     Returns:
       `ours`; with `strict=False`, `(ours, report)`, as from `from_state_dict`.
 
     Raises:
-      BridgeError: weights are missing, unexpected or of another shape; the message lists all.
+      BridgeError: weights are missing, unexpected or of another shape. The message lists all of them.
       ImportError: flax is not installed, and `theirs` is not a plain dict.
 
     >>> import jax.numpy as jnp, nnx
@@ -80,15 +80,16 @@ def to_flax(ours: Any, theirs: Any, names: Names | None = None) -> Any:
 
     Args:
       ours: the model to read.
-      theirs: a `flax.nnx` module, which is written; or a `State` or the nested dicts of a Linen
-        module, of which a copy with our weights is returned. Values are cast to its dtypes.
-      names: from their path to ours, as for `from_flax`.
+      theirs: a `flax.nnx` module, which is written in place; or a `State` or the nested dicts of a
+        Linen module. For these, a copy with our weights is returned. Values are cast to the flax
+        model's dtypes.
+      names: maps their paths to ours, as for `from_flax`.
 
     Returns:
       `theirs`, or the copy.
 
     Raises:
-      BridgeError: weights are missing, unexpected or of another shape; the message lists all.
+      BridgeError: weights are missing, unexpected or of another shape. The message lists all of them.
       ImportError: flax is not installed, and `theirs` is not a plain dict.
 
     >>> import jax.numpy as jnp, nnx
@@ -114,7 +115,9 @@ def to_flax(ours: Any, theirs: Any, names: Names | None = None) -> Any:
             continue
         used.update(spots)
         if any(isinstance(mover.cells[at].value, jax.ShapeDtypeStruct) for at, _ in spots):
-            wrong.append(f"{dotted(path)} gets a shape without values from {dotted(spots[0][0])}")
+            wrong.append(
+                f"{dotted(path)} would get a shape without values from {dotted(spots[0][0])}"
+            )
             continue
         new = mover.read(target)
         cast = convert(new, old) if np.shape(new) == np.shape(old) else None
@@ -139,7 +142,7 @@ def _short(x: Any) -> str:
 
 
 def _flat(theirs: Any, mover: Mover) -> Iterator[tuple[Path, Any, bool]]:
-    """Path, value, and whether our side must have it, for every variable."""
+    """For every variable: its path, its value, and whether our side must have it."""
     if isinstance(theirs, Mapping) and not _is_state(theirs):
         for _, path, value, needed in _linen(theirs, mover):
             yield path, value, needed
@@ -157,13 +160,13 @@ def _flat(theirs: Any, mover: Mover) -> Iterator[tuple[Path, Any, bool]]:
 
 
 def _flattened(path: tuple[Any, ...]) -> Path:
-    # WeightNorm and SpectralNorm of flax have paths for keys.
+    # flax's WeightNorm and SpectralNorm use whole paths as keys.
     parts = (part if isinstance(part, tuple) else (part,) for part in path)
     return tuple(str(name) for part in parts for name in part)
 
 
 def _linen(theirs: Any, mover: Mover) -> Iterator[tuple[tuple[str, ...], Path, Any, bool]]:
-    """The place in the dicts, the path, the value, and whether our side must have it."""
+    """For every variable: its place in the dicts, its path, its value, and whether our side must have it."""
     # "params" at the top is a collection, unless our model has an attribute of that name.
     own = {path[0] for path in mover.cells if path}
     grouped = "params" in theirs and "params" not in own
@@ -177,7 +180,7 @@ def _leaves(tree: Any, at: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], A
         for name, child in tree.items():
             yield from _leaves(child, (*at, str(name)))
     elif tree is not None:
-        # Linen boxes values that have metadata.
+        # Linen puts values with metadata in boxes.
         yield at, tree.unbox() if hasattr(tree, "unbox") else tree
 
 

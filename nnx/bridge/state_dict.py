@@ -1,4 +1,4 @@
-"""Weights of our models as PyTorch state dicts: the inverse of `from_state_dict`."""
+"""Turn the weights of our models into PyTorch state dicts: the inverse of `from_state_dict`."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ def to_state_dict(
     *,
     like: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The weights of our model by PyTorch's names, in its layouts.
+    """The weights of our model with PyTorch's names and layouts.
 
-    Layers get the names of their PyTorch namesakes (`weight`, `running_mean`, `in_proj_weight`), the
-    layers of a `Sequential`, of a list and of a `Stack` are `0`, `1`, ..., and a shared layer is there
-    under each of its names. Everything else keeps our names. PyTorch has two biases in a recurrent
-    layer where ours has the sum: the second one is zero.
+    Weights get the names of PyTorch's layer of the same kind (`weight`, `running_mean`,
+    `in_proj_weight`). The layers of a `Sequential`, a list or a `Stack` are called `0`, `1`, and so
+    on. A shared layer appears under each of its names. Everything else keeps our names. Recurrent
+    layers have two biases in PyTorch and their sum here: the second one becomes zero.
 
     `torch_model.load_state_dict(nnx.bridge.to_state_dict(ours, like=torch_model.state_dict()))` is
-    the inverse of `from_state_dict`, with the same `names`. For a file of safetensors, without torch:
-    `safetensors.numpy.save_file(nnx.bridge.to_state_dict(ours), path)`.
+    the inverse of `from_state_dict`, with the same `names`. To write a safetensors file without
+    torch: `safetensors.numpy.save_file(nnx.bridge.to_state_dict(ours), path)`.
 
     Args:
-      ours: the model to read: its Refs in `"params"` and `"batch_stats"`.
-      names: from their names to our paths, as for `from_state_dict`. Without `like` it must be a
-        dict. Two names of one path are two names of one tied weight in the result.
-      like: the state dict of the model that is to take the weights: its names in its order, its
-        shapes, its dtypes, and tensors of torch where it has such. What is not in our model, because
-        `names` drops it or we have nothing like it (`num_batches_tracked`), stays as it is there.
+      ours: the model whose Refs in `"params"` and `"batch_stats"` are read.
+      names: maps their names to our paths, as for `from_state_dict`. Without `like` it must be a
+        dict. If two names have the same path, the result has that tied weight under both names.
+      like: the state dict of the model that will take the weights. The result has its names in its
+        order, its shapes and its dtypes, and torch tensors where it has them. Entries that our
+        model lacks (`num_batches_tracked`), or that `names` drops, are copied from `like`.
 
     Returns:
-      A dict from name to array of NumPy, or to tensor where `like` has tensors.
+      A dict from name to NumPy array, or to torch tensor where `like` has tensors.
 
     Raises:
-      BridgeError: `like` and our model do not fit; the message lists all.
-      ValueError: `names` cannot be turned around without `like`.
+      BridgeError: `like` and our model do not fit. The message lists every problem.
+      ValueError: `names` cannot be inverted without `like`.
 
     >>> import nnx
     >>> model = nnx.Sequential(nnx.Linear.init(0)(2, 3), nnx.relu)
@@ -70,8 +70,8 @@ def to_state_dict(
         return out.finish(like)
     if names is not None and not isinstance(names, Mapping):
         raise ValueError(
-            "to_state_dict can turn a dict of names around, but no function and no list of regexes. "
-            "Pass like=, the state dict of the model that is to take the weights."
+            "to_state_dict can invert names only if it is a dict, not a function or a list of "
+            "regexes. Pass like=, the state dict of the model that will take the weights."
         )
     renamed = _inverse(mover.unrolled, names or {})
     for path, at in renamed.refs.items():
@@ -96,7 +96,7 @@ def _same(array: np.ndarray) -> np.ndarray:
 
 
 class _Out:
-    """Collects the arrays of a state dict, with all that is wrong about them."""
+    """Collects the arrays of a state dict, together with every problem found."""
 
     def __init__(self, mover: Mover):
         self._mover = mover
@@ -113,12 +113,12 @@ class _Out:
         value = self._mover.cells[found].value
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(value)):
             raise BridgeError(
-                f"{dotted(spot.name)} is a shape without values, as of nnx.eval_shape."
+                f"{dotted(spot.name)} is a shape without values, from nnx.eval_shape."
             )
         return np.asarray(take(value, spot.indices) if spot.indices else value)
 
     def add_like(self, name: str, value: Any, path: Any) -> None:
-        """Add what is called `name` on the other side, and looks like `value` there."""
+        """Add our weight for the other side's `name`, where the entry looks like `value`."""
         if path is None:
             self._arrays[name] = value
             return
@@ -137,7 +137,7 @@ class _Out:
         return target.spot is not None and self._mover.find(target.spot.path) is None
 
     def add(self, name: str, shape: tuple[int, ...], found: list[Target]) -> None:
-        """Add the weight that comes from these places, in the layout that it has there."""
+        """Add the weight that comes from these places, converted to PyTorch's layout."""
         numbers = np.arange(int(np.prod(shape)), dtype=np.int64).reshape(shape)
         filled = np.zeros(numbers.size, bool)
         array: Any = None
@@ -151,7 +151,7 @@ class _Out:
             self._used.add(key)
             array = np.zeros(numbers.size, ours.dtype) if array is None else array
             try:
-                # What the change of layout does to numbers says where each value comes from.
+                # Convert an array of positions: the result says where each value comes from.
                 where = change(part_of(numbers, spot))
             except (ValueError, TypeError, IndexError) as error:
                 where = None if added else error
@@ -170,7 +170,7 @@ class _Out:
         if array is None:
             array, filled = np.zeros(numbers.size, np.int64), True
         if not np.all(filled):
-            self._wrong.append(f"{name} has shape {shape}, of which our model has a part only")
+            self._wrong.append(f"{name} has shape {shape}, but our model has only a part of it")
             return
         self._arrays[name] = array.reshape(shape)
 
@@ -178,7 +178,7 @@ class _Out:
         """The state dict.
 
         Raises:
-          BridgeError: something is missing, unexpected or has another shape.
+          BridgeError: a weight is missing, unexpected or of another shape.
         """
         sections = [
             ("has another shape", self._wrong),
@@ -193,11 +193,11 @@ class _Out:
 
 
 def _as(array: Any, like: Any, name: str) -> Any:
-    """An array of the kind that the other side has."""
+    """Convert an array to the kind that the other side has."""
     if array is like:
         return like
     if hasattr(like, "new_tensor"):
-        # torch knows no bfloat16 of NumPy; float32 holds it exactly.
+        # torch does not know NumPy's bfloat16; float32 holds its values exactly.
         if array.dtype.kind not in "fiub":
             array = array.astype(np.float32)
         return like.new_tensor(array, dtype=like.dtype)
@@ -210,7 +210,7 @@ def _as(array: Any, like: Any, name: str) -> Any:
 
 
 class _Inverse:
-    """A dict of names, turned around: their names of our Refs, and of what has Refs inside."""
+    """The inverse of a dict of names: their names for our Refs, and for modules with Refs inside."""
 
     def __init__(self) -> None:
         self.refs: dict[Spot, list[str]] = {}
@@ -236,9 +236,9 @@ def _inverse(unrolled: Unrolled, names: Mapping[str, Any]) -> _Inverse:
 def _weights(
     ours: Any, unrolled: Unrolled, renamed: _Inverse
 ) -> Iterator[tuple[Spot, list[Path], str | None, tuple[int, ...]]]:
-    """Each weight: the place of its layer, the layer's names there, PyTorch's name and the shape.
+    """For each weight: the place of its layer, the layer's names in PyTorch, PyTorch's name and the shape.
 
-    For a Ref that has our own name it is the place of the Ref, its layer's names, None, and ().
+    For a Ref that keeps our name: the place of the Ref, its layer's names, None, and ().
     """
     todo: list[tuple[Spot, list[Path], frozenset[int]]] = [(Spot(ours, ()), [()], frozenset())]
     while todo:
@@ -274,7 +274,7 @@ def _children(spot: Spot, *, known: bool) -> list[tuple[Spot, str]]:
     for key, value in items.items():
         theirs = key
         if known:
-            # What is inside one of PyTorch's layers is in its own weights, but for this.
+            # A PyTorch layer has no layers inside; only MultiheadAttention has some here.
             if "MultiHeadAttention" not in kinds or key in ("query", "key", "value"):
                 continue
             theirs = "out_proj" if key == "out" else key

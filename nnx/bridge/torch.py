@@ -1,4 +1,4 @@
-"""Weights from PyTorch state dicts and safetensors files, by a name map. It does not need torch."""
+"""Load weights from PyTorch state dicts and safetensors files, by a name map. Works without torch."""
 
 from __future__ import annotations
 
@@ -59,55 +59,56 @@ def from_state_dict(
     prefix: str | Sequence[str] = (),
     strict: bool = True,
 ) -> Any:
-    """Move the weights of a PyTorch model, or of a safetensors file, into ours.
+    """Move the weights of a PyTorch model or a safetensors file into our model.
 
-    Each name is first mapped to a path of our model by `names`, as far as the two models call
-    their layers differently. The last part of the name then follows from the class of *our* layer
-    there, and so does the layout: for a PyTorch `weight`, `nnx.Linear` has a transposed `kernel`,
-    `nnx.Conv` a `kernel` with the channels last, `nnx.Embed` an `embedding`, and the normalizations
-    have a `scale`; `running_mean` and `running_var` are `mean` and `var`. The joint input
-    projection of PyTorch's `MultiheadAttention` is divided, its `out_proj` is `out`, and the layers
-    of a PyTorch `Sequential` are those in `layers`. A name that ends as ours do (`kernel`, `scale`)
-    is taken as it is. An `nnx.Stack` takes the weights of a list of layers, `blocks.0.weight`,
-    `blocks.1.weight`, ..., and a list those of a Stack. Values are cast to the dtypes that our model
-    has, and go to the devices that its values are on or its shapes name.
+    First, `names` maps each name to a path of our model, where the two models name their layers
+    differently. Then the class of *our* layer at that path decides the last part of the name and
+    the layout. A PyTorch `weight` becomes a transposed `kernel` in `nnx.Linear`, a `kernel` with
+    the channels last in `nnx.Conv`, an `embedding` in `nnx.Embed`, and a `scale` in normalizations.
+    `running_mean` and `running_var` become `mean` and `var`. The joint input projection of
+    PyTorch's `MultiheadAttention` is divided, and its `out_proj` becomes `out`. The layers of a
+    PyTorch `Sequential` go to `layers`. Names that already end like ours (`kernel`, `scale`) stay
+    as they are. An `nnx.Stack` takes the weights of a list of layers (`blocks.0.weight`,
+    `blocks.1.weight`, ...), and a list takes those of a Stack. Values are cast to our model's
+    dtypes and go to the devices of its values, or to those that its shapes name.
 
-    An `nnx.RNN` takes the weights of PyTorch's `LSTM`, `GRU` or `RNN` (of `SimpleCell`, with
-    `activation_fn=nnx.relu` for its `nonlinearity="relu"`), an `nnx.Bidirectional` also those in
-    `_reverse`, and for several layers an `nnx.Sequential` or a list of these, with or without
-    others between them, takes `l0`, `l1`, ...; a cell takes those of PyTorch's cell. Two biases
-    that PyTorch adds are one here, their sum. In a GRU they cannot be added: give the cell its
-    second one before, `cell.dense_h.bias = jnp.zeros(3 * hidden_features)`, and it computes what
-    PyTorch's does. There is no place for `proj_size`.
+    An `nnx.RNN` takes the weights of PyTorch's `LSTM`, `GRU` or `RNN`. (For `RNN`, use a
+    `SimpleCell`, with `activation_fn=nnx.relu` if PyTorch's has `nonlinearity="relu"`.) An
+    `nnx.Bidirectional` also takes those that end in `_reverse`. For several layers (`l0`, `l1`,
+    ...), use an `nnx.Sequential` or a list of these; other layers may stand between them. A cell
+    takes the weights of PyTorch's cell. PyTorch adds two biases; here, one bias holds their sum. A
+    GRU's biases cannot be added: first give the cell a second one,
+    `cell.dense_h.bias = jnp.zeros(3 * hidden_features)`. Then it computes what PyTorch's computes.
+    `proj_size` is not supported.
 
     Args:
       state_dict: a mapping from name to array: NumPy, JAX or torch (bfloat16 too); or the path of a
-        safetensors file, or several; or that of the index file of several
-        (`model.safetensors.index.json`), which lie in its folder.
-      ours: the model to write; it may be one of shapes alone, which `nnx.eval_shape` made. Its
-        Refs in `"params"` and `"batch_stats"` must all get a value.
-      names: a dict from name to our path, where a name may be a prefix (`{"fc": "head"}` maps
-        `fc.weight` too, and the longest prefix wins); a function `name -> path`; or a list of
-        `(regex, template)`, of which the first that matches the whole name is expanded, as with
-        `re.Match.expand`. None in place of a path drops the array. A name that no entry of a dict
-        matches stays as it is; one that no regex matches is an error.
-      transforms: by name, or by our dotted path: a function of the NumPy array, in place of the
-        change of layout that the class says.
-      prefix: what names begin with on their side alone, such as `"module."` of PyTorch's
-        `DataParallel`, `"_orig_mod."` of `torch.compile`, `"model."`; or several, taken off in order.
-        Names that do not begin with it stay as they are.
-      strict: whether it is an error if names are missing or unexpected, or shapes differ. Without it,
-        what fits is moved.
+        safetensors file, or several paths; or the path of an index file
+        (`model.safetensors.index.json`) whose files are in the same folder.
+      ours: the model to write. It may hold only shapes, from `nnx.eval_shape`. All its Refs in
+        `"params"` and `"batch_stats"` must get a value.
+      names: a dict from name to our path, where a name may be a prefix (`{"fc": "head"}` also maps
+        `fc.weight`, and the longest prefix wins); a function `name -> path`; or a list of
+        `(regex, template)`: the first regex that matches the whole name counts, and its template is
+        expanded as by `re.Match.expand`. None instead of a path drops the array. A name that no
+        entry of a dict matches stays as it is. A name that no regex matches is an error.
+      transforms: a dict from name, or from our dotted path, to a function of the NumPy array. It
+        replaces the usual conversion of the layout.
+      prefix: a prefix to remove from their names, such as `"module."` of PyTorch's `DataParallel`,
+        `"_orig_mod."` of `torch.compile`, or `"model."`; or several, removed in order. Names
+        without the prefix stay as they are.
+      strict: if True, missing or unexpected names and different shapes are an error. If False,
+        everything that fits is moved.
 
     Returns:
-      `ours`; with `strict=False`, `(ours, report)`, where the `nnx.LoadReport` says what was loaded,
+      `ours`. With `strict=False`, `(ours, report)`: the `nnx.LoadReport` says what was loaded,
       missing, unexpected, mismatched and skipped.
 
     Raises:
-      BridgeError: what is missing, unexpected, or of another shape; the message lists all, and names
-        a prefix that would mend it.
-      LoadError: a path was given, and there is no safetensors file, or one that is damaged, or that
-        lacks what the index says.
+      BridgeError: weights are missing, unexpected, or of another shape. The message lists all of
+        them, and names a prefix that would fix it.
+      LoadError: a path was given, but it does not lead to a safetensors file, or the file is
+        damaged, or a file lacks weights that the index lists.
 
     >>> import numpy as np, nnx
     >>> ours = nnx.Sequential(nnx.Linear.init(0)(2, 1))
@@ -160,7 +161,7 @@ def from_state_dict(
     unused = [key for key in own if key not in used]
     if unused:
         raise BridgeError(
-            f"No weight has the name or the path {', '.join(map(repr, unused))} of transforms."
+            f"transforms names {', '.join(map(repr, unused))}, but no weight has that name or path."
         )
     hint = _hint(mover, rename, given, prefix) if strict and mover.unexpected else ""
     report = mover.finish(("params", "batch_stats"), strict=strict, hint=hint)
@@ -168,13 +169,13 @@ def from_state_dict(
 
 
 def _both(target: Target) -> tuple[str, ...]:
-    """Our dotted path of a target, and that of its layer in a list, where it is in a Stack."""
+    """Our dotted path of a target; for a target in a Stack, also the path of its layer in a list."""
     assert target.spot is not None
     return ".".join(target.spot.path), ".".join(target.spot.name)
 
 
 def _hint(mover: Mover, rename: Any, given: list[str], prefix: Any) -> str:
-    """For a message: the prefix without which names would be those of the model."""
+    """For the error: a prefix whose removal would make the names match the model."""
     names = [without_prefix(name, prefix) for name in given if name in mover.unexpected]
     for count in (1, 2, 3):
         heads = Counter(
@@ -185,7 +186,7 @@ def _hint(mover: Mover, rename: Any, given: list[str], prefix: Any) -> str:
             known = sum(_leads_somewhere(mover, rename(name)) for name in inner)
             if 2 * known > size:
                 return (
-                    f"\nWithout {head + '.'!r}, with which {size} of the {len(given)} names begin, "
+                    f"\n{size} of the {len(given)} names begin with {head + '.'!r}. Without it, "
                     f"{known} are names of the model: pass prefix={head + '.'!r}."
                 )
     return ""
@@ -202,11 +203,11 @@ def _leads_somewhere(mover: Mover, path: Any) -> bool:
 
 
 def to_numpy(value: Any) -> np.ndarray:
-    """A NumPy array of an array of any library; a bfloat16 tensor of torch stays bfloat16."""
+    """Turn an array of any library into a NumPy array. A bfloat16 tensor of torch stays bfloat16."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":
-            # NumPy has no such dtype of its own; float32 holds it exactly.
+            # NumPy lacks this dtype; float32 holds its values exactly.
             return value.float().numpy().astype(jnp.bfloat16)
         return value.numpy()
     return np.asarray(value)
@@ -219,8 +220,9 @@ def _arrays(source: Any) -> Iterator[tuple[str, Any]]:
     paths = [source] if is_path(source) else list(source)
     if not all(map(is_path, paths)):
         raise TypeError(
-            f"from_state_dict takes a mapping from name to array or the path of a safetensors "
-            f"file, but got a {type(source).__name__}. Of a torch module, pass module.state_dict()."
+            "from_state_dict takes a mapping from name to array or the path of a safetensors "
+            f"file, but got a {type(source).__name__}. For a torch module, pass "
+            "module.state_dict()."
         )
     for path in paths:
         if os.fsdecode(path).endswith(".json"):
@@ -230,7 +232,7 @@ def _arrays(source: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _shards(index: str) -> Iterator[tuple[str, Any]]:
-    """What is in the files that an index file names."""
+    """The content of the files that an index file names."""
     try:
         with open(index, encoding="utf-8") as file:
             where = json.load(file)["weight_map"]
@@ -239,14 +241,14 @@ def _shards(index: str) -> Iterator[tuple[str, Any]]:
         raise LoadError(f"{index} cannot be loaded: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LoadError(
-            f"{index} cannot be loaded: it is no index of safetensors files, which has the file of "
-            f"each weight in 'weight_map'."
+            f"{index} cannot be loaded: it is not an index of safetensors files. An index lists "
+            "the file of each weight in 'weight_map'."
         ) from error
     for shard in dict.fromkeys(wanted.values()):
-        # An index names files beside it, and none elsewhere.
+        # An index may only name files beside it.
         if os.path.basename(shard) != shard or shard in ("", ".", ".."):
             raise LoadError(
-                f"{index} cannot be loaded: {shard!r:.80} is no name of a file beside it."
+                f"{index} cannot be loaded: {shard!r:.80} is not the name of a file beside it."
             )
         names = {name for name, at in wanted.items() if at == shard}
         for name, array in arrays_of(os.path.join(os.path.dirname(index), shard)):
@@ -255,17 +257,17 @@ def _shards(index: str) -> Iterator[tuple[str, Any]]:
                 yield name, array
         if names:
             raise LoadError(
-                f"{shard} lacks {listed(sorted(names), 4)}, which {index} says is there."
+                f"{shard} lacks {listed(sorted(names), 4)}, which {index} lists for it."
             )
 
 
 def _put_sum(mover: Mover, spot: Spot, parts: dict[str, Any], strict: bool) -> None:
-    """Put the sum of what is added to each other; None is what could not be converted."""
+    """Put the sum of weights that go to the same place. None marks a weight that could not be converted."""
     if any(array is None for array in parts.values()):
         return
     names, target = " + ".join(parts), ".".join(spot.name)
     if len(parts) != 2 and strict:
-        text = f"{target} is the sum of two biases, but there is {names}"
+        text = f"{target} is the sum of two biases, but there is only {names}"
         mover.refuse(spot.name, None, names, text, whole=True)
         return
     arrays = [np.asarray(array) for array in parts.values()]
@@ -274,6 +276,6 @@ def _put_sum(mover: Mover, spot: Spot, parts: dict[str, Any], strict: bool) -> N
         text = f"{target} is the sum of {names}, but these have shapes {shapes}"
         mover.refuse(spot.name, None, names, text, whole=True)
         return
-    # Half precision would round the sum twice.
+    # Adding in half precision would round twice.
     dtype = np.result_type(np.float32, *arrays)
     mover.put_at(spot, sum(array.astype(dtype) for array in arrays), names)

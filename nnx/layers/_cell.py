@@ -192,7 +192,7 @@ def products(
 
 
 def cast(x: Any, dtype: Dtype) -> Any:
-    """In another floating dtype; what is no floating-point number stays."""
+    """Cast to another floating dtype. Values that are not floating-point numbers stay unchanged."""
     own = jnp.result_type(x)
     if own == dtype or not all(jnp.issubdtype(d, jnp.floating) for d in (own, dtype)):
         return x

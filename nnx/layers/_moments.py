@@ -52,7 +52,7 @@ def moments(
       x: the array.
       axes: which axes, counted from the front.
       mask: which elements count, broadcasting to `x`.
-      axis_name, axis_index_groups: a mapped axis, all lanes of which count together.
+      axis_name, axis_index_groups: a mapped axis; all its lanes count together.
       fast: whether to take one pass. A mask takes two, as no element is sure to count,
         and groups take two, which XLA fuses better on CPUs.
       groups: into how many groups the last axis, one of `axes`, is divided. Each has moments of its

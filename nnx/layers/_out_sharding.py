@@ -139,7 +139,7 @@ def explain_sharding(
     argument: str = "out_sharding",
     **arrays: Any,
 ) -> None:
-    """Raise a clearer error in the place of JAX's that it cannot tell how a result is sharded.
+    """Replace JAX's error that it cannot tell how a result is sharded by a clearer one.
 
     Args:
       layer: the layer whose call failed.
@@ -151,7 +151,8 @@ def explain_sharding(
       ShardingError: with the types of the arrays.
     """
     for cause in (error, error.__cause__):
-        # A layer inside of this one may have explained it, with an argument that its caller has not.
+        # A layer inside this one may have explained it, with an argument that its caller does not
+        # have.
         if type(cause).__name__ == "ShardingTypeError":
             break
     else:

@@ -1,4 +1,4 @@
-"""Calling a layer with other arrays in the place of some of its parameters."""
+"""Call a layer with some of its parameters replaced by other arrays."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def call_with(layer: Module, weights: Mapping[Path, Any], how: str, args: Any, k
       args, kwargs: arguments of the call.
 
     Raises:
-      StructureError: the layer changed an attribute that is no Ref.
+      StructureError: the layer changed an attribute that is not a Ref.
       NotMutableError: the layer wrote one of these parameters.
     """
     dagdef, values = split(layer)

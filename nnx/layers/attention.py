@@ -305,7 +305,7 @@ class MultiHeadAttention(Module):
             call; values without keys; weights to store, of an `attention_fn` without `module=`; one
             of the shardings is needed, or does not fit.
           MissingFlagError: weights may be dropped, and `deterministic` is None everywhere.
-          MissingStreamError: weights are to be dropped, and there is no stream for a key.
+          MissingStreamError: weights must be dropped, but no stream gives a key.
         """
         inputs_q = as_array(self, inputs_q)
         if inputs_k is None:

@@ -116,7 +116,7 @@ class Sequential(Module):
         return self.layers[_checked(self, number, len(self.layers))]
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Put a layer in the place of that with a number; else as for any module."""
+        """Replace the layer with a number. Other names work as for any module."""
         number = _number(key)
         if number is None:
             super().__setitem__(key, value)

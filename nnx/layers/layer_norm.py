@@ -111,12 +111,12 @@ class LayerNorm(Norm):
 class RMSNorm(Norm):
     """Normalization by the root mean square (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-    As `LayerNorm`, but the mean is not subtracted, and there is no bias.
+    Like `LayerNorm`, but it does not subtract the mean and has no bias.
 
     Args:
       num_features: size of the feature axis, or product of the sizes if there are several.
       epsilon: is added to the mean square.
-      use_fast_variance: has no effect, as there is no mean to subtract.
+      use_fast_variance: has no effect, because no mean is subtracted.
       promote_dtype: a function for the casts, called with `(x, scale), dtype=`, float32 at least.
       dtype, param_dtype, use_scale, scale_init, reduction_axes, feature_axes, axis_name,
         axis_index_groups, scale_metadata: as for `LayerNorm`.

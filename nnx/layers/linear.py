@@ -115,7 +115,7 @@ class Linear(Module):
         Raises:
           ValueError: the last axis has another size, or the layer was given a kernel or a bias that
             does not fit; the message has both shapes. Or `out_sharding` is needed, or does not fit.
-          TypeError: the input is no array and no list of numbers.
+          TypeError: the input is neither an array nor a list of numbers.
         """
         kernel, bias = self.kernel, self.bias
         try:

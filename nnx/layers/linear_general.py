@@ -349,7 +349,7 @@ def _flattened(init: Initializer, flat: tuple[int, ...]) -> Initializer:
 
 
 def _sums_alone(left: str, right: str, result: str) -> bool:
-    """Whether an operand, or its gradient, has a sum that is no part of a product."""
+    """Whether an operand, or its gradient, has a sum that is not part of a product."""
     apart = (set(left) ^ set(right)) - set(result) - {"."}
     return bool(apart) or "..." in right or any(s.count(c) > 1 for s in (left, right) for c in s)
 

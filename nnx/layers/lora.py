@@ -264,7 +264,7 @@ def beside(layer: Any, rank: int, **options: Any) -> LoRA:
     """An adapter that fits a layer, with the layer's leading axes, and options of `LoRA`.
 
     Raises:
-      ValueError: the weight has not the shape that the layer's settings say, or is no matrix.
+      ValueError: the weight's shape does not match the layer's settings, or it is not a matrix.
     """
     matrix = matrix_of(layer)
     inputs, outputs = matrix.sizes(matrix.inputs), matrix.sizes(matrix.outputs)

@@ -75,7 +75,7 @@ def apply_lora(
       The model.
 
     Raises:
-      MissingStreamError: there is no `rngs` and no such stream.
+      MissingStreamError: `rngs` is missing, and no scope has the stream.
       ValueError: no layer is selected (the message lists those that there are); a kernel has not
         the shape that its layer says, as with a stack along another axis than the first; or the
         model is itself such a layer.

@@ -76,7 +76,8 @@ class RNN(Module):
         self.reverse = reverse
         self.keep_order = keep_order
         self.unroll = unroll
-        # As pairs: keys of a dict attribute are names in paths, and filters are no names.
+        # Store pairs: the keys of a dict attribute become names in paths, and filters are not
+        # names.
         self.state_axes = tuple((state_axes or {}).items())
         given = broadcast_rngs
         self.broadcast_rngs = (given,) if isinstance(given, str) else tuple(given)
@@ -277,7 +278,7 @@ def flip_sequences(
 
     Args:
       inputs: of shape `(*batch, time, ...)`, or `(time, *batch, ...)` with `time_major`.
-      seq_lengths: integers of shape `(*batch,)`: how much of each sequence is no padding; without
+      seq_lengths: integers of shape `(*batch,)`: how much of each sequence is not padding; without
         it, all is. The padding is reversed in its place.
       num_batch_dims: number of batch axes.
       time_major: whether the time axis is the first.

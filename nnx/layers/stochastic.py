@@ -70,7 +70,7 @@ class Dropout(Module):
           rng: a key to use instead of the ambient stream's next one.
 
         Raises:
-          MissingStreamError: a key is needed, and there is no stream for one.
+          MissingStreamError: a key is needed, but no stream gives one.
           MissingFlagError: `deterministic` is None everywhere.
         """
         if evaluates(self, "deterministic", deterministic) or self.rate == 0:

@@ -42,8 +42,8 @@ def _check(kind: str, fn: Any) -> None:
 class Jit(Module, hidden_slots=True):
     """`nnx.jit` as a module: `Jit(model)(x)` is `nnx.jit(model)(x)`, and updates propagate.
 
-    Modules of one class share compiled programs. What was compiled is no part of the module: a clone
-    of one that holds a function compiles anew.
+    Modules of one class share compiled programs. Compiled programs are not part of the module, so a
+    clone of a module that holds a function compiles again.
 
     Args:
       fn: a module, a bound method of one, or a function.

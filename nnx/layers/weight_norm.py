@@ -159,7 +159,7 @@ class SpectralNorm(Module):
     collection `"batch_stats"`.
 
     Raises:
-      ValueError: no steps; or a parameter is no matrix, and `error_on_non_matrix`.
+      ValueError: there are no steps; or a parameter is not a matrix, with `error_on_non_matrix`.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> with nnx.scope(jax.random.key(0)):

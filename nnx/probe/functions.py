@@ -1,4 +1,4 @@
-"""A function by its content: two lambdas of one line that close over equal things are the same."""
+"""A function compared by content: two lambdas from the same line with equal closures are equal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__: list[str] = []
 
 
 class _Hole:
-    """Where an array was."""
+    """A placeholder for an array."""
 
     def __repr__(self) -> str:
         return "<array>"
@@ -28,11 +28,11 @@ _HOLE = _Hole()
 
 
 class Function:
-    """A function apart from the arrays and modules that it closes over or has as defaults.
+    """A function, separate from the arrays and modules in its closure and its defaults.
 
-    Equality and hash are by content. `arrays` are those of the function it was made of, and
-    `bind(arrays)` is the function with others in their place. A function that is shared between
-    programs keeps none of its arrays: see `without_arrays`.
+    Equality and hash are by content. `arrays` holds the arrays of the original function, and
+    `bind(arrays)` makes the function with other arrays in their place. A function that programs
+    share must not keep its arrays: see `without_arrays`.
     """
 
     __slots__ = ("_key", "_make", "arrays")
@@ -42,7 +42,7 @@ class Function:
         self._key, self._make = _take(fn, self.arrays)
 
     def without_arrays(self) -> Function:
-        """The same function, for others than its own arrays."""
+        """The same function without its arrays, to be bound to others."""
         bare = object.__new__(Function)
         bare._key, bare._make, bare.arrays = self._key, self._make, []
         return bare
@@ -59,7 +59,7 @@ class Function:
 
 
 def _take(x: Any, arrays: list[Any]) -> tuple[Any, Callable[[Any], Any]]:
-    """The key of a value, and what makes it again of an iterator over arrays."""
+    """The key of a value, and a function that rebuilds the value from an iterator over arrays."""
     if is_value(x):
         arrays.append(x)
         return _HOLE, next
@@ -95,7 +95,7 @@ def _take_function(fn: Any, arrays: list[Any]) -> tuple[Any, Callable[[Any], Any
     cells = tuple(_content(cell) for cell in fn.__closure__ or ())
     held = (cells, fn.__defaults__, tuple((fn.__kwdefaults__ or {}).items()))
     if any(cell is fn for cell in cells):
-        # One that calls itself.
+        # The function calls itself.
         return Same(fn), lambda given: fn
     key, make = _take(held, arrays)
     code, globals_, name, more = fn.__code__, fn.__globals__, fn.__name__, dict(fn.__dict__)
@@ -111,7 +111,7 @@ def _take_function(fn: Any, arrays: list[Any]) -> tuple[Any, Callable[[Any], Any
 
 
 def is_value(x: Any) -> bool:
-    """Whether `x` is an input of a program: an array, a module or a Ref."""
+    """Whether `x` becomes an input of a program: an array, a module or a Ref."""
     return is_identity(x) or isinstance(x, jax.Array | np.ndarray)
 
 

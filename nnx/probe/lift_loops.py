@@ -1,4 +1,4 @@
-"""How loops, batches and branches carry the probes that are active where they are called."""
+"""How loops, batches and branches carry the probes that are active around them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Active(Carrying):
     def vmap(
         self, fn: Any, args: Any, kwargs: Any, in_axes: Any, out_axes: Any, **options: Any
     ) -> Any:
-        """`nnx.vmap`: what is recorded is stacked along the leading axis, shared weights or not."""
+        """`nnx.vmap`: records are stacked along a leading axis, also with shared weights."""
         kind = type(self)
         axes = tuple(in_axes) if isinstance(in_axes, list | tuple) else (in_axes,) * len(args)
         if len(axes) != len(args):
@@ -53,7 +53,7 @@ class Active(Carrying):
     def shard_map(
         self, fn: Any, args: Any, kwargs: Any, specs: Any, out_specs: Any, options: Any
     ) -> Any:
-        """`nnx.shard_map`: what is recorded is stacked along the leading axis, shard by shard."""
+        """`nnx.shard_map`: records are stacked along a leading axis, shard by shard."""
         kind = type(self)
         each = tuple(specs) if isinstance(specs, list) or type(specs) is tuple else None
         each = (specs,) * len(args) if each is None else each
@@ -81,7 +81,7 @@ class Active(Carrying):
     def scan(
         self, f: Any, init: Any, xs: Any, length: Any, reverse: bool, unroll: Any, axes: Any
     ) -> Any:
-        """`nnx.scan`: what is recorded is stacked along the leading axis."""
+        """`nnx.scan`: records are stacked along a leading axis."""
         size = _length(xs, length, axes or {})
         if size is None:
             return suspended(scan, f, init, xs, length, reverse, unroll, axes=axes)
@@ -100,7 +100,7 @@ class Active(Carrying):
         return carry, ys
 
     def fori_loop(self, lower: Any, upper: Any, body: Any, init: Any, unroll: Any) -> Any:
-        """`nnx.fori_loop`: a scan where the bounds are known, else a while loop."""
+        """`nnx.fori_loop`: a scan if the bounds are known, else a while loop."""
         if isinstance(lower, int) and isinstance(upper, int):
             step = named(lambda val, i: (body(i, val), None), body, 0)
             steps = jnp.arange(lower, max(lower, upper))
@@ -114,7 +114,7 @@ class Active(Carrying):
         return val
 
     def while_loop(self, cond_fun: Any, body_fun: Any, init: Any) -> Any:
-        """`nnx.while_loop`: the last step is recorded, or the first one that is not finite."""
+        """`nnx.while_loop`: the last step is recorded, or the first step that is not finite."""
         kind = type(self)
         key, constants = self.key, self.constants()
         inputs = self._nothing()
@@ -145,7 +145,7 @@ class Active(Carrying):
             kept = []
             for is_first, a, b in zip(keep, old, new, strict=True):
                 if is_first:
-                    # From the first step on that has something to tell, its counts stay.
+                    # Keep the counts of the first step that has any.
                     stop = _any(a)
                     at = jnp.where(stop, at, step)
                     b = _where(stop, a, b)
@@ -162,10 +162,10 @@ class Active(Carrying):
     # ---- branches
 
     def switch(self, call: Any, branches: tuple[Any, ...], operands: Any) -> Any:
-        """`nnx.cond` and `nnx.switch`; `call` takes branches and operands.
+        """`nnx.cond` and `nnx.switch`. `call` takes branches and operands.
 
-        What a branch has that another lacks is nan, 0 or False where that one is taken. One place is
-        for what several branches record alike.
+        If the branch that is taken lacks an output of another branch, that output is nan, 0 or
+        False. Outputs that several branches record share one place.
         """
         kind = type(self)
         key, constants = self.key, self.constants()
@@ -212,19 +212,19 @@ def _step(kind: Any, f: Any, key: Key) -> Any:
         with kind.begin(key, constants, inputs, index, x) as context:
             out = f(carry, x)
         if not isinstance(out, tuple) or len(out) != 2:
-            return out  # which is an error of the loop
+            return out  # The loop will raise an error for this.
         return (out[0], constants), (out[1], context.groups())
 
     return named(body, f, 0)
 
 
 def _length(xs: Any, length: int | None, axes: dict[Any, Any]) -> int | None:
-    """The length of a scan; None where `nnx.scan` itself raises."""
+    """The length of a scan; None if `nnx.scan` itself will raise."""
     if length is not None:
         return length
     rules = [(to_predicate(f), axis) for f, axis in axes.items()]
     for x in opened.leaves(xs):
-        # The rules are for Refs; arrays are sliced always.
+        # The rules apply to Refs. Arrays are always sliced.
         values = [x]
         if is_identity(x):
             values = [
@@ -254,7 +254,7 @@ def _blanks(record: Record) -> Any:
 def _slots(
     shapes: list[list[Group]], count: int
 ) -> tuple[list[list[Record]], list[list[list[int]]]]:
-    """Places for all that branches record, by probe; and those of each branch's Records in order."""
+    """For each probe, places for everything that branches record; and the places of each branch's Records."""
     slots: list[list[Record]] = [[] for _ in range(count)]
     places: list[list[list[int]]] = [[] for _ in shapes]
     for level in range(count):

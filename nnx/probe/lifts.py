@@ -1,4 +1,4 @@
-"""How the nnx transformations carry the probes that are active where they are called.
+"""How the nnx transformations carry the probes that are active around them.
 
 A transformation that is called while a probe is active is called by the context instead: with
 a body that begins a new context from its inputs (the arrays of patches, what is added to
@@ -6,7 +6,7 @@ outputs), and that returns what was recorded in it as one more output. So a valu
 that JAX has for it, it is computed once, and a compiled function knows the probe by its content.
 
 Bodies of transformations that keep programs close over nothing but the user's function and a `Key`.
-Loops and branches are in `_lift_loops`.
+Loops and branches are in `lift_loops`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from refx.node import is_identity
 
 __all__: list[str] = []
 
-# A bound for the programs that one jitted function has for different probes.
+# The most programs that a jitted function keeps for different probes.
 _MOST = 64
 
 
 def named(body: Any, fn: Any, parameters: int = 1) -> Any:
-    """A body with the name of the function that it calls, and its signature after some more."""
+    """Give a body the name and the signature of the function that it calls, after some extra parameters."""
     body.__qualname__ = body.__name__ = function_name(fn)
     body.__module__ = getattr(fn, "__module__", None)
     try:
@@ -53,7 +53,7 @@ def named(body: Any, fn: Any, parameters: int = 1) -> Any:
 
 
 def body_of(kind: Any, fn: Callable[..., Any], key: Key) -> Callable[..., Any]:
-    """The body of a transformation of `fn`: it returns what was recorded, too."""
+    """The body of a transformation of `fn`, which also returns the records."""
 
     def body(payload: Any, *args: Any, **kwargs: Any) -> Any:
         with kind.begin(key, *payload) as context:
@@ -64,7 +64,7 @@ def body_of(kind: Any, fn: Callable[..., Any], key: Key) -> Callable[..., Any]:
 
 
 def _silent(kind: Any, fn: Callable[..., Any], key: Key) -> Callable[..., Any]:
-    """A body that is evaluated abstractly, so what is recorded in it has no value."""
+    """A body for abstract evaluation. Its records are dropped, because they have no values."""
 
     def body(constants: Any, *args: Any, **kwargs: Any) -> Any:
         with kind.begin(key, constants, [None] * len(key.probes)):
@@ -76,7 +76,7 @@ def _silent(kind: Any, fn: Callable[..., Any], key: Key) -> Callable[..., Any]:
 def _with_aux(
     kind: Any, fn: Callable[..., Any], key: Key, payload: Any, has_aux: bool
 ) -> Callable[..., Any]:
-    """A body that returns what was recorded beside the aux of the function."""
+    """A body that returns the records beside the function's aux."""
 
     def body(*args: Any, **kwargs: Any) -> Any:
         with kind.begin(key, *payload) as context:
@@ -84,7 +84,7 @@ def _with_aux(
         if not has_aux:
             return out, (None, context.groups())
         if not isinstance(out, tuple) or len(out) != 2:
-            return out  # which is an error of the transformation
+            return out  # the transformation will raise an error
         return out[0], (out[1], context.groups())
 
     return named(body, fn, 0)
@@ -94,7 +94,7 @@ class Carrying(Context):
     """A context that calls transformations whose body runs once."""
 
     def constants(self) -> Any:
-        """The arrays that a body needs: the same in every step and lane."""
+        """The arrays that a body needs. They are the same in every step and lane."""
         return jax.tree.map(
             lambda x: x if is_identity(x) else jnp.asarray(x),
             ([run.arrays for run in self.runs], self.indices),
@@ -118,7 +118,7 @@ class Carrying(Context):
                 jitted.probed.clear()
             _, statics, donate, (inputs, outputs), options, *bound = jitted._given
             if any(run.probe.quiet for run in self.runs):
-                donate = None  # The caller goes on with what the copy of the call was made of.
+                donate = None  # The caller continues with the originals of the copied call.
             shardings = inputs, None if outputs is None else (outputs, None)
             child = Jit(
                 body_of(type(self), jitted._fn, key),
@@ -160,7 +160,7 @@ class Carrying(Context):
                 bound = [True] * len(jitted._bound)
                 options["filter_tree"] = (*bound, *options["filter_tree"])
             closed = named(lambda *a, **k: body(payload, *a, **k), jitted._fn, 0)
-            # Nothing is donated: what was recorded may be what was given.
+            # Donate nothing, because a record may be one of the inputs.
             child = _JitFilter(
                 closed, jitted.options, **options, donate_argnums=None, donate_argnames=None
             )
@@ -171,7 +171,9 @@ class Carrying(Context):
         return out
 
     def custom(self, rule: Any, args: Any) -> Any:
-        """`nnx.custom_vjp` and `nnx.custom_jvp`: patches act, but the rules fix the outputs."""
+        """`nnx.custom_vjp` and `nnx.custom_jvp`: patches work, but outputs cannot be recorded
+        because of the rules.
+        """
         kind = type(self)
         key, name = self.key, rule._name
 
@@ -182,9 +184,9 @@ class Carrying(Context):
                 for (probe, _), group in zip(key.probes, context.groups(), strict=True):
                     for record in group.records() if not probe.quiet else ():
                         raise ProbeError(
-                            f"{output_of(record.path, record.label)} cannot be seen in {name}: the "
-                            f"outputs of the function are those of its rule. Do not select the module, "
-                            f"or call it outside of the function."
+                            f"{output_of(record.path, record.label)} cannot be seen in {name}: "
+                            "only the outputs that its rule knows leave the function. Do not "
+                            "select the module, or call it outside the function."
                         )
                 return out
 
@@ -236,7 +238,9 @@ class Carrying(Context):
     def _gradient_of_all(
         self, label: str, fn: Any, args: Any, kwargs: Any, has_aux: bool, options: Any
     ) -> Any:
-        """The gradient, with respect to the outputs of modules too, of which the nans are counted."""
+        """The gradient, also by the outputs of modules. For the latter, only nans and infinities
+        are counted.
+        """
         kind = type(self)
         key, (constants, inputs) = self.key, self._payload()
         finite = [probe.counts for probe, _ in key.probes]
@@ -318,7 +322,7 @@ class Carrying(Context):
 
 
 def zeros_like(group: Group) -> Group:
-    """Zeros to be added to what is recorded: in the place of each Record a list for its leaves."""
+    """Zeros to add to recorded outputs: for each Record, a list with zeros for its leaves."""
     items = []
     for item in group.items:
         if isinstance(item, Group):
@@ -332,7 +336,7 @@ def zeros_like(group: Group) -> Group:
 
 
 def _counted(group: Group, loops: int = 0) -> Group:
-    """The cotangents of outputs as counts, for each step of the loops around them."""
+    """Turn the cotangents of outputs into counts, for each step of the surrounding loops."""
     items: list[Any] = []
     counting: Any = count
     for _ in range(loops):

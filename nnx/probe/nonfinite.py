@@ -1,4 +1,4 @@
-"""`nnx.debug.find_nonfinite`: where the first nan or infinity of a computation comes from."""
+"""`nnx.debug.find_nonfinite`: find where the first nan or infinity of a computation comes from."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ __all__ = ["NonFinite", "find_nonfinite"]
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class NonFinite:
-    """The first value that is not finite. Its `str` says it in a sentence.
+    """The first value that is not finite. Its `str` is a sentence about it.
 
     Attributes:
-      kind: `"output"` of a module; `"argument"`, an array that was given, or `"value"`, a Ref that
-        was so before the call; `"written"`, a Ref that was so after it; `"output gradient"`, the
-        gradient that comes back to the output of a module; `"gradient"`, that of a parameter;
-        `"result"`, what the function returned.
-      path: where it is: the name of the argument and the path in it, joined by dots.
-      module: the name of the class of that module, or None.
-      step: the steps of the loops around it, outer ones first.
-      nans, infinities: how many of its values are nan, and infinite, in that step.
-      input_is_finite: whether the input of that module was finite; None where there is none.
+      kind: `"output"`, of a module; `"argument"`, an array that the call was given; `"value"`, a
+        Ref that was not finite before the call; `"written"`, a Ref that was not finite after it;
+        `"output gradient"`, of the output of a module; `"gradient"`, of a parameter; or `"result"`,
+        of the function.
+      path: the name of the argument and the path inside it, joined by dots.
+      module: the class name of the module, or None.
+      step: the step numbers of the loops around it, outer loops first.
+      nans, infinities: how many values are nan, and how many are infinite, in that step.
+      input_is_finite: whether the input of the module was finite; None if there is no module.
       before: the Refs and arguments that were not finite before the call.
     """
 
@@ -61,15 +61,22 @@ class NonFinite:
             "argument": f"The argument {self.path!r} was not finite before the call",
             "value": f"Ref {self.path!r} was not finite before the call",
             "written": f"All outputs of modules are finite, but Ref {self.path!r} was written and is not",
-            "output gradient": f"The gradient of the output of {self.path!r}{module} is the first on the "
-            f"way back that is not finite{step}, so what takes that output made it",
-            "gradient": f"The gradient of {self.path!r} is not finite, although those of all outputs are",
-            "result": f"All outputs of modules are finite, but what the function returned{self.path} is not",
+            "output gradient": (
+                f"The gradient of the output of {self.path!r}{module} is the first on the way back "
+                f"that is not finite{step}, so the code that uses this output produced it"
+            ),
+            "gradient": (
+                f"The gradient of {self.path!r} is not finite, although the gradients of all "
+                "outputs are"
+            ),
+            "result": f"All outputs of modules are finite, but the result of the function{self.path} is not",
         }[self.kind]
         text = f"{what}: {self.nans} nan, {self.infinities} infinite."
         if self.kind == "output" and self.input_is_finite is not None:
             given = (
-                "finite" if self.input_is_finite else "not finite already, made outside of modules"
+                "finite"
+                if self.input_is_finite
+                else "already not finite, and was made outside modules"
             )
             text += f" Its input is {given}."
         others = [name for name in self.before if name != self.path]
@@ -84,21 +91,22 @@ class NonFinite:
 def find_nonfinite(fn: Callable[..., Any]) -> Callable[..., NonFinite | None]:
     """Find where the first nan or infinity of a computation comes from.
 
-    The function runs once more, on copies: nothing that it writes is kept, and the random streams stay
-    where they are. Beside it runs a count of the values that are not finite, of the output of each
-    module, in every nnx transformation: compiled functions are compiled for it once. In `nnx.grad`
-    and `nnx.value_and_grad` the gradients of these outputs are looked at too, from the last to the
-    first, and in loops each step. What a plain `jax` transformation does inside is not seen.
+    The function runs on copies. Nothing that it writes is kept, and random streams do not advance.
+    Meanwhile the values that are not finite are counted in the output of each module, in every nnx
+    transformation. Compiled functions are compiled for this once. In `nnx.grad` and
+    `nnx.value_and_grad`, the gradients of these outputs are checked too, from the last to the
+    first. In loops, each step is checked. The inside of plain `jax` transformations is not seen.
 
     Args:
-      fn: a function, compiled or not, a module, or a bound method of one. Modules are found in its
-        arguments, and where the function closes over them or reads them as globals.
+      fn: a function (compiled or not), a module, or a bound method of a module. Modules are found
+        in the arguments, in closures, and in globals that the function reads.
 
     Returns:
-      A function with the arguments of `fn`, which returns a `NonFinite`, to be printed, or None if
-      everything is finite. It names the first layer whose output is not finite, in the order of the
-      computation, or the parameter of it that was so before; else the first output on the way back
-      whose gradient is not finite, a gradient, a Ref that was written, or the result.
+      A function with the arguments of `fn`. It returns a `NonFinite` to print, or None if
+      everything is finite. The `NonFinite` names the first layer, in the order of the computation,
+      whose output is not finite, or the layer's parameter if that was not finite before. If there
+      is no such layer, it names the first output on the way back whose gradient is not finite, or a
+      gradient, a written Ref, or the result.
 
     >>> import jax.numpy as jnp, nnx
     >>> class Log(nnx.Module):
@@ -123,7 +131,7 @@ class _Search:
         inner, bound = unbound(fn)
         given = {**_names(inner, bound + args), **kwargs}
         if bound:
-            # Paths of a module's own call begin at the module.
+            # If the module itself is called, paths begin at the module.
             given = {"": bound[0], **dict(list(given.items())[1:])}
         flat = [
             (_joined(name, tuple(map(key_name, keys))), x)
@@ -131,7 +139,7 @@ class _Search:
             for keys, x in opened.flatten_with_path(arg)[0]
         ]
         found = reached(fn) if not bound else {}
-        # Every module and Ref once, by its name.
+        # Every module and Ref once, by name.
         roots: dict[str, Any] = {}
         for name, x in flat:
             if is_identity(x):
@@ -177,7 +185,7 @@ class _Search:
         return _joined(list(self._roots)[int(path[0])], path[1:])
 
     def result(self) -> NonFinite | None:
-        """The first that is not finite."""
+        """The first value that is not finite."""
         bad_before = {
             name: n for name, x in {**self._before, **self._arrays}.items() if any(n := _count(x))
         }
@@ -196,7 +204,7 @@ class _Search:
                 return NonFinite("value", own[0], None, (), *bad_before[own[0]], None, before)
             finite = None if given is None else not any(given)
             if kind == "output" and given is not None and any(given):
-                # What was given was not finite: say which argument, if it was one of them.
+                # An input was not finite: say which argument, if it was an argument.
                 argument = next((name for name in bad_before if name in self._arrays), None)
                 if argument is not None:
                     counts = bad_before[argument]
@@ -250,7 +258,7 @@ _Event = tuple[Record, tuple[int, ...], Any, tuple[int, int]]
 
 
 def _events(group: Group, step: tuple[int, ...] = (), back: bool = False) -> Iterator[_Event]:
-    """What is not finite, in the order of the computation; `back` is that of the backward pass."""
+    """Everything that is not finite, in the order of the computation. `back` marks the backward pass."""
     back = back or group.kind == "backward"
     for item in reversed(group.items) if back else group.items:
         if isinstance(item, Record):

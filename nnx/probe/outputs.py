@@ -1,7 +1,7 @@
-"""`nnx.capture`, `nnx.patch`, `nnx.output_grad`: look at outputs inside of a model, and change them.
+"""`nnx.capture`, `nnx.patch`, `nnx.output_grad`: look at outputs inside a model, and change them.
 
-Each calls a stand-in of the model (`nnx.probe.stand_in`) in which the modules that are selected are marked,
-with a context (`nnx.probe.probing`) that knows what the marks mean.
+Each calls a stand-in of the model (`nnx.probe.stand_in`) in which the selected modules carry marks.
+A context (`nnx.probe.probing`) knows what the marks mean.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _call_method(method: Any, model: Module, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Target(NamedTuple):
-    """What is called: a function of a model, and the model where it is bound to one."""
+    """The thing to call: a function of a model, and the model if the function is bound to one."""
 
     call: Callable[..., Any]
     model: Module | None
@@ -60,15 +60,15 @@ class _Target(NamedTuple):
         if isinstance(x, BoundJit):
             method, model = x._jit, x._module
         if isinstance(x, types.MethodType | BoundJit) and isinstance(model, Module):
-            # Of the model itself, this method is the one that may be selected by its name.
+            # On the model itself, this is the method that `where` may select by name.
             return cls(functools.partial(_call_method, method), model)
         if isinstance(x, _Patched):
             return cls(x.on, x.target.model)
         if hasattr(type(x), "_as_argument") or not callable(x) or isinstance(x, type):
             raise ProbeError(
-                f"{name} takes a module, a bound method of one, or a function whose first argument "
-                f"is a module, but got a {type(x).__name__}: {x!r:.80}. Set keys and flags around "
-                f"the call: `with nnx.scope(key, training=True):`."
+                f"{name} takes a module, a bound method of a module, or a function whose first "
+                f"argument is a module, but got a {type(x).__name__}: {x!r:.80}. Set keys and "
+                "flags around the call: `with nnx.scope(key, training=True):`."
             )
         return cls(x, None)
 
@@ -95,17 +95,17 @@ def _run(
     abstract: bool = False,
     **given: Any,
 ) -> tuple[Any, Group]:
-    """Call `call(model, ...)` with a probe, and give the output and what was recorded.
+    """Call `call(model, ...)` with a probe. Return the output and the records.
 
     Args:
       call: the function of the model.
       model: the model.
-      args: its other arguments.
-      kwargs: those by name.
-      hooks: what happens to outputs, by path and method.
-      probe: what the hooks mean.
-      abstract: whether nothing that the call does may be kept.
-      **given: the functions and arrays of patches, and what is added to outputs.
+      args: the other arguments.
+      kwargs: the keyword arguments.
+      hooks: what to do with outputs, by path and method.
+      probe: says what the hooks mean.
+      abstract: whether to drop everything that the call writes.
+      **given: the functions and arrays of patches, and the values to add to outputs.
     """
     context = ambient.probe if ambient.probe is not None else Active([], [], ())
     level = len(context.runs)
@@ -127,37 +127,40 @@ def _run(
 def capture(
     model: Any, where: Where = ..., *, collection: Hashable = "intermediates"
 ) -> Callable[..., tuple[Any, Partition]]:
-    """Call a model and get what modules inside of it returned, too.
+    """Call a model, and also get the outputs of modules inside it.
 
-    Neither the model nor its classes are changed, and an ordinary call costs nothing: the call goes
-    to a stand-in of the modules that is around the same Refs, so updates (batch statistics,
-    counters) are in the model as always. (In the call, the type of a module may be a subclass of its
-    class.) It works in any transformation, and gradients flow through what is captured: inside of
-    `nnx.jit`, `nnx.grad(..., has_aux=True)` or `nnx.scan`, return it.
+    The model and its classes stay unchanged, and ordinary calls cost nothing. The call goes to a
+    stand-in with the same Refs, so updates (batch statistics, counters) reach the model as always.
+    (During the call, the type of a module may be a subclass of its class.) It works in any
+    transformation, and gradients flow through captured outputs. Inside `nnx.jit`,
+    `nnx.grad(..., has_aux=True)` or `nnx.scan`, return the captured outputs.
 
-    Where the model itself calls modules in an nnx transformation, `nnx.jit`, `nnx.remat` or
-    `nnx.grad` say, their outputs come out in order. In loops and batches (`nnx.scan`, `nnx.Stack`,
-    `nnx.vmap`, with shared weights too) they are stacked along leading axes, outer ones first; of a
-    `nnx.while_loop` the last step comes out; of a branch that was not taken it is nan or zero.
+    The model may call its modules inside nnx transformations. In `nnx.jit`, `nnx.remat` and
+    `nnx.grad`, outputs come out in order. In loops and batches (`nnx.scan`, `nnx.Stack`,
+    `nnx.vmap`, also with shared weights), they are stacked along leading axes, outer loops first.
+    An `nnx.while_loop` gives the outputs of its last step. A branch that was not taken gives nan or
+    zero.
 
     Args:
-      model: a module, a bound method of one, a function whose first argument is a module, such as a
-        whole training step, or what `nnx.patch` gives.
-      where: whose outputs are captured: a class; a glob over paths such as `"blocks.*.mlp"` (`*` is
-        one name, `**` any number, `""` the model); a predicate `(path, module) -> bool` or a filter
-        such as `nnx.PathContains("attention")`; a tuple of these; `...` for all, and None for none,
-        which leaves what modules store themselves. A glob may end with a method, `"embed.attend"`,
-        and have the number of a layer in a stack, `"stack.layers.3.mlp"`.
-      collection: which values count that modules store with `nnx.sow`.
+      model: a module, a bound method of a module, the result of `nnx.patch`, or a function whose
+        first argument is a module, such as a whole training step.
+      where: selects the modules to capture. It may be a class; a glob over paths such as
+        `"blocks.*.mlp"` (`*` is one name, `**` any number, `""` the model); a predicate
+        `(path, module) -> bool` or a filter such as `nnx.PathContains("attention")`; a tuple of
+        these; `...` for all; or None, which leaves only the values that modules store with
+        `nnx.sow`. A glob may end with a method, `"embed.attend"`, and may contain the number of a
+        layer in a stack, `"stack.layers.3.mlp"`.
+      collection: says which values are captured that modules store with `nnx.sow`.
 
     Returns:
-      A function with the arguments of the model, which returns `(y, captured)`. `captured` is a
-      Partition from the path of each module that was called to what it returned: the tuple of
-      outputs, in order, for one that was called several times.
+      A function with the arguments of the model that returns `(y, captured)`. `captured` is a
+      Partition from the path of each called module to its output. If a module was called several
+      times, that is the tuple of its outputs, in order.
 
     Raises:
-      ProbeError: `where` selects nothing; a selected module is called where nothing can come out: in
-        a plain `jax` transformation that is part of the model, or in a function with a custom rule.
+      ProbeError: `where` selects nothing; or a selected module is called where its output cannot
+        come out: in a plain `jax` transformation inside the model, or in a function with a custom
+        rule.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> with nnx.scope(jax.random.key(0)):
@@ -190,13 +193,13 @@ def _recording(selected: Selected) -> dict[Path, tuple[tuple[str, Hook], ...]]:
 
 
 def sow(module: Module, name: str, value: Any, collection: Hashable = "intermediates") -> None:
-    """Store a value of a running call for `nnx.capture`; without one around it, do nothing.
+    """Store a value for the `nnx.capture` around this call. Without one, do nothing.
 
     Args:
       module: the module that stores it, `self`.
-      name: the value is captured at the path of the module and this name.
+      name: the value is captured under the path of the module followed by this name.
       value: any pytree of arrays.
-      collection: is stored if `nnx.capture` was given the same.
+      collection: the value is only stored if `nnx.capture` was given the same collection.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> class Square(nnx.Module):
@@ -216,25 +219,27 @@ def sow(module: Module, name: str, value: Any, collection: Hashable = "intermedi
 
 
 def patch(model: Any, patches: Mapping[Any, Callable[[Any], Any]]) -> Callable[..., Any]:
-    """Call a model with other outputs in the place of those of some of its modules.
+    """Call a model with the outputs of some of its modules replaced.
 
-    The model is not changed: only calls of what this returns are patched. Patches act in every
-    transformation that is part of the model, and around the call: under `nnx.jit`, `nnx.grad`, in
-    one layer of a `nnx.Stack`. Gradients flow through them, and to the arrays that they close over.
-    A compiled function inside of the model has one program for a patch: another array in the patch,
-    a steering vector say, does not compile again.
+    The model stays unchanged: only calls of the returned function are patched. Patches work in
+    every transformation inside the model and around the call: under `nnx.jit`, `nnx.grad`, in one
+    layer of an `nnx.Stack`. Gradients flow through them and to the arrays that they close over. A
+    compiled function inside the model compiles once for a patch. Another array in the patch, such
+    as a new steering vector, does not compile again.
 
     Args:
-      model: as for `nnx.capture`; what `nnx.patch` gave may be patched again.
-      patches: from what selects modules, as `where` of `nnx.capture`, to a function that takes the
-        output and returns what comes in its place. A module with several gets them in order.
+      model: as for `nnx.capture`. The result of `nnx.patch` may be patched again.
+      patches: a dict whose keys select modules, like `where` of `nnx.capture`. Each value is a
+        function that takes the output and returns its replacement. Several patches of one module
+        apply in order.
 
     Returns:
       A function with the arguments of the model.
 
     Raises:
-      ProbeError: a key selects nothing; the function returns None, or another shape or dtype in one
-        layer of a stack; a module is called in a plain `jax` transformation that keeps its program.
+      ProbeError: a key selects nothing; the function returns None or, in one layer of a stack,
+        another shape or dtype; or a module is called in a plain `jax` transformation that caches
+        its program.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> with nnx.scope(jax.random.key(0)):
@@ -251,8 +256,8 @@ def patch(model: Any, patches: Mapping[Any, Callable[[Any], Any]]) -> Callable[.
     """
     if not isinstance(patches, Mapping):
         raise ProbeError(
-            f"nnx.patch takes a dict from what selects modules to a function of their output, but "
-            f"got a {type(patches).__name__}: nnx.patch(model, {{'layers.0': fn}})."
+            "nnx.patch takes a dict from a selector of modules to a function of their output, but "
+            f"got a {type(patches).__name__}. Write nnx.patch(model, {{'layers.0': fn}})."
         )
     for where, fn in patches.items():
         if not callable(fn):
@@ -264,7 +269,7 @@ def patch(model: Any, patches: Mapping[Any, Callable[[Any], Any]]) -> Callable[.
 
 
 class _Patched:
-    """A model with patches, to be called."""
+    """A model with patches that can be called."""
 
     def __init__(self, target: _Target, patches: dict[Any, Callable[[Any], Any]]):
         self.target = target
@@ -275,7 +280,7 @@ class _Patched:
         return self.on(model, *rest, **kwargs)
 
     def on(self, model: Module, *args: Any, **kwargs: Any) -> Any:
-        """Call for a model."""
+        """The thing to call, for a given model."""
         numbers: dict[Path, dict[str, list[Any]]] = {}
         found = modules(model)
         for i, where in enumerate(self._patches):
@@ -301,25 +306,25 @@ class _Patched:
 def output_grad(
     loss: Callable[..., Any], where: Where = ..., *, has_aux: bool = False
 ) -> Callable[..., Any]:
-    """The gradient of a loss with respect to what modules inside of a model return.
+    """The gradient of a loss with respect to the outputs of modules inside a model.
 
-    It is the gradient at the point of the computation, exactly as if the output were an input of
-    the rest. For a module that is called several times it is a tuple; in loops and batches it is
-    stacked, as what `nnx.capture` gives. What the loss writes is written, as in `nnx.grad`.
+    It is the gradient at that point of the computation, exactly as if the output were an input of
+    the rest. If a module is called several times, the gradient is a tuple. In loops and batches it
+    is stacked, like the result of `nnx.capture`. Writes of the loss take effect, as in `nnx.grad`.
 
     Args:
-      loss: a function of a model and other arguments that returns a scalar; or a module or a bound
+      loss: a function of a model and other arguments that returns a scalar, or a module or bound
         method that does.
-      where: whose outputs, as for `nnx.capture`.
-      has_aux: `loss` returns `(scalar, aux)`.
+      where: selects the modules, as for `nnx.capture`.
+      has_aux: whether `loss` returns `(scalar, aux)`.
 
     Returns:
-      A function with the arguments of `loss` that returns a Partition with the paths of
-      `nnx.capture`, or `(Partition, aux)`. Leaves of an output that have no gradient, such as
-      integers, have a zero of dtype float0.
+      A function with the arguments of `loss`. It returns a Partition with the paths of
+      `nnx.capture`, or `(Partition, aux)`. Leaves without a gradient, such as integers, get a zero
+      of dtype float0.
 
     Raises:
-      ProbeError: `where` selects nothing, nothing of it is called, or it is called in a
+      ProbeError: `where` selects nothing; no selected module is called; or one is called in an
         `nnx.while_loop`, which has no gradient.
 
     >>> import jax, jax.numpy as jnp, nnx
@@ -355,8 +360,8 @@ def output_grad(
         shapes: Group = eval_shape(look, root, arrays)
         if not any(True for _ in shapes.records()):
             raise ProbeError(
-                f"{name} found no call of what {where!r} selects while the loss was computed, so "
-                f"there is no output to differentiate: "
+                f"{name} found no call of the modules that {where!r} selects while it computed the "
+                "loss, so there is no output to differentiate: "
                 f"{listed_modules([path for path, _ in selected])}."
             )
 

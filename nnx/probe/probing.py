@@ -1,8 +1,8 @@
-"""What probes do: the hooks on the outputs of marked modules.
+"""The work of probes: hooks on the outputs of marked modules.
 
-A probe (`nnx.capture`, `nnx.patch`, `nnx.output_grad`, `nnx.debug.find_nonfinite`) is a set of hooks.
-The modules that it is about are marked (see `nnx.probe.stand_in`). While its call runs, `ambient.probe` is a
-`Context`, which knows what the marks mean.
+A probe (`nnx.capture`, `nnx.patch`, `nnx.output_grad`, `nnx.debug.find_nonfinite`) is a set of
+hooks. Its modules carry marks (see `nnx.probe.stand_in`). While its call runs, `ambient.probe` is a
+`Context` that knows what the marks mean.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__: list[str] = []
 class Run:
     """One probe in one body.
 
-    `arrays` has for each patch the arrays that its function closes over.
+    `arrays` holds, for each patch, the arrays that its function closes over.
     """
 
     __slots__ = ("arrays", "base", "frame", "functions", "inputs", "probe", "records", "trace")
@@ -61,22 +61,22 @@ class Run:
         self.trace = trace_ref()
 
     def is_here(self) -> bool:
-        """Whether code runs in the body itself, and not in a transformation of JAX in it."""
+        """Whether code runs in the body itself, and not in a JAX transformation inside it."""
         return local.frame is self.frame and current_trace(()) is self.trace()
 
     def sees(self, what: str) -> bool:
-        """Whether a value can come out from where code runs; if not, that may be an error."""
+        """Whether a value can leave from where the code runs. If not, raise, unless the probe is quiet."""
         here = self.is_here()
         if not here and not self.probe.quiet:
             raise ProbeError(
-                f"{what} cannot be seen in {transformation()} inside of the model: what is computed "
-                f"in there does not come out. Use the nnx transformation of that name in the model, or "
-                f"do not select the module."
+                f"{what} cannot be seen in {transformation()} inside the model, because values "
+                "cannot leave it. Use the nnx transformation of that name in the model, or do not "
+                "select the module."
             )
         return here
 
     def next_input(self) -> Any:
-        """The next input; None without any."""
+        """The next input; None if there are none."""
         if self.inputs is None:
             return None
         given = next(self.inputs)
@@ -84,10 +84,10 @@ class Run:
 
 
 class Key:
-    """What a body needs to know of the probes, apart from arrays. Equal ones are one object.
+    """Everything except arrays that a body needs to know about the probes. Equal keys are one object.
 
-    `probes` are pairs of a probe and the number of loops around its call. `sliced` has for each loop
-    around the body which modules it takes slices of, by level and path.
+    `probes` are pairs of a probe and the number of loops around its call. For each loop around the
+    body, `sliced` says of which modules it takes slices, by level and path.
     """
 
     __slots__ = ("__weakref__", "probes", "sliced")
@@ -97,13 +97,14 @@ class Key:
         self.sliced = sliced
 
 
-# A bound for keys that ever new patches could fill; what is dropped is made, and compiled, again.
+# New patches could add keys forever, so there is a limit. A dropped key is made, and compiled,
+# again.
 _MOST = 512
 _keys: dict[Any, Key] = {}
 
 
 def key_of(probes: tuple[tuple[Probe, int], ...], sliced: tuple[Any, ...]) -> Key:
-    """The one Key with this content."""
+    """The only Key with this content."""
     if len(_keys) >= _MOST:
         _keys.clear()
     content = probes, sliced
@@ -111,11 +112,11 @@ def key_of(probes: tuple[tuple[Probe, int], ...], sliced: tuple[Any, ...]) -> Ke
 
 
 class Context:
-    """The probes that are active in one body, outer ones first, and the loops around it."""
+    """The probes that are active in one body, outer probes first, and the loops around it."""
 
     def __init__(self, runs: list[Run], indices: list[Any], sliced: tuple[Any, ...]):
         self.runs = runs
-        # For each loop that stacks: the number of the step, and what it slices.
+        # For each loop that stacks: the number of the step, and the modules that it slices.
         self.indices = indices
         self.sliced = sliced
         self._outer: list[Any] = []
@@ -131,7 +132,7 @@ class Context:
     def with_probe(
         self, probe: Probe, functions: Any = (), arrays: Any = (), inputs: Group | None = None
     ) -> Any:
-        """This context and one more probe, whose call begins here."""
+        """This context plus a probe whose call begins here."""
         run = Run(probe, list(arrays), inputs, functions, len(self.indices))
         return type(self)([*self.runs, run], self.indices, self.sliced)
 
@@ -140,11 +141,11 @@ class Context:
         """The context of a body.
 
         Args:
-          key: that of the context around it.
-          constants: its arrays.
-          inputs: what is added to outputs.
-          loop: the number of the step or the lane, where the body is that of a loop that stacks.
-          args: the arguments of such a body, to see which modules are slices.
+          key: the key of the surrounding context.
+          constants: the arrays of that context.
+          inputs: the values to add to outputs.
+          loop: the number of the step or lane, if the body belongs to a loop that stacks.
+          args: the arguments of such a body; they show which modules are slices.
         """
         arrays, indices = constants
         runs = [
@@ -168,24 +169,24 @@ class Context:
         return [run.arrays for run in self.runs], self.indices
 
     def inputs(self) -> list[Any]:
-        """What is added to outputs in the next transformation, by probe."""
+        """The values to add to outputs in the next transformation, by probe."""
         return [run.next_input() if run.is_here() else None for run in self.runs]
 
     def deliver(self, groups: list[Group], kind: str = "call") -> None:
-        """Take what a transformation recorded."""
+        """Take the records of a transformation."""
         for run, group in zip(self.runs, groups, strict=True):
             first = next(group.records(), None)
             if run.is_here() or (first is not None and run.sees(output_of(first.path))):
                 run.records.append(group.of(kind, group.step))
 
     def groups(self) -> list[Group]:
-        """What was recorded here, by probe."""
+        """The records made here, by probe."""
         return [Group(run.records) for run in self.runs]
 
     # ---- hooks
 
     def changed(self, mark: Mark, name: str, hook: Hook, out: Any) -> Any:
-        """What a module is to return in the place of its output."""
+        """The value that a module returns instead of its output."""
         run, label = self.runs[mark.level], _label(name)
         for number, at in hook.patches:
             if not run.is_here():
@@ -196,7 +197,7 @@ class Context:
         return out
 
     def record(self, mark: Mark, name: str, hook: Hook, given: Any, out: Any) -> None:
-        """Take note of what a module returned."""
+        """Record the output of a module."""
         run, label = self.runs[mark.level], _label(name)
         if hook.recorded and run.sees(output_of(mark.path, label)):
             value = counts(given, out) if run.probe.counts else plain(out)
@@ -233,14 +234,15 @@ class Context:
             return _checked(function(out), mark, label)
         if len(at) != len(stacks):
             raise ProbeError(
-                f"{output_of(mark.path, label)} was to be patched in layer {', '.join(map(str, at))} of a "
-                f"stack, but {len(stacks)} loops around its call take slices of its Refs. Leave out "
-                f"the number, or run the layers in nnx.Stack, nnx.scan or nnx.vmap."
+                f"{output_of(mark.path, label)} cannot be patched in layer "
+                f"{', '.join(map(str, at))} of a stack: {len(stacks)} loops around its call take "
+                "slices of its Refs. Leave out the number, or run the layers in nnx.Stack, "
+                "nnx.scan or nnx.vmap."
             )
         chosen = jnp.array(True)
         for i, n in zip(stacks, at, strict=True):
             chosen = chosen & (self.indices[i] == n)
-        # In the other layers it must give what the module gives.
+        # In the other layers, it must return the module's own output.
         old = jax.tree.map(jnp.asarray, out)
 
         def patched(out: Any) -> Any:
@@ -248,8 +250,8 @@ class Context:
             if shapes(new) != shapes(out):
                 raise ProbeError(
                     f"The patch of {output_of(mark.path, label)} in one layer of a stack returned "
-                    f"{text(new)} in the place of {text(out)}. All layers of a stack return the same "
-                    f"shapes and dtypes: cast or reshape it."
+                    f"{text(new)} instead of {text(out)}. All layers of a stack must return the "
+                    "same shapes and dtypes: cast or reshape it."
                 )
             return new
 
@@ -263,17 +265,17 @@ def _label(method: str) -> str:
 def _check_kept(run: Run, mark: Mark, label: str) -> None:
     if program_between(run.trace(), current_trace(())) is not None:
         raise ProbeError(
-            f"{output_of(mark.path, label)} cannot be patched in {transformation()} inside of the model: "
-            f"JAX keeps the program, and another call would go on with this patch. Use the nnx "
-            f"transformation of that name in the model."
+            f"{output_of(mark.path, label)} cannot be patched in {transformation()} inside the "
+            "model: JAX caches the program, so later calls would still use this patch. Use the "
+            "nnx transformation of that name in the model."
         )
 
 
 def _checked(out: Any, mark: Mark, label: str) -> Any:
     if out is None:
         raise ProbeError(
-            f"The patch of {output_of(mark.path, label)} returned None. It takes the output of the module "
-            f"and returns what comes in its place."
+            f"The patch of {output_of(mark.path, label)} returned None. It must take the output of "
+            "the module and return its replacement."
         )
     return out
 
@@ -290,7 +292,7 @@ def around(name: str, method: Any, module: Any, args: Any, kwargs: Any) -> Any:
         for method, hook in mark.hooks
         if method == name and mark.level < len(context.runs)
     ]
-    # All see what the module gives to its caller: with the changes of the others.
+    # All probes see the output that the caller gets, which includes the changes of other probes.
     for mark, hook in found:
         out = context.changed(mark, name, hook, out)
     for mark, hook in found:
@@ -299,7 +301,7 @@ def around(name: str, method: Any, module: Any, args: Any, kwargs: Any) -> Any:
 
 
 def suspended(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a transformation that has its probes in its body already."""
+    """Call a transformation whose body already handles the probes."""
     outer, ambient.probe = ambient.probe, None
     try:
         return fn(*args, **kwargs)
@@ -308,7 +310,7 @@ def suspended(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def sliced_modules(args: Any, before: tuple[frozenset[Any], ...]) -> frozenset[tuple[int, Path]]:
-    """The marked modules in the arguments of a loop's body that are slices, by level and path."""
+    """The marked modules among the arguments of a loop's body that are slices, by level and path."""
     found: dict[tuple[int, Path], bool] = {}
     for root in opened.leaves(args):
         for module in modules(root).values() if isinstance(root, Node) else ():
@@ -319,13 +321,13 @@ def sliced_modules(args: Any, before: tuple[frozenset[Any], ...]) -> frozenset[t
                 if axes is not None and mark.axes is not None:
                     found[place] = mark.axes - axes > known
                 else:
-                    # A module without Refs is what the module around it is.
+                    # A module without Refs is a slice if the module around it is.
                     found[place] = found.get((mark.level, mark.path[:-1]), False)
     return frozenset(place for place, is_slice in found.items() if is_slice)
 
 
 def first_axes(module: Any) -> int | None:
-    """The number of axes of the first Ref of a module that holds an array; None without any."""
+    """The number of axes of a module's first Ref that holds an array; None if there is no such Ref."""
     for ref in refs(module).values():
         for x in jax.tree.leaves(ref._value):
             return jnp.ndim(x)

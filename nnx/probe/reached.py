@@ -1,4 +1,4 @@
-"""The modules that a function closes over or reads as globals, and the function with others."""
+"""Find the modules that a function closes over or reads as globals, and replace them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__: list[str] = []
 
 
 def reached(fn: Any) -> dict[str, Any]:
-    """The modules and Refs that a function reaches, by the names of the variables."""
+    """The modules and Refs that a function reaches, by the names of its variables."""
     found: dict[int, tuple[str, Any]] = {}
 
     def note(name: str, x: Any) -> Any:
@@ -30,14 +30,14 @@ def reached(fn: Any) -> dict[str, Any]:
 
 
 def substituted(fn: Any, new: Mapping[int, Any]) -> Callable[..., Any]:
-    """The function, with others in the place of some modules and Refs, by their ids."""
+    """The function with some modules and Refs replaced, by id."""
     return _Walk(lambda name, x: new.get(id(x), x)).value("", fn)
 
 
 class _Walk:
     """A walk over what functions reach: variables, globals, helpers, compiled functions, containers.
 
-    `visit(name, x)` gives what is to be in the place of a module or a Ref.
+    `visit(name, x)` returns the replacement for a module or Ref.
     """
 
     def __init__(self, visit: Callable[[str, Any], Any]):
@@ -46,7 +46,7 @@ class _Walk:
         self._globals: dict[int, dict[str, Any]] = {}
 
     def value(self, name: str, x: Any) -> Any:
-        """What is to be in the place of `x`."""
+        """The replacement for `x`."""
         if is_identity(x):
             return self._visit(name, x)
         if id(x) in self._done:
@@ -112,7 +112,7 @@ class _Walk:
         return new
 
     def _read(self, fn: types.FunctionType) -> dict[str, Any]:
-        """The globals of a function, with others for the names that it reads."""
+        """The globals of a function, with replacements for the names that it reads."""
         names = fn.__globals__
         changed: dict[str, Any] = {}
         for name in _names(fn.__code__):
@@ -133,5 +133,5 @@ _OURS = ("jax", "jaxlib", "numpy", "optax", "refx", "nnx", "flax")
 
 
 def _is_library(fn: types.FunctionType) -> bool:
-    # Functions of a test of ours are as much a user's as any.
+    # Functions in our own tests count as a user's functions.
     return (fn.__module__ or "").split(".")[0] in _OURS

@@ -1,4 +1,4 @@
-"""What probes are made of: the marks of modules, and records of outputs, as pytrees."""
+"""The parts of probes: marks of modules, and records of outputs, as pytrees."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["ProbeError"]
 
 
 class ProbeError(RefError):
-    """A module's output cannot be seen or changed where it is computed, or there is none."""
+    """The output of a module cannot be seen or changed where it is computed, or there is no output."""
 
 
 class Hook(NamedTuple):
-    """What happens to the output of one method: it is patched, and then recorded.
+    """What to do with the output of a method: first patch it, then record it.
 
-    `patches` are pairs of a number of a patch and the numbers of the layer in its stacks.
+    `patches` are pairs: the number of a patch, and the numbers of the layer in its stacks.
     """
 
     patches: tuple[tuple[int, tuple[int, ...]], ...] = ()
@@ -34,9 +34,9 @@ class Hook(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """What a module is to one probe: the mark of a module is a tuple of these, outer ones first.
+    """The mark of a module for one probe. A module carries a tuple of marks, outer probes first.
 
-    `axes` counts the axes of its first Ref, to tell when a loop has taken a slice of it.
+    `axes` counts the axes of its first Ref. It shows whether a loop has taken a slice of the module.
     """
 
     level: int
@@ -46,7 +46,7 @@ class Mark(NamedTuple):
 
 
 class Record:
-    """One output: a pytree. `stacks` are the axes that belong to loops over slices of the module."""
+    """One output: a pytree. `stacks` are its axes that come from loops over slices of the module."""
 
     __slots__ = ("label", "path", "stacks", "value")
 
@@ -61,15 +61,15 @@ class Record:
         return self.path, self.label, self.stacks
 
     def of(self, value: Any) -> Record:
-        """The same with another value."""
+        """The same record with another value."""
         return Record(self.path, self.label, self.stacks, value)
 
 
 class Group:
-    """What was recorded in one body, in order: Records, and Groups of transformations in it.
+    """The records of one body, in order: Records, and Groups for the transformations inside it.
 
-    `kind` is what the transformation does: `"loop"` stacks, `"while"` keeps one step, whose number
-    is `step`.
+    `kind` says what the transformation does: `"loop"` stacks, and `"while"` keeps one step, with
+    the number `step`.
     """
 
     __slots__ = ("items", "kind", "step")
@@ -105,7 +105,7 @@ jax.tree_util.register_pytree_node(
 )
 jax.tree_util.register_pytree_node(
     Group,
-    # As a tuple, since the structure of a tree numbers lists and fills them late.
+    # Use a tuple, because the structure of a tree numbers lists and fills them later.
     lambda g: ((tuple(g.items), g.step), g.kind),
     lambda kind, parts: Group(list(parts[0]), kind, parts[1]),
 )
@@ -115,14 +115,14 @@ jax.tree_util.register_pytree_node(
 
 
 class Probe(NamedTuple):
-    """The static part of a probe: what makes two programs differ.
+    """The static part of a probe, which distinguishes programs.
 
     Args:
       patches: functions of an output, by number.
-      collection: which values of `nnx.sow` are recorded.
-      adds: whether an input is added to each output that is recorded.
-      counts: whether it is recorded how many values of an output are not finite, and not the output.
-      quiet: whether what cannot come out is left out; otherwise it is an error.
+      collection: says which values of `nnx.sow` are recorded.
+      adds: whether an input is added to each recorded output.
+      counts: whether to record how many values of an output are not finite, instead of the output.
+      quiet: whether to leave out outputs that cannot be recorded. Otherwise they are an error.
     """
 
     patches: tuple[Function, ...] = ()
@@ -133,12 +133,12 @@ class Probe(NamedTuple):
 
 
 def counts(given: Any, out: Any) -> Any:
-    """How many values of the input and of the output of a call are nan, and how many infinite."""
+    """How many values are nan and how many are infinite, in the input and the output of a call."""
     return count(given), count(out)
 
 
 def count(tree: Any) -> jax.Array:
-    """The numbers of nan and of infinite values in a pytree."""
+    """The numbers of nan values and of infinite values in a pytree."""
     total = jnp.zeros(2, jnp.int32)
     for x in jax.tree.leaves(tree):
         if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact):
@@ -147,13 +147,13 @@ def count(tree: Any) -> jax.Array:
 
 
 def output_of(path: Path, label: str = "") -> str:
-    """How a message calls an output."""
+    """The name of an output in messages."""
     path = (*path, label) if label and label != "sow" else path
     return f"The output of {dotted(path)!r}" if path else "The output of the model"
 
 
 def plain(out: Any) -> Any:
-    """An output that may leave a transformation: what is not an array is part of the structure."""
+    """An output in a form that can leave a transformation. Anything but arrays becomes structure."""
 
     def wrapped(x: Any) -> Any:
         if is_identity(x) or hasattr(x, "dtype") or isinstance(x, int | float | complex):
@@ -164,7 +164,7 @@ def plain(out: Any) -> Any:
 
 
 def unwrapped(value: Any) -> Any:
-    """The inverse, for the user."""
+    """The inverse of `portable`, for the user."""
     return jax.tree.map(
         lambda x: x.static.value if isinstance(x, Constant) else x,
         value,
@@ -187,7 +187,7 @@ def added(out: Any, given: Any) -> Any:
 
 
 def shapes(tree: Any) -> Any:
-    """Structure, shapes and dtypes, to compare."""
+    """The structure, shapes and dtypes, for comparison."""
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, [(x.shape, x.dtype) for x in leaves]
 
@@ -198,7 +198,7 @@ def text(tree: Any) -> str:
 
 
 def blank(like: Any) -> Any:
-    """What stands for an output that was not computed: nan, 0 or False."""
+    """The stand-in for an output that was not computed: nan, 0 or False."""
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         return jnp.broadcast_to(jax.random.key(0), like.shape)
     fill: Any = np.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0

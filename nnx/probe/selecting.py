@@ -1,4 +1,4 @@
-"""What `where` selects among modules and their methods, and what was recorded of it, by path."""
+"""Find what `where` selects among modules and their methods, and sort the records by path."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__: list[str] = []
 
 
 class At(NamedTuple):
-    """Where a number is in the path of a layer of a stack, and which."""
+    """The position of a layer's number in a path, and the number."""
 
     position: int
     number: int
 
 
-# By path and method, what was selected: whole outputs are `()`, and layers of a stack by number.
+# The selection, by path and method: `()` for a whole output, or the numbers of layers of a stack.
 Selected = dict[tuple[Path, str], list[tuple[At, ...]]]
 
 
@@ -33,8 +33,8 @@ def select(name: str, where: Where, found: dict[Path, Module]) -> Selected:
     """Find what `where` selects among the modules of a model.
 
     Raises:
-      FilterError: it cannot select modules.
-      ProbeError: it selects no callable module.
+      FilterError: `where` cannot select modules.
+      ProbeError: `where` selects no callable module.
     """
     selected: Selected = {}
     for part in where if isinstance(where, tuple) else (where,):
@@ -42,9 +42,9 @@ def select(name: str, where: Where, found: dict[Path, Module]) -> Selected:
         if not here and part is not None:
             raise ProbeError(
                 f"{name} with {'...' if part is ... else repr(part)} selects no callable module of "
-                f"{type(found[()]).__name__}. Its modules are: {listed_modules(found)}. A method is "
-                f"named after its module, as in 'embed.attend', and a layer of a stack by its number, "
-                f"as in 'layers.3'."
+                f"{type(found[()]).__name__}. Its modules are: {listed_modules(found)}. Write a "
+                "method after its module, as in 'embed.attend', and a layer of a stack as a "
+                "number, as in 'layers.3'."
             )
         for place, at in here:
             if at not in selected.setdefault(place, []):
@@ -66,7 +66,7 @@ def _select_part(
     places = _match(parts, found)
     if places:
         return [(place, ()) for place in places]
-    # Layers of a stack have one path, in which a number says which.
+    # All layers of a stack have the same path. A number in it selects a layer.
     digits = [i for i, part in enumerate(parts) if part.isdigit()]
     for count in range(1, len(digits) + 1):
         for chosen in itertools.combinations(digits, count):
@@ -78,7 +78,7 @@ def _select_part(
 
 
 def _match(parts: list[str], found: dict[Path, Module]) -> list[tuple[Path, str]]:
-    # A shared module has other paths than its first.
+    # A shared module has more paths than its first.
     for size in {len(parts), len(parts) - 1} if parts else ():
         other = follow(found[()], parts[:size]) if () in found else None
         if isinstance(other, Module) and tuple(parts[:size]) not in found:
@@ -100,14 +100,14 @@ def _match(parts: list[str], found: dict[Path, Module]) -> list[tuple[Path, str]
 
 
 def _has(module: Module, method: str) -> bool:
-    # Every class has a `__call__`, that of its metaclass.
+    # Every class has a `__call__`: the one of its metaclass.
     found = next((vars(c)[method] for c in type(module).__mro__ if method in vars(c)), None)
     other = isinstance(found, staticmethod | classmethod | property)
     return callable(found) and not other and method not in vars(Module)
 
 
 def assembled(name: str, found: dict[Path, Module], selected: Selected, group: Group) -> Partition:
-    """What was recorded, by path in the order of the model."""
+    """The records by path, in the order of the model."""
     values: dict[Path, list[Any]] = {}
     order = {path: i for i, path in enumerate(found)}
     places: dict[Path, Any] = {}
@@ -137,18 +137,18 @@ def _layer(name: str, record: Record, at: tuple[At, ...]) -> Any:
     numbers = ", ".join(str(n) for _, n in at)
     if len(at) != len(record.stacks):
         raise ProbeError(
-            f"{what} was to be taken by {name} in layer {numbers} of a stack, but "
-            f"{len(record.stacks)} loops around its call take slices of its Refs. Leave out the number."
+            f"{what} cannot be taken by {name} in layer {numbers} of a stack: {len(record.stacks)} loops "
+            "around its call take slices of its Refs. Leave out the number."
         )
-    # The last axes first, so that the numbers of the others stay.
+    # Take the last axes first, so that the numbers of the others stay valid.
     layers = [(axis, n) for axis, (_, n) in zip(record.stacks, at, strict=True)][::-1]
 
     def take(x: Any) -> Any:
         for axis, number in layers:
             if number >= x.shape[axis]:
                 raise ProbeError(
-                    f"{what} was to be taken by {name} in layer {numbers}, but the stack has "
-                    f"{x.shape[axis]} layers."
+                    f"{what} cannot be taken by {name} in layer {numbers}: the stack has {x.shape[axis]} "
+                    "layers."
                 )
             x = jnp.take(x, number, axis)
         return x

@@ -1,8 +1,8 @@
-"""A stand-in of a module tree: other objects of subclasses, around the very same Refs.
+"""A stand-in for a tree of modules: new objects, of subclasses, that hold the very same Refs.
 
-So calls of its modules can be watched without a change to the modules, their classes or the way
-that modules are called: no other thread, and no later call, can meet anything of it. What a stand-in
-is marked with is part of its structure, so it is still marked in every transformation.
+So calls can be watched without changing the modules, their classes or the way in which modules are
+called. Other threads and later calls notice nothing. The marks of a stand-in are part of its
+structure, so they survive every transformation.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from refx.walk import Walk, walk
 
 __all__: list[str] = []
 
-# The attribute that modules of a stand-in have in addition.
+# The extra attribute of modules in a stand-in.
 MARK = "_probe_mark"
 
 
 class Watched:
-    """Comes before the module's own class: nothing of that class sees that it has a subclass."""
+    """A base that comes before the module's own class, so that the class does not notice its subclass."""
 
     __slots__ = ()
 
     _stands_for: type
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        # Not those of the classes in between, which may keep lists of their subclasses.
+        # Skip those of the classes in between, which may keep lists of their subclasses.
         Node.__init_subclass__.__func__(cls)  # pyright: ignore[reportFunctionMemberAccess]
-        # A dataclass has none: its `__init__` sets the defaults.
+        # A dataclass has no defaults here: its `__init__` sets them.
         set_on_class(cls, "_defaults", cls._stands_for._defaults)  # pyright: ignore
 
 
@@ -53,7 +53,7 @@ Around = Callable[[str, Callable[..., Any], Any, Any, Any], Any]
 
 @functools.cache
 def watched(kind: type, methods: frozenset[str], around: Around) -> type:
-    """A subclass of a module class: `around(name, method, module, args, kwargs)` calls its methods."""
+    """Make a subclass whose methods are called through `around(name, method, module, args, kwargs)`."""
     namespace: dict[str, Any] = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
@@ -69,7 +69,7 @@ def watched(kind: type, methods: frozenset[str], around: Around) -> type:
 
 def _wrapped(kind: Any, name: str, around: Around) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # The class may have been given another one since.
+        # The class may have received a new one since.
         return around(name, getattr(kind, name), self, args, kwargs)
 
     call = functools.wraps(getattr(kind, name), updated=())(call)
@@ -78,16 +78,17 @@ def _wrapped(kind: Any, name: str, around: Around) -> Any:
 
 
 class StandIn:
-    """The stand-in of one tree of modules.
+    """The stand-in for a tree of modules.
 
-    Invariants: `root` has the structure of the tree and its Refs and arrays, but no other object of
-    it. `modules` has each stand-in module by its canonical path.
+    Invariants: `root` has the structure of the tree and the same Refs and arrays, but shares no
+    other object with it. `modules` holds each stand-in module by its canonical path.
 
     Args:
       tree: the modules.
-      mark: `mark(path, module, old)` gives the mark of a module and the names of its methods that
-        are watched. `old` is the mark that it has as a part of a stand-in itself.
-      around: what calls the methods.
+      mark: `mark(path, module, old)` returns the mark of a module and the names of its methods to
+        watch. `old` is the mark that the module already has, if the tree is itself part of a
+        stand-in.
+      around: the function that calls the methods.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class StandIn:
         self._leaves = self._before.leaves()
 
     def close(self) -> None:
-        """Make the changes of structure in the tree itself."""
+        """Apply changes of the structure to the original tree."""
         now = snapshot(self.root)
         if now.dagdef is not self._before.dagdef or not all(
             a is b for a, b in zip(now.leaves(), self._leaves, strict=True)
@@ -131,7 +132,7 @@ class StandIn:
             self._take_back(walk(self.root))
 
     def originals(self, out: Any) -> Any:
-        """An output with the modules of the tree in the place of those that stand for them."""
+        """An output in which stand-ins are replaced by the original modules."""
         if not opened.holds_identity(out):
             return out
         return opened.map(lambda x: self._originals.get(id(x), x) if is_identity(x) else x, out)

@@ -1,29 +1,29 @@
-"""Purify: a plain function with markers becomes a pure function of a dictionary of parameters.
+"""Purify: turn a plain function with markers into a pure function of a dictionary of parameters.
 
-`param`, `fixed` and `intermediate` mark values where they are used; `purify` finds them. All of it is
-also reached through `purify` itself: `nnx.purify(f)`, `nnx.purify.param(3, "x")`.
+`param`, `fixed` and `intermediate` mark values where they are used, and `purify` finds them. You
+can also reach everything through `purify` itself: `nnx.purify(f)`, `nnx.purify.param(3, "x")`.
 
-**How it is done.** A marker binds a primitive of its own (`jax.extend.core.Primitive`), so it is an
-equation of the program that JAX traces, with its name as a parameter of the equation. `purify` traces
-the function with `jax.make_jaxpr`, takes these equations out and makes what they produced inputs of
-the program, through every jaxpr inside it.
+**How it works.** Each kind of marker binds its own primitive (`jax.extend.core.Primitive`). So a
+marker is an equation in the program that JAX traces, and its name is a parameter of the equation.
+`purify` traces the function with `jax.make_jaxpr`. It removes these equations and turns their
+results into inputs of the program, through every jaxpr inside it.
 
-The other way would be a handler: a stack of dictionaries that markers read while Python runs, as in
-Haiku and NumPyro. It is half the code. It was tried: a function that is defined once and is under
-`jax.jit`, the body of `lax.scan`, or under `jax.checkpoint`, with one marker in it, called for a
-parameter of 2 and then of 3. All three gave 2 both times, and a gradient of 0 after that, with no
-error: JAX answers from its cache of traces, and no marker runs. As equations all three are right,
-since what JAX keeps has the name in it and not a value. And more comes with it: shapes are in the
-trace, a value under `vmap` is never that of one lane, and a copy of a marker that a transformation
-makes is told from a second call of it, since every call has a number.
+The alternative is a handler, as in Haiku and NumPyro: a stack of dictionaries that markers read
+while Python runs. It needs half the code, but it gives wrong results. We tried a function with one
+marker that is defined once, under `jax.jit`, as the body of `lax.scan`, and under `jax.checkpoint`.
+Called with a parameter of 2 and then 3, all three gave 2 both times, and then a gradient of 0,
+without an error: JAX answered from its cache of traces, and no marker ran. As equations, all three
+are right, because JAX's cache holds the name and not a value. Equations have more advantages.
+Shapes are in the trace. A value under `vmap` is never that of one lane. And every call has a
+number, so a copy that a transformation makes differs from a second call.
 
-The price is one trace of the function, which is kept for as long as nothing that it read has changed
-(`guard`), and nothing after `jax.jit`: the program that remains is the one that a person would have
-written, equation by equation.
+The price is one trace of the function. It is kept as long as nothing that it read has changed
+(`guard`). After `jax.jit` there is no further cost: the remaining program is, equation by equation,
+the one that a person would have written.
 
-`jax.ad_checkpoint.checkpoint_name` would spare the primitive. But it has room for a string alone, so
-that kind, number and shape would have to be written into it, and policies of `jax.checkpoint` that
-save by name would meet our names.
+`jax.ad_checkpoint.checkpoint_name` could replace the primitive. But it only holds a string, so
+kind, number and shape would have to be encoded in it. And policies of `jax.checkpoint` that save by
+name would see our names.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What objects of each kind hold, as lists that can be compared, and which show all that they hold."""
+"""The contents of objects of each kind, as lists to compare, and which kinds show all their contents."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def attributes_of(names: list[str], module: Any) -> list[Any]:
 
 
 def function(fn: types.FunctionType) -> list[Any]:
-    # The cells last.
+    # The cells come last.
     return [*shell(fn), *map(_cell, fn.__closure__ or ())]
 
 
@@ -115,12 +115,12 @@ def wrapped(x: Any) -> list[Any]:
 
 
 def _items(base: Any) -> Callable[[Any], list[Any]]:
-    # By the base class, since a subclass may have an `__iter__` that a user wrote.
+    # Use the base class's method, because a subclass may have a user's `__iter__`.
     items = base.__iter__
     return lambda x: list(items(x))
 
 
-# Of these the content cannot change.
+# The content of these cannot change.
 FIXED: dict[type, Callable[[Any], list[Any]]] = {
     tuple: _items(tuple),
     frozenset: _items(frozenset),
@@ -152,7 +152,7 @@ def has_dict(x: Any) -> bool:
 
 
 def is_opaque(kind: type) -> bool:
-    """Whether objects of this kind may hold what Python cannot show, or are modules of nnx."""
+    """Whether objects of this kind are nnx modules, or may hold something that Python cannot show."""
     return any(
         (is_compiled(base) and not (base in _VISIBLE or is_jax(home(base))))
         or (is_nnx(home(base)) and not is_pure(home(base)))
@@ -167,7 +167,7 @@ _VISIBLE = frozenset(
 
 
 def is_compiled(cls: type) -> bool:
-    """Whether a class is of C: then it has methods of C, or a constructor, of its own."""
+    """Whether a class is written in C: then it has its own C methods or a C constructor."""
     return any(
         (type(x) in _OF_C and x.__objclass__ is cls)
         or (name == "__new__" and type(x) is types.BuiltinFunctionType)

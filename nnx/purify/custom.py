@@ -1,8 +1,9 @@
-"""Functions with derivative rules of their own, `jax.custom_jvp` and `jax.custom_vjp`.
+"""Functions with custom derivative rules: `jax.custom_jvp` and `jax.custom_vjp`.
 
-A rule speaks of the arguments of its function, and a parameter is not among them. So the function
-gets its parameters as arguments, and two rules: by its arguments it is differentiated as the user
-says, by its parameters as JAX differentiates its body. Markers in a rule see the same parameters.
+A rule covers the arguments of its function, and a parameter is not one of them. So the function
+gets its parameters as arguments, and two rules. Derivatives with respect to its arguments follow
+the user's rule. Derivatives with respect to its parameters are those of its body. Markers in a rule
+see the same parameters.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ __all__: list[str] = []
 
 @rule(jex.custom_jvp_call_p.name, jex.custom_vjp_call_p.name)
 def _custom(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
-    """The call of a function with a rule, as one that takes its parameters in front."""
+    """The call of a function with a rule, changed to take the function's parameters first."""
     closed: ClosedJaxpr = eqn.params["call_jaxpr"]
     program = r.inside(closed.jaxpr)
     r.inherit(program, calls=False, rules=True)
     (ins,) = r.inputs_for(program)
     if r.collect and program.sinks:
-        # Intermediates take a way of their own, which the rule does not speak of.
+        # Intermediates leave in another way, which the rule does not cover.
         reported = r.inside(closed.jaxpr, collect=True)
         body, count = jaxpr_as_fun(reported.closed(closed.consts)), len(closed.jaxpr.outvars)
         outs = r.outputs_for(reported)
@@ -52,7 +53,7 @@ def _jitted(eqn: JaxprEqn, f: Callable[..., Any], invars: Any, outvars: Any) -> 
 
 
 class _Function:
-    """A function with a rule: as it was, with markers, and as one of its parameters."""
+    """A function with a rule: the original with markers, and the version that takes its parameters."""
 
     def __init__(self, eqn: JaxprEqn, program: Program, closed: ClosedJaxpr, prefix: str):
         invars: list[Any] = [Var(v.aval) for v in eqn.invars]
@@ -67,7 +68,7 @@ class _Function:
         self.name = eqn.params["call_jaxpr"].jaxpr.debug_info.func_src_info
 
     def with_values(self, f: Callable[..., Any], values: Sequence[Any]) -> Callable[..., Any]:
-        """`f`, which may hold markers, with these parameters."""
+        """`f`, which may hold markers, called with these parameters."""
 
         def call(*args: Any) -> Any:
             closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
@@ -88,9 +89,9 @@ class _Function:
         for key in program.sources:
             if key not in known:
                 raise MarkerError(
-                    f"{key.call} stands in a derivative rule of {self.name}, which does not itself "
-                    f"have that parameter. Call the marker in the function too, or take the value "
-                    f"as an argument."
+                    f"{key.call} is called in a derivative rule of {self.name}, but the function "
+                    "itself does not have that parameter. Call the marker in the function too, or "
+                    "take the value as an argument."
                 )
 
 
@@ -117,7 +118,7 @@ def _with_jvp(f: _Function) -> Callable[..., Any]:
 
 
 def _moving(f: Callable[..., Any], args: list[Any], tangents: Any, among: Any) -> Any:
-    """`f` of those of its arguments that have a tangent, with these and their tangents."""
+    """`f` as a function of its arguments that have tangents, with these arguments and their tangents."""
     where = [i for i in among if not isinstance(tangents[i], SymbolicZero)]
 
     def of(*moved: Any) -> Any:
@@ -141,7 +142,7 @@ def _with_vjp(f: _Function) -> Callable[..., Any]:
     def forward(*flat: Any) -> Any:
         full = [x.value for x in flat]
         values, args = full[: f.count], full[f.count :]
-        # A mask in the structure of a pytree, since residuals are arrays.
+        # Keep the mask in the structure of a pytree, because residuals must be arrays.
         mask = [() if x.perturbed else None for x in flat]
         where = [i for i, m in enumerate(mask[f.count :]) if m is not None]
 
@@ -152,7 +153,7 @@ def _with_vjp(f: _Function) -> Callable[..., Any]:
             return f.marked(*complete)
 
         outs, pull = f.with_values(lambda *xs: jax.vjp(of, *xs), values)(*[args[i] for i in where])
-        # The arguments are kept for the parameters alone.
+        # Only the derivative by the parameters needs the arguments.
         return outs, (pull, values, args if () in mask[: f.count] else None, mask)
 
     def backward(residuals: Any, cotangents: Any) -> Any:
@@ -176,5 +177,5 @@ def _instantiated(cotangent: Any) -> Any:
     if not isinstance(cotangent, SymbolicZero):
         return cotangent
     aval: Any = cotangent.aval
-    # NumPy, since no JAX array is of the dtype of an integer's cotangent.
+    # Use NumPy, because JAX arrays cannot have the dtype of an integer's cotangent (float0).
     return (np if aval.dtype == jax.dtypes.float0 else jnp).zeros(aval.shape, aval.dtype)

@@ -1,4 +1,4 @@
-"""Random variables as functions of white noise, so that a standard normal prior serves them all."""
+"""Random variables as functions of white noise, so that all of them have a standard normal prior."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def zeros_like(tree: T) -> T:
     """A pytree of zeros.
 
     Args:
-      tree: a pytree of arrays, numbers or `jax.ShapeDtypeStruct`, whose shapes and dtypes are meant.
+      tree: a pytree of arrays, numbers or `jax.ShapeDtypeStruct`, of which only shapes and dtypes matter.
 
     Raises:
-      MarkerError: a leaf is none of these, or of a dtype that has no zero, such as a random key.
+      MarkerError: a leaf is something else, or its dtype has no zero, as for a random key.
 
     >>> import jax
     >>> from nnx.purify import zeros_like
@@ -46,15 +46,15 @@ def zeros_like(tree: T) -> T:
 
 
 def normal_like(key: jax.Array, tree: T) -> T:
-    """A pytree of independent values from the standard normal distribution.
+    """A pytree of independent standard normal values.
 
     Args:
-      key: a random key. Each leaf depends on it and on its own path, not on what else is there.
-      tree: a pytree of arrays, numbers or `jax.ShapeDtypeStruct`, whose shapes and dtypes are meant;
-        the dtypes floating or complex.
+      key: a random key. Each leaf depends on the key and on its own path, not on other leaves.
+      tree: a pytree of arrays, numbers or `jax.ShapeDtypeStruct` with floating or complex dtypes.
+        Only shapes and dtypes matter.
 
     Raises:
-      MarkerError: a leaf is none of these.
+      MarkerError: a leaf is something else.
 
     >>> import jax, jax.numpy as jnp
     >>> from nnx.purify import normal_like
@@ -95,7 +95,7 @@ def _filled(name: str, tree: T, make: Any, kinds: Any) -> T:
 
 
 def normal(x: Any, *, mean: Any = 0.0, sigma: Any = 1.0) -> jax.Array:
-    """A standard normal value as one with this mean and standard deviation.
+    """Turn a standard normal value into a normal one with this mean and standard deviation.
 
     >>> from nnx.purify import normal
     >>> float(normal(2.0, mean=1.0, sigma=0.5))
@@ -105,11 +105,12 @@ def normal(x: Any, *, mean: Any = 0.0, sigma: Any = 1.0) -> jax.Array:
 
 
 def log_normal(x: Any, *, mean: Any = 1.0, sigma: Any = 1.0) -> jax.Array:
-    """A standard normal value as a log-normal one.
+    """Turn a standard normal value into a log-normal one.
 
     Args:
       x: the value.
-      mean, sigma: mean, which is positive, and standard deviation of the result, not of its logarithm.
+      mean, sigma: the mean (which must be positive) and the standard deviation of the result, not
+        of its logarithm.
 
     >>> from nnx.purify import log_normal
     >>> round(float(log_normal(0.0, mean=3.0, sigma=0.1)), 3)
@@ -120,7 +121,7 @@ def log_normal(x: Any, *, mean: Any = 1.0, sigma: Any = 1.0) -> jax.Array:
 
 
 def uniform(x: Any, *, low: Any = 0.0, high: Any = 1.0) -> jax.Array:
-    """A standard normal value as one that is uniform between `low` and `high`.
+    """Turn a standard normal value into one that is uniform between `low` and `high`.
 
     >>> from nnx.purify import uniform
     >>> float(uniform(0.0, low=1.0, high=3.0))
@@ -132,12 +133,11 @@ def uniform(x: Any, *, low: Any = 0.0, high: Any = 1.0) -> jax.Array:
 def normal_variable(
     name: str, mean: Any = 0.0, sigma: Any = 1.0, shape: Any = (), dtype: Any = None
 ) -> jax.Array:
-    """A normal random variable: a parameter of white noise, and an intermediate of the same name.
+    """A normal random variable: a white-noise parameter, and an intermediate of the same name.
 
     Args:
-      name: of both.
-      mean, sigma: mean and standard deviation.
-      shape, dtype: as for `param`.
+      name: the name of both.
+      mean, sigma: the mean and the standard deviation. shape, dtype: as for `param`.
 
     >>> from nnx.purify import normal_variable, purify
     >>> model = purify(lambda: normal_variable("height", mean=1.7, sigma=0.1))
@@ -150,11 +150,11 @@ def normal_variable(
 def log_normal_variable(
     name: str, mean: Any = 1.0, sigma: Any = 1.0, shape: Any = (), dtype: Any = None
 ) -> jax.Array:
-    """A log-normal random variable: a parameter of white noise, and an intermediate of the same name.
+    """A log-normal random variable: a white-noise parameter, and an intermediate of the same name.
 
     Args:
-      name: of both.
-      mean, sigma: mean and standard deviation of the variable itself.
+      name: the name of both.
+      mean, sigma: the mean and the standard deviation of the variable itself.
       shape, dtype: as for `param`.
 
     >>> from nnx.purify import log_normal_variable, purify
@@ -168,10 +168,10 @@ def log_normal_variable(
 def uniform_variable(
     name: str, low: Any = 0.0, high: Any = 1.0, shape: Any = (), dtype: Any = None
 ) -> jax.Array:
-    """A uniform random variable: a parameter of white noise, and an intermediate of the same name.
+    """A uniform random variable: a white-noise parameter, and an intermediate of the same name.
 
     Args:
-      name: of both.
+      name: the name of both.
       low, high: the bounds.
       shape, dtype: as for `param`.
 

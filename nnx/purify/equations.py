@@ -1,4 +1,4 @@
-"""How each equation that holds programs passes parameters in and intermediates out."""
+"""How each kind of equation that holds programs passes parameters in and intermediates out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__: list[str] = []
 
 @functools.cache
 def _blank() -> dict[str, Any]:
-    """What jit says of an input and an output about which nothing was said."""
+    """How jit describes an input or output that has no special settings."""
     return jax.make_jaxpr(jax.jit(lambda x: x))(0.0).eqns[0].params
 
 
@@ -47,7 +47,7 @@ def _jit(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
 def _scan(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     closed = eqn.params["jaxpr"]
     body = closed.jaxpr
-    # An input with an axis more than that of the body is divided, an output is stacked.
+    # An input with one more axis than in the body is sliced; an output is stacked.
     divided = _deeper(eqn.invars, body.invars)
     carried = len(eqn.outvars) - _deeper(eqn.outvars, body.outvars)
     program = r.inside(body, collect=r.collect)
@@ -71,7 +71,7 @@ def _deeper(outer: Sequence[Any], inner: Sequence[Any]) -> int:
 
 @functools.cache
 def _scan_numbers(constant: int, carried: int, divided: int, stacked: int) -> dict[str, Any]:
-    """What JAX notes of a scan with so many inputs and outputs, under the names of this version."""
+    """The parameters of a scan that count its inputs and outputs, under this JAX version's names."""
 
     def scan(consts: list[Any], init: list[Any], xs: list[Any]) -> Any:
         def body(carry: Any, x: Any) -> Any:
@@ -85,7 +85,7 @@ def _scan_numbers(constant: int, carried: int, divided: int, stacked: int) -> di
     return {name: eqn.params[name] for name in _NUMBERS if name in eqn.params}
 
 
-# Of JAX before 0.12, and of JAX from then on.
+# JAX before 0.12, and from 0.12 on.
 _NUMBERS = ("num_consts", "num_carry", "ft_in", "ft_out")
 
 
@@ -93,7 +93,7 @@ _NUMBERS = ("num_consts", "num_carry", "ft_in", "ft_out")
 def _while(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     p = eqn.params
     test, body = (r.inside(p[k].jaxpr) for k in ("cond_jaxpr", "body_jaxpr"))
-    # jax.linearize leaves two copies of a loop that it divides.
+    # jax.linearize splits a loop into two copies.
     r.inherit(test, body, calls=False, where="while_loop")
     for_test, for_body = r.inputs_for(test, body)
     n, m = p["cond_nconsts"], p["body_nconsts"]
@@ -116,7 +116,7 @@ def _while(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
 def _cond(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     branches = eqn.params["branches"]
     programs = [r.inside(b.jaxpr) for b in branches]
-    # `lax.cond` keeps its two functions the other way round, the one for False first.
+    # `lax.cond` keeps its functions in reverse order: the one for False comes first.
     order = programs[::-1] if len(programs) == 2 else programs
     r.inherit(*order, where="cond")
     shared = Program(programs[0].jaxpr, {k: s for p in order for k, s in p.sources.items()})
@@ -132,7 +132,7 @@ def _cond(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
 
 
 def _widened(program: Program, shared: Program) -> Any:
-    """The program with inputs for all of the sources of `shared`, in that order."""
+    """The program with inputs for all sources of `shared`, in that order."""
     own = iter(program.jaxpr.invars)
     of_key = {key: [next(own) for _ in site.spec.shapes] for key, site in program.sources.items()}
     front = []
@@ -144,7 +144,7 @@ def _widened(program: Program, shared: Program) -> Any:
 @rule(jex.remat_p.name)
 def _remat(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     program = r.inside(eqn.params["jaxpr"], collect=r.collect)
-    # The backward pass has a copy of the forward one.
+    # The backward pass holds a copy of the forward pass.
     r.inherit(program, calls=not eqn.params["differentiated"])
     (ins,) = r.inputs_for(program)
     outs = r.outputs_for(program)
@@ -169,7 +169,7 @@ def _linear_solve(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     for length, closed in zip(lengths, jaxprs, strict=True):
         ins: list[Any] = []
         if closed is not None:
-            # The matrix is applied by the solver, as often as it likes, and by its transpose.
+            # The solver applies the matrix any number of times, and its transpose does so, too.
             program = r.inside(closed.jaxpr, shared=True)
             r.inherit(program, calls=False, rules=True, where="custom_linear_solve")
             (ins,) = r.inputs_for(program)
@@ -184,7 +184,7 @@ def _linear_solve(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     return eqn.replace(invars=[*invars, *rest], params=params)
 
 
-# JAX has no public name for the primitive.
+# JAX has no public name for this primitive.
 @rule("shard_map")
 def _shard_map(r: Rewriter, eqn: JaxprEqn) -> JaxprEqn:
     program = r.inside(eqn.params["jaxpr"])

@@ -1,4 +1,4 @@
-"""The errors of purify: one class for each thing that a user can do wrong."""
+"""The errors of purify: one class for each kind of mistake."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = [
 
 
 class PurifyError(RefError, ValueError):
-    """The base of the errors that are purify's own.
+    """The base class of the errors that only purify raises.
 
     >>> from nnx.purify.errors import MissingNameError, PurifyError
     >>> issubclass(MissingNameError, PurifyError)
@@ -35,4 +35,4 @@ class DuplicateNameError(PurifyError):
 
 
 class MarkerError(PurifyError):
-    """A marker was given what it cannot take, or stands where its value cannot be told."""
+    """A marker was given something that it cannot take, or is called where it cannot get its value."""

@@ -1,19 +1,20 @@
-"""Whether everything that a function read while it was traced is still as it was.
+"""Check whether everything that a function read during its trace is still the same.
 
-Two mechanisms, each with one job:
+There are two mechanisms, each with one job:
 
-- `Record` notes which code ran during the trace: every Python function and every C function that
-  user code called. Libraries that compute without a state of their own (JAX, NumPy, ...) are not
-  looked into.
-- `Guard` notes what that code could read: for each function that ran its cells, globals and
-  defaults, and from there every object, with all that it holds. `stands()` compares these again.
+- `Record` notes which code ran during the trace: every Python function, and every C function that
+  user code called. It does not look into libraries that compute without hidden state (JAX, NumPy,
+  ...).
+- `Guard` notes what that code could read: the cells, globals and defaults of each function that
+  ran, and from there every object with its contents. `stands()` compares them again.
 
-The argument is that of any build system: if everything that was read is the same, the same code runs
-and reads the same. So code that did not run does not matter, and neither does what only it reads.
+Build systems argue the same way: if everything that was read is the same, then the same code runs
+and reads the same things. So code that did not run does not matter, nor does anything that only
+such code reads.
 
-There is no guard where something is out of sight: code that ran and that no step leads to, a C
-function that may read the world (`time.time`), an object whose content Python cannot show (a
-generator, a random stream), a module of nnx. Such a function is traced at every call.
+Some things are out of sight: code that ran but cannot be reached, a C function that may read the
+outside world (`time.time`), an object whose content Python cannot show (a generator, a random
+stream), an nnx module. A function that reads one of these has no guard and is traced at every call.
 """
 
 from __future__ import annotations
@@ -36,29 +37,29 @@ from nnx.purify.record import Record, home, is_pure, reads_arguments_only
 
 __all__: list[str] = []
 
-# Compared by type and value; everything else by identity.
+# These are compared by type and value, and everything else by identity.
 _VALUES = frozenset({int, float, complex, bool, str, bytes})
-# Entries of a class that no program reads to compute something.
+# Entries of a class that programs do not read to compute something.
 _INERT = frozenset(
     {"__abstractmethods__", "__annotate__", "__annotate_func__", "__annotations__", "_abc_impl"}
     | {"__annotations_cache__", "__dataclass_fields__", "__dataclass_params__", "__dict__"}
     | {"__doc__", "__module__", "__orig_bases__", "__parameters__", "__qualname__", "__weakref__"}
 )
-# How many references one guard compares at a call, and bytes of NumPy arrays.
+# The most references that a guard compares per call, and the most bytes of NumPy arrays.
 _REFERENCES, _BYTES = 10_000, 1 << 20
 
 
 class _OutOfSight(Exception):
-    """Something was read whose changes could not be seen."""
+    """The function read something whose changes cannot be seen."""
 
 
 def guard_of(fn: Callable[..., Any], classes: Iterable[type], record: Record) -> Guard | None:
-    """The guard of what `fn` read while it was recorded; None if some of it is out of sight.
+    """A guard for what `fn` read during its trace; None if some of it is out of sight.
 
     Args:
       fn: the function.
-      classes: what it has reached by its arguments.
-      record: of one trace of it.
+      classes: the classes that it reached through its arguments.
+      record: the record of one trace.
     """
     try:
         return Guard([fn, *classes], record) if record.complete else None
@@ -67,7 +68,7 @@ def guard_of(fn: Callable[..., Any], classes: Iterable[type], record: Record) ->
 
 
 class Guard:
-    """What a function could read, as a list of objects, each with what it held."""
+    """Everything that a function could read: a list of objects, each with its contents at that time."""
 
     def __init__(self, starts: list[Any], record: Record):
         self._looks: list[tuple[Callable[[Any], list[Any]], Any, list[Any]]] = []
@@ -79,7 +80,7 @@ class Guard:
         self._left, self._bytes = _REFERENCES, _BYTES
         self._names = list(dict.fromkeys(n for code, _ in record.ran for n in code.co_names))
         self._follow(starts)
-        # Counts the registrations of virtual subclasses.
+        # Changes whenever somebody registers a virtual subclass.
         self._look(contents.registrations, None)
         for code, scope in record.ran:
             names = _names_of(code)
@@ -95,7 +96,7 @@ class Guard:
         del self._seen, self._todo, self._known, self._ran, self._names
 
     def stands(self) -> bool:
-        """Whether every object still holds what it held."""
+        """Whether every object still has the same contents."""
         for held, x, was in self._looks:
             now = held(x)
             if len(now) != len(was):
@@ -105,9 +106,9 @@ class Guard:
         return True
 
     def absorb(self) -> None:
-        """Take plain data that has changed for what was there: the function itself has changed it.
+        """Accept plain data that has changed, because the function itself has changed it.
 
-        So a function that counts its traces is not traced again because another trace was counted.
+        Otherwise a function that counts its traces would be traced again because of its own count.
         """
         for i, (held, x, was) in enumerate(self._looks):
             now = held(x)
@@ -121,7 +122,7 @@ class Guard:
             self._todo.append(x)
 
     def _look(self, held: Callable[[Any], list[Any]], x: Any) -> list[Any]:
-        """Watch what `held` says of `x`."""
+        """Watch the contents of `x`, as `held` lists them."""
         content = held(x)
         self._left -= len(content) + 1
         if self._left < 0:
@@ -131,7 +132,7 @@ class Guard:
 
     def _follow(self, content: list[Any], *, of_jax: bool = False) -> None:
         for part in content:
-            # What JAX keeps in C is its own affair.
+            # JAX's internal state in C is not watched.
             if not (of_jax and contents.is_opaque(type(part))):
                 self._visit(part)
 
@@ -148,10 +149,10 @@ class Guard:
         if kind is types.FunctionType:
             self._function(x)
         elif kind is types.BuiltinFunctionType or kind is types.MethodWrapperType:
-            # It may be called where no call is seen, by other code of C.
+            # C code may call it, and such calls are not seen.
             if not reads_arguments_only(x):
                 raise _OutOfSight
-            # A bound method reads what it is bound to.
+            # A bound method may read its object.
             if not isinstance(x.__self__, types.ModuleType):
                 self._visit(x.__self__)
         elif issubclass(kind, types.ModuleType):
@@ -174,7 +175,7 @@ class Guard:
         self._know(fn.__code__)
         where = fn.__globals__.get("__name__")
         if is_pure(where):
-            # A wrapper of a library leads to the user's function.
+            # A library's wrapper leads to the user's function.
             if fn.__closure__ or fn.__defaults__ or fn.__kwdefaults__ or fn.__dict__:
                 self._follow(self._look(contents.function, fn), of_jax=contents.is_jax(where))
         elif id(fn.__code__) in self._ran:
@@ -184,7 +185,7 @@ class Guard:
             self._follow(content[:cells])
             self._follow(_read(content[cells:], fn.__code__.co_freevars, appended))
         else:
-            # Its attributes may have been read, and that it did not run.
+            # Even if it did not run, its attributes may have been read.
             self._look(contents.shell, fn)
             self._follow([*fn.__dict__.values()])
 
@@ -202,7 +203,7 @@ class Guard:
             raise _OutOfSight
         names = [n for n in self._names if n in own] if pure else self._names
         content = self._look(functools.partial(contents.attributes_of, names), module)
-        # What a library itself put there is its own affair.
+        # Entries that the library itself made are not watched.
         theirs = [
             pure and not isinstance(x, types.ModuleType) and is_pure(contents.origin(x))
             for x in content
@@ -229,7 +230,7 @@ class Guard:
                 self._follow(self._look(known[base], x))
         of_jax = contents.is_jax(home(kind))
         if contents.is_nnx(home(kind)) or home(kind).startswith("jaxlib."):
-            # What matters of a purified or a jitted function is the function.
+            # For a purified or jitted function, only the function inside matters.
             self._follow(self._look(contents.wrapped, x))
         elif contents.has_dict(x):
             self._follow(self._look(contents.instance, x), of_jax=of_jax)
@@ -246,20 +247,20 @@ def _same(a: Any, b: Any) -> bool:
     kind = type(a)
     if kind is not type(b) or kind not in _VALUES:
         return False
-    # The repr tells 0.0 from -0.0, and takes nan for nan.
+    # Compare by repr: it distinguishes 0.0 from -0.0, and nan equals nan.
     return repr(a) == repr(b) if kind in (float, complex) else a == b
 
 
 def _read(values: list[Any], names: Iterable[str], appended: frozenset[str]) -> list[Any]:
-    """Those values whose content may have been read."""
+    """The values whose content may have been read."""
     pairs = zip(values, names, strict=True)
     return [x for x, name in pairs if not (type(x) is list and name in appended)]
 
 
 class _Names(NamedTuple):
-    """The globals that some code loads, the modules that it imports, and lists that it appends to.
+    """The globals that code loads, the modules that it imports, and the lists to which it appends.
 
-    To append to a list is not to read it. So `appended` are the names that are used for that alone.
+    Appending to a list does not read it. `appended` are the names that are only used for that.
     """
 
     loaded: list[str]
@@ -291,6 +292,6 @@ _LOAD_GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS
 
 
 def _candidates(imported: list[str], scope: dict[str, Any]) -> list[str]:
-    """The full names that imports may mean."""
+    """The full names that an import may mean."""
     package = scope.get("__package__") or ""
     return [full for n in imported for full in (n, n.partition(".")[0], f"{package}.{n}", package)]

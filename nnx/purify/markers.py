@@ -1,7 +1,8 @@
-"""The markers: equations in the program that JAX traces, each with a name.
+"""The markers: named equations in the program that JAX traces.
 
-A marker binds a primitive of ours, so it is in the program and not in the Python that made it: what
-JAX keeps in a cache, batches, differentiates or runs twice still says which value belongs there.
+A marker binds our own primitive, so it is part of the program and not of the Python code. JAX may
+cache the program, batch it, differentiate it or run it twice: the program still says which value
+belongs there.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ T = TypeVar("T")
 
 
 class Spec(NamedTuple):
-    """What a name stands for: a pytree of shapes and dtypes. Hashable, so it can be in a program."""
+    """The declaration of a name: a pytree of shapes and dtypes. It is hashable, so a program can hold it."""
 
     treedef: Any
     shapes: tuple[tuple[int, ...], ...]
@@ -40,7 +41,7 @@ class Spec(NamedTuple):
         return jax.tree.unflatten(self.treedef, list(leaves))
 
     def avals(self) -> list[Any]:
-        """The types of its leaves, as JAX traces them."""
+        """The types of the leaves, as JAX traces them."""
         return list(map(ShapedArray, self.shapes, self.dtypes))
 
     def __str__(self) -> str:
@@ -52,11 +53,11 @@ class Spec(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """The number of elements in all leaves."""
         return sum(map(math.prod, self.shapes))
 
 
-# Tells apart two calls of a marker and one call that a transformation has copied.
+# Distinguishes two calls of a marker from one call that a transformation has copied.
 _tokens = itertools.count()
 
 source_p = Primitive("purify_source")
@@ -64,7 +65,7 @@ source_p.multiple_results = True
 
 
 def _zeros(*, spec: Spec, **_: Any) -> list[jax.Array]:
-    # Outside of `purify` a marker is an array of zeros.
+    # Outside `purify`, a marker is an array of zeros.
     return [jnp.zeros(s, d) for s, d in zip(spec.shapes, spec.dtypes, strict=True)]
 
 
@@ -78,13 +79,13 @@ mlir.register_lowering(source_p, mlir.lower_fun(_zeros, multiple_results=True))
 
 
 def trivialize(primitive: Primitive) -> Primitive:
-    """Make a primitive the identity, so that it does nothing but mark a place in a program.
+    """Make a primitive act as the identity, so that it only marks a place in a program.
 
-    For markers of your own, and programs that look for them as `purify` looks for its.
+    Use it for your own markers, and for code that looks for them in programs as `purify` does.
 
     Args:
-      primitive: a `jax.extend.core.Primitive`, with one result or, where its `multiple_results` is
-        True, as many as arguments. Its parameters may be anything that can be hashed.
+      primitive: a `jax.extend.core.Primitive` with one result or, if its `multiple_results` is
+        True, with as many results as arguments. Its parameters may be any hashable values.
 
     Returns:
       The primitive, which can be evaluated, traced, compiled, batched, differentiated and transposed.
@@ -128,7 +129,7 @@ trivialize(sink_p)
 
 
 def _batch_sink(values: Any, axes: Any, **params: Any) -> Any:
-    # Intermediates are reported with the lanes in front.
+    # In the report, the axis of lanes comes first.
     moved = [
         v if axis is None else jnp.moveaxis(v, axis, 0)
         for v, axis in zip(values, axes, strict=True)
@@ -143,18 +144,17 @@ def param(shape: Any = (), name: str | None = None, dtype: Any = None) -> Any:
     """A parameter: an array that the purified function takes from its dictionary of parameters.
 
     Args:
-      shape: an int, a tuple of ints, or a pytree of those, of `jax.ShapeDtypeStruct`, or of arrays
-        whose shapes and dtypes are meant, such as a module's `model["params"]`.
-      name: its key in the dictionary. Without one it is `param_0`, `param_1`, ... in the order of
-        the program.
-      dtype: a floating or complex dtype for the shapes that have none; JAX's default float.
+      shape: an int or a tuple of ints; a `jax.ShapeDtypeStruct` or an array, whose shape and dtype
+        count; or a pytree of these, such as a module's `model["params"]`.
+      name: the key in the dictionary. The default is `param_0`, `param_1`, ... in the order of the program.
+      dtype: a floating or complex dtype for shapes without one. The default is JAX's default float.
 
     Returns:
-      The value, of that shape also under `vmap` and in the body of a loop, where every lane and every
-      iteration sees the same parameter. In a function that is not purified, zeros.
+      The value. It has that shape under `vmap` and in loops, too: every lane and every step sees
+      the same parameter. In a function that is not purified, zeros.
 
     Raises:
-      MarkerError: the shape is none of these, or the dtype has no gradient.
+      MarkerError: the shape is something else, or the dtype has no gradient.
 
     >>> import jax.numpy as jnp
     >>> from nnx.purify import param, purify
@@ -176,18 +176,18 @@ def param(shape: Any = (), name: str | None = None, dtype: Any = None) -> Any:
 
 
 def fixed(shape: Any = (), name: str | None = None, dtype: Any = None) -> Any:
-    """An input that is no parameter: data that changes between calls and is given by keyword.
+    """An input that is not a parameter: data that changes between calls and is passed by keyword.
 
     Args:
-      shape: as for `param`; of any dtype.
+      shape: as for `param`, with any dtype.
       name: the keyword.
-      dtype: the dtype of shapes that have none; JAX's default float.
+      dtype: the dtype for shapes without one. The default is JAX's default float.
 
     Returns:
-      The value; in a function that is not purified, zeros.
+      The value. In a function that is not purified, zeros.
 
     Raises:
-      MarkerError: there is no name, or the shape cannot be read.
+      MarkerError: the name is missing, or the shape cannot be read.
 
     >>> from nnx.purify import fixed, param, purify
     >>> @purify
@@ -198,21 +198,21 @@ def fixed(shape: Any = (), name: str | None = None, dtype: Any = None) -> Any:
     """
     if name is None:
         raise MarkerError(
-            "A fixed value needs a name, since it is given by keyword: fixed(3, 'x')."
+            "A fixed value needs a name, because it is passed by keyword: fixed(3, 'x')."
         )
     return _source("fixed", as_spec(shape, dtype, "fixed", name), name)
 
 
 def intermediate(value: T, name: str) -> T:
-    """Mark a value, which is returned as it is, as one that `.intermediates` reports.
+    """Mark a value for `.intermediates` to report, and return the value unchanged.
 
     Args:
       value: a pytree of arrays.
-      name: its key. Names of intermediates and of parameters do not meet.
+      name: the key in the report. It may equal the name of a parameter.
 
-    Inside `scan` the report is stacked along the iterations, inside `vmap` along the lanes, both
-    in front. Inside `while_loop` and `cond` there is no one value to report, which is an error of
-    `.intermediates` alone.
+    Inside `scan` and `vmap` the report is stacked along a leading axis of steps or lanes. Inside
+    `while_loop` and `cond` there is no single value to report. That is an error only when
+    `.intermediates` is called.
 
     >>> from nnx.purify import intermediate, param, purify
     >>> @purify
@@ -236,9 +236,9 @@ def intermediate(value: T, name: str) -> T:
 
 
 def isolated(name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """A body that sees the Refs of modules around it as constants: JAX traces it at every call.
+    """A body that sees the Refs of surrounding modules as constants. JAX traces it at every call.
 
-    Called where the trace is begun, so that a program that JAX keeps in between is noticed.
+    This is called where the trace begins, so that it notices any program in between that JAX caches.
     """
     entry = trace_ref()
 
@@ -256,19 +256,19 @@ def isolated(name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
     return decorate
 
 
-# Transformations put their own names around that of the body: what is between these is ours.
+# Transformations put their own names around the body's name. Our name is between the marks.
 _PREFIX, _END = "purify_prefix:", ";"
 
 
 def prefix(name: str, f: Callable[..., T]) -> Callable[..., T]:
-    """A function whose markers have `name` and a dot before their names, for parts used again.
+    """Put `name` and a dot before the names of a function's markers, so that a part can be used again.
 
     Args:
-      name: what to put in front.
-      f: a function; what it returns may hold arrays and anything else.
+      name: the prefix.
+      f: a function. Its result may hold arrays and anything else.
 
-    The prefix is part of the program, so it also reaches the markers of a function that is compiled
-    and kept by `jax.jit`. Prefixes nest.
+    The prefix is part of the program, so it also reaches markers in a function that `jax.jit` has
+    compiled. Prefixes nest.
 
     >>> import jax.numpy as jnp
     >>> from nnx.purify import param, prefix, purify
@@ -292,7 +292,7 @@ def prefix(name: str, f: Callable[..., T]) -> Callable[..., T]:
             others[:] = [treedef, [None if isinstance(x, jax.Array) else x for x in leaves]]
             return [x for x in leaves if isinstance(x, jax.Array)]
 
-        # A jitted call is the one thing that JAX names and keeps apart through every transformation.
+        # Only a jitted call has a name and survives every transformation of JAX.
         body.__name__ = _PREFIX + name + _END
         arrays = iter(jax.jit(body)())
         treedef, leaves = others
@@ -302,7 +302,7 @@ def prefix(name: str, f: Callable[..., T]) -> Callable[..., T]:
 
 
 def prefix_of(name: str) -> str:
-    """The prefix that a jitted function of this name stands for, with its dot."""
+    """The prefix, with its dot, that a jitted function of this name stands for."""
     _, found, rest = name.partition(_PREFIX)
     return f"{rest.rpartition(_END)[0]}." if found else ""
 
@@ -314,7 +314,7 @@ def _source(kind: str, spec: Spec, name: str | None) -> Any:
 
 def _check_name(kind: str, name: Any) -> None:
     if name is not None and (not isinstance(name, str) or not name):
-        raise MarkerError(f"The name of a {kind} is a string that is not empty, not {name!r}.")
+        raise MarkerError(f"The name of a {kind} must be a non-empty string, not {name!r}.")
 
 
 def _quoted(name: str | None) -> str:
@@ -332,7 +332,7 @@ def _is_shape(x: Any) -> bool:
 
 
 def as_spec(shape: Any, dtype: Any, kind: str, name: str | None) -> Spec:
-    """Read what a marker was told about shapes."""
+    """Read the shapes that were given to a marker."""
     default = jax.dtypes.canonicalize_dtype(float if dtype is None else dtype)
     leaves, treedef = jax.tree.flatten(shape, is_leaf=_is_shape)
     shapes, dtypes = [], []

@@ -1,4 +1,4 @@
-"""`purify`, a function that has the markers as attributes."""
+"""`purify`: a function with the markers as its attributes."""
 
 from __future__ import annotations
 
@@ -18,48 +18,51 @@ T = TypeVar("T")
 
 
 class Purify:
-    """Make a function with markers a pure function of a dictionary of parameters.
+    """Turn a function with markers into a pure function of a dictionary of parameters.
 
     Args:
-      f: a function. Its positional arguments, if it has any, are arguments of the result too.
-      ravel: whether parameters are one flat array in place of a dictionary.
-      jit: whether to compile the result, for as long as nothing that it read has changed. Where that
-        cannot be told, what it reads is a constant, as under `jax.jit`.
+      f: a function. Its positional arguments become arguments of the result.
+      ravel: whether the parameters are one flat array instead of a dictionary.
+      jit: whether to compile the result. It is compiled again when something that it read has
+        changed. Changes that cannot be seen are ignored, as under `jax.jit`.
 
     Returns:
-      A `Purified`, called as `model(params, *args, **fixed)`, to which all of `jax.*` applies. Its
-      methods take the function's arguments last, where it has any:
+      A `Purified`. Call it as `model(params, *args, **fixed)`; all of `jax.*` applies to it. Its
+      methods take the function's arguments, if any, last:
 
       - `shapes()`, `zeros()`, `normal(key)`: the parameters as `jax.ShapeDtypeStruct`, zero, or
-        standard normal, ordered by name like every dictionary here;
-      - `fixed_shapes()`: what must be given by keyword;
+        standard normal. Like every dictionary here, they are ordered by name;
+      - `fixed_shapes()`: the values that must be passed by keyword;
       - `intermediates(params, **fixed)`: the marked values by name;
-      - `ravel(params)`, `unravel(flat)`: between the dictionary and one flat array, sorted by name.
+      - `ravel(params)`, `unravel(flat)`: convert between the dictionary and one flat array, sorted by name.
 
-    The function is traced as by `jax.jit`, with its side effects, and again only when something that
-    it read has changed (see "When the function is traced" in the guide). Markers may stand inside
-    `jit`, `vmap`, `grad`, `scan`, `cond`, `while_loop`, `remat`, `shard_map`, custom rules, and
-    functions called from there; a parameter in a loop or under `vmap` is one parameter. A function
-    with a custom rule is differentiated by its arguments as the rule says, and by its parameters as
-    JAX differentiates its body; a marker in a rule sees a parameter that the function itself has.
+    The function is traced as by `jax.jit`, including its side effects. It is traced again only when
+    something that it read has changed (see "When the function is traced" in the guide). Markers
+    work inside `jit`, `vmap`, `grad`, `scan`, `cond`, `while_loop`, `remat`, `shard_map`, custom
+    rules, and functions called from there. A parameter in a loop or under `vmap` is one parameter.
+    If a function has a custom rule, the rule gives the derivatives by its arguments, and its body
+    gives those by its parameters. A marker in a rule can only use a parameter that the function
+    itself has.
 
-    Names are declared once: two calls of a marker with one name are an error, also where JAX answers
-    the second call of a jitted function from its cache. A function with a custom rule is excepted,
-    since JAX calls it and its rules as often as it needs: all its calls share its parameters.
+    Each name is declared once. Two marker calls with the same name are an error, also if JAX
+    answers the second call of a jitted function from its cache. Functions with a custom rule are an
+    exception: JAX calls them and their rules any number of times, so all their calls share their
+    parameters.
 
-    Modules may be made or used inside; those of outside are constants, as all that a function closes
-    over. That holds for an eager call, which traces such a function each time: where JAX would keep
-    the program, in `jax.jit(model)`, with `jit=True`, and in a `jax.jit` or `lax.scan` inside the
-    function, reading a module of outside is a `refx.ClosureError`. To learn a module's parameters,
-    make them one parameter: `m["params"] = param(m["params"], "m")` for a module `m` made inside.
+    You may make and use modules inside the function. Modules from outside are constants, like
+    everything that a function closes over. An eager call traces such a function each time. But
+    where JAX would keep the program, reading a module from outside is a `refx.ClosureError`: in
+    `jax.jit(model)`, with `jit=True`, and in a `jax.jit` or `lax.scan` inside the function. To
+    learn a module's parameters, make the module `m` inside and turn them into one parameter:
+    `m["params"] = param(m["params"], "m")`.
 
     Raises (when called):
-      MissingNameError, UnexpectedNameError, DuplicateNameError: a name without a value, a value
-        without a name, two declarations of a name.
-      refx.ClosureError: a module of outside is read where JAX would keep its values in a program.
-      refx.ShapeError, refx.DtypeError: a value of another shape, or of a dtype that would lose something.
-      MarkerError: a marker inside something that cannot pass its value on, and for `.intermediates`
-        one inside `cond` or `while_loop`.
+      MissingNameError, UnexpectedNameError, DuplicateNameError: a name has no value, a value has an
+      unknown name, or a name is declared twice. refx.ClosureError: a module from outside is read
+      where JAX would keep its values in a program. refx.ShapeError, refx.DtypeError: a value has
+      another shape, or a dtype that would lose information. MarkerError: a marker is inside
+      something that cannot pass its value on; for `.intermediates`, also inside `cond` or
+      `while_loop`.
 
     >>> import jax, jax.numpy as jnp
     >>> from nnx.purify import purify
@@ -120,7 +123,7 @@ class Purify:
     def __repr__(self) -> str:
         return "nnx.purify"
 
-    # As the module of that name, which this stands in front of.
+    # Keep the attributes of the module `nnx.purify`, which this function hides.
     purify: Purify
 
 

@@ -33,14 +33,14 @@ T = TypeVar("T")
 
 
 class _Traced:
-    """A function, traced for arguments of certain shapes, and what its markers declare."""
+    """A function traced for arguments of certain shapes, with the declarations of its markers."""
 
     def __init__(self, name: str, f: Callable[..., Any], args: Any):
         self.name = name
         traced = jax.make_jaxpr(isolated(f"purify({name})")(f), return_shape=True)
         self._closed, shape = traced(*args)
         self.treedef = jax.tree.structure(shape)
-        # Without the intermediates, and with them.
+        # The program without the intermediates, and with them.
         self._programs: dict[bool, tuple[Program, Callable[..., Any]]] = {}
         self._compiled: dict[bool, Callable[..., Any]] = {}
         program, _ = self.program(False)
@@ -50,22 +50,22 @@ class _Traced:
         self.fixed = self._of_kind("fixed")
 
     def _of_kind(self, kind: str) -> dict[str, Spec]:
-        # By name, since that is how JAX orders a dictionary.
+        # By name, because JAX orders dictionaries that way.
         return dict(sorted((name, spec) for k, name, spec in self._inputs if k == kind))
 
     def program(self, collect: bool) -> tuple[Program, Callable[..., Any]]:
-        """The function without markers, and as a function of leaves."""
+        """The function without markers, as a function of leaves."""
         if collect not in self._programs:
             program = rewrite(self._closed.jaxpr, collect=collect)
             self._programs[collect] = program, jaxpr_as_fun(program.closed(self._closed.consts))
         return self._programs[collect]
 
     def closes_over_tracers(self) -> bool:
-        """Whether this holds for one trace around it alone."""
+        """Whether this is valid only inside the current outer trace."""
         return any(isinstance(x, Tracer) for x in self._closed.consts)
 
     def run(self, collect: bool, params: Any, fixed: Mapping[str, Any], args: Any) -> list[Any]:
-        """The outputs, and after them the intermediates where they are collected."""
+        """The outputs, followed by the intermediates if they are collected."""
         self._check_names("parameter", self.params, params, self.fixed)
         self._check_names("fixed value", self.fixed, fixed, self.params)
         given = {"param": params, "fixed": fixed}
@@ -73,11 +73,13 @@ class _Traced:
         for kind, name, spec in self._inputs:
             leaves += self._leaves(kind, name, spec, given[kind][name])
         outs = self.program(collect)[1](*leaves, *jax.tree.leaves(args))
-        # A constant of the program comes out as a number.
+        # A constant of the program is returned as a number.
         return [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in outs]
 
     def compiled(self, collect: bool, f: Callable[..., Any]) -> Callable[..., Any]:
-        """`f`, which runs this, under `jax.jit`: made once, and dropped with this."""
+        """`f`, which runs this program, under `jax.jit`. It is made once and dropped together with
+        this object.
+        """
         if collect not in self._compiled:
             self._compiled[collect] = jax.jit(f)
         return self._compiled[collect]
@@ -89,8 +91,8 @@ class _Traced:
             if name not in given:
                 how = "in the dictionary" if what == "parameter" else "by keyword"
                 raise MissingNameError(
-                    f"purify({self.name}) has the {what} {name!r} ({known[name]}), but it was not "
-                    f"given {how}. Given: {_listed(given)}."
+                    f"purify({self.name}) needs the {what} {name!r} ({known[name]}), but it was "
+                    f"not given {how}. Given: {_listed(given)}."
                 )
         for name in given:
             if name not in known:
@@ -109,7 +111,7 @@ class _Traced:
             f"{'Parameter' if kind == 'param' else 'Fixed value'} {name!r} of purify({self.name})"
         )
         if spec.treedef == _LEAF:
-            # A list of numbers is an array here.
+            # A list of numbers counts as an array here.
             paths, leaves = [""], [value]
         else:
             found, treedef = jax.tree_util.tree_flatten_with_path(value)
@@ -128,7 +130,7 @@ _LEAF = jax.tree.structure(0)
 
 
 def _fitted(what: str, value: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """The value as an array of this shape and dtype, or an error."""
+    """The value as an array of this shape and dtype. Raises if it does not fit."""
     if isinstance(value, jax.Array) and value.shape == shape and value.dtype == dtype:
         if not getattr(value, "weak_type", False):
             return value
@@ -146,14 +148,14 @@ def _fitted(what: str, value: Any, shape: tuple[int, ...], dtype: Any) -> jax.Ar
     if array.dtype == dtype:
         return jax.lax.convert_element_type(array, dtype) if weak else array
     extended = any(jnp.issubdtype(d, jax.dtypes.extended) for d in (array.dtype, dtype))
-    # A number takes any dtype of its kind; an array none that would lose something.
+    # A Python number may become any dtype of its kind; an array only a dtype that loses nothing.
     if extended or not (
         jnp.promote_types(array.dtype, dtype) == dtype
         or (weak and jax.dtypes.result_type(array, dtype) == dtype)
     ):
         raise DtypeError(
-            f"{what} was declared with dtype {dtype}, but got {array.dtype}, which does not go into "
-            f"it. Cast it, or declare the marker with dtype={array.dtype}."
+            f"{what} was declared with dtype {dtype}, but got {array.dtype}, which does not fit. "
+            f"Cast it, or declare the marker with dtype={array.dtype}."
         )
     return jax.lax.convert_element_type(array, dtype)
 
@@ -167,7 +169,7 @@ def _listed(names: Any) -> str:
 
 
 def _names(program: Program) -> dict[Key, str]:
-    """The key in the dictionary for everything, with numbers for what has no name."""
+    """The keys in the dictionary. Parameters without a name get a number."""
     names: dict[Key, str] = {}
     count: dict[str, int] = {}
     for key in program.sources:
@@ -178,14 +180,14 @@ def _names(program: Program) -> dict[Key, str]:
         names[key] = f"{key.prefix}param_{number}"
         if any(k.kind == "param" and k.name and str(k) == names[key] for k in program.sources):
             raise DuplicateNameError(
-                f"The parameter without a name would be {names[key]!r}, which is the name of another "
-                f"one. Give it a name."
+                f"The parameter without a name would be called {names[key]!r}, but another one has "
+                "that name. Give it a name."
             )
     return names
 
 
 class Purified(Generic[T]):
-    """What `purify` makes of a function. See there.
+    """The result of `purify`; see there.
 
     >>> from nnx.purify import Purified, param, purify
     >>> isinstance(purify(lambda: param(3, "x")), Purified)
@@ -198,7 +200,7 @@ class Purified(Generic[T]):
         self._flat = ravel
         self._jit = jit
         self._traces = Traces(f, self._new_trace)
-        # For what cannot be kept, with the semantics of `jax.jit`.
+        # For traces that cannot be kept, with the semantics of `jax.jit`.
         self._fallback: Callable[..., Any] | None = None
         functools.update_wrapper(self, f, updated=())
 
@@ -231,8 +233,8 @@ class Purified(Generic[T]):
         if program.hidden:
             key, where = next(iter(program.hidden.items()))
             raise MarkerError(
-                f"{key.call} of purify({self._name}) stands inside {where}, so there is no one value "
-                f"to report. Return the value from it and mark it outside."
+                f"{key.call} of purify({self._name}) is inside {where}, so there is no single "
+                "value to report. Return the value from there and mark it outside."
             )
         rest = iter(out[traced.treedef.num_leaves :])
         found = {
@@ -244,7 +246,7 @@ class Purified(Generic[T]):
         return dict(sorted(found.items()))
 
     def __call__(self, params: Any, /, *args: Any, **fixed: Any) -> T:
-        """What the function returns for these parameters, arguments and fixed values."""
+        """The function's result for these parameters, arguments and fixed values."""
         return self._evaluate(False, params, args, fixed)
 
     def intermediates(self, params: Any, /, *args: Any, **fixed: Any) -> dict[str, Any]:
@@ -266,13 +268,13 @@ class Purified(Generic[T]):
         return {name: spec.tree() for name, spec in self._trace(args).fixed.items()}
 
     def zeros(self, *args: Any) -> Any:
-        """Parameters that are zero."""
+        """Parameters that are all zero."""
         return zeros_like(self.shapes(*args))
 
     def normal(self, key: jax.Array, *args: Any) -> Any:
         """Parameters from a standard normal distribution.
 
-        Each depends on `key` and on its own name alone, not on which others there are.
+        Each depends only on `key` and its own name, not on other parameters.
         """
         params = self._trace(args).params
         drawn = normal_like(key, {name: spec.tree() for name, spec in params.items()})
@@ -293,7 +295,7 @@ class Purified(Generic[T]):
         return jnp.concatenate([jnp.ravel(x).astype(dtype) for x in leaves])
 
     def unravel(self, flat: jax.Array, *args: Any) -> dict[str, Any]:
-        """The dictionary of parameters that `ravel` made this flat array of."""
+        """The dictionary of parameters from which `ravel` made this flat array."""
         return self._unraveled(self._trace(args), flat)
 
     def _as_dict(self, traced: _Traced, params: Any) -> Mapping[str, Any]:
@@ -313,8 +315,9 @@ class Purified(Generic[T]):
             got = "a dictionary" if isinstance(flat, Mapping) else f"shape {jnp.shape(flat)}"
             parts = ", ".join(f"{name}: {traced.params[name]}" for name in traced.params)
             raise ShapeError(
-                f"The parameters of purify({self._name}) in one flat array have shape ({size},), but "
-                f"got {got}. They are {parts or 'none'}; .ravel(params) makes it of a dictionary."
+                f"The parameters of purify({self._name}) in one flat array have shape ({size},), "
+                f"but got {got}. They are {parts or 'none'}; .ravel(params) makes this array from "
+                "a dictionary."
             )
         flat, start, out = jnp.asarray(flat), 0, {}
         for name in traced.params:

@@ -1,4 +1,4 @@
-"""Which code runs while a function is traced."""
+"""Record which code runs while a function is traced."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 __all__: list[str] = []
 
-# Their results depend on their arguments and on JAX's settings alone.
+# Their results depend only on their arguments and on JAX's settings.
 _PURE = frozenset(
     {"jax", "jaxlib", "numpy", "ml_dtypes", "opt_einsum", "optax", "abc", "_abc", "cmath", "copy"}
     | {"_collections", "_collections_abc", "collections", "contextlib", "dataclasses", "enum"}
@@ -19,45 +19,46 @@ _PURE = frozenset(
 )
 # Streams of random numbers, and files.
 _IMPURE = ("numpy.random.", "numpy.lib.npyio.", "numpy.lib._npyio_impl.")
-# C functions of Python itself that read what is not among their arguments.
+# Python's own C functions that read more than their arguments.
 _READ_ANYTHING = frozenset(
     {"__import__", "breakpoint", "compile", "eval", "exec", "globals", "input", "locals", "open"}
     | {"vars", "__subclasses__", "fromfile"}
 )
-# With these an attribute can be found whose name is not in the code.
+# These can find an attribute whose name is not in the code.
 _BY_STRING = frozenset(
     {"getattr", "hasattr", "attrgetter", "methodcaller", "__dict__", "__getattribute__"}
 )
-# Callbacks of weak references run at any time, and import statements are read from the code itself.
+# Ignore callbacks of weak references, which run at any time. Import statements are read from the
+# code itself.
 _UNSEEN = frozenset(
     {"weakref", "_weakrefset"} | {"importlib._bootstrap", "importlib._bootstrap_external"}
 )
 
 
 def is_pure(name: Any) -> bool:
-    """Whether code of the module called `name` is not looked into."""
+    """Whether the record ignores the code of the module called `name`."""
     if type(name) is not str:
         return False
     if name.partition(".")[0] in _PURE:
         return not f"{name}.".startswith(_IMPURE)
-    # The generated code of a namedtuple has a module of its own.
+    # The generated code of a namedtuple has its own module.
     return name.startswith("namedtuple_") or f"{name}.".startswith("nnx.purify.")
 
 
 def home(cls: type) -> str:
     """The module that defines a class."""
-    # Past any metaclass.
+    # Bypass any metaclass.
     name = type.__dict__["__module__"].__get__(cls)
     return name if type(name) is str else ""
 
 
 class Record:
-    """A profile function that notes which code runs: `with Record() as record:`.
+    """A profile function that records which code runs: `with Record() as record:`.
 
-    `ran` are the functions that did, without those of pure libraries: code and globals. `complete`
-    is False if a C function was called that may read what is neither an argument nor its object, or
-    if another profiler was running, so that nothing could be noted. `by_string` is True if names of
-    attributes were computed.
+    `ran` are the functions that ran, as code and globals, without those of pure libraries.
+    `complete` is False if a C function was called that may read more than its arguments and its
+    object, or if another profiler was running, so that nothing could be recorded. `by_string` is
+    True if names of attributes were computed.
     """
 
     def __init__(self) -> None:
@@ -85,7 +86,7 @@ class Record:
         self._hook = None
 
     def _make_hook(self) -> Callable[..., None]:
-        # Called for everything that JAX does in the trace, so it is short where that is no matter.
+        # JAX triggers this very often during the trace, so irrelevant calls must return quickly.
         kinds: dict[int, tuple[str, Any]] = {}
 
         def hook(frame: types.FrameType, event: str, arg: Any) -> None:
@@ -93,7 +94,7 @@ class Record:
                 scope = frame.f_globals
                 known = kinds.get(id(scope))
                 if known is None:
-                    # The globals are held, since the id of what is gone is given to another.
+                    # Keep the globals alive, because Python may reuse the id of a deleted object.
                     known = kinds[id(scope)] = (_kind_of(scope), scope)
                 if known[0] != "pure":
                     self._note(frame, event, arg)
@@ -104,14 +105,14 @@ class Record:
         return hook
 
     def _note(self, frame: types.FrameType, event: str, arg: Any) -> None:
-        # Whatever shows what is printed, in a notebook or a test, has no part in the program.
+        # Code that handles printing, in a notebook or a test, is not part of the program.
         if self._prints or not _is_for_user(frame):
             return
         if event == "call":
             code, scope = frame.f_code, frame.f_globals
             self._ran[id(code), id(scope)] = (code, scope)
             self.by_string = self.by_string or not _BY_STRING.isdisjoint(code.co_names)
-            # It gives modules by their names, which may be computed.
+            # It returns modules by name, and the name may be computed.
             self.complete = self.complete and scope.get("__name__") != "importlib"
         else:
             self._prints = arg is print
@@ -120,20 +121,20 @@ class Record:
 
 
 def _is_for_user(frame: types.FrameType | None) -> bool:
-    """Whether a frame runs the user's code, or Python's own for the user."""
+    """Whether a frame runs the user's code, or Python's standard library on behalf of the user."""
     while frame is not None:
         if _is_told(frame):
             return False
         kind = _kind_of(frame.f_globals)
         if kind != "shared":
             return kind == "user"
-        # Python's library serves JAX too, and `refx` us.
+        # JAX also uses the standard library, and nnx uses `refx`.
         frame = frame.f_back
     return False
 
 
 def _is_told(frame: types.FrameType) -> bool:
-    """Whether a frame is what somebody has JAX call when it compiles: it has no part in a program."""
+    """Whether a frame is a callback that JAX calls when it compiles. It is not part of a program."""
     caller = frame.f_back
     name = caller.f_globals.get("__name__") if caller is not None else None
     return type(name) is str and name.startswith("jax.") and name.endswith(".monitoring")
@@ -159,7 +160,7 @@ def is_recording() -> bool:
 
 
 def reads_arguments_only(fn: Any) -> bool:
-    """Whether a function of C reads nothing but its arguments and the object that it is bound to."""
+    """Whether a C function reads only its arguments and the object to which it is bound."""
     owner = getattr(fn, "__self__", None)
     if owner is None or isinstance(owner, types.ModuleType):
         where = fn.__module__

@@ -1,9 +1,9 @@
-"""A program with markers becomes one whose markers are inputs and outputs.
+"""Turn a program with markers into one that has inputs and outputs in their place.
 
-`rewrite` takes a jaxpr and gives the same jaxpr with the equations of markers taken out: what they
-produced are inputs in front, what they were given are outputs at the end. A jaxpr inside an
-equation (of a loop, a branch, a jitted call) is rewritten first, and the equation passes the inputs
-on. No other equation is touched, so what is compiled is what a person would have written by hand.
+`rewrite` takes a jaxpr and removes the equations of markers. Their results become inputs in front,
+and their arguments become outputs at the end. A jaxpr inside an equation (of a loop, a branch, a
+jitted call) is rewritten first, and the equation passes the inputs on. Other equations stay
+untouched, so the compiled program is what a person would have written by hand.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__: list[str] = []
 
 
 class Key(NamedTuple):
-    """What a marker stands for: its name with every prefix. Without one it is told apart by its call."""
+    """The identity of a marker: its name with every prefix, or the number of its call if it has no name."""
 
     kind: str
     name: str | None
@@ -38,22 +38,22 @@ class Key(NamedTuple):
 
     @property
     def call(self) -> str:
-        """The marker as a person would write it."""
+        """The marker, as a person would write it."""
         return f"{self.kind}({self.name!r})" if self.name else f"{self.kind}() without a name"
 
 
 @dataclass
 class Site:
-    """All places of one key in a program."""
+    """All occurrences of one key in a program."""
 
     spec: Spec
-    # One token for each call of the marker, not counting those in functions with rules of their
-    # own: JAX calls these and their rules as often as it likes.
+    # One token for each call of the marker. Calls in functions with custom rules do not count,
+    # because JAX calls these functions and their rules any number of times.
     tokens: set[int]
 
 
 class Call(NamedTuple):
-    """A call of a jitted function with markers, which JAX traces once for all its calls."""
+    """A call of a jitted function with markers. JAX traces such a function once for all its calls."""
 
     jaxpr: int
     prefix: str
@@ -68,7 +68,7 @@ class Program:
     jaxpr: Jaxpr
     # Parameters and fixed values, in the order of the program.
     sources: dict[Key, Site] = field(default_factory=dict)
-    # Intermediates, and those that stand where their value cannot be told.
+    # Intermediates, and those that are called where they have no single value.
     sinks: dict[Key, Site] = field(default_factory=dict)
     hidden: dict[Key, str] = field(default_factory=dict)
     calls: Counter[Call] = field(default_factory=Counter)
@@ -78,7 +78,7 @@ class Program:
 
 
 def renewed(jaxpr: Jaxpr, invars: Sequence[Any], **parts: Any) -> Jaxpr:
-    """The jaxpr with other inputs. Before 0.10.2, JAX wants them all to have names."""
+    """The jaxpr with other inputs. JAX before 0.10.2 requires names for all of them."""
     count = len(parts.get("outvars", jaxpr.outvars))
     names = jaxpr.debug_info._replace(arg_names=("",) * len(invars), result_paths=("",) * count)
     return jaxpr.replace(invars=list(invars), debug_info=names, **parts)
@@ -91,10 +91,10 @@ _kept: weakref.WeakKeyDictionary[Jaxpr, dict[tuple[str, bool, bool], Program]] =
 
 
 def has_rule(eqn: JaxprEqn) -> bool:
-    """Whether this calls a function with a derivative rule that a user has written."""
+    """Whether this equation calls a function with a user's derivative rule."""
     if eqn.primitive not in (custom_jvp_call_p, custom_vjp_call_p):
         return False
-    # Rules of JAX itself, those of relu for one, hold no markers.
+    # JAX's own rules, such as that of relu, hold no markers.
     source = eqn.params["call_jaxpr"].jaxpr.debug_info.func_src_info or ""
     return not source.partition(" at ")[2].startswith(_JAX)
 
@@ -103,7 +103,7 @@ _JAX = str(Path(jax.__file__).parent)
 
 
 def is_marked(jaxpr: Jaxpr) -> bool:
-    """Whether there are markers in a jaxpr or in one inside it, or may be in a derivative rule."""
+    """Whether a jaxpr, or one inside it, holds markers, or a derivative rule in it may hold some."""
     answer = _marked.get(jaxpr)
     if answer is None:
         answer = _marked[jaxpr] = any(
@@ -119,13 +119,13 @@ def is_marked(jaxpr: Jaxpr) -> bool:
 def rewrite(
     jaxpr: Jaxpr, prefix: str = "", *, collect: bool = False, shared: bool = False
 ) -> Program:
-    """Take the markers out of a jaxpr.
+    """Remove the markers from a jaxpr.
 
     Args:
       jaxpr: the program.
-      prefix: what stands before the names in it.
-      collect: whether intermediates become outputs. Otherwise they are dropped.
-      shared: whether several calls may declare one name, since JAX chooses how often to call.
+      prefix: the prefix of the names in it.
+      collect: whether intermediates become outputs. If not, they are dropped.
+      shared: whether several calls may declare the same name, because JAX decides how often to call.
 
     Raises:
       DuplicateNameError: a name was declared twice.
@@ -133,8 +133,8 @@ def rewrite(
     """
     if not is_marked(jaxpr):
         return Program(jaxpr)
-    # The same jaxpr gives the same program, so that what JAX compiled for it is found again. The
-    # program must not hold the jaxpr, which would keep both for ever.
+    # The same jaxpr must give the same program, so that JAX finds the compiled code again. The
+    # program must not hold the jaxpr: that would keep both alive forever.
     known = _kept.setdefault(jaxpr, {})
     options = (prefix, collect, shared)
     if options not in known:
@@ -152,7 +152,7 @@ class Rewriter:
         self.shared = shared
         self.program = Program(jaxpr)
         self.eqns: list[JaxprEqn] = []
-        # What stands for a variable whose equation is gone.
+        # Replacements for variables whose equations were removed.
         self.renamed: dict[Any, Any] = {}
         self.inputs: dict[Key, list[Var]] = {}
         self.outputs: dict[Key, list[Any]] = {}
@@ -198,7 +198,7 @@ class Rewriter:
             self.outputs.setdefault(key, values)
 
     def inside(self, jaxpr: Jaxpr, prefix: str = "", **options: bool) -> Program:
-        """A program in an equation of this one, rewritten as this one is."""
+        """Rewrite a program inside an equation, in the same way."""
         return rewrite(
             jaxpr, self.prefix + prefix, shared=options.pop("shared", self.shared), **options
         )
@@ -224,14 +224,14 @@ class Rewriter:
         return self.inputs[key]
 
     def take(self, eqn: JaxprEqn) -> None:
-        """An equation that is no marker, with the programs inside it."""
+        """Rewrite an equation that is not a marker, and the programs inside it."""
         eqn = eqn.replace(invars=[self.now(v) for v in eqn.invars])
         if has_rule(eqn) or any(map(is_marked, jaxprs_in_params(eqn.params))):
             eqn = self.pass_on(eqn)
         self.eqns.append(eqn)
 
     def pass_on(self, eqn: JaxprEqn) -> JaxprEqn:
-        """The equation with the programs in it rewritten, and what they need as inputs."""
+        """The equation with its programs rewritten, and the inputs that they need."""
         handler = _rules.get(eqn.primitive.name)
         if handler is None:
             names = sorted(
@@ -241,28 +241,28 @@ class Rewriter:
                 for key in [*program.sources, *program.sinks]
             )
             raise MarkerError(
-                f"{', '.join(names)} stands inside {eqn.primitive.name}, which cannot be given "
-                f"further inputs. Call the marker before it and pass the value in."
+                f"{', '.join(names)} is inside {eqn.primitive.name}, which cannot take further "
+                "inputs. Call the marker before it and pass the value in."
             )
         for jaxpr in jaxprs_in_params(eqn.params):
-            # An effect that counts inputs, as those of JAX have done, would count ours.
+            # Effects may refer to inputs by number, and our inputs would shift these numbers.
             if any(hasattr(effect, "input_index") for effect in jaxpr.effects):
                 raise MarkerError(
-                    f"A marker stands inside {eqn.primitive.name} together with a write to a "
-                    f"jax.Ref. Call the marker before it and pass the value in."
+                    f"{eqn.primitive.name} holds a marker and a write to a jax.Ref. Call the "
+                    "marker before it and pass the value in."
                 )
         return handler(self, eqn)
 
     def inherit(
         self, *programs: Program, calls: bool = True, rules: bool = False, where: str | None = None
     ) -> None:
-        """Make what programs inside an equation declare a matter of this one.
+        """Add the declarations of programs inside an equation to those of this program.
 
         Args:
-          programs: what is inside.
-          calls: whether JAX leaves it at one copy of a call in here.
-          rules: whether JAX may call the function that this was traced from again.
-          where: what keeps intermediates in here from having one value.
+          programs: the programs inside the equation.
+          calls: whether JAX keeps exactly one copy of each call inside.
+          rules: whether JAX may call the traced function again.
+          where: the construct that keeps intermediates inside from having a single value.
         """
         for program in programs:
             for key, site in program.sources.items():
@@ -277,7 +277,7 @@ class Rewriter:
                 self.count(program.calls)
 
     def count(self, calls: Mapping[Call, int]) -> None:
-        """Note calls of jitted functions; JAX answers the second from its cache."""
+        """Record calls of jitted functions, because JAX answers the second call from its cache."""
         for call, times in () if self.shared else calls.items():
             self.program.calls[call] += times
             if self.program.calls[call] > 1:
@@ -287,15 +287,15 @@ class Rewriter:
                 )
 
     def inputs_for(self, *programs: Program) -> list[list[Var]]:
-        """For each program the variables of this jaxpr that it takes in front."""
+        """For each program, the variables of this jaxpr that become its first inputs."""
         return [[v for key in p.sources for v in self.inputs_of(key)] for p in programs]
 
     def outputs_for(self, program: Program, length: int | None = None) -> list[Var]:
-        """Variables for the intermediates that are the last outputs of `program`.
+        """Make variables for the intermediates, which are the last outputs of `program`.
 
         Args:
-          program: what is inside an equation.
-          length: of the loop that stacks them.
+          program: the program inside an equation.
+          length: the length of the loop that stacks them.
         """
         if not self.collect:
             return []
@@ -320,7 +320,7 @@ _rules: dict[str, Rule] = {}
 
 
 def rule(*primitives: str) -> Callable[[Rule], Rule]:
-    """Say how equations of these primitives pass parameters in and intermediates out."""
+    """Register how equations of these primitives pass parameters in and intermediates out."""
 
     def register(handler: Rule) -> Rule:
         _rules.update(dict.fromkeys(primitives, handler))
@@ -330,8 +330,8 @@ def rule(*primitives: str) -> Callable[[Rule], Rule]:
 
 
 _ADVICE = (
-    "Give each its own name (take a `name` argument, or use prefix('a', f) on a part that is used "
-    "again); to use one value in two places, call the marker once and pass what it returns."
+    "Give each its own name (take a `name` argument, or use prefix('a', f) for a part that is "
+    "used again). To use one value in two places, call the marker once and pass its result."
 )
 
 

@@ -1,7 +1,7 @@
-"""The traces of one function that are kept, and when one of them is used again.
+"""The cached traces of a function, and when one of them can be used again.
 
-A trace is keyed by what goes into it openly: the types and the structure of the arguments, and those
-settings of JAX that its own caches are keyed by. What goes into it otherwise is the matter of `guard`.
+The key of a trace covers its visible inputs: the types and the structure of the arguments, and the
+settings that JAX's own caches use as a key. `guard` covers everything else that the function reads.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from nnx.purify.record import Record, is_recording
 
 __all__: list[str] = []
 
-# So many traces are kept of one function.
+# The most traces that are kept for one function.
 _MOST = 128
-# After so many traces in vain, others are expected to be.
+# After this many traces in vain, expect the next ones to be in vain, too.
 _ATTEMPTS = 3
 
 
 class Trace(Protocol):
-    """What may be kept."""
+    """The traces that may be kept."""
 
     def closes_over_tracers(self) -> bool: ...
 
@@ -37,10 +37,10 @@ T = TypeVar("T", bound=Trace)
 
 @dataclass
 class _Entry(Generic[T]):
-    """What is known of arguments of some types: a trace with its guard, unless that was refused.
+    """The state for arguments of some types: a trace and its guard, unless the guard was refused.
 
-    To record a trace makes it three times as slow. So `wait` says how many traces are not recorded
-    after a number of `vain` ones: refused, or outdated before they were used.
+    Recording makes a trace three times slower. So after a number of `vain` traces (refused, or
+    outdated before they were used), the next `wait` traces are not recorded.
     """
 
     kept: tuple[Guard, T] | None = None
@@ -49,11 +49,11 @@ class _Entry(Generic[T]):
 
 
 class Traces(Generic[T]):
-    """The traces of `fn` that are kept.
+    """The cached traces of `fn`.
 
     Args:
       fn: the function.
-      make: traces it for some arguments.
+      make: traces `fn` for some arguments.
     """
 
     def __init__(self, fn: Callable[..., Any], make: Callable[[Any], T]):
@@ -63,7 +63,7 @@ class Traces(Generic[T]):
         self._lock = threading.Lock()
 
     def get(self, args: Any) -> T:
-        """The trace for arguments of these types: a kept one if it still holds, otherwise new."""
+        """The trace for arguments of these types: a cached one if it is still valid, or a new one."""
         key = None if is_recording() else _signature(args)
         if key is None:
             return self._make(args)
@@ -77,7 +77,7 @@ class Traces(Generic[T]):
         return self._renew(entry, args)
 
     def get_kept(self, args: Any) -> T | None:
-        """The same for a trace that is compiled; None where it cannot be kept."""
+        """The same for a trace that will be compiled; None if it cannot be kept."""
         if is_recording():
             return self._make(args)
         key = _signature(args)
@@ -125,8 +125,8 @@ class Traces(Generic[T]):
 
 
 def _signature(args: Any) -> Any:
-    """What tells apart arguments that a function may tell apart; None if that cannot be said."""
-    # The one setting that a program depends on and JAX's own caches do not.
+    """A key that differs for arguments that a function can distinguish; None if there is no such key."""
+    # The only setting that a program depends on and that JAX's own caches ignore.
     keys: str = jax.config.jax_default_prng_impl  # pyright: ignore[reportAttributeAccessIssue]
     settings = _settings.eval_shape().number, keys
     if not args:
@@ -137,12 +137,12 @@ def _signature(args: Any) -> Any:
     try:
         return *settings, treedef, *map(jax.typeof, leaves)
     except (TypeError, ValueError, OverflowError):
-        # No arguments of a traced function, as JAX will say.
+        # A traced function cannot take these arguments. JAX will say so.
         return None
 
 
 def _is_plain(x: Any) -> bool:
-    """Whether the structure of `x` is what its treedef says and no more: no classes of a user's."""
+    """Whether the treedef describes the structure of `x` completely, without classes of the user."""
     kind = type(x)
     if kind is tuple or kind is list or _is_namedtuple(kind):
         return all(map(_is_plain, x))
@@ -166,7 +166,7 @@ def _classes_of(x: Any) -> list[type]:
 
 @jax.tree_util.register_static
 class _Settings:
-    """A number for each combination of the settings of JAX that a trace depends on."""
+    """A number for each combination of the JAX settings that a trace depends on."""
 
     _numbers = itertools.count()
 
@@ -174,5 +174,6 @@ class _Settings:
         self.number = next(self._numbers)
 
 
-# JAX calls this once for each combination that its caches tell apart, and gives the same answer again.
+# JAX calls this once for each combination that its caches distinguish, and then returns the cached
+# answer.
 _settings = jax.jit(_Settings)

@@ -1,6 +1,6 @@
-"""Saving and loading: a model in one file, or a directory, that holds names and numbers, never code."""
+"""Saving and loading. A file or directory holds a model's names and numbers, never code."""
 
-# A file names classes, and is read with those that there are: ours have to be.
+# A file names classes, and loading looks them up among imported ones. So import ours here.
 import nnx.layers
 import nnx.training  # noqa: F401
 from nnx.serialize.directory import Saving

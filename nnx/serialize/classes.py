@@ -1,4 +1,4 @@
-"""What a class says of its instances: the fields that it declares, and what attributes they may have."""
+"""What a class says about its instances: its declared fields, and the attributes they may have."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from refx import Node
 
 __all__: list[str] = []
 
-# What every module has. A subclass may declare a public one anew, as in `train: bool = True`.
+# Attributes of every module. A subclass may declare a public one again, as in `train: bool = True`.
 _OURS = frozenset(name for base in Module.__mro__ for name in vars(base))
 
 
 def fields_of(cls: type[Node]) -> dict[str, Any]:
-    """What a class declares of its instances, to notice when it has changed."""
+    """The fields that a class declares. Comparing them shows whether the class has changed."""
     fields = {
         name: f"ref {f.collection!r}" if f.is_ref else "static" for name, f in cls._fields.items()
     }
@@ -28,13 +28,13 @@ def fields_of(cls: type[Node]) -> dict[str, Any]:
 def why_not(cls: type[Node], name: str) -> str | None:
     """Why an instance of a class cannot have an attribute of this name, or None if it can."""
     if not is_attribute(name):
-        return "which is no name of an attribute"
+        return "which is not a valid attribute name"
     owner = next((base for base in cls.__mro__ if name in vars(base)), None)
     if owner is None:
         return None
     if name in _OURS and (name.startswith("_") or owner in Module.__mro__):
-        return "which every module has for itself"
+        return "which every module defines itself"
     found = vars(owner)[name]
     if hasattr(type(found), "__set__") and not hasattr(found, "is_field"):
-        return f"which is a {type(found).__name__} of the class"
+        return f"which the class defines as a {type(found).__name__}"
     return None

@@ -1,7 +1,8 @@
-"""The inverse of `encode.py`: the tree again, from JSON and named arrays.
+"""The inverse of `encode.py`: rebuilds the tree from JSON and named arrays.
 
-The JSON may be anybody's. So all of it is compared with the grammar before anything is made, objects are
-made without calling their classes, and nothing is returned unless everything was understood.
+Do not trust the JSON: anybody may have written it. So all of it is checked against the grammar
+first. Objects are made without calling their classes. Nothing is returned unless everything was
+understood.
 """
 
 from __future__ import annotations
@@ -44,32 +45,33 @@ NewArray = Callable[[str, Any], Any]
 
 
 def decode(structure: Any, names: Collection[str], new_array: NewArray) -> Any:
-    """Make the tree of a structure.
+    """Build the tree that a structure describes.
 
     Args:
       structure: the parsed JSON.
-      names: the names of the arrays that there are.
-      new_array: gives the array of a name, and of what the structure says of it, or raises a LoadError.
+      names: the names of the available arrays.
+      new_array: takes a name and the structure's description of the array; returns the array or
+        raises a LoadError.
 
     Raises:
-      LoadError: without the name of the file.
+      LoadError: the message does not yet name the file.
     """
     check_header(structure)
     return guarded(lambda: _Decoder(structure, new_array).tree(names))
 
 
 def decode_state(structure: Any, names: Collection[str], new_array: NewArray) -> dict[Path, Any]:
-    """The values by path: of the Refs of what was saved or, if it is a Partition, of that.
+    """The values by path: those of the saved Refs or, if a Partition was saved, its values.
 
-    The classes of modules are not needed, so a file whose classes have changed can be read too.
-    Arguments and errors are those of `decode`.
+    It does not need the classes of the modules, so it can also read files whose classes have
+    changed. Arguments and errors are those of `decode`.
     """
     check_header(structure)
     return guarded(lambda: _Decoder(structure, new_array).by_path(names))
 
 
 def guarded(make: Callable[[], Any]) -> Any:
-    """Call a function, and make whatever it raises a LoadError."""
+    """Call a function, and turn whatever it raises into a LoadError."""
     try:
         return make()
     except LoadError:
@@ -100,7 +102,7 @@ class _Decoder:
         self._fill()
         tree = self.value(self._structure["root"])
         self._check_used(names)
-        # What a walk cannot enter, no program could have saved.
+        # No program could have saved a tree that a walk cannot enter.
         found = walk(tree)
         paths = {
             id(obj): spec["path"]
@@ -112,11 +114,11 @@ class _Decoder:
         return tree
 
     def by_path(self, names: Collection[str]) -> dict[Path, Any]:
-        """The values of Refs and plain arrays by the paths that they were saved with."""
+        """The values of Refs and plain arrays, by their paths when they were saved."""
         self._check_used(names)
         root = self._structure["root"]
         if isinstance(root, dict) and "partition" in root:
-            # In older files lists and dicts in a Partition are objects.
+            # In older files, lists and dicts in a Partition are objects.
             self._make_shells(lambda kind: kind in ("list", "dict"))
             self._fill()
             return dict(self.value(root))
@@ -126,7 +128,7 @@ class _Decoder:
         return {tuple(path): self.value(code) for path, code in codes}
 
     def _make_shells(self, wanted: Callable[[str], bool]) -> None:
-        """Make every object empty, so that they can refer to each other."""
+        """Make every object, still empty, so that objects can refer to each other."""
         frame, trace = local.frame, trace_ref()
         for kind, content in self._specs:
             if not wanted(kind):
@@ -143,7 +145,7 @@ class _Decoder:
             self._objects.append(obj)
 
     def _fill(self) -> None:
-        """Give every object its content."""
+        """Fill every object."""
         for (kind, content), obj in zip(self._specs, self._objects, strict=True):
             if obj is None:
                 continue
@@ -167,7 +169,7 @@ class _Decoder:
                 raise Damaged(f"a {cls.__name__} has the attribute {clip(name)}, {reason}")
             field = cls._fields.get(name)
             if field is not None and field.is_ref and not isinstance(value, Ref | None):
-                raise Damaged(f"the field {name!r} of a {cls.__name__} holds no Ref")
+                raise Damaged(f"the field {name!r} of a {cls.__name__} does not hold a Ref")
         attributes(node).update(own)
         tell(node)
 
@@ -199,20 +201,20 @@ class _Decoder:
             changes = [f"{f!r} is new" for f in now if f not in then]
             changes += [f"{clip(f)} is gone" for f in then if f not in now]
             changes += [
-                f"{f!r} was {then[f]:.80} and is {now[f]}"
+                f"{f!r} was {then[f]:.80} and is now {now[f]}"
                 for f in now
                 if f in then and then[f] != now[f]
             ]
             raise LoadError(
                 f"the class {name!r} has changed since it was saved: {', '.join(changes[:8])}. "
-                f"Construct a model of the present class and read the weights with "
-                f"nnx.load_state(path, into=model, strict=False)"
+                "Construct a model of the current class and read the weights with "
+                "nnx.load_state(path, into=model, strict=False)"
             )
         return cls
 
     def _not_imported(self, name: str) -> str:
-        """The message for all classes that are not there, `name` among them."""
-        # A file may name any number of classes; the first ones are enough.
+        """The error for all missing classes, `name` among them."""
+        # A file may name any number of classes. It is enough to list the first ones.
         others = list(self._structure["classes"])[:100]
         others = [x for x in others if self._known_classes.find(x) is None]
         missing = list(dict.fromkeys([name, *others]))
@@ -227,10 +229,11 @@ class _Decoder:
             )
         cls = script.rpartition(".")[2]
         return (
-            f"{text}. A class of a script is called __main__ in the file: define models in a module "
-            f"that both programs import. For this file, import the class at the top of the script "
-            f"that loads it (from the_script import {cls}), or register it: nnx.saveable(name="
-            f"{script!r})({cls}); or construct the model and use nnx.load_state(path, into=model)"
+            f"{text}. Classes of a script have the name __main__ in a file, so define models in a "
+            "module that both programs import. For this file, import the class at the top of the "
+            f"script that loads it (from the_script import {cls}), or register it: "
+            f"nnx.saveable(name={script!r})({cls}); or construct the model and use "
+            "nnx.load_state(path, into=model)"
         )
 
     def value(self, code: Any) -> Any:
@@ -253,7 +256,7 @@ class _Decoder:
 
     def _object(self, number: int) -> Any:
         if self._objects[number] is None:
-            raise Damaged(f"a Partition holds its object {number}, which is no value")
+            raise Damaged(f"a Partition holds its object {number}, which is not a value")
         return self._objects[number]
 
     def _saved(self, content: Any) -> Any:
@@ -272,9 +275,9 @@ class _Decoder:
         if not isinstance(value, dict) or set(value) != names:
             raise LoadError(
                 f"the class {name!r} has changed since it was saved: its fields were "
-                f"{sorted(map(str, value))} and are {sorted(names)}"
+                f"{sorted(map(str, value))} and are now {sorted(names)}"
             )
-        # Neither __init__ nor __post_init__ runs: a file never calls what it names.
+        # Do not run __init__ or __post_init__: a file never causes a call.
         made = object.__new__(cls)
         for field, content in value.items():
             object.__setattr__(made, field, content)
@@ -288,7 +291,7 @@ class _Decoder:
                 f"module that registers it with nnx.saveable before nnx.load"
             )
         if isinstance(found, type) and issubclass(found, Node):
-            raise Damaged(f"it says of the module class {name!r} that it is another class")
+            raise Damaged(f"it uses the module class {name!r} as if it were not a module class")
         return found
 
     def _namedtuple(self, content: Any) -> Any:
@@ -300,7 +303,7 @@ class _Decoder:
         if not known or len(fields or ()) != len(values):
             raise LoadError(
                 f"the named tuple {name!r} has changed since it was saved: it had {len(values)} "
-                f"fields and has {fields}"
+                f"fields and now has {fields}"
             )
         return tuple.__new__(cls, values)
 
@@ -311,28 +314,28 @@ class _Decoder:
         parts = [member] if member in members else member.split("|")
         is_flag = isinstance(cls, type) and issubclass(cls, enum.Flag)
         if any(part not in members for part in parts) or (len(parts) > 1 and not is_flag):
-            raise LoadError(f"the enum {name!r} has no member {clip(member)} any more")
+            raise LoadError(f"the enum {name!r} no longer has the member {clip(member)}")
         return functools.reduce(operator.or_, (members[part] for part in parts))
 
     def _method(self, content: Any) -> Any:
         node, name = self.value(content[0]), content[1]
         found = method_of(type(node), name)
         if not isinstance(found, types.FunctionType):
-            raise LoadError(f"the class {type(node).__name__} has no method {name!r} any more")
+            raise LoadError(f"the class {type(node).__name__} no longer has the method {name!r}")
         return types.MethodType(found, node)
 
     def _partial(self, content: Any, kind: Any) -> Any:
         fn, args, keywords = content
         fn = self.value(fn)
         if not callable(fn):
-            raise Damaged("a partial holds no function")
+            raise Damaged("a partial does not hold a function")
         return kind(fn, *self._all(args), **dict(self._pairs(keywords, "a partial")))
 
     def _frozenset(self, content: Any) -> frozenset[Any]:
         items = self._all(content)
         check_distinct(items, "a frozenset")
         if content != sorted(content, key=repr):
-            raise Damaged("the items of a frozenset are in another order than save has them")
+            raise Damaged("the items of a frozenset are not in the order in which save writes them")
         return frozenset(items)
 
     def _scalar(self, content: Any) -> Any:
@@ -341,7 +344,7 @@ class _Decoder:
             raise Damaged(f"a number of the dtype {dtype} has {len(data)} bytes")
         number = np.frombuffer(data, dtype)
         if has_bad_bits(number):
-            raise Damaged(f"a number has bits that are no {dtype}")
+            raise Damaged(f"a number has bits that are not a valid {dtype}")
         return number[0]
 
     def _partition(self, content: Any) -> Partition:
@@ -381,5 +384,5 @@ _KINDS: dict[str, Callable[[_Decoder, Any], Any]] = {
 def _data(x: str) -> bytes:
     data = base64.b64decode(x, validate=True)
     if base64.b64encode(data).decode() != x:
-        raise Damaged(f"{clip(x)} is not as base64 writes it")
+        raise Damaged(f"{clip(x)} is not valid base64")
     return data

@@ -1,9 +1,9 @@
-"""A checkpoint as a directory: the structure as in one file, the arrays by Orbax."""
+"""A checkpoint as a directory: the structure as in a single file, the arrays through Orbax."""
 
 from __future__ import annotations
 
 import atexit
-import concurrent.futures.thread  # noqa: F401 — what it does at the end has to come after ours
+import concurrent.futures.thread  # noqa: F401 — imported first, so that its exit handler runs after ours
 import contextlib
 import errno
 import functools
@@ -30,10 +30,11 @@ __all__ = ["Saving"]
 
 
 class Saving:
-    """A save that goes on in the background: `nnx.save(path, tree, wait=False)`.
+    """A save that continues in the background: `nnx.save(path, tree, wait=False)`.
 
-    Training may go on, and may donate what was saved: the values were copied before this was returned.
-    The next save to a directory, and a load of one, wait for it. A program does not end before it has.
+    Training may continue and may donate the saved arrays: the values were copied before `nnx.save`
+    returned. The next save to a directory waits for this one, and so does a load from a directory.
+    A program does not end before its saves have ended.
 
     >>> import jax, nnx, tempfile, os
     >>> path = os.path.join(tempfile.mkdtemp(), "run")
@@ -61,14 +62,14 @@ class Saving:
             del self._finish
 
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether the save has ended, successfully or not."""
         return not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Wait until it has ended.
+        """Wait until the save has ended.
 
         Raises:
-          SaveError: it failed, and what was at the path is as it was.
+          SaveError: the save failed, and what was at the path before is unchanged.
         """
         self._thread.join()
         self._told = True
@@ -80,15 +81,16 @@ class Saving:
         return f"Saving({self._path!r}, {state})"
 
 
-# The save before, and who may begin one: a process writes one directory at a time.
+# The previous save, and the lock to begin one: a process writes one directory at a time.
 _last: list[Saving] = []
 _saves = threading.Lock()
 
 
 @functools.cache
 def _wait_at_end() -> None:
-    """Have the program wait for the last save before it ends."""
-    # An ordinary atexit comes too late: by then no executor takes the work that is left to Orbax.
+    """Make the program wait for the last save before it ends."""
+    # An ordinary atexit handler runs too late: executors no longer take the work that Orbax has
+    # left.
     getattr(threading, "_register_atexit", atexit.register)(_settle_at_end)
 
 
@@ -100,10 +102,10 @@ def _settle_at_end() -> None:
 
 
 def settle() -> None:
-    """Wait for the save before, if one goes on.
+    """Wait for the previous save, if one is still running.
 
     Raises:
-      SaveError: it failed, and nobody has been told so far.
+      SaveError: that save failed, and nobody has been told so far.
     """
     for saving in list(_last):
         saving._thread.join()
@@ -117,7 +119,7 @@ def save_directory(
     """Write a tree into a directory.
 
     Raises:
-      SaveError: it cannot be written; nothing has changed.
+      SaveError: the tree cannot be written. Nothing has changed.
     """
     ocp = need_orbax(path, SaveError)
     with _saves:
@@ -136,7 +138,7 @@ def save_directory(
 def _begin(
     path: str, encoded: Encoded, ocp: Any, *, copy: bool, timeout: float
 ) -> Callable[[], None]:
-    """Copy the values and begin to write. What is returned waits for that, and commits."""
+    """Copy the values and begin to write. The returned function waits for the writing and commits."""
     text = json.dumps(encoded.structure, separators=(",", ":"))
     hosts.meet(hosts.key_of(path, text), path, timeout, ocp)
     sibling, said = None, {}
@@ -162,8 +164,9 @@ def _begin(
     try:
         if not os.path.isdir(folder):
             raise SaveError(
-                f"{path} cannot be saved: process {jax.process_index()} does not see the folder that "
-                f"process 0 made, {os.path.dirname(folder)!r}. Every process has to see the same file system."
+                f"{path} cannot be saved: process {jax.process_index()} does not see the folder "
+                f"that process 0 made, {os.path.dirname(folder)!r}. All processes must share one "
+                "file system."
             )
         stored = {
             name: to_store(x, copy=copy) for name, x in encoded.arrays.items() if is_stored(x)
@@ -172,7 +175,7 @@ def _begin(
         written = start(folder, stored, ocp)
         sums = {name: int(x) for name, x in sums.items()}
     except BaseException as error:
-        # The others wait at the next meeting.
+        # The other processes wait at the next barrier.
         failure = error
     if failure is not None and jax.process_count() == 1:
         assert sibling is not None
@@ -186,7 +189,7 @@ def _begin(
 
 
 def _document(encoded: Encoded, sums: dict[str, Any], said: dict[str, Any]) -> bytes:
-    """The text of the structure, with a checksum of itself."""
+    """The text of the structure, with its own checksum."""
     structure = {**encoded.structure, "arrays": os.path.basename(said["arrays"]), "sums": sums}
     text = json.dumps(structure, separators=(",", ":"))
     return f'{{"crc32":{zlib.crc32(text.encode())},"structure":{text}}}\n'.encode()
@@ -225,8 +228,9 @@ def _finish(
             raise _told(failure, path)
         if sibling is None and not _is_committed(said["path"], token):
             raise SaveError(
-                f"{path} cannot be saved: another process could not write its part, and says why. What was "
-                f"there before is as it was. This is process {jax.process_index()}."
+                f"{path} cannot be saved: another process could not write its part; its own error "
+                "says why. What was there before is unchanged. This is process "
+                f"{jax.process_index()}."
             )
     finally:
         if sibling is not None:
@@ -239,8 +243,8 @@ def _check_marks(path: str, mark: str) -> None:
     for process in range(jax.process_count()):
         if not os.path.exists(f"{mark}{process}"):
             raise SaveError(
-                f"{path} cannot be saved: process {process} could not write its part, and says why. "
-                f"What was there before is as it was."
+                f"{path} cannot be saved: process {process} could not write its part; its own "
+                "error says why. What was there before is unchanged."
             )
         os.unlink(f"{mark}{process}")
 
@@ -252,7 +256,7 @@ def _is_committed(path: str, token: str) -> bool:
 
 
 def _told(error: BaseException, path: str) -> BaseException:
-    """An error that a user understands, of one that another library has raised."""
+    """Turn an error of another library into one that a user understands."""
     if isinstance(error, SaveError) or not isinstance(error, Exception):
         return error
     if isinstance(error, OSError):
@@ -265,13 +269,13 @@ def _told(error: BaseException, path: str) -> BaseException:
 
 
 class Reader:
-    """A directory that is read: its structure, and its arrays.
+    """A directory to read: its structure and its arrays.
 
     Args:
       path: the directory.
 
     Raises:
-      LoadError: without the name of the directory.
+      LoadError: the message does not yet name the directory.
     """
 
     def __init__(self, path: str):
@@ -291,23 +295,23 @@ class Reader:
             or not token.startswith(ARRAYS)
             or os.path.basename(token) != token
         ):
-            raise Damaged(f"its arrays are said to be in {clip(token)}")
+            raise Damaged(f"it names {clip(token)} as the folder of its arrays")
         if not isinstance(sums, dict) or any(type(x) is not int for x in sums.values()):
-            raise Damaged("its checksums are no numbers by name")
+            raise Damaged("its checksums are not a dict from name to number")
         self.token, self._sums, self._ocp = token, sums, ocp
-        # The names of the arrays are those of the folder: a Store compares them.
+        # The Store checks that the names of the arrays are those in the folder.
         self.names = list(guarded(lambda: check(self.structure)).arrays)
         self._folder = os.path.join(os.path.realpath(path), token)
         if not os.path.isdir(self._folder):
-            raise LoadError(f"its folder {token!r} is missing, where the arrays are")
+            raise LoadError(f"the folder of its arrays is missing: {token!r}")
 
     def store(self, codes: dict[str, Any]) -> Store:
-        """The arrays; `codes` is what the structure says of them."""
+        """The arrays. `codes` are their descriptions in the structure."""
         return Store(self._folder, codes, self._sums, self._ocp)
 
 
 def token_of(path: str) -> str | None:
-    """The folder of the arrays that a directory names at present."""
+    """The folder of arrays that a directory names at the moment."""
     with contextlib.suppress(LoadError, Damaged, OSError, ValueError):
         return Reader(path).token
     return None
@@ -322,12 +326,12 @@ def _read_structure(path: str) -> bytes:
             raise
     names = os.listdir(path)
     if any(name.startswith(ARRAYS) for name in names):
-        raise LoadError(f"there is no {STRUCTURE} in it, so it was not written to its end")
+        raise LoadError(f"it lacks {STRUCTURE}, so a save did not finish")
     inside = ", ".join(sorted(names)[:4]) or "nothing"
-    text = f"Is a directory without {STRUCTURE}, so nnx.save did not write it; it holds {inside}."
+    text = f"Is a directory without {STRUCTURE}, so nnx.save did not write it. It holds {inside}."
     if any(n in names for n in ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")):
         text = (
-            f"Is a directory of Orbax without the structure of a model ({STRUCTURE}). Construct the model, "
-            f"and read it with Orbax into nnx.get_partition(model)."
+            f"Is an Orbax directory without the structure of a model ({STRUCTURE}). Construct the "
+            "model, and read the directory with Orbax into nnx.get_partition(model)."
         )
     raise IsADirectoryError(errno.EISDIR, text)

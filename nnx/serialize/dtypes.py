@@ -1,4 +1,4 @@
-"""Dtypes in a file: their names, and what their bits may be."""
+"""Dtypes in a file: their names, and which bits are valid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__: list[str] = []
 
 
 def dtype_name(dtype: Any) -> str:
-    """A dtype as text: its name where that says all."""
+    """A dtype as text: its name, if that is enough."""
     name = dtype.name
     try:
         return name if jnp.dtype(name) == dtype else dtype.str
@@ -23,12 +23,12 @@ def dtype_name(dtype: Any) -> str:
 
 
 def dtype_of(name: str) -> np.dtype:
-    """The dtype of a name that `dtype_name` gave."""
+    """The dtype of a name that `dtype_name` returned."""
     dtype = jnp.dtype(name)
     if dtype.hasobject:
         raise Damaged(f"the dtype {name!r} is one of Python objects")
     if dtype_name(dtype) != name:
-        raise Damaged(f"the dtype {clip(name)} has another name")
+        raise Damaged(f"the dtype {clip(name)} is not spelled as save spells it")
     return dtype
 
 
@@ -36,7 +36,7 @@ _NARROW = re.compile(r"u?int[124]$|float[46]_")
 
 
 def has_bad_bits(array: np.ndarray) -> bool:
-    """Whether an array has bits that no number and no text of its dtype has."""
+    """Whether an array has bits that are not valid for its dtype."""
     kind = array.dtype
     if kind == np.bool_:
         return bool((array.view(np.uint8) > 1).any())
@@ -48,7 +48,7 @@ def has_bad_bits(array: np.ndarray) -> bool:
         )
         return bool((points > 0x10FFFF).any())
     if _NARROW.match(kind.name):
-        # A byte has room for more than these.
+        # A byte could hold more values than these.
         same = array.astype(np.float32).astype(kind)
         return same.tobytes() != array.tobytes()
     return False

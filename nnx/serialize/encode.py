@@ -1,8 +1,8 @@
 """A tree as JSON and named arrays.
 
-What has an identity (Refs, modules, lists, dicts) is in one flat list of objects and is referred to by
-number, so that sharing and cycles are nothing special and depth has no limit. Everything else is written
-in place, as a JSON value or as a JSON object with one key that says what it is, such as
+Objects with an identity (Refs, modules, lists, dicts) are in one flat list, and references to them
+are numbers. So sharing and cycles need no special case, and depth has no limit. Everything else is
+written in place: as a JSON value, or as a JSON object with one key that names its kind, such as
 `{"tuple": [...]}`. `decode.py` is the inverse and has the same kinds.
 """
 
@@ -55,7 +55,7 @@ __all__: list[str] = []
 
 
 class Encoded(NamedTuple):
-    """A tree as it is written: the structure, and the arrays by the names that it uses."""
+    """A tree in written form: the structure, and the arrays by the names that the structure uses."""
 
     structure: dict[str, Any]
     arrays: dict[str, Any]
@@ -66,10 +66,10 @@ def encode(tree: Any, *, spread: bool = False) -> Encoded:
 
     Args:
       tree: the tree.
-      spread: whether a process may have a part of an array only.
+      spread: whether a process may hold only a part of an array.
 
     Raises:
-      SaveError: it holds something that has no name or no inverse; the message has its path.
+      SaveError: the tree holds something that cannot be named or rebuilt. The message has its path.
     """
     return _Encoder(tree, spread).run()
 
@@ -93,34 +93,34 @@ class _Encoder:
         self._numbers: dict[int, int] = {}
         self._arrays: dict[str, Any] = {}
         self._array_names: dict[int, str] = {}
-        # The names of the arrays, without regard to case: some file systems have none.
+        # The names of the arrays in lower case, because some file systems ignore case.
         self._taken: set[str] = set()
         self._classes: dict[str, Any] = {}
         self._class_names: dict[type, str] = {}
-        # Where in the grammar the value is that is written, and how deep in others.
+        # The grammar's context of the value that is being written, and its nesting depth.
         self._context = "free"
         self._depth = 0
         try:
             kept = snapshot(tree)
         except Exception as error:
             raise SaveError(f"The tree cannot be saved: {error}") from error
-        # Where a Ref is shared, its canonical path is what names it.
+        # A shared Ref is named by its canonical path.
         self._canonical = dict(zip(map(id, kept.refs), kept.dagdef.ref_paths, strict=True))
         self._leaves = list(zip(kept.dagdef.leaf_paths, kept.leaves(), strict=True))
 
     def run(self) -> Encoded:
         root = self._code(self._tree, ())
         specs = []
-        # The list of objects grows while it is walked.
+        # The list of objects grows during this loop.
         for obj, path in zip(self._objects, self._paths, strict=False):
             specs.append(self._spec(obj, path))
         for path, x in self._leaves:
             if not is_array(x):
                 raise SaveError(
-                    f"{at(path)} is a {type(x).__name__} in the place of an array, as jax.tree.map puts "
-                    f"it there. Save the model that it was made of, or a dict of what it says."
+                    f"{at(path)} is a {type(x).__name__} instead of an array, perhaps from "
+                    "jax.tree.map. Save the original model, or a dict of these values."
                 )
-        # For those who want the values by path and not the tree.
+        # For readers who want the values by path and not the tree.
         leaves = [[list(map(str, path)), self._code(x, path)] for path, x in self._leaves]
         structure = {
             "format": FORMAT,
@@ -156,7 +156,7 @@ class _Encoder:
     def _ref(self, ref: Ref[Any], path: Path) -> dict[str, Any]:
         path = self._canonical.get(id(ref), path)
         if id(ref) not in self._canonical:
-            raise SaveError(f"{at(path)} holds a Ref that is no part of the tree.")
+            raise SaveError(f"{at(path)} holds a Ref that is not part of the tree.")
         try:
             value = peek(ref)
         except EndedTraceError as error:
@@ -192,7 +192,7 @@ class _Encoder:
         return [self._code(x, (*path, str(i))) for i, x in enumerate(items)]
 
     def _within(self, slot: str, x: Any, path: Path) -> Any:
-        """The code of a value in another context of the grammar."""
+        """The code of a value, in another context of the grammar."""
         outer, self._context = self._context, entered(self._context, slot)
         try:
             return self._code(x, path)
@@ -210,7 +210,7 @@ class _Encoder:
                 raise SaveError(f"{at(path)} is an integer of more than {DIGITS} digits.")
             return x
         if kind is str:
-            # Two halves of one character, side by side, are that character when they are read.
+            # Two surrogate halves next to each other would be read back as one character.
             if not x.isascii() and json.loads(json.dumps(x)) != x:
                 raise SaveError(f"{at(path)} is a text that is not valid Unicode: {x!r:.80}.")
             return x
@@ -218,8 +218,8 @@ class _Encoder:
             return x if math.isfinite(x) else {"float": repr(x)}
         if self._depth > DEPTH:
             raise SaveError(
-                f"{at(path)[:200]} is in values that are nested more than {DEPTH} deep. Use a list in "
-                f"the place of some of the tuples."
+                f"{at(path)[:200]} is nested more than {DEPTH} levels deep. Replace some of the "
+                "tuples by lists."
             )
         self._depth += 1
         try:
@@ -247,7 +247,7 @@ class _Encoder:
         if f"object {kind}" not in CONTEXTS[self._context]:
             raise SaveError(
                 f"{at(path)} holds a {type(x).__name__} in a key, in metadata or in the value of a "
-                f"Ref, which can be saved only in an attribute, a list, a tuple or a dict."
+                "Ref. It can be saved only in an attribute, a list, a tuple or a dict."
             )
         number = self._numbers.get(id(x))
         if number is None:
@@ -287,7 +287,7 @@ class _Encoder:
         raise unsaveable(x, path)
 
     def _partition(self, x: Partition, path: Path) -> Any:
-        # Like the value of a Ref, one of a Partition has no identity inside it.
+        # Nothing inside a value of a Partition has an identity, as in the value of a Ref.
         return [[list(map(str, p)), self._within("content", v, (*path, *p))] for p, v in x.items()]
 
     def _partial(self, x: Any, path: Path) -> Any:
@@ -298,21 +298,21 @@ class _Encoder:
         name = x.__func__.__name__
         if method_of(type(x.__self__), name) is not x.__func__:
             raise SaveError(
-                f"{at(path)} is a method {name!r} that its class {type(x.__self__).__name__} does not "
-                f"have by that name. Define it in the class."
+                f"{at(path)} is a method {name!r}, but its class {type(x.__self__).__name__} has "
+                "no method of that name. Define it in the class."
             )
         return [self._within("node", x.__self__, path), name]
 
     def _dtype(self, dtype: np.dtype, path: Path) -> str:
         if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None:
-            raise SaveError(f"{at(path)} has a dtype with parts or of Python objects: {dtype}.")
+            raise SaveError(f"{at(path)} has a dtype with fields or of Python objects: {dtype}.")
         return dtype_name(dtype)
 
     def _array(self, x: Any, path: Path) -> Any:
         if isinstance(x, Tracer) and current_trace(()) is EVAL:
             raise SaveError(
-                f"{at(path)} is a tracer of a transformation that has ended, and means nothing any "
-                f"more. Return the value, or its module, from the function that was transformed."
+                f"{at(path)} is a tracer of a transformation that has ended, so it has no value. "
+                "Return the value, or its module, from the transformed function."
             )
         if isinstance(x, Tracer):
             raise SaveError(
@@ -321,8 +321,8 @@ class _Encoder:
             )
         if isinstance(x, jax.Array) and x.is_deleted():
             raise SaveError(
-                f"{at(path)} is an array that was deleted, as arrays are that were donated to a "
-                f"compiled function. Save the model that came out of it."
+                f"{at(path)} is a deleted array: it was probably donated to a compiled function. "
+                "Save the model that the function returned."
             )
         name = self._array_names.get(id(x))
         if name is None:
@@ -330,8 +330,9 @@ class _Encoder:
             self._arrays[name] = x
         if not self._spread and isinstance(x, jax.Array) and not _is_whole(x):
             raise SaveError(
-                f"{at(path)} is spread over the devices of several processes, so no process can write it "
-                f"into one file. Save into a directory, in every process: nnx.save('run/', tree)."
+                f"{at(path)} is spread over the devices of several processes, so no process can "
+                "write it into one file. Save into a directory, in every process: "
+                "nnx.save('run/', tree)."
             )
         code: dict[str, Any] = {"array": name, "shape": list(x.shape)}
         if isinstance(x, np.ndarray):
@@ -348,7 +349,9 @@ class _Encoder:
                 )
             self._check_bits(x, path)
             if x.dtype.itemsize == 0:
-                raise SaveError(f"{at(path)} is a NumPy array of empty texts; save a list of them.")
+                raise SaveError(
+                    f"{at(path)} is a NumPy array of empty strings. Save a list of them."
+                )
             return code | {"dtype": dtype_name(x.dtype), "numpy": True}
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return code | {"key": str(jax.random.key_impl(x))}
@@ -359,10 +362,12 @@ class _Encoder:
         if isinstance(x, jax.Array) and not _is_whole(x):
             return
         if np.dtype(x.dtype).kind in "bUV" and has_bad_bits(np.asarray(x)):
-            raise SaveError(f"{at(path)} has bits that are no {x.dtype}. Make the array anew.")
+            raise SaveError(
+                f"{at(path)} has bits that are not a valid {x.dtype}. Make the array again."
+            )
 
     def _member(self, path: Path) -> str:
-        # A name that every file system takes, should somebody unpack the file.
+        # A name that every file system accepts, in case somebody unpacks the file.
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", dotted(path)).strip(".")[:120] or "value"
         chosen, n = name, 1
         while chosen.lower() in self._taken:
@@ -393,12 +398,12 @@ _KINDS: dict[type, tuple[str, _Kind]] = {
 
 
 def _is_whole(x: jax.Array) -> bool:
-    """Whether this process has all of an array."""
+    """Whether this process holds all of an array."""
     return x.is_fully_addressable or x.is_fully_replicated
 
 
 def _has_names(x: enum.Enum) -> bool:
-    """Whether its name says which member it is, or the names of which members a flag is made."""
+    """Whether the name of an enum value identifies its member, or the members of a flag."""
     members = type(x).__members__
     parts = x.name.split("|") if isinstance(x, enum.Flag) and x.name else [x.name]
     return x.name in members or all(part in members for part in parts)
@@ -410,8 +415,8 @@ def _fields(x: Any, path: Path) -> dict[str, Any]:
         cached = inspect.getattr_static(type(x), name, None)
         if name not in names and not isinstance(cached, functools.cached_property):
             raise SaveError(
-                f"{at(path)} is a {type(x).__qualname__}, a dataclass that holds {name!r}, which is "
-                f"none of its fields and would be lost. Make it one: field(init=False)."
+                f"{at(path)} is a {type(x).__qualname__}, a dataclass that holds {name!r}, which "
+                "is not one of its fields and would be lost. Make it a field: field(init=False)."
             )
     return {name: getattr(x, name) for name in names}
 

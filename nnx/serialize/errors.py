@@ -10,21 +10,21 @@ __all__ = ["LoadError", "SaveError"]
 
 
 class SaveError(RefError, ValueError):
-    """Something cannot be saved, and what was there before is as it was.
+    """Something cannot be saved. What was at the path before is unchanged.
 
-    It is an `OSError` too where the system says no: a full disk, a missing permission or folder.
+    If the operating system refused, it is also an `OSError`: a full disk, a missing permission or folder.
     """
 
 
 class LoadError(RefError, ValueError):
-    """A file that cannot be loaded: damaged, foreign, newer, or of classes that are not there.
+    """A file cannot be loaded: it is damaged, foreign or too new, or its classes are missing.
 
-    It is an `OSError` too where the system says no: there is no such file, or it may not be read.
+    If the operating system refused, it is also an `OSError`: the file does not exist, or may not be read.
     """
 
 
 class _OfSystem(OSError):
-    """What the system said, in a sentence that names the file."""
+    """The operating system's error, in a sentence that names the file."""
 
     def __new__(cls, number: int | None, text: str, path: Any) -> Any:
         return OSError.__new__(cls, number, text, path)
@@ -36,7 +36,7 @@ class _OfSystem(OSError):
         return type(self), (self.errno, self.strerror, self.filename)
 
 
-# Each is also the error that Python itself raises, for those who catch that.
+# Each class is also the error that Python itself would raise, for code that catches that.
 class SaveOSError(_OfSystem, SaveError): ...
 
 
@@ -66,12 +66,12 @@ _LOAD = (LoadFileNotFoundError, LoadPermissionError, LoadIsADirectoryError)
 
 
 def save_error(error: OSError, path: str) -> SaveError:
-    """The SaveError of what the system said about a path."""
+    """The SaveError for an operating system's error about a path."""
     kind: Any = next((k for k in _SAVE if isinstance(error, k.__bases__[-1])), SaveOSError)
     return kind(error.errno, f"{path} cannot be saved: {error.strerror or error}", path)
 
 
 def load_error(error: OSError, path: str) -> LoadError:
-    """The LoadError of what the system said about a path."""
+    """The LoadError for an operating system's error about a path."""
     kind: Any = next((k for k in _LOAD if isinstance(error, k.__bases__[-1])), LoadOSError)
     return kind(error.errno, f"{path} cannot be loaded: {error.strerror or error}", path)

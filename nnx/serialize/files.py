@@ -44,44 +44,48 @@ def save(
 ) -> Saving | None:
     """Write a model, or any tree of modules, Refs and arrays, into one file or a directory.
 
-    The file is an `.npz`, which `numpy.load` opens without pickle, with the structure as JSON beside
-    the arrays; or, if the name ends in `.safetensors`, one of that kind. It holds the classes by
-    name, hyperparameters, arrays of every dtype, random keys, collections, metadata, sharing and
-    cycles. It is written under another name, flushed to the disk, and then takes its place: a
-    program that fails or stops half-way leaves what was there before. What a saver that was killed
-    has left, the next save to that path removes.
+    The file is an `.npz` with the structure as JSON beside the arrays; `numpy.load` opens it
+    without pickle. If the name ends in `.safetensors`, it is a safetensors file. It holds class
+    names, hyperparameters, arrays of every dtype, random keys, collections, metadata, sharing and
+    cycles. It is written under a temporary name, flushed to the disk, and then renamed. So a
+    program that fails or stops half-way leaves the old file in place. The next save to the same
+    path removes the temporary files of killed programs.
 
-    A class of a script is called `__main__.Net` in the file, which another program does not have: define
-    models in a module that is imported, or name them, `@nnx.saveable(name="project.Net")`. What holds
-    functions that have no name, as an `nnx.Optimizer` holds those of optax, is saved by its values,
-    `nnx.save(path, nnx.get_partition((model, optimizer, stream)))`, and read by
+    A class of a script gets the name `__main__.Net` in the file, which another program does not
+    have. So define models in a module that programs import, or name them:
+    `@nnx.saveable(name="project.Net")`. An `nnx.Optimizer` holds functions of optax, which have no
+    name in a file. For objects like that, save only the values,
+    `nnx.save(path, nnx.get_partition((model, optimizer, stream)))`, and read them with
     `nnx.load_state(path, into=(model, optimizer, stream))`.
 
-    A path without a suffix, such as `"run/"`, becomes a directory: the same structure in `nnx.json`, and the
-    arrays through Orbax (`pip install 'nnx[checkpoint]'`). A crash leaves what was there before, or the
-    new one. In a program of several processes every process calls `save`, with the same tree, and writes
-    its own shards; the file system has to be one that all of them see.
+    A path without a suffix, such as `"run/"`, becomes a directory: the same structure in
+    `nnx.json`, and the arrays through Orbax (`pip install 'nnx[checkpoint]'`). After a crash it
+    holds either the old checkpoint or the new one. In a program of several processes, every process
+    calls `save` with the same tree and writes its own shards. All of them must share one file
+    system.
 
-    One file of such a program is written by process 0, if arrays are spread over processes; the others
-    return at once. Each array has to be whole in it, that is replicated.
+    If several processes save one file and arrays are spread over them, process 0 writes the file
+    and the others return at once. Every array must be replicated, so that process 0 holds all of
+    it.
 
     Args:
       path: the path of the file or directory, or a file that is open for bytes, such as an `io.BytesIO`.
       tree: a module, or a tuple, list or dict of modules, Refs and arrays, or a Partition.
-      progress: called as `progress(bytes_done, bytes_in_all)` now and then; for a directory, at the end.
-      wait: for a directory, whether to return only when it is written. With `wait=False` the values are
-        copied, and the rest goes on in the background.
+      progress: called as `progress(bytes_done, bytes_in_all)` from time to time; for a directory,
+        only at the end.
+      wait: for a directory, whether to wait until it is written. With `wait=False` the values are
+        copied, and the rest continues in the background.
       timeout: for a directory, how many seconds to wait for the other processes.
 
     Returns:
       With `wait=False` a `Saving`, which has `wait()` and `done()`. Otherwise None.
 
     Raises:
-      SaveError: the tree holds something that a file cannot, such as a function that is not
-        registered (see `nnx.saveable`); the message has its path, and nothing is written. Or another
-        process did not save in time. Or the save before, with `wait=False`, failed. Where
-        the system says no, as with a full disk or without permission, it is also the `OSError` that
-        it is, and what was at the path is as it was.
+      SaveError: the tree holds something that a file cannot hold, such as a function that is not
+        registered (see `nnx.saveable`). The message has its path, and nothing is written. Or
+        another process did not save in time. Or the previous save, with `wait=False`, failed. If
+        the operating system refused (full disk, no permission), it is also that `OSError`, and what
+        was at the path is unchanged.
 
     >>> import jax, nnx, tempfile, os
     >>> model = nnx.Linear.init(jax.random.key(0))(3, 2)
@@ -96,8 +100,8 @@ def save(
         return save_directory(name, encoded, wait=wait, timeout=timeout, progress=progress)
     if not wait:
         raise SaveError(
-            f"wait=False is for directories, and {shown(path)} is one file. Give a path without a suffix, "
-            f"such as 'run/'."
+            f"wait=False is for directories, but {shown(path)} is a single file. Give a path "
+            "without a suffix, such as 'run/'."
         )
     if not is_path(path):
         check_writable(path)
@@ -120,7 +124,7 @@ def save(
 
 @contextlib.contextmanager
 def _explained(path: Any) -> Iterator[None]:
-    """Whatever is wrong with a file becomes one LoadError that names it."""
+    """Turn any problem with a file into a LoadError that names the file."""
     name = shown(path)
     try:
         yield
@@ -135,14 +139,14 @@ def _explained(path: Any) -> Iterator[None]:
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise LoadError(
-            f"{name} cannot be loaded: it is damaged, cut short, or no file of nnx.save at all "
+            f"{name} cannot be loaded: it is damaged, cut short, or not a file of nnx.save "
             f"({text:.200})."
         ) from error
 
 
 @contextlib.contextmanager
 def _reading(path: Any, progress: Progress | None, container: Any = None) -> Iterator[Any]:
-    """Open a file; whatever is wrong with it becomes one LoadError that names it."""
+    """Open a file. Turn any problem with it into a LoadError that names the file."""
     with _explained(path), reading(path) as (file, size):
         yield (container or _container(path)).Reader(file, size, progress)
 
@@ -179,27 +183,28 @@ def load(
     mesh: Any = None,
     progress: Progress | None = None,
 ) -> Any:
-    """Read what `save` wrote: the same tree, from the file or the directory alone.
+    """Rebuild the tree that `save` wrote, from the file or directory alone.
 
-    Classes and functions are found by name among those that the program has imported; a file never
-    causes an import, and no code of it is run. `__init__` does not run: an attribute that it sets by
-    now, and that is no field of the class, is not there.
+    Classes and functions are looked up by name among those that the program has imported. A file
+    never causes an import and never runs code. `__init__` does not run. So if `__init__` has gained
+    an attribute since the save, and it is not a field of the class, the loaded model lacks it.
 
-    Arrays are put on the default device. With `mesh`, `specs` or `axes` they are put where
-    `nnx.shardings` says, whatever mesh and however many processes they were saved from. From a directory
-    each device reads its own part; one file is read by every process.
+    Arrays go to the default device. With `mesh`, `specs` or `axes` they go where `nnx.shardings`
+    says, whatever mesh and however many processes saved them. From a directory, each device reads
+    its own part. A single file is read by every process.
 
     Args:
-      path: the path of the file or directory, or a file that is open for bytes, read from where it is.
+      path: the path of the file or directory, or a file that is open for bytes, which is read from
+        its current position.
       kind: the class of what was saved, if it is known: anything else is an error, and editors and type
         checkers know what comes: `nnx.load("net.npz", Net)` is a `Net`.
-      only: a filter for what is read. In the place of the rest are `jax.ShapeDtypeStruct`s; with `None`
-        there is nothing else, so no device holds anything.
+      only: a filter that selects the values to read. All others become `jax.ShapeDtypeStruct`s.
+        With `None` that is all of them, so no device holds anything.
       specs: a dict from filter to PartitionSpec, or a callable `(path, ref) -> PartitionSpec`, such as
         `nnx.fsdp("data")`; it wins over the `sharding` metadata.
       axes: rules from logical axis names in the metadata to axes of the mesh.
-      mesh: the mesh; by default that of `jax.set_mesh`.
-      progress: called as `progress(bytes_done, bytes_in_all)` now and then; for a directory not at all.
+      mesh: the mesh. The default is that of `jax.set_mesh`.
+      progress: called as `progress(bytes_done, bytes_in_all)` from time to time, but not for a directory.
 
     Raises:
       LoadError: the file is damaged, cut short, foreign or newer, or a class is not imported or its
@@ -224,8 +229,8 @@ def load(
         structure = reader.structure()
         if structure is None:
             raise LoadError(
-                f"it holds arrays ({listed(reader.array_names, 4)}), but no structure of nnx.save. "
-                f"Construct the model and use nnx.load_state(path, into=model)"
+                f"it holds arrays ({listed(reader.array_names, 4)}), but no structure from "
+                "nnx.save. Construct the model and use nnx.load_state(path, into=model)"
             )
         plan = plan_tree(structure, reader.array_names, only, specs, axes, mesh)
         return _of_kind(kind, decode(structure, reader.array_names, plan.from_file(reader.read)))
@@ -246,29 +251,30 @@ def load_state(
     strict: bool = True,
     progress: Progress | None = None,
 ) -> LoadReport:
-    """Read the values of a file or a directory into a model that is there already, by path.
+    """Read the values of a file or directory into an existing model, by path.
 
-    The file may be one of a whole model, of a Partition (`nnx.save(path, model["params"])`), or an
-    uncompressed `.npz` or a `.safetensors` of another tool whose names are paths joined by dots.
-    Values go to where the model's own values are, shardings included. A tied weight is loaded by any
-    of its paths; if the file has several, they must agree.
+    The file may hold a whole model or a Partition (`nnx.save(path, model["params"])`). It may also
+    be an uncompressed `.npz` or a `.safetensors` of another tool, if its names are paths joined by
+    dots. Values go where the model's own values are, shardings included. A tied weight is loaded
+    under any of its paths; if the file has it under several, they must agree.
 
     Args:
-      path: the path of the file or directory, or a file that is open for bytes, read from where it is.
+      path: the path of the file or directory, or a file that is open for bytes, which is read from
+        its current position.
       into: the model, or another tree that holds Refs.
-      only: a filter for what of the model is read, as in `only="params"`; the rest stays as it is, and
-        what the file has for it, or for nothing in the model, is left out.
-      strict: whether it is an error if a path is missing, unexpected, or of another shape or
-        dtype. Without it, what fits is read, and the report says what did not.
-      progress: called as `progress(bytes_done, bytes_in_all)` now and then; for a directory not at all.
+      only: a filter that selects the values of the model to read, as in `only="params"`. The others
+        stay as they are, and other values in the file are ignored.
+      strict: if True, a path that is missing, unexpected, or of another shape or dtype is an error.
+        If False, everything that fits is read, and the report lists the rest.
+      progress: called as `progress(bytes_done, bytes_in_all)` from time to time, but not for a directory.
 
     Returns:
       A LoadReport.
 
     Raises:
-      LoadError: the file cannot be read or, with `strict`, does not fit (an array in a tuple does
-        not, since a tuple cannot change); the call is inside a transformation. Nothing is changed
-        then.
+      LoadError: the file cannot be read or, with `strict`, does not fit; or the call is inside a
+        transformation. (An array in a tuple never fits, because a tuple cannot change.) If it
+        raises, nothing has changed.
 
     >>> import jax, nnx, tempfile, os
     >>> path = os.path.join(tempfile.mkdtemp(), "weights.npz")
@@ -302,7 +308,7 @@ def _state_of_file(path: Any, progress: Progress | None) -> dict[Path, Any]:
 
 
 def _in_directory(path: Any, use: Callable[[DirectoryReader], Any]) -> Any:
-    """What `use` makes of a directory; again, if the next checkpoint takes its place meanwhile."""
+    """Call `use` on a directory. Call it again if a new checkpoint replaces the directory meanwhile."""
     settle()
     name = os.fsdecode(path)
     token = None
@@ -331,7 +337,7 @@ def _state_of_directory(reader: DirectoryReader, fitting: Fitting) -> dict[Path,
 
 
 def arrays_of(path: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """The name and the array of each part of a safetensors file, whoever wrote it."""
+    """The name and the array of each part of any safetensors file."""
     with _reading(path, None, tensors) as reader:
         for name in reader.array_names:
             yield name, reader.read(name, None, None)

@@ -1,4 +1,4 @@
-"""Values by path into a tree that is there: what fits, what does not, and then all of it or nothing."""
+"""Write values by path into an existing tree: find what fits, then write everything or nothing."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ __all__ = ["LoadReport"]
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What `load_state`, or a function of `nnx.bridge` with `strict=False`, found.
+    """The result of `load_state`, or of a function of `nnx.bridge` with `strict=False`.
 
     Attributes:
-      loaded: the paths that were read; of a shared Ref its canonical path.
+      loaded: the paths that were read; for a shared Ref, its canonical path.
       missing: paths of the model that the file does not have.
       unexpected: paths of the file that the model does not have.
-      mismatched: paths with the shape and dtype in the file and in the model, where they differ.
-      skipped: names of the file that were dropped, as the caller's name map said.
+      mismatched: paths whose shape or dtype differs, with those in the file and in the model.
+      skipped: names in the file that the caller's name map drops.
     """
 
     loaded: tuple[Path, ...]
@@ -66,7 +66,7 @@ class LoadReport:
 
 
 def _named(paths: tuple[Path, ...]) -> str:
-    # A file may have any number of names, of any length.
+    # A file may hold any number of names, of any length.
     return listed([_short(dotted(path)) for path in paths[:8]] + list(paths[8:]))
 
 
@@ -75,11 +75,11 @@ def _short(text: str, most: int = 80) -> str:
 
 
 class Fitting:
-    """What of a file's values fits into a tree.
+    """Finds which values of a file fit into a tree.
 
     Args:
       tree: the tree.
-      only: a filter for what of the tree is to be read; the rest, and what belongs to none, is left.
+      only: a filter that selects what to read into the tree; all other values are ignored.
 
     Raises:
       LoadError: the tree holds tracers.
@@ -99,7 +99,7 @@ class Fitting:
         for path, x in self._arrays.items():
             _check_outside(path, x)
         self._chosen = self._choose(only, found.refs)
-        # A Node's attributes are set by the Node, not in their dict.
+        # Set a Node's attributes through the Node, not in its dict.
         self._nodes = {id(attributes(x)): x for x in found.containers if isinstance(x, Node)}
         self._by_dots: dict[str, Path] = {}
         for path in (*self._old, *self._arrays):
@@ -109,10 +109,11 @@ class Fitting:
             for i, n in enumerate(i for i, d in enumerate(self._dagdef.nodes) if type(d) is RefDef)
         }
         self._children: dict[int, dict[str, Any]] = {}
-        # Where each value came from, and which it was, also one that does not fit.
+        # For each value, including those that do not fit: its source and the value.
         self._given: dict[Path, tuple[Path, Any]] = {}
         self._new: dict[Path, Any] = {}
-        # Layers of a Stack that the file has one by one, by path and number; and their levels.
+        # The layers of a Stack that the file stores one by one, by path and number; and their
+        # levels.
         self._layers: dict[Path, dict[tuple[int, ...], Any]] = {}
         self._levels: dict[Path, tuple[int, ...]] = {}
         self._missing: list[Path] = []
@@ -121,7 +122,7 @@ class Fitting:
         self._unrolled = Unrolled(tree)
 
     def add_all(self, values: dict[Path, Any]) -> None:
-        """Take the values of a file; canonical paths first, then those that lead to the same."""
+        """Take the values of a file: canonical paths first, then other paths to the same Refs."""
         for given in sorted(values, key=lambda path: path not in self._old):
             self._add(given, values[given])
         for path in self._layers:
@@ -135,7 +136,7 @@ class Fitting:
             self._add_to(path, given, value)
 
     def _choose(self, only: Filter, refs: list[Ref[Any]]) -> frozenset[Path] | None:
-        """The paths of what is to be read, or None for all."""
+        """The paths to read, or None for all."""
         if only is ...:
             return None
         predicate = to_predicate(only)
@@ -149,9 +150,9 @@ class Fitting:
         return self._chosen is None or path in self._chosen
 
     def places_of(self, given: Path, value: Any) -> Iterable[tuple[Any, Any]]:
-        """For each array of a value that the file has, itself and the sharding that it will have.
+        """For each array in the file's values: the array and its future sharding.
 
-        Here an array may be a `ShapeDtypeStruct`. What goes nowhere as it is has no sharding.
+        Here an array may be a `ShapeDtypeStruct`. An array that is not used as it is has no sharding.
         """
         path = self._find(given)
         if path is None or not self._is_chosen(path):
@@ -163,7 +164,7 @@ class Fitting:
             yield new, place_of(old)
 
     def wants(self, given: Path) -> bool:
-        """Whether something at this path of the file may be read into the tree."""
+        """Whether the value at this path of the file may go into the tree."""
         path = self._find(given)
         if path is None:
             spots = self._unrolled.spots(dotted(given).split("."))
@@ -172,7 +173,7 @@ class Fitting:
         return self._is_chosen(path)
 
     def _add_layers(self, given: Path, value: Any) -> None:
-        """Take a value of a list for a Stack, or of a Stack for a list."""
+        """Take a list's value for a Stack, or a Stack's value for a list."""
         spots = self._unrolled.spots(dotted(given).split("."))
         paths = [self._find(spot.path) for spot in spots]
         if any(spot.at is NOTHING for spot in spots) or None in paths or not spots:
@@ -213,7 +214,7 @@ class Fitting:
         layers[spot.indices] = value
 
     def _join(self, path: Path) -> None:
-        """Make one value of those of the layers."""
+        """Stack the values of the layers into one."""
         if path in self._given:
             return
         layers, old = self._layers[path], self._current(path)
@@ -243,13 +244,13 @@ class Fitting:
             self._given[path] = (given, value)
             self._compare(path, value)
         elif not _equal(self._given[path][1], value):
-            # All the names of a tied weight load the one Ref, so they must agree.
+            # All names of a tied weight load the same Ref, so their values must agree.
             first = self._given[path][0]
             there = f"{_text(jax.tree.leaves(value))} with other values than {dotted(first)!r}"
             self._mismatched[given] = (there, f"tied to {dotted(path)!r}")
 
     def _find(self, given: Path) -> Path | None:
-        """The canonical path of what is at a path."""
+        """The canonical path of the Ref or array at a path."""
         if given in self._old or given in self._arrays:
             return given
         name = dotted(given)
@@ -331,7 +332,7 @@ def _outside(path: Path, ref: Ref[Any]) -> Any:
     try:
         value = peek(ref)
     except EndedTraceError as error:
-        raise LoadError(f"Nothing can be read into the Ref at {dotted(path)!r}. {error}") from error
+        raise LoadError(f"The Ref at {dotted(path)!r} cannot take a value. {error}") from error
     for x in jax.tree.leaves(value):
         _check_outside(path, x)
     return value
@@ -342,14 +343,14 @@ def _check_outside(path: Path, x: Any) -> None:
         return
     if current_trace(()) is EVAL:
         raise LoadError(
-            f"The value at {dotted(path)!r} is a tracer of a transformation that has ended, so nothing "
-            f"can be read into it. Return the model from the function that was transformed, or make "
-            f"it again."
+            f"The value at {dotted(path)!r} is a tracer of a transformation that has ended, so it "
+            "cannot take a value. Return the model from the transformed function, or make it "
+            "again."
         )
     raise LoadError(
         f"The value at {dotted(path)!r} is a tracer: nnx.load_state was called inside a "
-        f"transformation, which would keep what the file has now. Call it outside, before "
-        f"the step."
+        "transformation, which would keep the file's present content as a constant. Call it "
+        "outside, before the step."
     )
 
 
@@ -365,12 +366,12 @@ def _equal_leaves(a: Any, b: Any) -> bool:
     if hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
         a, b = jax.random.key_data(a), jax.random.key_data(b)
     a, b = np.asarray(a), np.asarray(b)
-    # By the bits, so that NaN is itself.
+    # Compare the bits, so that NaN equals itself.
     return a.tobytes() == b.tobytes() if not a.dtype.hasobject else bool((a == b).all())
 
 
 def _canonical(x: Any) -> Any:
-    # A step would make it that: NumPy's float64 becomes float32.
+    # JAX would convert it anyway: NumPy's float64 becomes float32.
     return jax.ShapeDtypeStruct(x.shape, dtype_of(x)) if isinstance(x, np.ndarray) else x
 
 
@@ -379,7 +380,7 @@ def _shape(x: Any) -> Any:
 
 
 def _cast(x: Any, dtype: Any) -> Any:
-    # Python's numbers became int64 or float64 where they were stacked.
+    # Stacking has turned Python's numbers into int64 or float64.
     return x if x.dtype == dtype else x.astype(dtype)
 
 
@@ -387,7 +388,7 @@ def _text(leaves: Iterable[Any]) -> str:
     shapes = []
     for x in leaves:
         if isinstance(x, int | float | complex):
-            # It is what JAX would make of it: a counter may begin as a Python number.
+            # JAX would convert it the same way: a counter may begin as a Python number.
             shapes.append(f"{jnp.result_type(x)}[]")
         elif hasattr(x, "dtype"):
             shapes.append(f"{x.dtype}[{','.join(map(str, np.shape(x)))}]")

@@ -1,11 +1,12 @@
-"""A checkpoint as a directory: where it is written, and how it takes the place of the one before.
+"""A checkpoint as a directory: where it is written, and how it replaces the previous one.
 
     run/nnx.json        the structure; it names the folder of its arrays
     run/arrays-…/       the arrays, as Orbax writes them
 
-A save writes a sibling of `run` under a temporary name. If there is no `run` yet, the sibling is renamed.
-Otherwise the new arrays are moved in, and `nnx.json` is replaced: with that one rename the new checkpoint
-counts. Arrays that `nnx.json` does not name are garbage, which the next save removes.
+A save writes a sibling of `run` under a temporary name. If `run` does not exist yet, the sibling is
+renamed to it. Otherwise the new arrays are moved into `run`, and then `nnx.json` is replaced. That
+one rename makes the new checkpoint valid. Arrays that `nnx.json` does not name are garbage, and the
+next save removes them.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ ARRAYS = "arrays-"
 
 
 def is_directory(path: Any) -> bool:
-    """Whether a save to this path makes a directory: it ends in no suffix, or in a slash, or is one."""
+    """Whether a save to this path makes a directory: it has no suffix, ends in a slash, or is a directory."""
     if not is_path(path):
         return False
     text = os.fsdecode(path)
-    # A pipe or a device is written as a file is.
+    # A pipe or a device is written like a file.
     special = os.path.exists(path) and not (os.path.isdir(path) or os.path.isfile(path))
     return is_there(path) or (not os.path.splitext(text)[1] and not special)
 
 
 def is_there(path: Any) -> bool:
-    """Whether a path means a directory that is to be read."""
+    """Whether a load from this path reads a directory."""
     if not is_path(path):
         return False
     text = os.fsdecode(path)
-    # A folder of such a name is in the way of a file.
+    # A folder with a file's name is in the way of a file.
     is_file = text.endswith((".npz", ".safetensors"))
     return text.endswith(("/", os.sep)) or (os.path.isdir(path) and not is_file)
 
@@ -51,7 +52,7 @@ class Sibling:
     """A folder beside `path`, in which the next checkpoint is written.
 
     Raises:
-      OSError: what the system says, or why `path` cannot become a checkpoint.
+      OSError: from the operating system, or because `path` cannot become a checkpoint.
     """
 
     def __init__(self, path: str):
@@ -62,20 +63,21 @@ class Sibling:
         if "://" in path:
             raise OSError(
                 errno.EINVAL,
-                "a directory is written to a file system that every process sees; mount the bucket there",
+                "a directory needs a file system that every process sees; mount the bucket there",
             )
         if not os.path.isdir(parent):
-            text = f"there is no such folder to save in; make it with os.makedirs: {parent!r}"
+            text = f"the folder to save in does not exist; make it with os.makedirs: {parent!r}"
             raise FileNotFoundError(errno.ENOENT, text)
         if os.path.lexists(self.path) and not os.path.isdir(self.path):
             raise NotADirectoryError(
-                errno.ENOTDIR, "there is a file of that name; a file to save in is a name.npz"
+                errno.ENOTDIR,
+                "there is a file of that name; to save a file, give a name that ends in .npz",
             )
         if others := _others(self.path):
             raise IsADirectoryError(
                 errno.EISDIR,
-                f"it is a folder with other things in it, such as {others[0]!r}; give a name in it, as in "
-                f"{os.path.join(self.path, 'model')!r}",
+                f"it is a folder that holds other things, such as {others[0]!r}; give a name "
+                f"inside it, as in {os.path.join(self.path, 'model')!r}",
             )
         prefix = f".nnx.{zlib.crc32(os.fsencode(name)):08x}."
         _remove_stale(parent, prefix)
@@ -88,13 +90,14 @@ class Sibling:
         return os.path.join(self.folder, self.token)
 
     def commit(self, text: bytes) -> None:
-        """Put the new checkpoint in the place of the old one; `text` is its structure."""
+        """Replace the old checkpoint by the new one; `text` is its structure."""
         written = os.path.join(self.folder, STRUCTURE)
         with open(written, "xb") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        # Temporary folders are private; this one should be as any other that the user makes.
+        # Temporary folders are private. This one should have the permissions of any other new
+        # folder.
         os.chmod(self.folder, 0o777 & ~_umask())
         sync_folder(self.folder)
         if not self._rename():
@@ -108,7 +111,7 @@ class Sibling:
             sync_folder(os.path.dirname(self.path))
 
     def _rename(self) -> bool:
-        """Rename the sibling, if there is nothing in its place yet."""
+        """Rename the sibling, if nothing has the final name yet."""
         if os.path.isdir(self.path) and os.listdir(self.path):
             return False
         try:
@@ -127,7 +130,7 @@ class Sibling:
 
 
 def _others(path: str) -> list[str]:
-    """What is in a folder that no save to it has written."""
+    """The names of things in a folder that no save has written."""
     if not os.path.isdir(path):
         return []
     names = os.listdir(path)
@@ -135,7 +138,7 @@ def _others(path: str) -> list[str]:
 
 
 def _create(parent: str, prefix: str) -> tuple[str, int | None]:
-    """A new folder, which is locked for as long as its number is open."""
+    """A new folder. It is locked as long as its file descriptor is open."""
     while True:
         folder = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent)
         number = _open(folder)
@@ -149,14 +152,14 @@ def _create(parent: str, prefix: str) -> tuple[str, int | None]:
 
 
 def _open(folder: str) -> int | None:
-    """The number of a folder to lock, or None where the system has no locks for folders."""
+    """The file descriptor of a folder to lock, or None if the system cannot lock folders."""
     if fcntl is None:
         return None
     return os.open(folder, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
 
 
 def _remove_stale(parent: str, prefix: str) -> None:
-    """Remove what savers of this name have left behind that were killed."""
+    """Remove what killed programs have left behind when they saved under this name."""
     for name in os.listdir(parent):
         if not (name.startswith(prefix) and name.endswith(".tmp")):
             continue
@@ -182,7 +185,7 @@ def _remove_unnamed(path: str, token: str) -> None:
 
 @contextlib.contextmanager
 def _locked(path: str) -> Iterator[None]:
-    """Let no other program replace this checkpoint at the same time."""
+    """Keep other programs from replacing this checkpoint at the same time."""
     number = _open(path)
     try:
         if number is not None:

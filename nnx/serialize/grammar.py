@@ -1,7 +1,7 @@
-"""The format, as data: what each kind of thing in a file may hold.
+"""The format as data: what each kind of thing in a file may hold.
 
-`check` compares a whole file with it before anything is made of it, in work that is in proportion to
-the file. `encode` writes nothing else, so what `save` accepts, `load` gives back.
+`check` compares a whole file with the grammar before anything is built. The work is proportional to
+the size of the file. `encode` writes nothing else, so `load` gives back whatever `save` accepts.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ __all__: list[str] = []
 FORMAT = "nnx"
 VERSION = 1
 
-# How deep values may hold each other. What has an identity is in a flat list and counts as none.
+# How deep values may be nested. Objects with an identity are in a flat list and do not count.
 DEPTH = 100
-# How long a number may be: Python reads a long one in quadratic time.
+# How many digits a number may have: Python takes quadratic time to read a long one.
 DIGITS = 1000
-# How many keys of a dict may have one hash: Python finds them one after the other.
+# How many keys of a dict may have the same hash: Python searches them one after the other.
 ALIKE = 64
 # How long the name of a class, a function or an array may be.
 NAME = 1000
 
 
 class Damaged(Exception):
-    """A part of the structure that `encode` would not have written; the message says which."""
+    """`encode` would not have written some part of the structure. The message says which."""
 
 
-# ---- JSON, without what JSON leaves open
+# ---- JSON, but strict where JSON is vague
 
 
 def parse(text: bytes) -> Any:
-    """The JSON of these bytes.
+    """Parse the JSON in these bytes.
 
     Raises:
-      Damaged: it names something twice, or has a number that is none, is infinite, or is too long.
+      Damaged: it names something twice, or has a number that is NaN, infinite or too long.
     """
     return json.loads(
         text.decode(),
@@ -86,32 +86,32 @@ class Literal(NamedTuple):
 
 
 class Each(NamedTuple):
-    """A JSON list of any length, of this."""
+    """A JSON list of any length. All items follow the same rule."""
 
     item: Any
 
 
 class Row(NamedTuple):
-    """A JSON list of these."""
+    """A JSON list of fixed length, with a rule for each item."""
 
     items: tuple[Any, ...]
 
 
 class Record(NamedTuple):
-    """A JSON object with these names, and perhaps those."""
+    """A JSON object with required names and optional names."""
 
     required: dict[str, Any]
     optional: dict[str, Any] = {}
 
 
 class Names(NamedTuple):
-    """A JSON object with any names, of this."""
+    """A JSON object with any names. All values follow the same rule."""
 
     item: Any
 
 
 class Value(NamedTuple):
-    """A value, in the context of this name; `same` is that of what is around it."""
+    """A value in the context of this name. `same` means the context of the surrounding value."""
 
     context: str
 
@@ -131,7 +131,7 @@ TYPE = Literal(str, "a dtype", lambda x: len(x) <= NAME)
 
 
 def is_attribute(name: str) -> bool:
-    """Whether a program may give an attribute this name, so that a path can lead through it."""
+    """Whether an attribute may have this name, so that a path can lead through it."""
     return name != "" and "." not in name and not (name[:2] == name[-2:] == "__")
 
 
@@ -139,7 +139,7 @@ def _is_size(n: Any) -> bool:
     return type(n) is int and 0 <= n < 1 << 63
 
 
-# Everything that is written in place, by the one name that says what it is.
+# Everything that is written in place, by the one key that names its kind.
 KINDS: dict[str, Any] = {
     "object": NUMBER,
     "float": Literal(str, "nan, inf or -inf", lambda x: x in ("nan", "inf", "-inf")),
@@ -172,7 +172,7 @@ ARRAY = Record(
 )
 RANDOM_KEYS = Record({"array": SHORT, "shape": SHAPE, "key": SHORT})
 
-# What is referred to by number.
+# Objects, which are referred to by number.
 OBJECTS: dict[str, Any] = {
     "ref": Record(
         {
@@ -203,15 +203,15 @@ _ALL = frozenset(KINDS) - {"object"} | _REFERENCES | {"array", "literal"}
 _CONTAINERS = frozenset({"list", "dict"})
 _LISTED = frozenset({"object list", "object dict"})
 
-# What a value may be, by where it is.
+# What a value may be, depending on its context.
 CONTEXTS: dict[str, frozenset[str]] = {
-    # Lists and dicts have an identity, so they are objects,
+    # Lists and dicts have an identity, so they are objects.
     "free": _ALL - _CONTAINERS,
-    # which those in a Partition had in older files,
+    # In a Partition, older files have them as objects and newer ones in place.
     "placed": _ALL,
-    # and which those that `load` of `saveable` gets have not: they must be complete.
+    # `load` of a `saveable` class gets complete lists and dicts, so they are in place.
     "inner": _ALL - _LISTED,
-    # The value of a Ref can be read without what is around it.
+    # The value of a Ref can be read on its own, so it does not refer to objects.
     "content": _ALL - _REFERENCES - {"method"},
     "key": _ALL - _REFERENCES - _CONTAINERS - {"method", "ordered", "partition", "array"},
     "leaf": frozenset({"array"}),
@@ -221,7 +221,7 @@ CONTEXTS: dict[str, frozenset[str]] = {
 
 
 def entered(context: str, slot: str) -> str:
-    """The context of a part, by that of the whole and what the grammar says of the part."""
+    """The context of a part, from the context of the whole and the grammar's rule for the part."""
     if slot == "same":
         return context
     if slot in ("inner", "placed") and context not in ("free", "placed"):
@@ -233,16 +233,16 @@ def check(structure: Any) -> Check:
     """Compare a whole structure with the grammar.
 
     Raises:
-      Damaged: something is not as `encode` writes it.
+      Damaged: `encode` would have written something differently.
     """
     return Check(structure)
 
 
 class Check:
-    """A structure that was compared with the grammar.
+    """A structure that has been checked against the grammar.
 
     Attributes:
-      arrays: by its name, what the file says of an array.
+      arrays: the file's description of each array, by name.
     """
 
     def __init__(self, structure: Any):
@@ -256,12 +256,12 @@ class Check:
                 raise Damaged(f"object {i} is a {clip(kind)}")
         self.arrays: dict[str, Any] = {}
         self._classes: set[str] = set()
-        # By number, the objects that an object refers to.
+        # For each object, by number, the objects to which it refers.
         self._mentions: list[list[int]] = [[] for _ in range(len(objects) + 1)]
-        # The objects that a value without identity refers to: JAX walks them as often as it meets them.
+        # Objects inside values without identity. JAX walks these each time it meets them.
         self._walked: list[int] = []
         self._codes = 0
-        # How many objects were met, and the first that was there before it was met.
+        # How many objects were mentioned so far, and the first that came before any mention of it.
         self._met = 0
         self._lost: int | None = None
         self._against(FILE, structure, "free", -1)
@@ -274,15 +274,15 @@ class Check:
         self._check_walks()
 
     def check_used(self) -> None:
-        """Raise if the file has something that nothing refers to, or in another order than `save`."""
+        """Raise if nothing refers to some part of the file, or if its order is not that of `save`."""
         if self._lost is not None:
-            raise Damaged(f"its object {self._lost} belongs to nothing that comes before it")
+            raise Damaged(f"nothing before its object {self._lost} refers to it")
         if self._classes != self._structure["classes"].keys():
             raise Damaged("its classes are not those of its objects")
 
     def _against(self, rule: Any, code: Any, context: str, owner: int) -> None:
-        """Compare a part with a rule. What is found in it belongs to the object of number `owner`."""
-        # Without recursion, since a file may be nested as it likes, and in order.
+        """Check a part against a rule. Everything found in it belongs to the object number `owner`."""
+        # Go in order and without recursion, because a file may be nested arbitrarily deep.
         todo: list[Iterator[Any]] = [iter([(rule, code, context, 0, False)])]
         while todo:
             part = next(todo[-1], None)
@@ -303,14 +303,14 @@ class Check:
                 todo.append(_parts(rule, code, context, depth, walked))
 
     def _value(self, code: Any, context: str, depth: int, walked: bool, owner: int) -> Any:
-        """Check a value itself; what is left to compare is returned."""
+        """Check the value itself. Return the part that is left to check."""
         allowed = CONTEXTS[context]
         if code is None or type(code) in (bool, str, int, float):
             if "literal" not in allowed or (context == "number" and type(code) is not float):
-                raise Damaged(f"{clip(code)} cannot stand where it does")
+                raise Damaged(f"{clip(code)} is not allowed here")
             return None
         if depth > DEPTH:
-            raise Damaged(f"its values are nested more than {DEPTH} deep")
+            raise Damaged(f"its values are nested more than {DEPTH} levels deep")
         if isinstance(code, dict) and "array" in code:
             kind: str = "array"
             rule: Any = RANDOM_KEYS if "key" in code else ARRAY
@@ -332,7 +332,7 @@ class Check:
             if walked:
                 self._walked.append(content)
         if named not in allowed:
-            raise Damaged(f"a value of the kind {named!r} cannot stand where it does")
+            raise Damaged(f"a value of the kind {named!r} is not allowed here")
         if kind == "class" and isinstance(content, str):
             self._classes.add(content)
         walked = walked or kind in ("partial", "Partial", "partition")
@@ -340,31 +340,32 @@ class Check:
 
     def _number(self, number: Any) -> int:
         if type(number) is not int or not 0 <= number < len(self._kinds):
-            raise Damaged(f"there is no object {clip(number)}")
+            raise Damaged(f"object {clip(number)} does not exist")
         return number
 
     def _note_array(self, code: Any) -> None:
         name = code["array"]
         if not isinstance(name, str):
             raise Damaged(f"{clip(name)} should be a name")
-        # Every mention of an array is the same, so that it is one array, whatever mentions it.
+        # All mentions of an array must be equal, so that they all mean the same array.
         if self.arrays.setdefault(name, code) != code:
-            raise Damaged(f"it says two things of its array {clip(name)}")
+            raise Damaged(f"it describes its array {clip(name)} in two ways")
 
     def _check_walks(self) -> None:
-        # Lists that hold each other twice over are a walk without end for whoever enters both.
+        # If lists hold each other twice over, a walk that enters every mention takes exponential
+        # time.
         left, todo = self._codes, list(self._walked)
         while todo:
             number = todo.pop()
             left -= 1
             if left < 0:
-                raise Damaged("its lists hold each other over and over where they have no identity")
+                raise Damaged("its lists hold each other many times over")
             if self._kinds[number] in ("list", "dict"):
                 todo += self._mentions[number]
 
 
 def _parts(rule: Any, code: Any, context: str, depth: int, walked: bool) -> Iterator[Any]:
-    """The parts of a list or an object with their rules."""
+    """The parts of a list or an object, with their rules."""
     if isinstance(rule, Each):
         return ((rule.item, x, context, depth, walked) for x in _list(code))
     if isinstance(rule, Row):
@@ -375,25 +376,25 @@ def _parts(rule: Any, code: Any, context: str, depth: int, walked: bool) -> Iter
         return ((rule.item, x, context, depth, walked) for x in _dict(code).values())
     parts = rule.required | rule.optional
     for name in _dict(code).keys() - parts.keys():
-        raise Damaged(f"it has a {clip(name)}, which is not of the format")
+        raise Damaged(f"it has a {clip(name)}, which is not part of the format")
     for name in rule.required.keys() - code.keys():
         raise Damaged(f"{clip(code)} has no {name!r}")
     return ((parts[name], x, context, depth, walked) for name, x in code.items())
 
 
 def kind_of(code: Any, what: str) -> tuple[str, Any]:
-    """The one name in a JSON object, and what it names."""
+    """The only name in a JSON object, and its value."""
     if not isinstance(code, dict) or len(code) != 1:
         raise Damaged(f"{what} is {clip(code)}")
     return next(iter(code.items()))
 
 
 def check_distinct(keys: Iterable[Hashable], what: str) -> None:
-    """Raise if one of these keys is there twice, or too many of them have one hash."""
+    """Raise if a key appears twice, or if too many keys have the same hash."""
     keys = list(keys)
-    # First the hashes: Python compares each key with all that have its hash.
+    # Check the hashes first: Python compares each key with all others of the same hash.
     if keys and max(Counter(map(hash, keys)).values()) > ALIKE:
-        raise Damaged(f"{what} has more than {ALIKE} keys of one hash")
+        raise Damaged(f"{what} has more than {ALIKE} keys with the same hash")
     if len(set(keys)) != len(keys):
         raise Damaged(f"{what} has a key twice")
 
@@ -417,14 +418,14 @@ def _dict(code: Any) -> dict[str, Any]:
 
 
 def check_header(structure: Any) -> None:
-    """Raise a LoadError, without the name of the file, for what this version cannot read."""
+    """Raise a LoadError, which does not yet name the file, if this version cannot read it."""
     if not isinstance(structure, dict) or structure.get("format") != FORMAT:
         raise LoadError("its structure is not one that nnx.save wrote")
     version = structure.get("version")
     if type(version) is not int or version < 1:
-        raise LoadError(f"its format version is {clip(version)}, which there never was")
+        raise LoadError(f"its format version is {clip(version)}, which never existed")
     if version > VERSION:
         raise LoadError(
-            f"its format version is {clip(version)}, and this nnx reads versions up to {VERSION}. "
-            f"Install a newer nnx"
+            f"its format version is {clip(version)}, but this nnx only reads versions up to "
+            f"{VERSION}. Install a newer nnx"
         )

@@ -1,4 +1,4 @@
-"""Processes of one program that save together: who does what, and for how long one waits for another."""
+"""Processes of one program that save together: who does what, and how long they wait for each other."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from nnx.serialize.errors import SaveError
 
 __all__: list[str] = []
 
-# How long a message of the first process to the others may be.
+# How long a message from the first process to the others may be.
 _MESSAGE = 4096
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what is written once."""
+    """Whether this process writes the parts that only one process writes."""
     return jax.process_index() == 0
 
 
 def meet(key: str, path: str, timeout: float, orbax: Any) -> None:
-    """Wait until every process of the program is here.
+    """Wait until every process of the program has come here.
 
     Args:
-      key: says where; the same in every process.
-      path: what is saved, for messages.
+      key: names the barrier; it must be the same in every process.
+      path: the path of the save, for messages.
       timeout: how many seconds to wait.
-      orbax: the module `orbax.checkpoint`, which has a barrier with a time limit.
+      orbax: the module `orbax.checkpoint`, whose barrier has a time limit.
 
     Raises:
-      SaveError: some process is not here in time.
+      SaveError: some process did not come in time.
     """
     if jax.process_count() == 1:
         return
@@ -46,8 +46,8 @@ def meet(key: str, path: str, timeout: float, orbax: Any) -> None:
         try:
             return barrier(key=f"nnx:{key}", timeout_ms=math.ceil(1000 * left))
         except jax.errors.JaxRuntimeError as error:
-            # JAX counts how often each process has come here. One that did not come to an earlier meeting
-            # is told so at once, or what became of that one: it comes again, and then the counts agree.
+            # JAX counts how often each process has come here. If a process missed an earlier
+            # barrier, it gets an error at once. It tries again, and then the counts agree.
             if time.monotonic() >= end or "arrier" not in str(error):
                 raise SaveError(_not_here(str(error), path, timeout)) from error
         time.sleep(0.02)
@@ -58,20 +58,20 @@ def _not_here(text: str, path: str, timeout: float) -> str:
     named = re.search(r"timed out task names:\s*([\d\s,]+)", text)
     absent = [n for n in re.findall(r"\d+", named[1]) if int(n) != here][:8] if named else []
     if absent:
-        who = f"process {', '.join(absent)} did not come to it within {timeout:g} s"
+        who = f"process {', '.join(absent)} did not call it within {timeout:g} s"
     elif "DEADLINE_EXCEEDED" in text:
-        who = f"not every process came to it within {timeout:g} s"
+        who = f"not every process called it within {timeout:g} s"
     else:
-        who = f"the processes did not come to it together ({' '.join(text.split())[:150]})"
+        who = f"the processes did not call it together ({' '.join(text.split())[:150]})"
     return (
-        f"{path} cannot be saved: {who}. Every process of the program has to call nnx.save with the same "
-        f"path and the same tree; do not put it under `if jax.process_index() == 0`. This is process "
-        f"{here} of {count}; what was at the path is as it was."
+        f"{path} cannot be saved: {who}. Every process of the program must call nnx.save with the "
+        "same path and the same tree; do not put the call under `if jax.process_index() == 0`. "
+        f"This is process {here} of {count}. What was at the path is unchanged."
     )
 
 
 def from_first(text: str) -> str:
-    """What the first process says, in every process. All of them have to be here already."""
+    """Send a text from the first process to all. Every process must have come here already."""
     if jax.process_count() == 1:
         return text
     data = text.encode()[:_MESSAGE]
@@ -82,5 +82,5 @@ def from_first(text: str) -> str:
 
 
 def key_of(path: str, text: str) -> str:
-    """A name for a save that two processes give to the same one."""
+    """A name for a save that is the same in all processes."""
     return f"{zlib.crc32(path.encode()):08x}.{zlib.crc32(text.encode()):08x}"

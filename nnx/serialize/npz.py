@@ -1,8 +1,8 @@
 """The container: an uncompressed `.npz` with the structure as JSON beside the arrays.
 
-`numpy.load(path, allow_pickle=False)` opens it. Arrays go through in pieces, one at a time, so a file
-may be as large as memory. A file is read with distrust: every size is checked against the size of
-the file before anything is allocated.
+`numpy.load(path, allow_pickle=False)` opens it. Arrays are copied in pieces, one array at a time,
+so a file may be as large as memory. Files are not trusted: every size is checked against the size
+of the file before anything is allocated.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ PIECE = 1 << 24
 
 
 def to_host(x: Any) -> np.ndarray:
-    """An array as NumPy has it, of a dtype that the `.npy` format knows, in C order."""
+    """A NumPy array in C order, with a dtype that the `.npy` format knows."""
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     host = np.asarray(x)
-    # ascontiguousarray would make one axis of none.
+    # ascontiguousarray would add an axis to a scalar.
     host = np.ascontiguousarray(host).reshape(host.shape)
     stored = stored_dtype(host.dtype)
     return host if stored == host.dtype else host.view(stored)
 
 
 def stored_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype that stands for another one in the file: for bfloat16, float8, int4, its bits."""
-    # Those that NumPy has by registration only (2) are not in its format.
+    """The dtype in the file for a dtype: for bfloat16, float8 and int4, an integer dtype of the same bits."""
+    # NumPy's format lacks dtypes that other packages have registered (isbuiltin 2).
     if dtype.isbuiltin == 2:
         return np.dtype(f"uint{8 * dtype.itemsize}")
     return np.dtype(dtype.str) if dtype.names is None else dtype
@@ -78,18 +78,18 @@ def _size(x: Any) -> int:
 
 
 def aligned(size: int) -> np.ndarray:
-    """That many bytes, placed so that JAX can take them for an array without a copy."""
+    """This many bytes, aligned so that JAX can use them for an array without a copy."""
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size]
 
 
 class Reader:
-    """An open file: its structure, and its arrays one by one.
+    """An open file: gives its structure, and its arrays one by one.
 
     Args:
       file: a binary file that can seek.
-      size: how many bytes it has.
+      size: the number of bytes in it.
       progress: called as `progress(bytes_done, bytes_in_all)`.
     """
 
@@ -101,10 +101,10 @@ class Reader:
             raise LoadError("two of its parts have the same name")
         if any(i.compress_type != zipfile.ZIP_STORED or i.flag_bits & 1 for i in infos):
             raise LoadError(
-                "it is compressed or encrypted, which a file of nnx.save is not; write one of "
-                "np.savez_compressed anew with np.savez"
+                "it is compressed or encrypted, which nnx.save never does; write a file of "
+                "np.savez_compressed again with np.savez"
             )
-        # Parts that overlap could make a small file endless.
+        # Overlapping parts could make a small file expand without limit.
         if sum(i.file_size for i in infos) > size:
             raise LoadError("its parts claim to be larger than the file")
         self._total = sum(i.file_size for i in infos)
@@ -117,7 +117,7 @@ class Reader:
         return [name[:-4] for name in self._members if name.endswith(".npy")]
 
     def structure(self) -> Any:
-        """The parsed JSON, or None if this is an `.npz` of somebody else."""
+        """The parsed JSON, or None if another tool wrote this `.npz`."""
         if STRUCTURE not in self._members:
             return None
         for name in self._members:
@@ -126,13 +126,14 @@ class Reader:
         return guarded(lambda: parse(self._archive.read(STRUCTURE)))
 
     def read(self, name: str, dtype: str | None, shape: tuple[int, ...] | None) -> np.ndarray:
-        """An array. `dtype` and `shape`, where they are known, must be those of the array."""
+        """Read an array. If `dtype` and `shape` are given, the array must have them."""
         info = self._members.get(f"{name}.npy")
         if info is None:
             raise LoadError(f"its array {name!r} is missing")
         with self._archive.open(info) as member:
             found_shape, fortran, found = self._header(member, name)
-            # Without a dtype the file is of somebody else, who may have written it in any order.
+            # Without a dtype, another tool wrote the file and may have used any byte and axis
+            # order.
             ours = dtype is not None
             wanted = dtype_of(dtype) if ours else found
             stored = stored_dtype(wanted)
@@ -158,7 +159,7 @@ class Reader:
             raise LoadError(f"its array {name!r} has the .npy format {version}")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
         if dtype.hasobject:
-            raise LoadError(f"its array {name!r} is one of Python objects")
+            raise LoadError(f"its array {name!r} holds Python objects")
         if dtype.itemsize == 0 or any(type(n) is not int or n < 0 for n in shape):
             raise LoadError(f"its array {name!r} has the dtype {dtype} and the shape {shape}")
         return shape, fortran, dtype
@@ -173,6 +174,6 @@ class Reader:
             self._done += count
             if self._progress is not None:
                 self._progress(self._done, self._total)
-        # The end of a part is where its checksum is compared.
+        # zipfile compares the checksum when it reaches the end of a part.
         if member.read(1):
             raise LoadError(f"its array {name!r} is longer than its shape")

@@ -1,7 +1,8 @@
-"""The paths that a file says, against those of the tree that it gives.
+"""Check the paths in a file against those of the tree that it describes.
 
-`load` goes by objects and `load_state` by paths. They agree about a file only if its paths are those of
-its tree. All paths of a deep tree together may be much longer than the file, so they are linked lists here.
+`load` uses the objects of a file, and `load_state` uses its paths. The two agree only if the paths
+are those of the tree. All paths of a deep tree together may be much longer than the file, so here
+they are linked lists.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ __all__: list[str] = []
 def check_paths(
     found: Walk, paths: dict[int, list[str]], leaves: list[tuple[list[str], Any]]
 ) -> None:
-    """Raise if a file has other paths than its tree.
+    """Raise if the paths in a file are not those of its tree.
 
     Args:
-      found: what a walk of the tree finds.
-      paths: by the id of a Ref, the path that the file says.
-      leaves: the path and the value of each plain array, as the file says.
+      found: the result of a walk of the tree.
+      paths: the path in the file for each Ref, by the Ref's id.
+      leaves: the path and the value of each plain array in the file.
 
     Raises:
       Damaged: they differ.
     """
     ref_links, leaf_links = _links(found.dagdef)
     if len(found.refs) != len(paths):
-        raise Damaged("a Ref of it is nowhere in the tree")
+        raise Damaged("one of its Refs is nowhere in the tree")
     claimed = [paths[id(ref)] for ref in found.refs]
     for path, link in zip(claimed, ref_links, strict=True):
         if not _leads(path, link):
@@ -75,7 +76,7 @@ def _step(link: Any, part: str) -> Any:
 
 
 def _leads(path: list[str], link: Any) -> bool:
-    """Whether a path is the one of a linked list."""
+    """Whether a path equals that of a linked list."""
     for name in reversed(path):
         if link is None or link[1] != name:
             return False
@@ -84,7 +85,7 @@ def _leads(path: list[str], link: Any) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two arrays are one, or equal, as where `load` of a `saveable` class has made another."""
+    """Whether two arrays are the same or equal: `load` of a `saveable` class may have made a new one."""
     if a is b:
         return True
     if a.dtype != b.dtype or a.shape != b.shape:

@@ -1,4 +1,4 @@
-"""Where a file is written to and read from: a path, whose place a save takes at once, or an open file."""
+"""Where files are written and read: a path, which a save replaces in one step, or an open file."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from nnx.serialize.errors import LoadError, SaveError
 
 try:
     import fcntl
-except ImportError:  # there is none on Windows, where a file that is open cannot be removed
+except ImportError:  # Windows lacks fcntl, but there an open file cannot be removed.
     fcntl: Any = None
 
 __all__: list[str] = []
 
 
 def is_path(x: Any) -> bool:
-    """Whether `x` is a path, and not an open file."""
+    """Whether `x` is a path rather than an open file."""
     return isinstance(x, str | bytes | os.PathLike)
 
 
 def shown(path: Any) -> str:
-    """A path, or an open file, as a message names it."""
+    """The name of a path or an open file for messages."""
     if is_path(path):
         return os.fsdecode(path)
     name: Any = getattr(path, "name", None)
@@ -39,10 +39,10 @@ def shown(path: Any) -> str:
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
-    """A file under a temporary name beside `path`, which takes its place if nothing is raised.
+    """A file under a temporary name beside `path`. It replaces `path` if nothing is raised.
 
     Raises:
-      OSError: what the system says, or what `path` is that is no file.
+      OSError: from the operating system, or because `path` is not an ordinary file.
     """
     if "\0" in path:
         raise OSError(errno.EINVAL, "there is a null character in the path")
@@ -51,18 +51,18 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, "it is a folder; give the name of a file in it")
     if not os.path.isdir(folder):
-        text = f"there is no such folder to save in; make it with os.makedirs: {folder!r}"
+        text = f"the folder to save in does not exist; make it with os.makedirs: {folder!r}"
         raise FileNotFoundError(errno.ENOENT, text)
     if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(errno.EINVAL, "it is no ordinary file, whose place another could take")
+        raise OSError(errno.EINVAL, "it is not an ordinary file, so it cannot be replaced")
     prefix = f".nnx.{zlib.crc32(os.fsencode(name)):08x}."
     _remove_stale(folder, prefix)
     file, temporary = _create(folder, prefix)
     try:
         with file:
             yield file
-            # What is not on the disk when the name changes may be lost with the power, and the old
-            # file with it.
+            # Flush before renaming: otherwise a power failure could lose the new file and the old
+            # one.
             file.flush()
             os.fsync(file.fileno())
             os.chmod(temporary, _mode(path))
@@ -73,13 +73,13 @@ def replacing(path: str) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    # The new file is there by now, so that this is no reason to say that it is not.
+    # The new file is already in place, so this failure must not count as a failed save.
     with contextlib.suppress(OSError):
         sync_folder(folder)
 
 
 def _create(folder: str, prefix: str) -> tuple[BinaryIO, str]:
-    """A new file, which is locked for as long as it is open, and its name."""
+    """A new file and its name. The file is locked as long as it is open."""
     while True:
         number, temporary = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
         file = open(number, "wb")  # noqa: SIM115 — it stays open
@@ -91,16 +91,16 @@ def _create(folder: str, prefix: str) -> tuple[BinaryIO, str]:
 
 
 def try_lock(number: int, *, wait: bool = False) -> bool:
-    """Lock a file, unless somebody else has; the system takes the lock off when its owner dies.
+    """Lock a file, unless somebody else holds the lock. The system releases it when its owner dies.
 
-    With `wait`, wait for one who looks whether the file is stale, and removes it.
+    With `wait`, wait for a program that is checking whether the file is stale and may remove it.
     """
     if fcntl is None:
         return True
     try:
         fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
-        # Also where the file system has no locks: then nothing can be said to be stale.
+        # This also happens if the file system has no locks. Then nothing counts as stale.
         return False
     return True
 
@@ -125,7 +125,7 @@ def _remove_stale(folder: str, prefix: str) -> None:
 
 
 def _mode(path: str) -> int:
-    # Temporary files are private; the file should be as any other that the user writes.
+    # Temporary files are private. The file should have the permissions of any other new file.
     try:
         return os.stat(path).st_mode & 0o777
     except OSError:
@@ -144,7 +144,7 @@ def sync_folder(folder: str) -> None:
 
 
 def check_writable(file: Any) -> None:
-    """Raise if this is no open file that takes bytes."""
+    """Raise unless this is an open file that takes bytes."""
     if not hasattr(file, "write"):
         raise SaveError(
             f"nnx.save takes a path or an open binary file, but got a {type(file).__name__}."
@@ -164,11 +164,11 @@ def check_writable(file: Any) -> None:
 def reading(path: Any) -> Iterator[tuple[Any, int]]:
     """A file that can seek, at its beginning, and its size.
 
-    Of an open file it is what is left of it from where it is.
+    An open file counts from its current position.
 
     Raises:
-      OSError: what the system says.
-      LoadError: this is no path and no file; without the name of the file.
+      OSError: from the operating system.
+      LoadError: `file` is neither a path nor a file. The message does not yet name it.
     """
     if is_path(path):
         if "\0" in os.fsdecode(path):
@@ -186,7 +186,7 @@ def reading(path: Any) -> Iterator[tuple[Any, int]]:
         raise LoadError("it is open for writing; open it with open(path, 'rb')")
     whole, size = _whole(path)
     if size == 0:
-        raise LoadError("nothing is left to read; after writing call file.seek(0)")
+        raise LoadError("nothing is left to read; after writing, call file.seek(0)")
     yield whole, size
 
 

@@ -1,4 +1,4 @@
-"""Which arrays of a file are read, and where each is put."""
+"""Decide which arrays of a file to read, and where to put each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ReadArray = Callable[[str, str, tuple[int, ...]], np.ndarray]
 
 
 def shape_of(code: Any) -> jax.ShapeDtypeStruct:
-    """The shape and dtype in the place of an array."""
+    """The shape and dtype that stand for an array."""
     if "key" in code:
         like = jax.eval_shape(lambda: jax.random.key(0, impl=code["key"]))
         return jax.ShapeDtypeStruct(tuple(code["shape"]), like.dtype)
@@ -34,11 +34,11 @@ def shape_of(code: Any) -> jax.ShapeDtypeStruct:
 
 
 class Plan:
-    """For the arrays of a file by name, whether each is read, and its sharding.
+    """For each array of a file, by name: whether to read it, and its sharding.
 
     Attributes:
-      shapes: what is in the place of those that are not read.
-      shardings: the sharding of each that has one.
+      shapes: stand-ins for the arrays that are not read.
+      shardings: the sharding of each array that has one.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Plan:
         self.shardings: dict[str, Any] = {}
 
     def from_file(self, read: ReadArray) -> Callable[[str, Any], Any]:
-        """Gives an array of one file, by its name and what the structure says of it."""
+        """Gives an array of a single file, by its name and its description in the structure."""
 
         def new_array(name: str, code: Any) -> Any:
             if name in self.shapes:
@@ -56,7 +56,7 @@ class Plan:
         return new_array
 
     def from_directory(self, reader: Any) -> Callable[[str, Any], Any]:
-        """Gives an array of a directory, by its name and its code; all are read at once."""
+        """Gives an array of a directory, by its name and its description. All are read at once."""
         codes = check(reader.structure).arrays
         wanted = {name: self.shardings.get(name) for name in codes if name not in self.shapes}
         values = reader.store(codes).read(wanted)
@@ -78,33 +78,33 @@ def _read(name: str, code: Any, read: ReadArray) -> np.ndarray:
 
 
 def on_devices(name: str, code: Any, x: Any, sharding: Any) -> Any:
-    """What was read of an array, as the array that it is, in its place."""
+    """Turn the data that was read into an array of the right dtype, on its devices."""
     if "key" in code:
         return put_keys(x, code["key"], sharding)
     if isinstance(x, jax.Array):
         return x
     if has_bad_bits(x):
-        raise Damaged(f"its array {name!r} has bits that are no {x.dtype}")
+        raise Damaged(f"its array {name!r} has bits that are not a valid {x.dtype}")
     if "numpy" in code:
         return x
     if jnp.result_type(x.dtype) != x.dtype:
         raise LoadError(
-            f"the array {name!r} is {x.dtype}, which JAX would make {jnp.result_type(x.dtype)}. Allow "
-            f"it with jax.config.update('jax_enable_x64', True)"
+            f"the array {name!r} is {x.dtype}, which JAX would turn into "
+            f"{jnp.result_type(x.dtype)}. Allow it with jax.config.update('jax_enable_x64', True)"
         )
     return put(x, sharding)
 
 
 class _Shapes:
-    """The shapes that stand for the arrays of a file while it is decoded, with the names of these."""
+    """The shapes that stand for the arrays of a file during decoding, and the name of each."""
 
     def __init__(self) -> None:
-        # The shapes are held, so that an id means one of them.
+        # Keep the shapes alive, so that an id stays unique.
         self._by_id: dict[int, tuple[str, Any]] = {}
         self._numpy: set[str] = set()
 
     def new(self, name: str, code: Any) -> Any:
-        """The shape of an array, by what the structure says of it."""
+        """The shape of an array, from its description in the structure."""
         shape = shape_of(code)
         self._by_id[id(shape)] = name, shape
         if "numpy" in code:
@@ -120,13 +120,13 @@ class _Shapes:
         return {self._by_id[id(x)][0] for x in leaves if id(x) in self._by_id}
 
     def on_devices(self, shape: Any) -> str | None:
-        """The name of an array, if it is one of JAX's."""
+        """The name of an array, if it is a JAX array."""
         name, _ = self._by_id.get(id(shape), (None, None))
         return None if name in self._numpy else name
 
 
 def plan_tree(structure: Any, names: Any, only: Any, specs: Any, axes: Any, mesh: Any) -> Plan:
-    """The plan of `load`, whose arguments these are."""
+    """The plan of `load`, with its arguments."""
     plan = Plan()
     here = mesh if mesh is not None else current_mesh()
     placed = not (specs is None and axes is None and here is None)
@@ -134,8 +134,8 @@ def plan_tree(structure: Any, names: Any, only: Any, specs: Any, axes: Any, mesh
         return plan
     if isinstance(here, jax.sharding.AbstractMesh) and only is not None:
         raise LoadError(
-            "the mesh is abstract, so it has no devices to put values on. Pass only=None for their "
-            "shapes, or a mesh of jax.make_mesh"
+            "the mesh is abstract, so it has no devices. Pass only=None to get shapes, or use a "
+            "mesh from jax.make_mesh"
         )
     shapes = _Shapes()
     tree = decode(structure, names, shapes.new)
@@ -157,7 +157,7 @@ def plan_tree(structure: Any, names: Any, only: Any, specs: Any, axes: Any, mesh
 
 
 def _nested(partition: Partition) -> Any:
-    """A tree that has Refs at the paths of a Partition."""
+    """A tree with Refs at the paths of a Partition."""
     root: Any = {}
     for path, value in partition.items():
         if not path:
@@ -170,7 +170,7 @@ def _nested(partition: Partition) -> Any:
 
 
 def plan_state(structure: Any, names: Any, fitting: Fitting) -> Plan:
-    """The plan of `load_state`: what goes into a model's values as it is, is put where they are."""
+    """The plan of `load_state`: arrays that fit the model go where its own values are."""
     plan = Plan()
     shapes = _Shapes()
     wanted: set[str] = set()

@@ -1,7 +1,8 @@
-"""The names that a file may use for functions and classes, and what each of them stands for here.
+"""The names that a file may use for functions and classes, and what they mean in this program.
 
-A file holds names, never code. A name is looked up among what the program has registered or imported
-already, so loading a file cannot import a module or run anything that the program did not choose.
+A file holds names, never code. Names are looked up among things that the program has already
+registered or imported. So loading a file cannot import a module, or run anything that the program
+did not choose.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 
 class Saved(NamedTuple):
-    """What `saveable` knows of one function or class."""
+    """What `saveable` knows about a function or class."""
 
     name: str
     obj: Any
@@ -37,7 +38,7 @@ class Saved(NamedTuple):
     load: Callable[[Any], Any] | None
 
 
-# Both are filled together. The objects are kept alive, so that an id means one object.
+# The two are filled together. They keep the objects alive, so that an id stays unique.
 _by_name: dict[str, Saved] = {}
 _by_id: dict[int, Saved] = {}
 
@@ -55,24 +56,24 @@ def saveable(
     save: Callable[[Any], Any] | None = None,
     load: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Let `nnx.save` write a function or the instances of a class by name, and `nnx.load` find it.
+    """Let `nnx.save` write a function, or the instances of a class, by name; `nnx.load` finds it again.
 
-    Modules, enums, named tuples, frozen dataclasses and what is in `jax.nn`, `jax.nn.initializers`,
-    `jax.numpy` and `jax.lax` need no registration.
+    You do not need to register modules, enums, named tuples, frozen dataclasses, or anything in
+    `jax.nn`, `jax.nn.initializers`, `jax.numpy` and `jax.lax`.
 
     Args:
-      obj: a function, or a class. Instances of a dataclass are saved by their fields; those of
-        another class need `save` and `load`. A module class may be registered to give it a name
-        that stays when the class moves to another Python module.
-      name: what the file calls it; `module.qualified_name` without it.
-      save: makes of an instance a value that can be saved: numbers, strings, tuples, lists, dicts.
-      load: makes the instance again of that value.
+      obj: a function or a class. Instances of a dataclass are saved by their fields. Other classes
+        need `save` and `load`. Register a module class to give it a name that stays valid when the
+        class moves to another Python module.
+      name: the name in the file. The default is `module.qualified_name`.
+      save: turns an instance into a value that can be saved: numbers, strings, tuples, lists, dicts.
+      load: turns that value back into an instance.
 
     Returns:
-      `obj`, so that this can be a decorator.
+      `obj`, so this also works as a decorator.
 
     Raises:
-      ValueError: the name is taken by another object.
+      ValueError: another object has the name.
       TypeError: instances of the class cannot be saved without `save` and `load`.
 
     >>> import nnx
@@ -91,12 +92,12 @@ def saveable(
     )
     if plain and save is None:
         raise TypeError(
-            f"{obj.__name__} is no dataclass, so nnx.saveable does not know what its instances "
-            f"hold. Pass save= and load=, or make it a dataclass."
+            f"{obj.__name__} is not a dataclass, so nnx.saveable does not know what its instances "
+            "hold. Pass save= and load=, or make it a dataclass."
         )
     known = Saved(name or _own_name(obj), obj, save, load)
     old = _by_name.get(known.name)
-    # A notebook cell that runs again defines the same thing anew.
+    # A notebook cell that runs again defines the same thing again.
     if old is not None and old.obj is not obj and _own_name(old.obj) != _own_name(obj):
         raise ValueError(
             f"The name {known.name!r} is taken by {old.obj!r}. Pass another one: "
@@ -107,20 +108,20 @@ def saveable(
 
 
 def registered(obj: Any) -> Saved | None:
-    """What `saveable` was told about this object."""
+    """The entry that `saveable` made for this object."""
     return _by_id.get(id(obj))
 
 
 def registered_name(name: str) -> Saved | None:
-    """What is registered by this name."""
+    """The entry with this name."""
     return _by_name.get(name)
 
 
 def is_config(obj: Any) -> bool:
-    """Whether it is a class of frozen dataclasses, whose instances are what their fields say."""
+    """Whether a class is a frozen dataclass, so that the fields describe an instance completely."""
     if not isinstance(obj, type) or issubclass(obj, Node):
         return False
-    # Through the dicts: looking an attribute up may run something.
+    # Look in the dicts: looking up an attribute may run code.
     found = (vars(cls).get("__dataclass_params__") for cls in obj.__mro__)
     params = next((x for x in found if x is not None), None)
     return params is not None and params.frozen
@@ -130,7 +131,8 @@ def _own_name(obj: Any) -> str:
     return f"{obj.__module__}.{obj.__qualname__}"
 
 
-# What reads or writes files, or calls what it is given, has no place in a model's attributes.
+# Functions that read or write files, or call their arguments, do not belong in a model's
+# attributes.
 _NOT_NAMED = frozenset(
     {
         *("load", "save", "savez", "fromfile", "frombuffer", "from_dlpack", "frompyfunc"),
@@ -153,7 +155,7 @@ _names_by_id: dict[int, str] = {}
 
 
 def _load_public() -> None:
-    # The first name of an object is the one that is written.
+    # `save` writes the first name of an object.
     found = {
         **_public(jax.nn.initializers, "jax.nn.initializers"),
         **_public(jax.nn, "jax.nn"),
@@ -171,14 +173,14 @@ def _load_public() -> None:
 
 
 def public_names() -> tuple[dict[str, Any], dict[int, str]]:
-    """What needs no registration, by name, and the names by identity."""
+    """Objects that need no registration by name, and their names by identity."""
     if not _names:
         _load_public()
     return _names, _names_by_id
 
 
 def name_of(obj: Any) -> str | None:
-    """The name that a file uses for a function or a class, or None if it has none."""
+    """The name that a file uses for a function or a class, or None."""
     known = registered(obj)
     if known is not None:
         return known.name
@@ -194,19 +196,19 @@ def name_of(obj: Any) -> str | None:
 
 
 def _public_or_own(cls: type) -> str:
-    # Our own modules may move from file to file.
+    # nnx's own modules may move from file to file.
     return f"nnx.{cls.__name__}" if _of_nnx(cls.__name__) is cls else _own_name(cls)
 
 
 def _of_nnx(name: str) -> Any:
-    """What `nnx.name` is, or None. Only what the package has loaded already is in its own dict."""
+    """The object `nnx.name`, or None. The package's dict holds only what is loaded already."""
     packages = ("nnx", "nnx.transforms", "nnx.layers", "nnx.training")
     loaded = (vars(sys.modules[p]) for p in packages if p in sys.modules)
     return next((names[name] for names in loaded if name in names), None)
 
 
 def find(name: str) -> Any:
-    """What a name stands for in this program, or None. Nothing is imported and nothing is run."""
+    """The object that a name means in this program, or None. Nothing is imported or run."""
     known = registered_name(name)
     if known is not None:
         return known.obj
@@ -222,13 +224,13 @@ def find(name: str) -> Any:
 
 def _walk(name: str) -> Any:
     parts = name.split(".")
-    # Every beginning of a name may be that of a Python module, so a long one would be much work.
+    # Every prefix of a name may be a Python module, so a long name would take much work.
     if len(parts) > 50:
         return None
     for i in range(len(parts) - 1, 0, -1):
         module = sys.modules.get(".".join(parts[:i]))
         if module is not None:
-            # Through the dicts: looking an attribute up may import or run something.
+            # Look in the dicts: looking up an attribute may import or run code.
             obj: Any = module
             if i == 1 and parts[0] == "nnx" and parts[1] not in vars(module):
                 obj, i = _of_nnx(parts[1]), 2
@@ -239,9 +241,9 @@ def _walk(name: str) -> Any:
 
 
 class Classes:
-    """The module classes of this program by name, those that were made in functions included.
+    """The module classes of this program by name, including those made inside functions.
 
-    The latest of a name wins. It is as of the first one that was not found otherwise.
+    The newest class of a name wins. The list is built when a class is first not found in another way.
     """
 
     def __init__(self) -> None:
@@ -266,14 +268,14 @@ def _local_classes() -> dict[str, type[Node]]:
             if cls not in seen:
                 seen.add(cls)
                 todo.append(cls)
-                # A class that stands for another one while `nnx.capture` runs has its name.
+                # While `nnx.capture` runs, stand-in classes have the names of the originals.
                 if "_stands_for" not in vars(cls):
                     latest[_public_or_own(cls)] = cls
     return latest
 
 
 def _exactly(kind: Any, make: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A `load` for what `save` has made a value of this type of."""
+    """A `load` function for a `save` function that returns values of this type."""
 
     def load(value: Any) -> Any:
         if not isinstance(value, kind):
@@ -285,7 +287,7 @@ def _exactly(kind: Any, make: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 _NONE = type(None)
 saveable(type(CARRY), name="nnx.CARRY", save=lambda _: None, load=_exactly(_NONE, lambda _: CARRY))
-# Filters are attributes of modules too.
+# Filters can be attributes of modules, too.
 for _kind, _name in (
     (PathContains, "part"),
     (PathMatches, "glob"),

@@ -1,7 +1,8 @@
-"""The arrays of a checkpoint in a directory: by Orbax, one by name, each process its own shards.
+"""The arrays of a checkpoint in a directory. Orbax stores them by name; each process writes its own shards.
 
-An array is stored as it is. Random keys are stored as their data, and a dtype that the files do not know as
-bits of another one; `dtypes.py` has their names in the structure.
+Arrays are stored as they are. Random keys are stored as their data, and dtypes that the files do
+not know as the bits of another dtype. The structure holds the original dtype names; see
+`dtypes.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from nnx.sharding.putting import data_sharding, is_key, put_keys
 
 __all__: list[str] = []
 
-# Of JAX's dtypes, those that the files do not know, and the dtype of the same bits that they do know.
+# JAX dtypes that the files do not know, each with a known dtype of the same bits.
 _BITS = {"uint2": "uint8", "uint4": "uint8", "float8_e4m3": "uint8"}
 
 
@@ -36,19 +37,19 @@ def need_orbax(path: str, error: type[Exception]) -> Any:
         import orbax.checkpoint as ocp
     except ImportError as cause:
         raise error(
-            f"{path} is a checkpoint in a directory, which takes Orbax: pip install 'nnx[checkpoint]'. "
-            f"One file, as in 'model.npz', takes nothing."
+            f"{path} is a directory, and checkpoints in directories need Orbax: pip install "
+            "'nnx[checkpoint]'. A single file such as 'model.npz' does not."
         ) from cause
     return ocp
 
 
 def is_stored(x: Any) -> bool:
-    """Whether an array has anything to store."""
+    """Whether an array has any data to store."""
     return x.size > 0
 
 
 def to_store(x: Any, *, copy: bool) -> Any:
-    """An array as it is stored."""
+    """An array in the form in which it is stored."""
     if not isinstance(x, jax.Array):
         host = np.array(x) if copy else x
         host = np.ascontiguousarray(host).reshape(x.shape)
@@ -60,20 +61,21 @@ def to_store(x: Any, *, copy: bool) -> Any:
         same = jnp.dtype(bits).itemsize == x.dtype.itemsize and "float" in x.dtype.name
         x = lax.bitcast_convert_type(x, bits) if same else x.astype(bits)
     if jax.process_count() > 1 and x.is_fully_addressable:
-        # What only this process has. The first process writes such, and the others read it.
+        # An array that is local to each process. The first process writes it, and all read that
+        # one.
         return np.asarray(x)
     return x
 
 
 def _is_plain(dtype: np.dtype) -> bool:
-    """Whether NumPy's own arrays of this dtype are stored as such."""
+    """Whether NumPy arrays of this dtype are stored as they are."""
     return (
         dtype.isnative and dtype.isbuiltin == 1 and dtype.kind in "biufc" and dtype.itemsize <= 16
     )
 
 
 def start(folder: str, arrays: Mapping[str, Any], ocp: Any) -> Callable[[], None]:
-    """Begin to write arrays into a folder that is there; the values are copied before this returns.
+    """Begin to write arrays into an existing folder. The values are copied before this returns.
 
     Returns:
       A function that waits until this process has written its part.
@@ -92,7 +94,7 @@ def start(folder: str, arrays: Mapping[str, Any], ocp: Any) -> Callable[[], None
 
 
 def finish(folder: str, ocp: Any) -> None:
-    """Join what all processes have written. The first process does it, when all are done."""
+    """Join the parts that all processes have written. The first process does it, when all are done."""
     if os.listdir(folder):
         ocp.PyTreeCheckpointHandler(use_ocdbt=True).finalize(_epath(folder))
 
@@ -104,7 +106,7 @@ def _epath(folder: str) -> Any:
 
 
 def _run(function: Callable[[], Any]) -> Any:
-    """Run it in a thread of its own, since a notebook has an event loop in this one."""
+    """Run it in a new thread, because in a notebook this thread already has an event loop."""
     result: list[Any] = []
     error: list[BaseException] = []
 
@@ -127,12 +129,12 @@ class Store:
 
     Args:
       folder: the folder.
-      codes: by name, what the structure says of an array.
-      sums: by name, the checksum of an array as it is stored.
+      codes: the structure's description of each array, by name.
+      sums: the checksum of each array in its stored form, by name.
       ocp: the module `orbax.checkpoint`.
 
     Raises:
-      LoadError: one is missing, or is of another shape or dtype than the structure says.
+      LoadError: an array is missing, or its shape or dtype differs from the structure.
     """
 
     def __init__(self, folder: str, codes: Mapping[str, Any], sums: Mapping[str, int], ocp: Any):
@@ -162,16 +164,16 @@ class Store:
         try:
             tree = self._handler.metadata(_epath(self._folder)).tree
         except Exception as error:
-            text = f"what Orbax says of its arrays is missing or damaged: {_first(error)}"
+            text = f"Orbax's description of its arrays is missing or damaged: {_first(error)}"
             raise LoadError(text) from error
         if not isinstance(tree, dict):
-            raise LoadError("what Orbax says of its arrays is not a dict")
+            raise LoadError("Orbax's description of its arrays is not a dict")
         return tree
 
     def read(self, shardings: Mapping[str, Sharding | None]) -> dict[str, Any]:
-        """The arrays of these names, each where its sharding says; those without one on the host.
+        """The arrays with these names, each where its sharding says. Without a sharding, it is on the host.
 
-        Random keys with a sharding are whole. What is read on the host is as it was stored.
+        Random keys with a sharding come back as keys. Arrays on the host come in their stored form.
         """
         numpy = self._ocp.RestoreArgs(restore_type=np.ndarray)
         names = [name for name in shardings if math.prod(self._likes[name].shape)]
@@ -190,7 +192,7 @@ class Store:
                 values = dict(self._handler.restore(_epath(self._folder), args=args))
             except Exception as error:
                 raise LoadError(f"its arrays are damaged or cut short: {_first(error)}") from error
-        # All are begun before the first is waited for.
+        # Start all reads before waiting for the first.
         sums = {name: checksum(x) for name, x in values.items()}
         for name, found in sums.items():
             if int(found) != self._sums[name]:
@@ -219,7 +221,7 @@ class Store:
 
 
 def wrapped(data: Any, code: Any, sharding: Sharding | None) -> jax.Array:
-    """Random keys of what a Store has read."""
+    """Make random keys from the data that a Store has read."""
     return put_keys(data, code["key"], sharding)
 
 
@@ -231,7 +233,7 @@ def _from_bits(x: jax.Array, name: str) -> jax.Array:
 
 
 def _like(code: Any) -> Any:
-    """The shape and dtype that the stored array of a code has."""
+    """The shape and dtype of an array in its stored form, from its description."""
     shape = tuple(code["shape"])
     if "key" in code:
         keys = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=code["key"])))
@@ -245,11 +247,11 @@ def _like(code: Any) -> Any:
 
 
 class _Like:
-    # Not ShapeDtypeStruct, which makes float64 a float32.
+    # Not a ShapeDtypeStruct, which would turn float64 into float32.
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype):
         self.shape, self.dtype = shape, dtype
 
 
 def _first(error: BaseException) -> str:
-    """The beginning of what a library says."""
+    """The beginning of a library's message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

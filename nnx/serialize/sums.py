@@ -1,7 +1,7 @@
-"""A checksum of an array that does not depend on how the array is spread over devices.
+"""A checksum of an array. It does not depend on how the array is spread over devices.
 
-Each word is mixed with its place, and the results are added modulo 2³². Addition has no order, so the
-devices of any mesh, and NumPy, come to the same number.
+Each word is mixed with its position, and the results are added modulo 2³². The order of addition
+does not matter, so NumPy and the devices of any mesh get the same number.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _PIECE = 1 << 22
 
 
 def checksum(x: Any) -> Any:
-    """The checksum of an array of numbers: an int of NumPy's, a scalar of JAX's, still on the device."""
+    """The checksum of an array of numbers: an int for NumPy, or a JAX scalar that is still on the device."""
     return _of_jax(x) if isinstance(x, jax.Array) else _of_numpy(x)
 
 
 def _mix(word: Any, place: Any) -> Any:
-    """A number that looks random, of a word and its place; all are uint32."""
+    """Mix a word with its position into a number that looks random. All are uint32."""
     u32 = np.uint32
     x = (word + u32(1)) * u32(0x9E3779B1) ^ place * u32(0x85EBCA6B)
     x = (x ^ (x >> u32(15))) * u32(0x2C1B3C6D)

@@ -1,7 +1,7 @@
-"""The other container: `.safetensors`, which other tools read too.
+"""The other container: `.safetensors`, which other tools can read too.
 
-The structure is in the metadata, so that a file is complete. What NumPy does not know there
-(float8, int4, complex128) is written as bytes along one more axis, and read back by its own dtype here.
+The structure is in the metadata, so a file is complete. Dtypes that the format lacks (float8, int4,
+complex128) are written as bytes along one more axis, and read back here in their own dtype.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _KNOWN = frozenset(
         *("float16", "bfloat16", "float32", "float64", "complex64"),
     }
 )
-# What the format calls the dtypes.
+# The format's names for dtypes.
 _CODES = {
     **{"BOOL": "bool", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"},
     **{f"{kind[0].upper()}{n}": f"{kind}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64)},
@@ -44,7 +44,7 @@ _NAMES = {name: code for code, name in _CODES.items()}
 
 def write(file: Any, encoded: Encoded, progress: Progress | None) -> None:
     """Write a tree into an open file."""
-    # Those of the largest items first, so that each is aligned.
+    # Write arrays with the largest items first, so that each array is aligned.
     names = sorted(encoded.arrays, key=lambda name: -_facts(encoded.arrays[name])[1])
     header: dict[str, Any] = {}
     sums: dict[str, int] = {}
@@ -75,12 +75,12 @@ def write(file: Any, encoded: Encoded, progress: Progress | None) -> None:
 
 
 def _facts(array: Any) -> tuple[str, int, list[int]]:
-    """The dtype, the size of an item and the shape that stand in the file."""
+    """The dtype, the size of an item and the shape as written in the file."""
     if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         data = jax.eval_shape(jax.random.key_data, array)
         return "uint32", 4, list(data.shape)
     dtype = np.dtype(array.dtype)
-    # Another order of bytes has another name in the structure only.
+    # Only the structure records the byte order.
     if dtype.name in _KNOWN and dtype.isnative:
         return dtype.name, dtype.itemsize, list(array.shape)
     return "uint8", 1, [*array.shape, dtype.itemsize]
@@ -91,7 +91,7 @@ def _bytes(array: Any) -> memoryview:
 
 
 class Reader:
-    """An open file: its structure, and its arrays one by one. Arguments are those of `npz.Reader`."""
+    """An open file: gives its structure, and its arrays one by one. Takes the arguments of `npz.Reader`."""
 
     def __init__(self, file: Any, size: int, progress: Progress | None):
         self._file = file
@@ -102,12 +102,13 @@ class Reader:
             raise LoadError("its header claims to be larger than the file")
         header = guarded(lambda: parse(_exactly(file, length)))
         if not isinstance(header, dict):
-            raise LoadError("its header is no object with names")
+            raise LoadError("its header is not a JSON object")
         self._metadata = header.pop("__metadata__", {})
         self._start = 8 + length
         self._parts = guarded(lambda: _parts(header, size - self._start))
         self._total = size - self._start
-        # The format has no checksums, so ours are in the structure, which has one beside it.
+        # The format lacks checksums. Ours are in the structure, and the structure's own is beside
+        # it.
         self._sums: dict[str, Any] | None = None
 
     @property
@@ -116,10 +117,10 @@ class Reader:
         return list(self._parts)
 
     def structure(self) -> Any:
-        """The parsed JSON, or None if this is a file of somebody else."""
+        """The parsed JSON, or None if another tool wrote this file."""
         metadata = self._metadata
         if not isinstance(metadata, dict) or any(type(x) is not str for x in metadata.values()):
-            raise LoadError("its metadata are no texts by name")
+            raise LoadError("its metadata is not a JSON object of strings")
         text, known = metadata.get(STRUCTURE), metadata.get(CHECKSUM)
         if text is None and known is None:
             return None
@@ -176,14 +177,16 @@ def _exactly(file: Any, count: int) -> bytes:
 
 
 def _parts(header: dict[str, Any], size: int) -> dict[str, Any]:
-    """The dtype, shape, place and size of each array; together they are the rest of the file."""
+    """The dtype, shape, position and size of each array. Together they must fill the rest of the file."""
     parts: dict[str, Any] = {}
     for name, facts in header.items():
         if not isinstance(facts, dict) or facts.keys() != {"dtype", "shape", "data_offsets"}:
             raise Damaged(f"its array {clip(name)} is {clip(facts)}")
         code, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
         if type(code) is not str or code not in _CODES:
-            raise Damaged(f"its array {clip(name)} has the dtype {clip(code)}, which NumPy has not")
+            raise Damaged(
+                f"its array {clip(name)} has the dtype {clip(code)}, which NumPy does not have"
+            )
         if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
             raise Damaged(f"its array {clip(name)} is {clip(facts)}")
         dtype = jnp.dtype(_CODES[code])

@@ -15,7 +15,7 @@ __all__: list[str] = []
 
 def at(path: Path) -> str:
     """How a message begins that is about the value at a path."""
-    return f"The value at {dotted(path)!r}" if path else "What was to be saved"
+    return f"The value at {dotted(path)!r}" if path else "The object given to nnx.save"
 
 
 def unsaveable(x: Any, path: Path) -> SaveError:
@@ -23,15 +23,15 @@ def unsaveable(x: Any, path: Path) -> SaveError:
     kind = type(x)
     if isinstance(x, jax.ShapeDtypeStruct):
         return SaveError(
-            f"{at(path)} is a shape without values, as nnx.eval_shape gives. Make the model itself."
+            f"{at(path)} is a shape without values, from nnx.eval_shape. Save a real model."
         )
     if callable(x) and not isinstance(x, type):
         what = getattr(x, "__qualname__", repr(x))
         return SaveError(
-            f"{at(path)} is {what}, a function that has no name in a file, which holds no code. "
-            f"Register it with @nnx.saveable where it is defined, use one of jax.nn, or save the "
-            f"values alone: nnx.save(path, nnx.get_partition(tree, ...)), to be read with "
-            f"nnx.load_state(path, into=tree)."
+            f"{at(path)} is {what}, a function that a file has no name for, and files never hold "
+            "code. Register it with @nnx.saveable where it is defined, or use one of jax.nn. Or "
+            "save only the values: nnx.save(path, nnx.get_partition(tree, ...)), and read them "
+            "with nnx.load_state(path, into=tree)."
         )
     if is_config(kind):
         return SaveError(
@@ -41,5 +41,5 @@ def unsaveable(x: Any, path: Path) -> SaveError:
     what = f"the class {x.__qualname__}" if isinstance(x, type) else f"a {kind.__qualname__}"
     return SaveError(
         f"{at(path)} is {what}, which nnx.save does not know. Register the class with "
-        f"@nnx.saveable (with save= and load= if it is no dataclass)."
+        "@nnx.saveable (with save= and load= if it is not a dataclass)."
     )

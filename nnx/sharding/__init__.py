@@ -1,4 +1,6 @@
-"""Placement said once: beside a parameter or by rule, and held from construction to checkpoint."""
+"""Placement on devices: say it once, beside a parameter or by rule. It holds from construction to
+checkpoint.
+"""
 
 from nnx.sharding.placing import constrain, fsdp, shard, shardings
 from nnx.sharding.rules import ShardingError, axis_rules

@@ -1,4 +1,4 @@
-"""Where the values of a tree belong, and putting them there."""
+"""Find where the values of a tree belong, and put them there."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ KEY = "sharding"
 
 
 def rules_for(axes: Any) -> Rules:
-    """The rules that hold here, with those of a call in front."""
+    """The ambient rules, with those of a call in front."""
     around = ambient.rules if ambient.rules is not None else NO_RULES
     return around if axes is None else as_rules(axes, around)
 
 
 def place(x: Any, sharding: NamedSharding) -> Any:
-    """One array where a sharding says: an array is moved, a tracer constrained, a shape annotated."""
+    """Apply a sharding to one array: move an array, constrain a tracer, annotate a shape."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type)
     if not isinstance(x, Tracer) and isinstance(sharding.mesh, Mesh):
@@ -72,8 +72,8 @@ def map_value(
 ) -> Any:
     """The NamedSharding of a value, or a tree of them for a value that is a tree of arrays.
 
-    In a tree, what is said is of the arrays with that many dimensions. What is not an array, such
-    as a Python number, has None.
+    In a tree, a spec applies to the arrays with that many dimensions. Leaves that are not arrays,
+    such as Python numbers, get None.
     """
     if isinstance(said, NamedSharding):
         mesh, said, strict = said.mesh, said.spec, True
@@ -111,7 +111,7 @@ def _map_tree(value: Any, said: Any, mesh: AnyMesh, rules: Rules, where: str) ->
 
 def _is_array(x: Any) -> bool:
     if isinstance(x, np.ndarray):
-        # NumPy has arrays of texts and of other byte orders, which stay on the host.
+        # NumPy arrays of strings or of foreign byte order stay on the host.
         return x.dtype.isnative and x.dtype.kind not in "USOMm"
     return isinstance(x, jax.Array | jax.ShapeDtypeStruct)
 
@@ -131,8 +131,8 @@ def shardings(
         metadata. A Ref that no filter selects, or for which the function returns None, has what
         its `sharding` metadata says, and without that it is whole on every device.
       axes: axis rules for this call, in front of those of `nnx.axis_rules`.
-      mesh: a `jax.sharding.Mesh`, or an `AbstractMesh` for devices that are not there; without it,
-        that of `jax.set_mesh`.
+      mesh: a `jax.sharding.Mesh`, or an `AbstractMesh` for devices that do not exist yet. The
+        default is the mesh of `jax.set_mesh`.
 
     Returns:
       A Partition with a `NamedSharding` for each path.
@@ -154,7 +154,7 @@ def shardings(
 
 
 def _planned(tree: Any, specs: Specs, axes: Any, mesh: AnyMesh) -> list[tuple[Any, Any, Any, Any]]:
-    """Path, Ref (or the plain array), value and sharding of everything in a tree."""
+    """The path, the Ref (or plain array), the value and the sharding of everything in a tree."""
     cells = list(items(snapshot(tree)))
     rules, said = rules_for(axes), _said(specs, tree, [(path, cell) for path, cell, _ in cells])
     planned = []
@@ -174,7 +174,7 @@ def _planned(tree: Any, specs: Specs, axes: Any, mesh: AnyMesh) -> list[tuple[An
 
 
 def _said(specs: Specs, tree: Any, cells: list[tuple[Path, Any]]) -> Callable[[Path, Any], Any]:
-    """What `specs` says of a path and the Ref (or plain array) there."""
+    """The spec that `specs` gives for a path and the Ref (or plain array) there."""
     if specs is None:
         return lambda path, cell: None
     if isinstance(specs, Partition):
@@ -195,12 +195,12 @@ def _said(specs: Specs, tree: Any, cells: list[tuple[Path, Any]]) -> Callable[[P
         return chosen
     if isinstance(specs, PartitionSpec):
         raise TypeError(
-            f"specs says which array has which sharding: write {{...: {specs!r}}} for all, or "
-            f"{{'params': {specs!r}}} for those of a collection."
+            f"specs must say which array gets which sharding: write {{...: {specs!r}}} for all "
+            f"arrays, or {{'params': {specs!r}}} for those of one collection."
         )
     if not callable(specs):
         raise TypeError(
-            f"specs is a dict from filter to PartitionSpec, or a function (path, ref) -> "
+            "specs must be a dict from filter to PartitionSpec, or a function (path, ref) -> "
             f"PartitionSpec such as nnx.fsdp('data'), but got a {type(specs).__name__}."
         )
     return specs
@@ -238,18 +238,18 @@ def _asks_for_path(filter: Any) -> bool:
 def shard(tree: T, specs: Specs = None, *, axes: Any = None, mesh: AnyMesh | None = None) -> T:
     """Put every value of a tree where it belongs, in place, and return the tree.
 
-    Arrays are moved, tracers constrained, and `ShapeDtypeStruct`s annotated. Either everything is
-    put in its place or, where that raises, nothing. Shared Refs stay shared.
+    Arrays are moved, tracers constrained, and `ShapeDtypeStruct`s annotated. If it raises, nothing
+    has changed. Shared Refs stay shared.
 
     Args:
-      tree: a module, a Ref, or a pytree that holds some. Plain arrays of modules, lists and dicts are put
-        in place, too.
-      specs, axes, mesh: what belongs where; see `shardings`.
+      tree: a module, a Ref, or a pytree that holds some. Plain arrays in modules, lists and dicts
+        are placed, too.
+      specs, axes, mesh: say what belongs where; see `shardings`.
 
     Raises:
-      ShardingError: an array cannot have its sharding; there is no mesh.
-      FilterError: a filter of `specs` selects nothing.
-      TraceLevelError, ReadOnlyError: as for any write.
+      ShardingError: an array cannot have its sharding, or there is no mesh. FilterError: a filter
+        of `specs` selects nothing.
+      TraceLevelError, ReadOnlyError: a Ref must not be written here.
 
     >>> import jax, nnx
     >>> mesh = jax.make_mesh((1,), ("data",))
@@ -270,7 +270,7 @@ def shard(tree: T, specs: Specs = None, *, axes: Any = None, mesh: AnyMesh | Non
         if holder is None and new is not old:
             raise ShardingError(
                 f"The plain array {dotted(path)!r} is in a tuple or another pytree that cannot be "
-                f"changed in place. Keep it in an attribute, a list, a dict, or a Ref."
+                "changed in place. Put it in an attribute, a list, a dict, or a Ref."
             )
     for target, new in zip(targets, placed, strict=False):
         put(target, new)
@@ -289,7 +289,7 @@ def _placed(value: Any, where: Any) -> Any:
 
 
 def with_places(value: Any, where: Any) -> list[tuple[Any, Any]]:
-    """The parts of a value, each with its sharding or None; `where` is one for all, or a tree."""
+    """The parts of a value, each with its sharding or None. `where` is one sharding for all, or a tree."""
     leaves, places = (jax.tree.leaves(t, is_leaf=lambda x: x is None) for t in (value, where))
     if where is None or isinstance(where, Sharding):
         places = [where] * len(leaves)
@@ -299,21 +299,21 @@ def with_places(value: Any, where: Any) -> list[tuple[Any, Any]]:
 def fsdp(
     axis: str | tuple[str, ...], min_size: int = 2**16
 ) -> Callable[[Path, Any], PartitionSpec | None]:
-    """A rule for `shardings` and `shard`: every large array is divided along its largest dimension.
+    """A rule for `shardings` and `shard`: divide every large array along its largest dimension.
 
     This is fully sharded data parallelism (ZeRO stage 3; Rajbhandari et al. 2019,
-    https://arxiv.org/abs/1910.02054): each device keeps a part of every array, and XLA gathers what a
-    layer needs while it runs.
+    https://arxiv.org/abs/1910.02054): each device keeps a part of every array, and XLA gathers the
+    parts of a layer while it runs.
 
     Args:
-      axis: the mesh axis, or several that divide together.
-      min_size: arrays with fewer elements are whole on every device: to gather them costs more than
-        to keep them.
+      axis: the mesh axis, or several that divide the dimension together.
+      min_size: arrays with fewer elements stay whole on every device, because gathering them costs
+        more than keeping them.
 
     Returns:
-      A function `(path, ref) -> PartitionSpec`. The dimension is the largest whose size the number of
-      devices divides; where there is none, the array stays whole. It needs to know the sizes of the
-      mesh, so it is for `shardings` and `shard`, which tell it.
+      A function `(path, ref) -> PartitionSpec`. It picks the largest dimension that divides evenly
+      over the devices. If there is none, the array stays whole. The function needs the sizes of the
+      mesh, which only `shardings` and `shard` pass to it.
 
     >>> import jax, nnx
     >>> mesh = jax.sharding.AbstractMesh((8,), ("data",))
@@ -349,21 +349,21 @@ def fsdp(
 
 
 def constrain(x: Any, *names: Any, axes: Any = None, mesh: AnyMesh | None = None) -> Any:
-    """Say where an activation belongs, by the names that the parameters use.
+    """Say where an activation belongs, with the names that the parameters use.
 
-    Under `nnx.jit` this constrains the compiled program; outside it moves the array. Without a mesh
-    it returns `x` as it is, so a model that uses it runs on one device, too.
+    Under `nnx.jit` this constrains the compiled program; outside, it moves the array. Without a
+    mesh it returns `x` unchanged, so the same model also runs on one device.
 
     Args:
       x: an array.
-      *names: for each dimension a logical name, a mesh axis, a tuple of these, or None. A name that
-        the mesh and the rules do not know leaves the dimension whole.
+      *names: one for each dimension: a logical name, a mesh axis, a tuple of these, or None. A name
+        that neither the mesh nor the rules know leaves the dimension whole.
       axes: axis rules for this call.
-      mesh: the mesh; without it, that of `jax.set_mesh`.
+      mesh: the mesh. The default is that of `jax.set_mesh`.
 
     Raises:
-      ShardingError: another number of names than `x` has dimensions; an axis twice; a size that does not
-        divide.
+      ShardingError: the number of names differs from the number of dimensions; an axis is used
+        twice; or a size does not divide evenly.
 
     >>> import jax.numpy as jnp, nnx
     >>> nnx.constrain(jnp.ones((4, 8)), "batch", "embed").shape
@@ -382,7 +382,7 @@ def constrain(x: Any, *names: Any, axes: Any = None, mesh: AnyMesh | None = None
 
 
 class _Planning(threading.local):
-    # The mesh that specs are asked for.
+    # The mesh for which specs are being computed.
     mesh: AnyMesh | None = None
 
 
@@ -390,7 +390,7 @@ _planning = _Planning()
 
 
 def at_birth(value: Any, collection: Any, metadata: Mapping[str, Any]) -> Any:
-    """The value of a new Ref, where its metadata and the current mesh say."""
+    """The value of a new Ref, placed as its metadata and the current mesh say."""
     said = metadata.get(KEY)
     mesh = current_mesh() if said is not None else None
     if mesh is None:
@@ -402,7 +402,7 @@ def at_birth(value: Any, collection: Any, metadata: Mapping[str, Any]) -> Any:
 def drawn_in_place(
     init: Callable[..., Any], key: Any, shape: tuple[int, ...], dtype: Any, said: Any
 ) -> Any:
-    """The result of an initializer of which each device draws its own part; None without a mesh."""
+    """Run an initializer so that each device draws its own part. None if there is no mesh."""
     mesh = current_mesh() if said is not None else None
     if mesh is None or isinstance(mesh, jax.sharding.AbstractMesh) or isinstance(key, Tracer):
         return None

@@ -1,4 +1,4 @@
-"""Values put where they belong, in a program of one process or of several."""
+"""Put values where they belong, in programs of one or several processes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__: list[str] = []
 
 
 def is_key(x: Any) -> bool:
-    """Whether `x` is an array of typed random keys, or the shape of one."""
+    """Whether `x` is an array of typed random keys, or a ShapeDtypeStruct of one."""
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def put(host: Any, sharding: Sharding | None) -> jax.Array:
-    """An array of the host on the devices of a sharding, or on the default device.
+    """Put an array of the host on the devices of a sharding, or on the default device.
 
-    Each process puts its own part, and none waits for another.
+    Each process puts its own part. No process waits for another.
     """
     if sharding is None:
-        # Nobody else has the buffer, so the array may be made of it.
+        # Nobody else uses the buffer, so the array may take it over.
         return jax.device_put(host, may_alias=True)
     if sharding.is_fully_addressable:
         return jax.device_put(host, sharding)
@@ -32,9 +32,9 @@ def put(host: Any, sharding: Sharding | None) -> jax.Array:
 
 
 def move(x: Any, sharding: Sharding) -> jax.Array:
-    """An array moved to where a sharding says; of random keys too, onto devices of several processes.
+    """Move an array to where a sharding says. Random keys may go to devices of several processes, too.
 
-    What is not spread yet has to be the same in every process, which JAX checks.
+    An array that is not spread yet must be the same in every process. JAX checks that.
     """
     if not is_key(x) or sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
@@ -45,7 +45,7 @@ def move(x: Any, sharding: Sharding) -> jax.Array:
 
 
 def put_keys(data: Any, impl: Any, sharding: Sharding | None) -> jax.Array:
-    """Random keys of their data, which is on the host or where the sharding says already."""
+    """Make random keys from their data, which is on the host or already where the sharding says."""
     if not isinstance(data, jax.Array):
         data = put(data, None if sharding is None else data_sharding(sharding))
     if sharding is None or sharding.is_fully_addressable:
@@ -55,7 +55,7 @@ def put_keys(data: Any, impl: Any, sharding: Sharding | None) -> jax.Array:
 
 
 def data_sharding(sharding: Sharding) -> Sharding:
-    """Where the data of keys are that have this sharding: each key is whole."""
+    """The sharding for the data of keys that have this sharding. Each key stays whole."""
     if isinstance(sharding, NamedSharding):
         return sharding
     if sharding.is_fully_replicated and len(sharding.device_set) == 1:
@@ -65,14 +65,14 @@ def data_sharding(sharding: Sharding) -> Sharding:
 
 
 def place_of(old: Any) -> Sharding | None:
-    """The sharding that a value in the place of this one has, or None if none was chosen."""
+    """The sharding that a replacement of this value should have; None if nobody chose one."""
     if isinstance(old, jax.Array):
         return old.sharding if old.committed else None
     return old.sharding if isinstance(old, jax.ShapeDtypeStruct) else None
 
 
 def put_like(new: Any, old: Any) -> Any:
-    """The new value where the old one is: on its devices, or in NumPy."""
+    """Put the new value where the old one is: on its devices, or in NumPy."""
     sharding = place_of(old)
     if isinstance(old, np.ndarray):
         return np.asarray(new)

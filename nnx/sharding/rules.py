@@ -1,4 +1,4 @@
-"""From names to places: what `sharding` metadata, axis rules and a mesh say of one array."""
+"""From names to places: what `sharding` metadata, axis rules and a mesh say about one array."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["ShardingError", "axis_rules"]
 AnyMesh = Mesh | AbstractMesh
 # JAX compares this before it uses a trace or a program again.
 _in_keys = jax.make_user_context(default_value=None)
-# A mesh axis, several that divide one dimension together, or None for none.
+# A mesh axis, several axes that divide one dimension together, or None.
 Target = str | tuple[str, ...] | None
 
 
 class ShardingError(RefError, ValueError):
-    """A sharding that an array cannot have: another rank, an axis twice, a size that does not divide."""
+    """An array cannot have this sharding: wrong rank, an axis used twice, or a size that does not divide."""
 
 
 class Rules(Mapping[str, Target]):
-    """Logical names with the mesh axes that they stand for. It counts by its content."""
+    """Logical names with the mesh axes that they stand for. Rules with equal content are equal."""
 
     __slots__ = ("_hash", "_items")
 
@@ -55,10 +55,10 @@ NO_RULES = Rules({})
 
 
 def as_rules(given: Any, around: Rules = NO_RULES) -> Rules:
-    """Rules from a mapping or from pairs, with those around them for the names that they lack.
+    """Make rules from a mapping or pairs. Names that they lack come from the surrounding rules.
 
     Raises:
-      TypeError: a name or an axis is not a string, or a name stands twice.
+      TypeError: a name or an axis is not a string, or a name appears twice.
     """
     if isinstance(given, Rules) and not around:
         return given
@@ -67,8 +67,9 @@ def as_rules(given: Any, around: Rules = NO_RULES) -> Rules:
     for pair in pairs:
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)):
             raise TypeError(
-                f"Axis rules are a dict from a logical name to a mesh axis, a tuple of mesh axes, or "
-                f"None, as in {{'embed': 'fsdp', 'batch': ('data', 'fsdp')}}, but got {pair!r}."
+                "Axis rules must be a dict from logical name to a mesh axis, a tuple of mesh "
+                f"axes, or None, as in {{'embed': 'fsdp', 'batch': ('data', 'fsdp')}}, but got "
+                f"{pair!r}."
             )
         name, target = pair
         if isinstance(target, list):
@@ -90,19 +91,20 @@ def _all_strings(x: Any) -> bool:
 
 @contextmanager
 def axis_rules(rules: Mapping[str, Target] | Iterable[tuple[str, Target]]) -> Iterator[None]:
-    """Map logical axis names to mesh axes for a block of code, in this thread.
+    """Map logical axis names to mesh axes within a block of code, in this thread.
 
-    A name without a rule is a mesh axis if the mesh has one of that name, else that dimension is
-    not sharded. The same holds for an axis that a rule names and the mesh lacks, so the same rules
-    serve a laptop and a cluster. Inside another block, these rules win and the others still hold.
-    A function, under `nnx.jit` or plain `jax.jit`, compiles once for each set of rules.
+    A name without a rule is a mesh axis if the mesh has one of that name. Otherwise that dimension
+    is not sharded. It is not sharded either if the mesh lacks the axis that a rule names, so the
+    same rules serve a laptop and a cluster. Blocks nest: inner rules win, and the outer ones still
+    hold for other names. A function, under `nnx.jit` or plain `jax.jit`, compiles once for each set
+    of rules.
 
     Args:
       rules: a mapping (or pairs) from a logical name to a mesh axis, to a tuple of mesh axes that
         divide the dimension together, or to None.
 
     Raises:
-      TypeError: something else is given, or a name twice.
+      TypeError: `rules` is something else, or has a name twice.
 
     >>> import jax, nnx
     >>> mesh = jax.sharding.AbstractMesh((2, 4), ("data", "tensor"))
@@ -121,28 +123,28 @@ def axis_rules(rules: Mapping[str, Target] | Iterable[tuple[str, Target]]) -> It
 
 
 def current_mesh() -> AnyMesh | None:
-    """The mesh that `jax.set_mesh` has set: abstract while a program is traced."""
+    """The mesh that `jax.set_mesh` has set. While JAX traces a program, it is abstract."""
     abstract = jax.sharding.get_abstract_mesh()
     if abstract.empty:
         return None
     try:
         mesh = jax.sharding.get_mesh()
-    except ValueError:  # JAX's way to say that a program is being traced
+    except ValueError:  # JAX raises this while it traces a program.
         return abstract
     return abstract if mesh.empty else mesh
 
 
 def the_mesh(given: AnyMesh | None, what: str) -> AnyMesh:
-    """The mesh that was given, or the current one.
+    """The given mesh, or the current one.
 
     Raises:
-      ShardingError: there is none.
+      ShardingError: there is no mesh.
     """
     mesh = current_mesh() if given is None else given
     if mesh is None:
         raise ShardingError(
-            f"{what} needs a mesh, and there is none. Pass mesh=jax.make_mesh(...), or call it inside "
-            f"`with jax.set_mesh(mesh):`."
+            f"{what} needs a mesh, but there is none. Pass mesh=jax.make_mesh(...), or call it "
+            "inside `with jax.set_mesh(mesh):`."
         )
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise TypeError(f"{what} takes a jax.sharding.Mesh, but got a {type(mesh).__name__}.")
@@ -150,10 +152,10 @@ def the_mesh(given: AnyMesh | None, what: str) -> AnyMesh:
 
 
 def entries(said: Any) -> tuple[Any, ...]:
-    """The entries of a sharding: one for each dimension that it speaks of.
+    """The entries of a sharding, one for each dimension that it covers.
 
     Raises:
-      TypeError: it is not a PartitionSpec or a tuple of names.
+      TypeError: the sharding is not a PartitionSpec or a tuple of names.
     """
     if said is None:
         return ()
@@ -164,8 +166,8 @@ def entries(said: Any) -> tuple[Any, ...]:
             return parts
     hint = f" Write a tuple: ({said!r},)." if isinstance(said, str) else ""
     raise TypeError(
-        f"A sharding is a PartitionSpec, or a tuple with a name, a tuple of names, or None for each "
-        f"dimension, but got {said!r}.{hint}"
+        "A sharding must be a PartitionSpec, or a tuple with a name, a tuple of names, or None "
+        f"for each dimension, but got {said!r}.{hint}"
     )
 
 
@@ -178,25 +180,25 @@ def resolve(
     *,
     strict: bool = False,
 ) -> PartitionSpec:
-    """The PartitionSpec over mesh axes that `said` means for an array of `shape`.
+    """Translate `said` into a PartitionSpec over mesh axes, for an array of `shape`.
 
     Args:
-      said: a PartitionSpec or a tuple of names, logical or of mesh axes.
+      said: a PartitionSpec or a tuple of names: logical names or mesh axes.
       shape: the shape of the array.
       mesh: the mesh, or the sizes of its axes.
-      rules: what logical names stand for.
-      where: how a message calls the array.
+      rules: the mesh axes that logical names stand for.
+      where: the array's name in error messages.
       strict: whether a name that neither the rules nor the mesh know is an error.
 
     Raises:
-      ShardingError: the rank is another, a mesh axis serves two dimensions, a size does not divide.
+      ShardingError: the rank differs, a mesh axis serves two dimensions, or a size does not divide.
       TypeError: `said` is something else.
     """
     parts = entries(said)
     exact = not isinstance(said, PartitionSpec)
     if len(parts) > len(shape) or (exact and parts and len(parts) != len(shape)):
         raise ShardingError(
-            f"{where} has the shape {shape}, but its sharding {_shown(said)} has {_count(parts)}. "
+            f"{where} has shape {shape}, but its sharding {_shown(said)} has {_count(parts)}. "
             f"Give one entry for each dimension; None leaves a dimension whole."
         )
     given = dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
@@ -215,17 +217,18 @@ def resolve(
         for axis in axes:
             if axis in taken:
                 raise ShardingError(
-                    f"{where} would be divided twice along the mesh axis {axis!r}, for "
-                    f"{taken[axis]!r} and for {part!r} in {_shown(said)}. A mesh axis serves one "
-                    f"dimension of an array: give one of the names another rule, or None."
+                    f"{where} would be divided twice along the mesh axis {axis!r}: for "
+                    f"{taken[axis]!r} and for {part!r} in {_shown(said)}. A mesh axis can divide "
+                    "only one dimension of an array: give one of the names another rule, or None."
                 )
             taken[axis] = part
         count = math.prod(sizes[axis] for axis in axes)
         if size % count:
             raise ShardingError(
-                f"{where} has the shape {shape}, and its dimension of size {size} cannot be divided "
-                f"into {count} equal parts along {' and '.join(map(repr, axes))}. Choose a size that "
-                f"is a multiple of {count}, or leave this dimension whole: a rule or an entry None."
+                f"{where} has shape {shape}, and its dimension of size {size} cannot be divided "
+                f"into {count} equal parts along {' and '.join(map(repr, axes))}. Choose a "
+                f"multiple of {count} as the size, or leave this dimension whole with None as its "
+                "rule or entry."
             )
         spec.append(entry_of(axes))
     return stripped(spec)
@@ -256,19 +259,21 @@ def names_in(part: Any) -> tuple[Any, ...]:
 
 
 def entry_of(names: tuple[Any, ...]) -> Any:
-    """The entry that has these names: the inverse of `names_in`."""
+    """The entry with these names: the inverse of `names_in`."""
     return names[0] if len(names) == 1 else (names or None)
 
 
 def axis_kinds(mesh: AnyMesh) -> dict[str, AxisType]:
-    """The kind of each axis of a mesh, here: what a `shard_map` around maps over is Manual inside it."""
+    """The kind of each axis of a mesh at this point: inside a `shard_map`, the axes that it maps
+    are Manual.
+    """
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     current = jax.sharding.get_abstract_mesh()
     return kinds | dict(zip(current.axis_names, current.axis_types, strict=True))
 
 
 def by_kind(spec: PartitionSpec, mesh: AnyMesh) -> dict[AxisType, PartitionSpec]:
-    """What a spec says of the axes of each kind that the mesh has."""
+    """Divide a spec by the kind of mesh axis that its entries name."""
     kinds = axis_kinds(mesh)
     free = PartitionSpec.UNCONSTRAINED
 
@@ -289,7 +294,7 @@ def _shown(said: Any) -> str:
 
 
 def stripped(parts: Iterable[Any]) -> PartitionSpec:
-    """The PartitionSpec without None at its end: JAX writes P("data") and P("data", None) for one place."""
+    """The PartitionSpec without trailing Nones: to JAX, P("data") and P("data", None) mean the same place."""
     kept = list(parts)
     while kept and kept[-1] is None:
         kept.pop()
@@ -299,7 +304,7 @@ def stripped(parts: Iterable[Any]) -> PartitionSpec:
 def inserted(said: Any, axis: int, entry: Any = None) -> Any:
     """A sharding with one more entry, for an axis that was added at `axis`, counted from 0.
 
-    A PartitionSpec may have fewer entries than the array has dimensions; what it lacks is None.
+    A PartitionSpec may have fewer entries than the array has dimensions. Missing entries count as None.
     """
     parts = [*entries(said)]
     parts += [None] * (axis - len(parts))
@@ -315,7 +320,7 @@ def removed(said: Any, axis: int = 0) -> Any:
 
 
 def canonical(sharding: Any) -> Any:
-    """A sharding that equals every other that means the same."""
+    """A normal form: two shardings with the same meaning have equal results."""
     if type(sharding) is not NamedSharding or (sharding.spec and sharding.spec[-1] is not None):
         return sharding
     return NamedSharding(sharding.mesh, stripped(sharding.spec))

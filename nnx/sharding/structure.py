@@ -1,4 +1,4 @@
-"""The `sharding` in the metadata of a structure, where axes are added or taken away."""
+"""Change the `sharding` in the metadata of a structure when axes are added or removed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__: list[str] = []
 
 
 def with_shardings(dagdef: DagDef, change: Callable[[int, Any], Any]) -> DagDef:
-    """The structure with another `sharding` for the Refs that have one.
+    """The structure with a changed `sharding` for the Refs that have one.
 
     Args:
       dagdef: the structure.
-      change: called with the number of a Ref's node and its sharding; gives the new one.
+      change: takes the number of a Ref's node and its sharding, and returns the new sharding.
     """
     nodes = list(dagdef.nodes)
     for n, node in enumerate(nodes):

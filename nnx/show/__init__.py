@@ -1,4 +1,4 @@
-"""What a person sees of a model: text, tables, pages and pictures.
+"""Show a model as text, tables, pages and pictures.
 
 Modules print by `tree_repr`, `tree_html` and `show_node`, and `tabulate` is built on modules. So these
 three are loaded when something is printed, which also keeps an import of nnx quick.

@@ -1,4 +1,4 @@
-"""How the modules of a model are called: found by an abstract call, which computes nothing."""
+"""Find how the modules of a model are called, by an abstract call that computes nothing."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ _tokens = itertools.count()
 
 
 def abstract(x: Any) -> Any:
-    """The shape and dtype of an array; anything else as it is."""
+    """The shape and dtype of an array; everything else unchanged."""
     if not is_arraylike(x):
         return x
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 class Arguments(NamedTuple):
-    """The arguments of a call: arrays apart from what is part of the program.
+    """The arguments of a call: the arrays, separate from the static rest.
 
-    Under `jax.jit` a Python number would be an array as well, but `train=True` is a setting.
+    `jax.jit` would turn Python numbers into arrays, too; here they are static, because `train=True`
+    is a setting.
     """
 
     treedef: Any
@@ -55,14 +56,14 @@ class Arguments(NamedTuple):
         )
 
     def restore(self, arrays: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with these in place of the arrays."""
+        """The arguments, with these arrays filled in."""
         rest = iter(arrays)
         leaves = [next(rest) if x is _HERE else x for x in self.others]
         return jax.tree.unflatten(self.treedef, leaves)
 
     @property
     def key(self) -> Any:
-        """Equal only for arguments of the same program."""
+        """A key that is equal only for arguments of the same program."""
         avals = tuple((x.shape, str(x.dtype)) for x in self.arrays)
         return self.treedef, avals, tuple(map(_exact, self.others))
 
@@ -83,10 +84,10 @@ def _exact(x: Any) -> Any:
 
 
 class Call(NamedTuple):
-    """One call of a module. `values` are shapes by path as the module has them in the call.
+    """One call of a module. `values` are the shapes that the module has in the call, by path.
 
-    In a transformation that slices the module (`nnx.scan`, `nnx.vmap`) these have less axes than
-    they have in the model; `times` is the product of the sizes of those.
+    In a transformation that slices the module (`nnx.scan`, `nnx.vmap`) they have fewer axes than in
+    the model. `times` is the product of the sizes of the missing axes.
     """
 
     args: Arguments
@@ -96,7 +97,7 @@ class Call(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """Which module of which record a stand-in is for."""
+    """The module, and the record, for which a stand-in stands."""
 
     token: int
     path: Path
@@ -109,7 +110,7 @@ class _Recorder:
     def __init__(self, tree: Node):
         self.token = next(_tokens)
         self.direct: dict[Path, list[Call]] = {}
-        # A body of a transformation may be traced several times; the last time counts.
+        # The body of a transformation may be traced several times. The last trace counts.
         self.nested: dict[Path, tuple[int, list[Call]]] = {}
         self.stand_in = StandIn(
             tree, lambda path, module, old: (Mark(self.token, path), _CALL), _around
@@ -119,13 +120,13 @@ class _Recorder:
         self.out: Any = None
 
     def start(self) -> None:
-        """The call begins, here."""
+        """Begin the call here."""
         self.frame, self.trace = local.frame, trace_ref()
         self.direct.clear()
         self.nested.clear()
 
     def note(self, path: Path, call: Call) -> None:
-        """A module was called."""
+        """Record that a module was called."""
         frame = local.frame
         if frame is self.frame and current_trace(()) is self.trace():
             self.direct.setdefault(path, []).append(call)
@@ -155,13 +156,13 @@ def _around(name: str, call: Any, module: Any, args: Any, kwargs: Any) -> Any:
     recorder = next((r for r in running if mark is not None and r.token == mark.token), None)
     if recorder is None or mark is None:
         return call(module, *args, **kwargs)
-    # Before the call: it may write the values, in other shapes.
+    # Look before the call, because the call may write values of other shapes.
     values = {p: jax.tree.map(abstract, r._value) for p, r in refx.refs(module).items()}
     shapes = jax.tree.map(abstract, (args, kwargs), is_leaf=_is_identity)
     out = call(module, *args, **kwargs)
     times = _repeats(recorder.frame)
     if times == 1:
-        # In a plain jax transformation, the values tell.
+        # A plain jax transformation shows only in the shapes of the values.
         whole = refx.refs(recorder.stand_in.modules[mark.path])
         times = _lanes({p: r._value for p, r in whole.items()}, values)
     recorder.note(
@@ -171,7 +172,7 @@ def _around(name: str, call: Any, module: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _repeats(outermost: Any) -> int:
-    """How often the bodies around this call run, up to the one where the model was called."""
+    """How often the bodies around this call run, up to the body that called the model."""
     times, frame = 1, local.frame
     while frame is not None and frame is not outermost:
         times *= frame.repeats
@@ -181,7 +182,7 @@ def _repeats(outermost: Any) -> int:
 
 def _lanes(whole: Mapping[Path, Any], seen: Mapping[Path, Any]) -> int:
     for path, value in seen.items():
-        # A Ref that the call itself has made is not in the whole.
+        # The whole model lacks Refs that the call itself has made.
         a, b = _shape(whole.get(path, value)), _shape(value)
         if len(a) > len(b) and a[len(a) - len(b) :] == b:
             return math.prod(a[: len(a) - len(b)])
@@ -193,7 +194,7 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def default_scope() -> Scope:
-    """The ambient scope; with keys, whose values do not matter, where it has none."""
+    """The ambient scope. If it has no keys, it gets some; their values do not matter."""
     around: Scope | None = ambient.scope
     if around is not None and "default" in around.streams:
         return around
@@ -203,12 +204,12 @@ def default_scope() -> Scope:
 def record(
     model: Node, function: Callable[..., Any] | None, arguments: Arguments
 ) -> dict[Path, list[Call]]:
-    """Call a model abstractly, and get the calls of each of its modules by canonical path.
+    """Call a model abstractly. Return the calls of each of its modules, by canonical path.
 
     Args:
       model: the module.
-      function: the method that is called, without its module; `__call__` if None.
-      arguments: what it is called with.
+      function: the method to call, unbound; `__call__` if None.
+      arguments: the arguments of the call.
     """
     recorder = _Recorder(model)
 
@@ -217,7 +218,7 @@ def record(
         args, kwargs = arguments.restore(arrays)
         out = model(*args, **kwargs) if function is None else function(model, *args, **kwargs)
         recorder.out = jax.tree.map(abstract, out, is_leaf=_is_identity)
-        # What is returned is in the record; modules and other objects need not come out.
+        # The record already holds the outputs, so modules and other objects need not be returned.
         return [x for x in jax.tree.leaves(out, is_leaf=_is_identity) if is_arraylike(x)]
 
     _running.recorders.append(recorder)

@@ -1,4 +1,4 @@
-"""Floating point operations of a module call, from XLA's cost analysis of the lowered program."""
+"""Floating-point operations of a module call, from XLA's cost analysis of the lowered program."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ __all__ = ["Costs"]
 
 
 class Costs:
-    """The costs of module calls. Calls of equal modules with equal shapes are lowered once.
+    """The costs of module calls. Calls of equal modules with equal shapes are lowered only once.
 
-    Nothing is compiled. XLA counts the body of a loop once, so the other steps of loops of a known
-    length (`scan`, `fori_loop`) are added here; a `while_loop` counts as one step.
+    Nothing is compiled. XLA counts the body of a loop once. So this adds the other steps of loops
+    with a known length (`scan`, `fori_loop`). A `while_loop` counts as one step.
     """
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[float, float] | None] = {}
         scope: Scope | None = ambient.scope
         self._flags = dict(scope.flags) if scope is not None else {}
-        # Programs by the identity of their jaxpr, which is kept so that the id stays its own.
+        # Programs by the id of their jaxpr. The jaxpr is kept alive, so that its id stays unique.
         self._bodies: dict[int, tuple[Any, float]] = {}
 
     def of(
         self, module: Node, call: Call, function: Callable[..., Any] | None, inputs: bool
     ) -> tuple[float, float] | None:
-        """Operations forward, and forward and backward; None where there is no telling.
+        """The operations forward, and forward plus backward; None if they are not known.
 
         Args:
-          module: the module as it is in the model.
-          call: a call of it.
-          function: the method that was called, or None for `__call__`.
-          inputs: whether the backward pass goes on to what is before the module.
+          module: the module, as it is in the model.
+          call: a call of the module.
+          function: the called method, or None for `__call__`.
+          inputs: whether the backward pass also computes the gradient of the inputs.
         """
         if not all(map(is_arraylike, call.args.arrays)):
-            # Called with modules of the model around it, it is no program by itself.
+            # Modules among the arguments belong to the model around it, so the call is not a
+            # program by itself.
             return None
         dagdef, _ = refx.split(module)
         values = tuple(jax.tree.leaves(call.values))
@@ -56,8 +57,8 @@ class Costs:
             try:
                 self._known[key] = self._count(module, dagdef, call, function, inputs)
             except Exception:
-                # A table without one figure is better than none: a module that was changed in the
-                # call, say, cannot be called alone.
+                # Some modules cannot be called alone, for example if the call changed them. Better
+                # a table that lacks one figure than no table.
                 self._known[key] = None
         return self._known[key]
 
@@ -65,7 +66,7 @@ class Costs:
         self, module: Node, dagdef: Any, call: Call, function: Any, inputs: bool
     ) -> tuple[float, float]:
         cells = refx.refs(module)
-        # The plain arrays of the module, which are no Refs, and the Refs as the call had them.
+        # The module's plain arrays, and its Refs with the shapes that they had in the call.
         every = {**get_partition(module), **call.values}
         params = {p: v for p, v in every.items() if p in cells and _is_trained(cells[p], v)}
         rest = Partition({p: v for p, v in every.items() if p not in params})
@@ -98,7 +99,7 @@ class Costs:
         again, count = jex_core.jaxpr_as_fun(closed), len(out[0])
 
         def both(diff: Any, rest: Any, fixed: Any, ct: Any) -> Any:
-            # The program that there is already, which needs no Python of the modules.
+            # Use the existing program, so that the modules' Python code does not run again.
             def flat(diff: Any) -> Any:
                 outs = again(*jax.tree.leaves((diff, rest, fixed)))
                 return outs[:count], outs[count:]
@@ -121,7 +122,7 @@ class Costs:
         return known[1]
 
     def _loops(self, jaxpr: Any) -> float:
-        """What the steps of loops have to do that XLA did not count."""
+        """The operations of loop steps that XLA did not count."""
         extra = 0.0
         for eqn in jaxpr.eqns:
             for inner in _inner(eqn.params):
@@ -141,7 +142,7 @@ def _is_trained(cell: Ref[Any], value: Any) -> bool:
 
 
 def _inner(params: Any) -> list[Any]:
-    """The programs inside of an equation, whatever they are called."""
+    """The programs inside an equation, under any parameter name."""
     found = []
     for value in params.values():
         for x in value if isinstance(value, tuple | list) else (value,):

@@ -1,4 +1,4 @@
-"""Drawing a graph that is laid out: as SVG text, or by matplotlib."""
+"""Draw a laid-out graph: as SVG text, or with matplotlib."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ _LINE = "#9aa1ad"
 
 
 def colors(box: Box) -> tuple[str, str]:
-    """Fill and border: of one hue for each class, whatever the model; Refs like shared edges."""
+    """The colours of fill and border. Each class has the same hue in all models. Refs look like
+    shared edges.
+    """
     if not box.module:
         return "#fff7ed", _LINES[SHARED]
     hue = zlib.crc32(box.title.encode()) % 360 / 360
@@ -32,7 +34,7 @@ def _hex(hue: float, light: float, saturation: float) -> str:
 
 
 def to_svg(boxes: list[Box], edges: list[Edge], size: tuple[float, float]) -> str:
-    """The picture as SVG, with what is not in the boxes as tooltips."""
+    """The picture as SVG. Tooltips show what does not fit in the boxes."""
     width, height = size
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
@@ -66,7 +68,7 @@ def _svg_box(box: Box) -> list[str]:
     top, radius = box.y - box.height / 2, 7 if box.module else box.height / 2
     out = [f"<g><title>{_text(box.facts)}</title>"]
     if box.count > 1:
-        # A second sheet behind: there are more of it.
+        # A second sheet behind the box shows that it stands for several.
         out.append(
             f'<rect x="{box.x + 4:.1f}" y="{top + 4:.1f}" width="{box.width:.1f}" '
             f'height="{box.height:.1f}" rx="{radius:.1f}" fill="{fill}" stroke="{border}"/>'
@@ -106,7 +108,7 @@ def _tip(edge: Edge) -> list[Point]:
 
 
 def _text(text: str) -> str:
-    """Text that is safe in XML, where most control characters must not be at all."""
+    """Text that is safe in XML, which forbids most control characters."""
     return escape("".join(c if c.isprintable() or c == "\n" else "�" for c in text))
 
 
@@ -126,11 +128,12 @@ def to_matplotlib(
         from matplotlib.patheffects import withStroke
     except ImportError as error:
         raise ImportError(
-            "nnx.graph needs matplotlib to save a PNG or a PDF: pip install nnx[display]. An SVG "
-            "needs nothing: save to a path that ends in .svg."
+            "nnx.graph needs matplotlib to save a PNG or a PDF: pip install nnx[display]. Or save "
+            "to a path that ends in .svg, which works without it."
         ) from error
     width, height = size
-    # A figure of its own, without pyplot: nothing is shown, and no state of the user's is touched.
+    # Make the figure without pyplot, so that nothing is shown and the user's figures stay
+    # untouched.
     figure = Figure(figsize=(width / 72, height / 72), dpi=144)
     FigureCanvasAgg(figure)
     axes: Any = figure.add_axes((0, 0, 1, 1))
@@ -172,6 +175,6 @@ def to_matplotlib(
 
 
 def _write(axes: Any, x: float, y: float, text: str, size: float, ink: str, **options: Any) -> None:
-    # A dollar sign would begin mathematics.
+    # matplotlib would read a dollar sign as the beginning of mathematics.
     text = text.replace("$", r"\$")
     axes.text(x, y, text, fontsize=size, color=ink, zorder=3, family="sans-serif", **options)

@@ -1,4 +1,4 @@
-"""Short texts for values, shapes and sizes. Nothing here reads the data of an array."""
+"""Short texts for values, shapes and sizes. Nothing here reads an array's data."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["bytes_text", "clip", "count_text", "dtype_text", "short"]
 
 
 def dtype_text(x: Any) -> str:
-    """The dtype of anything that is like an array, by its name."""
+    """The name of the dtype of anything like an array."""
     return str(x.dtype)
 
 
 def count_text(n: float) -> str:
-    """A number as a person reads it: `1,234`, `70.6 B`."""
+    """A number for people to read: `1,234`, `70.6 B`."""
     return f"{n:,.0f}" if n < 100_000 else _scaled(n, ("", "k", "M", "B", "T", "P"))
 
 
@@ -34,12 +34,12 @@ def _scaled(n: float, units: tuple[str, ...]) -> str:
     i = 0
     while n >= 999.5 and i < len(units) - 1:
         n, i = n / 1000, i + 1
-    # Three digits, but never as 1e+03.
+    # Three digits, but never in the form 1e+03.
     return f"{n:.3g} {units[i]}" if n < 999.5 else f"{n:,.0f} {units[i]}"
 
 
 def clip(text: str, width: int) -> str:
-    """The text on one line, with its middle left out where it is longer than `width`."""
+    """The text on one line. If it is longer than `width`, its middle is left out."""
     if len(text) > 4 * width:
         text = text[: 2 * width] + text[-2 * width :]
     text = " ".join(text.split())
@@ -54,7 +54,9 @@ _ITEMS = 6
 
 
 def short(x: Any, width: int = 60, depth: int = 3) -> str:
-    """A static value as text: functions and classes by name, long things clipped, no addresses."""
+    """A static value as text. Functions and classes appear by name, long texts are clipped, and no
+    address appears.
+    """
     kind = type(x)
     if kind is str:
         return repr(x) if len(x) <= width else repr(clip(x, width - 2))
@@ -91,7 +93,7 @@ def short(x: Any, width: int = 60, depth: int = 3) -> str:
     try:
         text = repr(x)
     except Exception:
-        # A model has to print also where a setting of it cannot.
+        # A model must print even if one of its settings cannot.
         text = f"<{kind.__name__}>"
     return clip(_ADDRESS.sub("", text), width)
 

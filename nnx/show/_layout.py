@@ -1,4 +1,4 @@
-"""Where the boxes of a graph go: from left to right, each in the column after all that hold it."""
+"""The layout of a graph, from left to right. Each box is in the column after all boxes that hold it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 __all__ = ["BACK_EDGE", "SHARED", "TREE_EDGE", "Box", "Edge", "arrange", "text_width"]
 
 TREE_EDGE, SHARED, BACK_EDGE = range(3)
-"""What holds a thing first, what holds it too, and what is held by what it holds: a cycle."""
+"""Kinds of edge: from the first holder, from a further holder, or back to a holder (a cycle)."""
 
 Point = tuple[float, float]
 
@@ -37,10 +37,10 @@ class Box:
 
 @dataclass(eq=False)
 class Edge:
-    """From what holds to what is held, by `label`.
+    """An edge from a holder to what it holds under the name `label`.
 
-    `path` is a list of parts, from left to right also for a cycle: the start, then for each part
-    its points, one of a line and three of a curve. `label_at` is where the label ends.
+    `path` goes from left to right, also for a cycle. It lists the start and then the points of each
+    part: one point for a line, three for a curve. `label_at` is the end of the label.
     """
 
     source: Box
@@ -52,7 +52,7 @@ class Edge:
 
 
 def text_width(text: str, size: float, bold: bool = False) -> float:
-    """About how wide a text is; fonts differ, so a little more than most need."""
+    """The approximate width of a text. Fonts differ, so it is a little more than most need."""
     narrow = sum(c in "iljtf.,:;|![]()' " for c in text)
     wide = sum(c in "mwMWQO—…×@" for c in text)
     units = 0.58 * (len(text) - narrow - wide) + 0.34 * narrow + 0.9 * wide
@@ -60,7 +60,7 @@ def text_width(text: str, size: float, bold: bool = False) -> float:
 
 
 def arrange(boxes: list[Box], edges: list[Edge]) -> tuple[float, float]:
-    """Set the places of boxes and edges; returns width and height of the picture."""
+    """Place the boxes and edges. Return the width and height of the picture."""
     ports = Counter(right(e) for e in edges)
     for box in boxes:
         title = text_width(box.title, 13, bold=True)
@@ -87,12 +87,12 @@ def arrange(boxes: list[Box], edges: list[Edge]) -> tuple[float, float]:
 
 
 def right(edge: Edge) -> Box:
-    """The box at the right end of an edge, where its label is: what is held, except in a cycle."""
+    """The box at the right end of an edge, next to its label: the held one, except in a cycle."""
     return edge.source if edge.kind == BACK_EDGE else edge.target
 
 
 def _columns(boxes: list[Box], edges: list[Edge]) -> list[list[Box]]:
-    """The boxes by the length of the longest way to them."""
+    """The boxes in columns, by the length of the longest path to them."""
     waiting = dict.fromkeys(boxes, 0)
     out: dict[Box, list[Box]] = {box: [] for box in boxes}
     for edge in edges:
@@ -115,7 +115,7 @@ def _columns(boxes: list[Box], edges: list[Edge]) -> list[list[Box]]:
 
 
 def _rows(boxes: list[Box], edges: list[Edge]) -> float:
-    """Heights as in a tree: one that holds others is in their middle."""
+    """Set heights as in a tree: a holder is level with the middle of what it holds."""
     children: dict[Box, list[Box]] = {box: [] for box in boxes}
     placed = {boxes[0]}
     for kind in (TREE_EDGE, SHARED):
@@ -141,17 +141,17 @@ def _rows(boxes: list[Box], edges: list[Edge]) -> float:
 
 
 class _Router:
-    """Finds ways for edges: along the gaps between boxes where they pass other columns."""
+    """Routes edges. Where an edge passes a column, it goes through a gap between boxes."""
 
     def __init__(self, columns: list[list[Box]], number: dict[Box, int], labels: list[float]):
         self.columns = [sorted(column, key=lambda box: box.y) for column in columns]
         self.number = number
         self.labels = labels
-        # Edges that pass a column at the same place are beside each other.
+        # Edges that pass a column at the same place run side by side.
         self.passing: Counter[tuple[int, float]] = Counter()
 
     def connect(self, edges: list[Edge]) -> float:
-        """Set the path of each edge; returns how far to the right they go."""
+        """Set the path of each edge. Return how far to the right the edges reach."""
         into: dict[Box, list[Edge]] = {}
         most = 0.0
         for edge in edges:
@@ -181,13 +181,13 @@ class _Router:
             edge.path += [_curve((x, y), (bend, free))]
             x, y = left + max(box.width for box in self.columns[i]), free
             edge.path += [((x, y),)]
-        # The last part is straight, for the label to stand on.
+        # The last part is straight, because the label stands on it.
         bend = b.x - self.labels[end] - 2 * _PAD
         edge.path += [_curve((x, y), (bend, y1)), ((b.x, y1),)]
         edge.label_at = (b.x - _PAD, y1 - 4)
 
     def _free(self, i: int, wanted: float) -> float:
-        """The height next to `wanted` where there is no box in a column."""
+        """The height nearest to `wanted` at which a column is free."""
         column = self.columns[i]
         gaps = [column[0].y - column[0].height / 2 - _GAP / 2]
         gaps += [
@@ -209,7 +209,7 @@ def _curve(a: Point, b: Point) -> tuple[Point, Point, Point]:
 
 
 def _loop(edge: Edge) -> float:
-    """The edge of what holds itself."""
+    """The edge of a module that holds itself."""
     box = edge.source
     x, y, out = box.x + box.width, box.y, box.x + box.width + 40
     edge.path = [((x, y + 10),), ((out, y + 16), (out, y - 16), (x, y - 10))]

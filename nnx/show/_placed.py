@@ -1,4 +1,4 @@
-"""Where the values of a model are, as text and in bytes for each device. No value is looked at."""
+"""Where the values of a model are: as text, and in bytes per device. No value is read."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def sharding_of(x: Any) -> NamedSharding | None:
 
 
 def placement_text(x: Any) -> str:
-    """How an array is divided, to stand after its shape; nothing where it is whole."""
+    """Text after a shape that says how the array is divided; empty if it is whole."""
     sharding = sharding_of(x)
     return f" {sharding.spec}" if sharding is not None and any(sharding.spec) else ""
 
 
 class Placement:
-    """Where values are, or would be on a mesh that need not be there."""
+    """Where values are now, or would be on a mesh. The mesh's devices need not exist."""
 
     def __init__(self, model: Node, specs: Any, mesh: Any):
         self._planned: dict[int, Any] = {}
@@ -40,7 +40,7 @@ class Placement:
         self.planned = bool(self._planned)
 
     def bytes_of(self, cell: Any, value: Any) -> tuple[int, bool]:
-        """The bytes of a value that one device holds, and whether that is less than all of it."""
+        """The bytes of a value that one device holds, and whether that is less than the whole value."""
         said = self._planned.get(id(cell))
         total, divided = 0, False
         for x, sharding in with_places(value, said):

@@ -1,8 +1,8 @@
-"""A walk over a model that everything that shows models shares: what it holds, in order, by path.
+"""The walk over a model that all displays share: everything that the model holds, in order, by path.
 
-The items are in the order of first visit, so what an item holds is the range that follows it, and
-two parts of a model are equal if their ranges are. An object that was met before is an item that
-only points back, so sharing and cycles end the walk.
+Items are in the order of the first visit. So the contents of an item are the range after it, and
+two parts of a model are equal if their ranges are. When the walk meets an object again, it adds an
+item that only points back. So sharing and cycles end the walk.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ NODE, LIST, MAP, TREE, REF, ARRAY, STATIC, BACK = range(8)
 
 
 class Item:
-    """One thing that a model holds, at one place.
+    """Something that a model holds, at one place.
 
-    `name` is its name in the item with number `parent`; `end` is the number after the last thing
-    that it holds; `target` is, for what was met before (BACK), the number of the first place.
+    `name` is its name in the item number `parent`. `end` is the number after the last item inside
+    it. For an object that was met before (BACK), `target` is the number of its first item.
     """
 
     __slots__ = ("end", "kind", "name", "obj", "parent", "target", "text")
@@ -49,19 +49,19 @@ class Item:
 
 
 class Walk:
-    """All that a model holds. `items[0]` is the model itself."""
+    """Everything that a model holds. `items[0]` is the model itself."""
 
     def __init__(self, root: Any):
         self.items: list[Item] = []
-        # What must be equal for two items to be shown as one, without their own names.
+        # Two items are shown as one if these are equal; their own names may differ.
         self._heads: list[Any] = []
         self._names: list[Any] = []
         self._backs: list[int] = []
         self._leaf_types: dict[type, bool] = {}
         seen: dict[int, int] = {}
-        # Where the last of the equal parts ends of which only one is shown.
+        # If only one of several equal parts is shown: the end of the last part.
         self.folded = 0
-        # Values that flattening a pytree made, whose ids must not be given to others meanwhile.
+        # Keep values that flattening a pytree has made alive, so that their ids stay unique.
         self._alive: list[Any] = []
         todo: list[tuple[Any, Any, int, Any]] = [(root, None, -1, None)]
         while todo:
@@ -154,7 +154,7 @@ class Walk:
         return children
 
     def _hidden(self, name: str, value: Any) -> bool:
-        """What a class keeps for itself, unless it is a part of the model."""
+        """Attributes that a class keeps for internal use, unless they are part of the model."""
         return name.startswith("_") and self._is_plain([value])
 
     def _is_default(self, value: Any, default: Any) -> bool:
@@ -173,7 +173,7 @@ class Walk:
         return leaf
 
     def _is_plain(self, container: Any) -> bool:
-        """Whether there is no Ref, module, array or other pytree anywhere in a container."""
+        """Whether a container holds no Ref, module, array or other pytree at any depth."""
         todo, seen = [container], set()
         while todo:
             obj = todo.pop()
@@ -190,7 +190,7 @@ class Walk:
         return True
 
     def children(self, i: int) -> Iterator[int]:
-        """The numbers of what an item holds directly."""
+        """The numbers of the items directly inside an item."""
         j, end = i + 1, self.items[i].end
         while j < end:
             yield j
@@ -205,7 +205,7 @@ class Walk:
         return tuple(reversed(names))
 
     def equal(self, i: int, j: int) -> bool:
-        """Whether two items are equal in structure: classes, settings, shapes, inner sharing."""
+        """Whether two items have the same structure: classes, settings, shapes, inner sharing."""
         items, n = self.items, self.items[i].end - i
         if items[j].end - j != n or items[i].kind == BACK or items[j].kind == BACK:
             return False
@@ -216,7 +216,7 @@ class Walk:
             ):
                 return False
         except Exception:
-            # A static value's own == may raise; then nobody can say that they are equal.
+            # The == of a static value may raise. Then the two do not count as equal.
             return False
         for k in range(bisect_left(self._backs, i), bisect_left(self._backs, i + n)):
             at = self._backs[k]
@@ -227,9 +227,9 @@ class Walk:
         return True
 
     def runs(self, i: int) -> Iterator[list[int]]:
-        """What an item holds, with neighbours that are equal together.
+        """The contents of an item, with equal neighbours grouped.
 
-        What points back is together where it all points to one place, or to neighbours in order.
+        Items that point back are grouped if they all point to one place, or to neighbours in order.
         """
         run: list[int] = []
         for j in self.children(i):
@@ -268,17 +268,19 @@ def _static(value: Any) -> Any:
 
 
 def has_ended(ref: Ref[Any]) -> bool:
-    """Whether a Ref has no value any more, since the transformation that it was made in has ended."""
+    """Whether a Ref has lost its value, because the transformation in which it was made has ended."""
     return ref._value is None and ref._frame is not None and not ref._frame.open
 
 
 def ref_text(ref: Ref[Any]) -> str:
-    """What a Ref holds, as text."""
+    """The value of a Ref as text."""
     return "<ended trace>" if has_ended(ref) else value_text(ref._value)
 
 
 def value_text(value: Any) -> str:
-    """The value of a Ref: an array by dtype and shape, any other pytree with such texts inside."""
+    """The value of a Ref for display: an array as dtype and shape, any other pytree with such texts
+    inside.
+    """
     if is_arraylike(value):
         return array_text(value) + placement_text(value)
     return short(value, 80)
@@ -288,7 +290,7 @@ _known_defaults: weakref.WeakKeyDictionary[type, dict[str, Any]] = weakref.WeakK
 
 
 def _defaults(cls: type) -> dict[str, Any]:
-    """The default values of the constructor's arguments: settings that need not be shown."""
+    """The defaults of the constructor's arguments. Settings that equal them are not shown."""
     known = _known_defaults.get(cls)
     if known is None:
         known = {}

@@ -1,4 +1,4 @@
-"""A model as HTML that folds, for a notebook: the last line of a cell."""
+"""A model as HTML that folds, for the output of a notebook cell."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import html
 
 __all__ = ["tree_html"]
 
-# So many levels are open at first, of a model that is not wide.
+# This many levels are open at first, if the model is not wide.
 _OPEN = 2
 _SHORT = 40
 
 
 def tree_html(text: str) -> str:
-    """What a model prints, where each part that has lines of its own folds.
+    """The printed model as HTML. Every part of more than one line can fold.
 
-    Everything is in the text itself: no script, no style sheet, no network.
+    It is self-contained: no script, no style sheet, no network.
     """
     lines = text.split("\n")
     out = ['<div style="font-family: monospace; white-space: pre; line-height: 1.4">']

@@ -1,4 +1,4 @@
-"""`nnx.graph`: which module holds which, as a picture."""
+"""`nnx.graph`: a picture that shows which module holds which."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["Graph", "graph"]
 
 
 class Graph:
-    """What `nnx.graph` returns: notebooks show it, `save` writes it.
+    """The result of `nnx.graph`. Notebooks show it, and `save` writes it to a file.
 
-    Attributes: `boxes` and `edges`, what is drawn: modules and shared Refs, and who holds them by
-    what name; `svg`, the picture as text.
+    Attributes: `boxes`, the modules and shared Refs; `edges`, which say which module holds them
+    under which name; `svg`, the picture as text.
     """
 
     def __init__(self, boxes: list[Box], edges: list[Edge]):
@@ -37,10 +37,10 @@ class Graph:
         return f"<nnx.Graph of {len(self.boxes)} boxes and {len(self.edges)} edges>"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the picture: `.svg` by itself, and `.png` or `.pdf` with matplotlib.
+        """Write the picture as `.svg`, or as `.png` or `.pdf` with matplotlib.
 
         Raises:
-          ValueError: the name ends in none of these.
+          ValueError: the name has another ending.
           ImportError: matplotlib is needed and not installed.
         """
         path = Path(path)
@@ -51,30 +51,30 @@ class Graph:
             to_matplotlib(self.boxes, self.edges, self.size, path)
         else:
             raise ValueError(
-                f"nnx.graph saves .svg, and with matplotlib .png and .pdf, but the path is "
-                f"{str(path)!r}. Give it one of these endings."
+                "nnx.graph saves .svg and, with matplotlib, .png and .pdf, but the path is "
+                f"{str(path)!r}. Use one of these endings."
             )
 
 
 def graph(
     model: Any, path: str | os.PathLike[str] | None = None, *, depth: int | None = None
 ) -> Graph:
-    """The modules of a model as a picture: each one once, with an edge from each that holds it.
+    """Draw the modules of a model: each module once, with an edge from every module that holds it.
 
-    A module at several places has several edges, labelled with its names; so has a Ref that several
-    modules share, such as tied weights. Neighbours that are equal in structure are one box, with
-    their number.
+    A module in several places has several edges, labelled with its names. Refs that several modules
+    share, such as tied weights, have several edges, too. Neighbours with equal structure become one
+    box that shows their number.
 
     Args:
       model: a module.
-      path: a file to save to as well: `.svg`, or with matplotlib `.png` or `.pdf`.
+      path: a file to save as well: `.svg` or, with matplotlib, `.png` or `.pdf`.
       depth: how many levels of submodules to draw; None for all.
 
     Returns:
       A `Graph`, which notebooks show.
 
     Raises:
-      TypeError: `model` is no module.
+      TypeError: `model` is not a module.
 
     >>> import jax, nnx
     >>> with nnx.scope(jax.random.key(0)):
@@ -96,7 +96,7 @@ def graph(
 
 
 class _Builder:
-    """Boxes and edges of a walk. What is folded is mapped to the one of its kind that is drawn."""
+    """The boxes and edges of a walk. Folded items map to the equal item that is drawn."""
 
     def __init__(self, walk: Walk, depth: int | None):
         self.walk = walk
@@ -104,7 +104,7 @@ class _Builder:
         self.boxes: dict[int, Box] = {}
         self.edges: list[Edge] = []
         self.known: dict[tuple[Box, Box, int], Edge] = {}
-        # How far an item is from the one that is drawn in its place.
+        # The distance from an item to the one that is drawn in its place.
         self.shift = [0] * len(walk.items)
         self.again: list[tuple[int, list[int], str]] = []
 
@@ -156,7 +156,9 @@ class _Builder:
         self.edges.append(edge)
 
     def _held(self, owner: int) -> Iterator[tuple[int, int, str]]:
-        """What modules a module holds, also in lists and the like, how many, and by what name."""
+        """The modules inside a module, also in lists and other containers: how many, and under
+        which names.
+        """
         walk = self.walk
         todo: list[tuple[int, int, str]] = [(owner, 1, "")]
         while todo:
@@ -178,7 +180,7 @@ class _Builder:
             todo += reversed(inner)
 
     def _hidden(self, i: int) -> None:
-        """What the parts of a module that are too deep to draw share with others."""
+        """Objects that are shared between other parts and the parts of a module that are too deep to draw."""
         items = self.walk.items
         above = len(self.walk.path(i))
         for k in range(i + 1, items[i].end):
@@ -201,7 +203,7 @@ class _Builder:
         return i
 
     def _again(self, owner: int, run: list[int], label: str) -> None:
-        """Edges to what was drawn before."""
+        """The edges to boxes that were drawn before."""
         walk = self.walk
         targets = {self._drawn(walk.items[j].target): walk.items[j] for j in run}
         for target, item in targets.items():
@@ -232,7 +234,7 @@ class _Builder:
                 self._to(owner, run[0], self._name(target, run, label))
 
     def _holder(self, i: int) -> tuple[int, str]:
-        """The module that is drawn around an item, and the name of the item in it."""
+        """The drawn module around an item, and the item's name in it."""
         names: list[str] = []
         while i not in self.boxes:
             names.append(str(self.walk.items[i].name))

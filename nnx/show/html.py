@@ -16,15 +16,15 @@ __all__ = ["display", "register", "show_node"]
 
 
 def display(model: Any, path: str | os.PathLike[str] | None = None) -> None:
-    """Show a model as an interactive tree whose parts unfold, with arrays as pictures.
+    """Show a model as an interactive tree with parts that unfold, and arrays as pictures.
 
-    In a notebook it is the output of the cell; elsewhere it is printed as text. A module or Ref at
-    several places is shown at the first, with the number of its places, and named at the others.
-    It needs treescope: `pip install nnx[display]`.
+    In a notebook, the tree is the output of the cell; elsewhere, it is printed as text. A module or
+    Ref in several places is shown at the first place, with the number of places, and named at the
+    others. This needs treescope: `pip install nnx[display]`.
 
     Args:
       model: a module, a Ref, a Partition, or any pytree of these.
-      path: a file to write instead: an HTML page that needs nothing beside it, and no network.
+      path: a file to write instead: a self-contained HTML page that needs no network.
 
     Raises:
       ImportError: treescope is not installed.
@@ -42,7 +42,7 @@ def display(model: Any, path: str | os.PathLike[str] | None = None) -> None:
     drawn = treescope.ArrayAutovisualizer(maximum_size=_picture_size(model))
 
     def pictures(value: Any, path: str | None) -> Any:
-        # Of an array without values treescope tries to draw one, and fails.
+        # Treescope tries to draw an array even if it has no values, and fails.
         return None if getattr(value, "size", 1) == 0 else drawn(value, path)
 
     if path is not None:
@@ -73,7 +73,8 @@ _PAGE = """<!doctype html>
 </html>
 """
 
-# Pictures of all arrays together have about this many cells, so that a page stays a few megabytes.
+# The pictures of all arrays together have about this many cells, so that a page has only a few
+# megabytes.
 _CELLS = 200_000
 
 
@@ -88,7 +89,7 @@ def _treescope() -> Any:
     except ImportError as error:
         raise ImportError(
             "nnx.display needs treescope, which is not installed: pip install nnx[display]. "
-            "print(model), nnx.tabulate and nnx.graph do without it."
+            "print(model), nnx.tabulate and nnx.graph work without it."
         ) from error
     return treescope
 
@@ -102,9 +103,9 @@ def _in_notebook() -> bool:
 
 
 def register() -> None:
-    """Have treescope show modules and Refs well wherever it shows anything.
+    """Teach treescope to show modules and Refs well.
 
-    `nnx.display` does it, and treescope itself when it is given a module.
+    `nnx.display` calls this, and so does treescope when it is given a module.
 
     Raises:
       ImportError: treescope is not installed.
@@ -115,14 +116,14 @@ def register() -> None:
     handlers: dict[type[Any], Any] = type_registries.TREESCOPE_HANDLER_REGISTRY
     handlers[Node] = show_node
     handlers[Ref] = _show_ref
-    # Treescope warns of mutable objects at several places by their address. Sharing is said here,
-    # by path.
+    # Treescope warns about mutable objects in several places, by their address. We show sharing by
+    # path.
     type_registries.IMMUTABLE_TYPES_REGISTRY[Node] = True
     type_registries.IMMUTABLE_TYPES_REGISTRY[Ref] = True
 
 
 class _Drawing(threading.local):
-    """The model that is being drawn: where each object is, how often, and what was drawn."""
+    """The model that is being drawn: where each object is, how often, and what is drawn already."""
 
     def __init__(self) -> None:
         self.root: Any = None
@@ -144,12 +145,12 @@ class _Drawing(threading.local):
 
 
 _drawing = _Drawing()
-# Treescope calls itself for what is inside, and Python allows about a thousand calls.
+# Treescope recurses into the contents, and Python allows about a thousand nested calls.
 _DEPTH = 10
 
 
 class _Again:
-    """Stands for what is shown at another place."""
+    """Stands for an object that is shown at another place."""
 
     def __init__(self, number: int):
         self.number = number
@@ -162,7 +163,7 @@ class _Again:
 
 
 def show_node(node: Node, path: str | None, inner: Any) -> Any:
-    """A module as treescope is to show it; the part of `__treescope_repr__` that knows treescope."""
+    """Render a module for treescope: the part of `__treescope_repr__` that knows treescope."""
     register()
     if _drawing.root is not None:
         return _shown_once(node, path, inner)
@@ -194,7 +195,7 @@ def _whole(x: Any, path: str | None, inner: Any, number: int | None) -> Any:
         collection = x.collection
         facts = [collection if isinstance(collection, str) else short(collection)]
         facts += [f"{k}={short(v, 40)}" for k, v in x.metadata.items()]
-        # A Ref of an ended transformation has a tracer that can be named, but not be read.
+        # After a transformation has ended, its Refs hold tracers that can be named but not read.
         shown = inner(x._value, path=f"{path}.value" if path else None)
         notes = facts + notes
     elif _drawing.depth >= _DEPTH:
@@ -218,7 +219,7 @@ def _whole(x: Any, path: str | None, inner: Any, number: int | None) -> Any:
 
 
 def _parts(node: Node, number: int | None) -> dict[str, Any]:
-    """What a module holds, and its settings that are not the default, which come after."""
+    """The contents of a module, and then its settings that differ from the defaults."""
     walk, i = (Walk(node), 0) if number is None else (_drawing.walk, number)
     items = [walk.items[j] for j in walk.children(i)]
     held = {

@@ -1,4 +1,4 @@
-"""`nnx.tabulate`: a model as a table, from abstract evaluation alone."""
+"""`nnx.tabulate`: a model as a table, by abstract evaluation alone."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ __all__ = ["Row", "Table", "tabulate"]
 
 @dataclass(frozen=True)
 class Row:
-    """A module in a table. All figures are of everything inside of it, submodules included.
+    """A module in a table. All figures include its submodules.
 
-    Attributes: `path`, a tuple; `cls`, the name of the class; `inputs` and `outputs`, pytrees with
-    `jax.ShapeDtypeStruct`s for arrays, of the first call (None if it was not called); `calls`, how
-    often it was called, steps of loops (of a `while_loop` one) and lanes of `nnx.vmap` included;
-    `sizes`, from collection to `(values, bytes)`; `flops` and `flops_with_backward`, of all calls
-    together, None where they are not known; `device_bytes`, the bytes that one device holds, None
-    where nothing is divided among devices.
+    Attributes: `path`, a tuple; `cls`, the name of the class; `inputs` and `outputs` of the first
+    call, pytrees with `jax.ShapeDtypeStruct`s for arrays (None if it was not called); `calls`, the
+    number of calls, where each step of a loop and each lane of `nnx.vmap` counts (a `while_loop`
+    counts as one step); `sizes`, from collection to `(values, bytes)`; `flops` and
+    `flops_with_backward`, over all calls, None if unknown; `device_bytes`, the bytes that one
+    device holds, None if nothing is divided among devices.
     """
 
     path: tuple[str, ...]
@@ -49,7 +49,7 @@ class Row:
 
     @property
     def facts(self) -> Any:
-        """What a person sees of the row beside its path."""
+        """Everything that is shown of the row, except its path."""
         shapes = _shapes(self.inputs), _shapes(self.outputs)
         flops = self.flops, self.flops_with_backward
         return self.cls, shapes, self.calls, self.sizes, *flops, self.device_bytes
@@ -57,37 +57,37 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """What `nnx.tabulate` returns; `print` shows it.
+    """The result of `nnx.tabulate`. `print` shows it.
 
     Attributes: `rows`, a `Row` for each module, the model first; `depth` and `console_width`, as
-    they were given. `sizes`, `flops` and `flops_with_backward` are those of the model.
+    given; `sizes`, `flops` and `flops_with_backward` of the model.
     """
 
     rows: tuple[Row, ...]
     depth: int | None = None
     console_width: int | None = None
     called: bool = True
-    # For each line that is shown: the number of its row, its path as text, and how many it is for.
+    # For each line: the number of its row, its path as text, and how many modules it stands for.
     _lines: tuple[tuple[int, str, int], ...] = field(default=(), repr=False)
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """The numbers of values and bytes by collection, shared ones once."""
+        """The numbers of values and bytes by collection. Shared values count once."""
         return self.rows[0].sizes
 
     @property
     def flops(self) -> float | None:
-        """Operations of a call of the model."""
+        """The operations of a call of the model."""
         return self.rows[0].flops
 
     @property
     def flops_with_backward(self) -> float | None:
-        """Operations of a call and of the gradient with respect to the parameters."""
+        """The operations of a call plus the gradient with respect to the parameters."""
         return self.rows[0].flops_with_backward
 
     @property
     def device_bytes(self) -> int | None:
-        """The bytes that one device holds, where values are divided or planned."""
+        """The bytes that one device holds, if values are divided or a mesh is planned."""
         return self.rows[0].device_bytes
 
     def __str__(self) -> str:
@@ -99,7 +99,7 @@ class Table:
         return str(self)
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
-        """What rich prints, in the width of its console: the same table with colours."""
+        """The same table in colours, for rich to print in the width of its console."""
         from rich.text import Text
 
         text = Text(self._text(options.max_width), no_wrap=True, overflow="ignore")
@@ -149,9 +149,9 @@ class Table:
         return header, [*cells, total]
 
     def _notes(self) -> str:
-        notes = ["Figures include submodules; shared values count once."]
+        notes = ["Figures include submodules. Shared values count once."]
         if any(times > 1 for _, _, times in self._lines):
-            notes.append("A row with ×n is for n equal modules, with the figures of one.")
+            notes.append("A row with ×n stands for n equal modules and has the figures of one.")
         return " ".join(notes)
 
 
@@ -173,36 +173,36 @@ def tabulate(
     specs: Any = None,
     **kwargs: Any,
 ) -> Table:
-    """The modules of a model with their shapes, sizes and operations, computing nothing.
+    """List the modules of a model with their shapes, sizes and operations, without computing anything.
 
-    The model is called abstractly, so a model of any size can be looked at: make it by
-    `nnx.eval_shape(lambda: Model.init(key)(...))`, and its Refs hold shapes only. Nothing is
-    written, and keys that the call asks for come from the ambient scope or, without one, from
-    anywhere, since their values do not matter.
+    The model is called abstractly, so its size does not matter: make it with
+    `nnx.eval_shape(lambda: Model.init(key)(...))`, and its Refs hold only shapes. Nothing is
+    written. Random keys come from the ambient scope. Without a scope, arbitrary keys are used,
+    because their values do not matter.
 
-    Operations are those that XLA counts in the lowered program, forward, and forward with the
-    backward pass to the parameters and (for submodules) the inputs. A `while_loop` of unknown
-    length counts as one step. Without arguments for the call there are sizes only.
+    XLA counts the operations in the lowered program: forward, and forward plus the backward pass to
+    the parameters and (for submodules) the inputs. A `while_loop` counts as one step. Without
+    arguments for the call, the table has only sizes.
 
     Args:
-      model: a module, or a bound method of one.
-      *args, **kwargs: the arguments of the call: arrays or `jax.ShapeDtypeStruct`s, modules, and
-        anything else as a constant.
+      model: a module, or a bound method of a module.
+      *args, **kwargs: the arguments of the call: arrays, `jax.ShapeDtypeStruct`s or modules.
+        Everything else is a constant.
       depth: how many levels of submodules to show; None for all.
-      console_width: the width to fit the table in, in characters; without it, that of the terminal.
-      mesh: a mesh to plan for, which need not be there: `jax.sharding.AbstractMesh((8, 8), ("data",
-        "model"))`. The bytes that each of its devices would hold are in the table, as they are
-        without it where values are divided already.
-      specs: what goes where on that mesh, as for `nnx.shardings`; without it, the metadata says.
+      console_width: the width of the table in characters. The default is the width of the terminal.
+      mesh: a mesh to plan for. It need not exist:
+        `jax.sharding.AbstractMesh((8, 8), ("data", "model"))`. The table then shows the bytes that
+        each device would hold. If values are divided already, it shows these bytes without `mesh`,
+        too.
+      specs: what goes where on that mesh, as for `nnx.shardings`. The default is the metadata.
 
     Returns:
-      A `Table`. It prints as a table, with colours by `rich.print` where rich is installed (extra
-      `display`), and has the figures in `rows`. Neighbours that are equal
-      share a line. Where the width is not enough, the columns of inputs and outputs are left out,
-      and a note says so; figures and paths are never cut.
+      A `Table`. `print` shows it, and `rich.print` shows it in colours (extra `display`). `rows`
+      has the figures. Equal neighbours share a line. If the width is not enough, the columns of
+      inputs and outputs are left out, and a note says so. Figures and paths are never cut.
 
     Raises:
-      TypeError: `model` is neither a module nor a method of one.
+      TypeError: `model` is neither a module nor a method of a module.
 
     >>> import jax, nnx
     >>> with nnx.scope(jax.random.key(0)):
@@ -218,9 +218,9 @@ def tabulate(
         function, model = model.__func__, model.__self__
     if not isinstance(model, Node):
         raise TypeError(
-            f"nnx.tabulate takes a module or a bound method of one, but got a "
+            "nnx.tabulate takes a module or a bound method of a module, but got a "
             f"{type(model).__name__}: {clip(repr(model), 80)}. Flags and keys are set around it: "
-            f"`with nnx.scope(key, training=True):`."
+            "`with nnx.scope(key, training=True):`."
         )
     called = bool(args or kwargs)
     arguments = Arguments.of(args, kwargs)
@@ -266,8 +266,9 @@ def _row(
 
 
 def _lines(walk: Walk, rows: list[Row], numbers: dict[int, int], depth: int | None) -> Any:
-    """The lines of the table: those within `depth`, with equal neighbours in one."""
-    # An item, its path in the module around it, how many modules that are, how many it is for.
+    """The lines of the table: those within `depth`, with equal neighbours on one line."""
+    # An item, its path in the module around it, the number of those modules, the number that it
+    # stands for.
     todo: list[tuple[int, str, int, int]] = [(0, "", 0, 1)]
     while todo:
         i, path, level, times = todo.pop()
@@ -318,7 +319,7 @@ def _shorter(match: re.Match[str]) -> str:
 
 
 def _shapes(tree: Any) -> str:
-    """The arrays of inputs or outputs; of many, the first."""
+    """The arrays of inputs or outputs. If there are many, only the first ones."""
     if tree is None:
         return ""
     flat, _ = jax.tree_util.tree_flatten_with_path(
@@ -338,19 +339,20 @@ def _shapes(tree: Any) -> str:
     return ", ".join(parts[:_MOST] + more)
 
 
-# What a narrow console is spared, in this order: mostly, inputs are the outputs of the row before.
+# Columns that a narrow console leaves out, in this order. Inputs are mostly the outputs of the row
+# above.
 _SPARED = ("inputs", "outputs")
 _BACKWARD = "with backward"
 
 
 def _text(header: list[str], cells: list[list[str]], notes: str, width: int) -> str:
-    """The table, with as many of its columns as fit in the width."""
+    """The table, with as many columns as fit in the width."""
     whole = sum(_widths([header, *cells])) + 2 * len(header) - 2
     spared: list[str] = []
     tops = [header]
     called = header[-1] == _BACKWARD
     if whole > width and called:
-        # In two lines, as the numbers below are short.
+        # Two lines, because the numbers below are short.
         first, second = _BACKWARD.split()
         tops = [[first if name == _BACKWARD else "" for name in header], [*header[:-1], second]]
     for name in _SPARED if called else ():

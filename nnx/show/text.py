@@ -1,4 +1,4 @@
-"""How a model prints: a tree with names, classes, settings and shapes, each shared part once."""
+"""How a model prints: a tree with names, classes, settings and shapes. Each shared part appears once."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ __all__ = ["collection_sizes", "device_bytes", "tree_repr"]
 
 _WIDTH = 100
 _DEPTH = 32
-# Two equal neighbours are both shown: only more than that is worth a look at the count.
+# Show two equal neighbours in full. Only more than two are worth a count.
 _FOLD = 3
-# So many items may take turns, as layers and activations do.
+# This many items may repeat in turn, as layers and activations do.
 _PERIOD = 4
 
 
 def tree_repr(node: Node) -> str:
-    """A module as text: names, classes, settings that are not the default, shapes, collections.
+    """A module as text: names, classes, settings that differ from the defaults, shapes, collections.
 
-    A module or Ref that is at several places is shown at the first and named at the others. Of
-    three or more equal neighbours one is shown, with their number; in a list also of two to four
-    that repeat in turn. What is nested deeper than 32
-    levels is counted only. Where there are submodules, the last line has the number of values and
-    the bytes of each collection, shared ones once. A number that is ready is shown by its value;
-    nothing else is copied from a device.
+    A module or Ref in several places is shown at the first and named at the others. Three or more
+    equal neighbours are shown as one, with their number. In a list, so are groups of two to four
+    items that repeat in turn. Anything deeper than 32 levels is only counted. If there are
+    submodules, the last line has the number of values and the bytes of each collection; shared
+    values count once. A number that is ready is shown by its value. Nothing else is copied from a
+    device.
 
     >>> import jax, nnx
     >>> with nnx.scope(jax.random.key(0)):
@@ -57,7 +57,7 @@ def tree_repr(node: Node) -> str:
     """
     walk = Walk(node)
     out: list[str] = []
-    # What is left to print, the next last: texts, or runs of equal items with their indentation.
+    # The stack of what is left to print: texts, or runs of equal items with their indentation.
     todo: list[Any] = [([0], 0)]
     while todo:
         task = todo.pop()
@@ -81,7 +81,7 @@ def _print(walk: Walk, run: list[int], depth: int, out: list[str], todo: list[An
     if item.kind == BACK:
         out.append(f"{line}<same as {_targets(walk, run)}>")
     elif item.kind == REF:
-        # Of equal parts one is shown, whatever their numbers are.
+        # One of several equal parts is shown, and their numbers may differ.
         text = (
             item.text
             if len(run) > 1 or run[0] < walk.folded
@@ -118,7 +118,7 @@ def _print(walk: Walk, run: list[int], depth: int, out: list[str], todo: list[An
 
 
 def _inner(walk: Walk, i: int) -> Any:
-    """What is inside of an item: runs of equal items, what repeats in turn, and lines of settings."""
+    """The contents of an item: runs of equal items, groups that repeat in turn, and lines of settings."""
     if walk.items[i].kind == LIST:
         yield from _in_turn(walk, list(_parts(walk, i)))
         return
@@ -142,7 +142,7 @@ def _parts(walk: Walk, i: int) -> Iterator[list[int]]:
 
 
 def _in_turn(walk: Walk, parts: list[list[int]]) -> Iterator[Any]:
-    """The parts of a list, where two to four repeat in turn as (once, number of times, the last)."""
+    """The parts of a list. Two to four that repeat in turn become (one round, number of rounds, the last)."""
 
     def same(a: list[int], b: list[int]) -> bool:
         x, y = walk.items[a[0]], walk.items[b[0]]
@@ -215,12 +215,12 @@ def _targets(walk: Walk, run: list[int]) -> str:
     return path if first == last else f"{path}..{walk.items[last].name}"
 
 
-# Of NumPy's kinds of dtype, those of numbers.
+# NumPy's kinds of dtype for numbers.
 _KINDS = frozenset("biufc")
 
 
 def number_text(value: Any) -> str | None:
-    """A number that is ready, by its value; None of anything else."""
+    """The value of a number that is ready; None for anything else."""
     number = (
         type(value) in CONCRETE and value.ndim == 0 and getattr(value.dtype, "kind", "V") in _KINDS
     )
@@ -237,9 +237,9 @@ def _facts(item: Item) -> str:
 
 
 def collection_sizes(walk: Walk, i: int = 0) -> dict[str, tuple[int, int]]:
-    """The numbers of values and bytes by collection of all that an item holds, shared ones once.
+    """The numbers of values and bytes inside an item, by collection. Shared values count once.
 
-    Arrays that are plain attributes are counted as `"arrays"`.
+    Arrays that are plain attributes count as `"arrays"`.
     """
     sizes: dict[str, tuple[int, int]] = {}
     for item in _held(walk, i):
@@ -252,7 +252,7 @@ def collection_sizes(walk: Walk, i: int = 0) -> dict[str, tuple[int, int]]:
 
 
 def device_bytes(walk: Walk, placement: Placement, i: int = 0) -> int | None:
-    """The bytes that one device holds of an item; None where nothing is divided or planned."""
+    """The bytes of an item that one device holds; None if nothing is divided or planned."""
     total, divided = 0, placement.planned
     for item in _held(walk, i):
         value = item.obj._value if item.kind == REF else item.obj
@@ -262,7 +262,7 @@ def device_bytes(walk: Walk, placement: Placement, i: int = 0) -> int | None:
 
 
 def _held(walk: Walk, i: int) -> Iterator[Item]:
-    """The Refs and arrays that an item holds, each once."""
+    """The Refs and arrays inside an item, each once."""
     items = walk.items
     seen: set[int] = set()
     todo = [range(i, items[i].end)]
@@ -273,7 +273,7 @@ def _held(walk: Walk, i: int) -> Iterator[Item]:
             seen.add(j)
             item = items[j]
             if item.kind == BACK:
-                # What is shared with a part outside of this one is a part of it all the same.
+                # Values that are shared with parts outside still belong to this part.
                 if item.target not in seen:
                     todo.append(range(item.target, items[item.target].end))
             elif item.kind in (REF, ARRAY) and not (item.kind == REF and has_ended(item.obj)):

@@ -9,7 +9,8 @@ from nnx.training.metrics import MultiMetric
 from nnx.training.optimizer import Optimizer
 from nnx.training.precision import master_weights as master_weights
 
-# `mask` and `master_weights` stay here, as `nnx.training.mask`: the names alone would not say of what.
+# Write `nnx.training.mask` and `nnx.training.master_weights`: a bare `nnx.mask` would not say what
+# it masks.
 __all__ = [
     "EMA",
     "EMAError",

@@ -1,4 +1,4 @@
-"""Refs by path: what the optimizer and the moving average keep beside a model."""
+"""Refs by path, which the optimizer and the moving average keep beside a model."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ __all__: list[str] = []
 
 
 class Cells(Module):
-    """Refs under names, nested. A module and not a dict, since trees compare those faster."""
+    """Refs under nested names. It is a module and not a dict, because trees compare modules faster."""
 
 
 def nest(cells: Mapping[Path, Ref[Any]]) -> Any:
-    """A tree of `Cells` that has each Ref at its path; a Ref at the empty path is itself the tree."""
+    """A tree of `Cells` with each Ref at its path. A Ref at the empty path is the whole tree."""
     if () in cells:
         return cells[()]
     root = Cells()
     for path, cell in cells.items():
         at: Any = root
-        # A part of a path is a string of a class of its own, and attributes are plain ones.
+        # The parts of a path are instances of a subclass of str, but attribute names are plain
+        # strings.
         *outer, last = map(str, path)
         for name in outer:
             if name not in attributes(at):
@@ -49,13 +50,13 @@ def selected(model: Any, filter: Filter) -> dict[Path, Ref[Any]]:
 
 
 def values_of(model: Any, cells: Mapping[Path, Ref[Any]]) -> Partition:
-    """The values of some Refs of a model, read through the model, which closures need."""
+    """The values of some Refs of a model. They are read through the model, so that closures work."""
     chosen = {id(cell) for cell in cells.values()}
     return refx.get_partition(model, lambda path, cell: id(cell) in chosen)
 
 
 def nothing_selected(what: str, model: Any, filter: Filter) -> str:
-    """The message for a filter that selects no Ref."""
+    """The error text for a filter that selects no Ref."""
     there = sorted({repr(cell.collection) for cell in refx.refs(model).values()})
     text = (
         f"{what}: the filter {filter!r} selects no Ref of the {type(model).__name__}; its Refs are "
@@ -65,7 +66,7 @@ def nothing_selected(what: str, model: Any, filter: Filter) -> str:
 
 
 def paths_differ(what: str, got: Any, expected: Any, unknown_to: str) -> str | None:
-    """How two sets of paths differ, for a message; None if they do not."""
+    """How two sets of paths differ, for a message; None if they are equal."""
     missing = [path for path in expected if path not in got]
     unknown = [path for path in got if path not in expected]
     parts = []
@@ -100,16 +101,16 @@ def values_differ(
 
 
 def widens(new: Any, old: Any) -> bool:
-    """Whether one dtype is the other, or a wider one of its kind, as float32 is of bfloat16."""
+    """Whether one dtype equals the other, or is a wider one of its kind (float32 and bfloat16)."""
     kinds = (jnp.floating, jnp.complexfloating)
     of_a_kind = any(jnp.issubdtype(new, k) and jnp.issubdtype(old, k) for k in kinds)
     return new == old or (of_a_kind and jnp.promote_types(new, old) == new)
 
 
 def fresh(x: Any) -> jax.Array:
-    """A copy with a buffer of its own, which donating the original does not delete.
+    """A copy with its own buffer, so it survives when the original is donated.
 
-    It is not weakly typed: a value whose type firms up at the first write compiles a step twice.
+    It is not weakly typed: otherwise the first write changes the type, and a step compiles twice.
     """
     return strong(jnp.array(x, copy=True))
 

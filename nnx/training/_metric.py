@@ -1,4 +1,4 @@
-"""What the metrics share: the base classes, and how they read their arguments."""
+"""The base classes of metrics, and how metrics read their arguments."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__: list[str] = []
 class Metric(Module):
     """The base of metrics: `reset()`, `update(**kwargs)` with one batch, `compute()` of all so far.
 
-    A metric takes from the keyword arguments of `update` what it needs and ignores the others, so
-    that several can be updated by one call; see `MultiMetric`.
+    A metric takes the keyword arguments of `update` that it needs and ignores the others. So one
+    call can update several metrics; see `MultiMetric`.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> class Largest(nnx.metrics.Metric):
@@ -41,20 +41,20 @@ class Metric(Module):
         raise NotImplementedError(f"{type(self).__name__} has no reset().")
 
     def update(self, **kwargs: Any) -> None:
-        """Take one batch into account."""
+        """Add one batch."""
         raise NotImplementedError(f"{type(self).__name__} has no update().")
 
     def compute(self) -> Any:
-        """The metric of everything since the last reset."""
+        """Return the metric over everything since the last reset."""
         raise NotImplementedError(f"{type(self).__name__} has no compute().")
 
     def merge(self, *others: Any) -> None:
-        """Take into account what other metrics of this kind have seen; they stay as they are."""
+        """Add everything that other metrics of this kind have seen. The others stay unchanged."""
         raise NotImplementedError(f"{type(self).__name__} has no merge().")
 
 
 class Accumulator(Metric):
-    """The base of metrics whose state is a few arrays that are merged by a function of two."""
+    """The base of metrics that keep a few arrays as state. A function merges two such states."""
 
     axis_name: Any = None
 
@@ -72,15 +72,15 @@ class Accumulator(Metric):
         return x if self.axis_name is None else jax.lax.psum(x, self.axis_name)
 
     def merge(self, *others: Any) -> None:
-        """Take into account what other metrics of this kind have seen; they stay as they are.
+        """Add everything that other metrics of this kind have seen. The others stay unchanged.
 
         Args:
-          *others: metrics of the same class. One whose state has leading axes, as `nnx.vmap` makes
-            it, counts with all of its lanes.
+          *others: metrics of the same class. If a state has leading axes (from `nnx.vmap`), all its
+            lanes are added.
 
         Raises:
-          TypeError: one is of another class.
-          ValueError: one has a state of another shape.
+          TypeError: a metric has another class.
+          ValueError: a metric has a state of another shape.
 
         >>> import jax.numpy as jnp, nnx
         >>> a, b = nnx.metrics.Average(), nnx.metrics.Average()
@@ -94,10 +94,10 @@ class Accumulator(Metric):
         for other in others:
             if type(other) is not type(self):
                 raise TypeError(
-                    f"A {type(self).__name__} merges metrics of its own class, but got a "
+                    f"A {type(self).__name__} merges only metrics of its own class, but got a "
                     f"{type(other).__name__}."
                 )
-            # As arrays of lanes, of which a metric by itself has one.
+            # Give every state a leading axis of lanes; an ordinary metric has one lane.
             lanes = jax.tree.map(lambda own, x: _lanes(self, own, x), state, other._get())
             state = jax.lax.scan(lambda a, b: (self._both(a, b), None), state, lanes)[0]
         self._set(state)
@@ -140,7 +140,7 @@ def largest(metric: Metric, logits: jax.Array, labels: jax.Array, top_k: int) ->
 
 
 def weighted(metric: Metric, values: Any, mask: Any, dtype: Any) -> tuple[jax.Array, Any]:
-    """Values in a dtype, and which of them count; None for all."""
+    """The values in a dtype, and a mask of those that count; None if all count."""
     values = jnp.asarray(values).astype(dtype)
     if mask is None:
         return values, None
@@ -162,7 +162,7 @@ def how_many(values: jax.Array, kept: Any) -> Any:
 
 
 def no_sum() -> Sum:
-    # float64 where JAX has it.
+    # float64 if JAX has it enabled.
     return Sum(jnp.zeros((), float), jnp.zeros((), float))
 
 
@@ -171,7 +171,7 @@ def no_count() -> Count:
 
 
 def _lanes(metric: Metric, own: jax.Array, x: jax.Array) -> jax.Array:
-    """The state of another metric with one leading axis."""
+    """The state of another metric, with exactly one leading axis."""
     lead = x.ndim - own.ndim
     if lead < 0 or x.shape[lead:] != own.shape:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The state of an optimizer as optax has it: hyperparameters to set, and containers to read."""
+"""The state of an optimizer in optax's form: hyperparameters to set, and containers to read."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["HyperparameterError", "OptimizerError"]
 
 
 class OptimizerError(RefError, ValueError):
-    """Gradients, model and optimizer do not fit together; nothing was changed."""
+    """Gradients, model and optimizer do not fit together. Nothing was changed."""
 
 
 class HyperparameterError(RefError, AttributeError, KeyError):
-    """The optimizer has no such hyperparameter, or it cannot be set to this."""
+    """The optimizer does not have this hyperparameter, or cannot set it to this value."""
 
 
 class Place:
@@ -41,8 +41,8 @@ class Place:
 def find_hyperparameters(treedef: Any, paths: tuple[Path, ...]) -> dict[str, Place]:
     """The hyperparameters that `optax.inject_hyperparams` keeps in a state, by name.
 
-    Where several transformations have one of the same name, what tells the transformations apart
-    goes before it: `"1.learning_rate"`.
+    If several transformations have a hyperparameter of the same name, a prefix tells them apart:
+    `"1.learning_rate"`.
     """
     found: list[Place] = []
     todo: list[Any] = [jax.tree.unflatten(treedef, range(len(paths)))]
@@ -67,7 +67,7 @@ def find_hyperparameters(treedef: Any, paths: tuple[Path, ...]) -> dict[str, Pla
 
 
 class Hyperparams(MutableMapping[str, jax.Array]):
-    """The hyperparameters of an optimizer by name; writing one writes the optimizer's state."""
+    """The hyperparameters of an optimizer by name. Writing one writes the optimizer's state."""
 
     def __init__(
         self,
@@ -87,12 +87,12 @@ class Hyperparams(MutableMapping[str, jax.Array]):
 
     def __delitem__(self, name: str) -> NoReturn:
         raise HyperparameterError(
-            f"The hyperparameter {name!r} cannot be removed: the transformation was made with it. "
-            f"Set it, or make a new Optimizer."
+            f"The hyperparameter {name!r} cannot be removed: the transformation needs it. Set it, "
+            "or make a new Optimizer."
         )
 
     def update(self, *given: Any, **named: Any) -> None:
-        """Set several at once, as `dict.update`: all of them or, after an error, none."""
+        """Set several at once, like `dict.update`. If there is an error, none is set."""
         new = [(self._place(name), name, x) for name, x in dict(*given, **named).items()]
         cells, old = self._cells(), self._values()
         values = [_fitted(name, x, old[place.path], place) for place, name, x in new]
@@ -134,12 +134,12 @@ class Hyperparams(MutableMapping[str, jax.Array]):
 
 
 def _fitted(name: str, value: Any, old: Any, place: Place) -> jax.Array:
-    """The value with the dtype that the hyperparameter has."""
+    """The value, cast to the dtype of the hyperparameter."""
     if place.scheduled:
         raise HyperparameterError(
             f"The hyperparameter {name!r} of this optimizer follows a schedule, so the next update "
-            f"would overwrite what is assigned. Give optax.inject_hyperparams a number to be able "
-            f"to set it."
+            "would overwrite what you assign. Give optax.inject_hyperparams a number to be able "
+            "to set it."
         )
     try:
         new = jnp.asarray(value)
@@ -154,29 +154,29 @@ def _fitted(name: str, value: Any, old: Any, place: Place) -> jax.Array:
         )
     if _kind(new.dtype) > _kind(old.dtype):
         raise HyperparameterError(
-            f"The hyperparameter {name!r} is of dtype {old.dtype}, which cannot hold what was "
-            f"assigned, of dtype {new.dtype}. Make the transformation with a number of that kind: "
-            f"1.0 instead of 1."
+            f"The hyperparameter {name!r} is of dtype {old.dtype}, which cannot hold the assigned "
+            f"value of dtype {new.dtype}. Make the transformation with a number of that kind: 1.0 "
+            "instead of 1."
         )
     return new.astype(old.dtype)
 
 
 def _kind(dtype: Any) -> int:
-    """Numbers of a kind can be those of every later kind."""
+    """The rank of a kind of number: each kind can be cast to all later kinds."""
     kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
     return next(i for i, kind in enumerate(kinds) if jnp.issubdtype(dtype, kind))
 
 
 class StateDict(dict[str, Any]):
-    """A dict of an optimizer's state. A write that the optimizer would not see is an error.
+    """A dict in an optimizer's state. A write that would not reach the optimizer is an error.
 
-    That of the hyperparameters passes writes on. What `jax.tree.map` makes of it is the caller's
-    own, and as free as any dict.
+    The dict of hyperparameters passes writes on to the optimizer. `jax.tree.map` makes a copy of it
+    that can be changed freely, like any dict.
     """
 
     __slots__ = ("_write",)
 
-    # Gets what is written to a dict that the optimizer gave away.
+    # Called with the new items when somebody writes to a dict that the optimizer handed out.
     _write: Callable[[dict[str, Any]], Mapping[str, Any]] | None
 
     def update(self, *given: Any, **named: Any) -> None:
@@ -202,7 +202,7 @@ class StateDict(dict[str, Any]):
 
 
 class StateList(list[Any]):
-    """A list of an optimizer's state; see `StateDict`."""
+    """A list in an optimizer's state; see `StateDict`."""
 
     __slots__ = ("_write",)
 
@@ -232,12 +232,12 @@ for _name in (
 
 
 def lost(*_: Any) -> NoReturn:
-    """Raise for a write into a copy of the state."""
+    """Raise the error for a write into a copy of the state."""
     raise OptimizerError(
         "optimizer.opt_state is a copy of the state, so the optimizer would not see this write. "
         "Assign a whole state: optimizer.opt_state = jax.tree.map(lambda x: ..., "
-        "optimizer.opt_state), or optax.tree.set(optimizer.opt_state, count=0). One value is a Ref "
-        "in optimizer.state, and a hyperparameter is in optimizer.hyperparams."
+        "optimizer.opt_state), or optax.tree.set(optimizer.opt_state, count=0). To write one "
+        "value, use its Ref in optimizer.state; for a hyperparameter, use optimizer.hyperparams."
     )
 
 
@@ -263,9 +263,9 @@ jax.tree_util.register_pytree_with_keys(
 def guard(
     state: Any, write: Callable[[Path, dict[str, Any]], Mapping[str, Any]], path: Path = ()
 ) -> Any:
-    """A state whose dicts and lists take no write that would be lost.
+    """A copy of a state in which the dicts and lists refuse any write that would be lost.
 
-    `write` gets the path of the dict of some hyperparameters, and what was written to it.
+    A write to hyperparameters calls `write` with the path of their dict and the new items.
     """
     result = _one_level(state, lambda name, x: guard(x, write, (*path, name)))
     if type(state) is dict:

@@ -1,4 +1,4 @@
-"""An optax transformation as text: optax keeps no names, but its functions have them."""
+"""An optax transformation as text. Optax does not keep names, but its functions have names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MOST = 8
 
 
 def transformation_text(tx: Any) -> str:
-    """The functions of optax that made a transformation: `scale_by_adam, scale`."""
+    """The optax functions that made a transformation: `scale_by_adam, scale`."""
     parts: list[str] = []
     _add(getattr(tx, "update", None), parts)
     return ", ".join([*parts[:_MOST], *(["…"] if len(parts) > _MOST else [])])

@@ -1,4 +1,4 @@
-"""Totals of very many numbers: sums in two floats, counts in two integers, and how two are merged."""
+"""Totals of very many numbers: sums in two floats, counts in two integers, and how to merge them."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ import jax.numpy as jnp
 
 __all__: list[str] = []
 
-# A count is `high * _SPILL + low`: int32 would end at 2³¹, and float32 stops at 2²⁴.
+# A count is `high * _SPILL + low`: one int32 would overflow at 2³¹, and float32 stops counting at
+# 2²⁴.
 _SPILL_BITS = 30
 _SPILL = 1 << _SPILL_BITS
 
 
 class Sum(NamedTuple):
-    """`total + rest`, where `rest` is what the digits of `total` cannot hold."""
+    """`total + rest`, where `rest` holds the part that `total` cannot represent."""
 
     total: jax.Array
     rest: jax.Array
 
 
 def added(a: Sum, total: Any, rest: Any = 0.0) -> Sum:
-    """The sum with another number, or another sum, in it."""
-    # Knuth's two-sum: `error` is what rounding takes from the first line.
+    """The sum plus another number, or plus another sum."""
+    # Knuth's two-sum: `error` is the rounding error of `new`.
     total = jnp.asarray(total, a.total.dtype)
     new = a.total + total
     part = new - a.total
     error = (a.total - (new - part)) + (total - part)
-    # Of an infinite total nothing is left over.
+    # An infinite total has no rest.
     rest = jnp.where(jnp.isfinite(new), a.rest + rest + error, 0)
     high = new + rest
     return Sum(high, jnp.where(jnp.isfinite(high), rest - (high - new), 0))
 
 
 class Count(NamedTuple):
-    """A number of things, as two int32."""
+    """A count, as two int32."""
 
     low: jax.Array
     high: jax.Array
@@ -46,7 +47,7 @@ class Count(NamedTuple):
 
 
 def counted(a: Count, low: Any, high: Any = 0) -> Count:
-    """The count with another one in it; a Python int of any size may be `low`."""
+    """The count plus another one; `low` may be a Python int of any size."""
     if isinstance(low, int):
         high, low = high + (low >> _SPILL_BITS), low & (_SPILL - 1)
     low = a.low + low
@@ -55,7 +56,7 @@ def counted(a: Count, low: Any, high: Any = 0) -> Count:
 
 
 class Spread(NamedTuple):
-    """Number, mean and sum of squared differences from the mean."""
+    """The count, the mean, and the sum of squared differences from the mean."""
 
     number: Count
     mean: Sum
@@ -67,7 +68,7 @@ def spread_of_both(a: Spread, b: Spread) -> Spread:
     dtype = a.mean.total.dtype
     own, other = a.number.as_float(dtype), b.number.as_float(dtype)
     share = other / jnp.maximum(own + other, 1)
-    # Near each other the two have digits in common, which go first.
+    # Subtract the totals first: means that are close share their leading digits.
     delta = (b.mean.total - a.mean.total) + (b.mean.rest - a.mean.rest)
     delta = jnp.where((own > 0) & (other > 0), delta, 0)
     mean = added(a.mean, delta * share)

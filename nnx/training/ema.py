@@ -34,32 +34,32 @@ __all__ = ["EMA", "EMAError"]
 
 
 class EMAError(RefError, ValueError):
-    """A model does not fit the moving average of another one; nothing was changed."""
+    """The model does not fit the moving average. Nothing was changed."""
 
 
 class EMA(Module):
-    """An exponential moving average of values of a model (Polyak and Juditsky 1992,
+    """An exponential moving average of a model's values (Polyak and Juditsky 1992,
     https://doi.org/10.1137/0330046).
 
-    Each update moves the average: `average = decay * average + (1 - decay) * value`. It is in
-    float32 at least, since in half precision a small step is lost; float32 loses steps of less than
-    6e-8 of the average. Values that are no floating-point numbers (counts, keys) are those of the
-    last update.
+    Each update moves the average: `average = decay * average + (1 - decay) * value`. The average is
+    in float32 or wider, because half precision loses small steps. (float32 loses steps smaller than
+    6e-8 of the average.) Values that are not floating-point numbers, such as counts and keys, are
+    copied from the last update.
 
     Args:
       model: a module, or any tree that holds Refs.
-      decay: a number from 0 to 1, or a function of the number of updates so far that gives it.
-      filter: a filter: what is averaged.
-      debias: without it the average starts at the values that the model has now. With it the
-        first values have no weight, and the others share it as they come, as in Adam (Kingma and
-        Ba 2014, https://arxiv.org/abs/1412.6980): after one update the average is that value.
+      decay: a number from 0 to 1, or a function from the number of updates so far to such a number.
+      filter: a filter that selects the Refs to average.
+      debias: if False, the average starts at the model's current values. If True, these have no
+        weight, and the average covers only the updates so far, as in Adam (Kingma and Ba 2014,
+        https://arxiv.org/abs/1412.6980): after one update, it equals that update's value.
 
-    Attributes: `average`, the Refs of the average, each under the path of its value in the model,
-    and `step`, the number of updates, int32; both in the collection `"ema"`.
+    Attributes: `average`, the Refs of the average, under the same paths as in the model; and
+    `step`, the number of updates, int32. Both are in the collection `"ema"`.
 
     Raises:
       EMAError: the filter selects nothing.
-      ValueError: a decay that is not from 0 to 1.
+      ValueError: the decay is not between 0 and 1.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> model = nnx.Linear.init(jax.random.key(0))(2, 1)
@@ -86,13 +86,13 @@ class EMA(Module):
         debias: bool = False,
     ):
         if not callable(decay) and not 0 <= decay <= 1:
-            raise ValueError(f"The decay of EMA is from 0 to 1, but got {decay}.")
+            raise ValueError(f"The decay of EMA must be between 0 and 1, but got {decay}.")
         cells = selected(model, filter)
         if not cells:
             raise EMAError(nothing_selected("EMA has nothing to average", model, filter))
         values = values_of(model, cells)
         self.step = jnp.zeros((), jnp.int32)
-        # How much of the average comes from updates, and not from the values at the start.
+        # The share of the average that comes from updates, as opposed to the starting values.
         self.weight = jnp.asarray(0.0 if debias else 1.0, jnp.float32)
         self.average = nest(
             {
@@ -121,21 +121,21 @@ class EMA(Module):
         return [*lines, f"average = {count} values  # ema: {count_text(n)} ({bytes_text(size)})"]
 
     def update(self, model: Any) -> None:
-        """Move the average towards the values that the model has now.
+        """Move the average towards the model's current values.
 
         Raises:
-          EMAError: the model has other paths, shapes or structures than the average.
+          EMAError: paths, shapes or structures of the model differ from those of the average.
         """
         cells, values = self._matching(model)
         decay = self.decay(self.step) if callable(self.decay) else self.decay
-        # A number is subtracted as Python does it: float32 has 0.999999, but not what is left to 1.
+        # Subtract in Python: float32 can hold a decay of 0.999999, but would round 1 - decay.
         share = 1 - decay
         weight = self.weight
 
         def move(average: Any, value: Any) -> Any:
             if not _averages(value):
                 return fresh(value)
-            # Where nothing has any weight yet, what is there does not count.
+            # With debias, ignore the starting values: before the first update the weight is 0.
             start = jnp.where(weight > 0, average, 0) if self.debias else average
             return _between(start, jnp.asarray(value, average.dtype), share, decay)
 
@@ -151,7 +151,7 @@ class EMA(Module):
 
     @property
     def values(self) -> Partition:
-        """The average by the paths of the model, in its own precision."""
+        """The average by the model's paths, in the precision of the average."""
         divisor = jnp.where(self.weight > 0, self.weight, 1.0)
 
         def unbiased(x: Any) -> Any:
@@ -160,10 +160,10 @@ class EMA(Module):
         return jax.tree.map(unbiased, self._averages())
 
     def apply_to(self, model: Any) -> None:
-        """Write the average into a model, cast to the dtypes that the model has.
+        """Write the average into a model, cast to the model's dtypes.
 
         Raises:
-          EMAError: the model has other paths, shapes or structures than the average.
+          EMAError: paths, shapes or structures of the model differ from those of the average.
         """
         cells, values = self._matching(model)
         average = self.values
@@ -174,12 +174,12 @@ class EMA(Module):
 
     @contextlib.contextmanager
     def swapped(self, model: Any) -> Iterator[Any]:
-        """Within this context the model has the average; afterwards, its own values again.
+        """Give the model the averaged values within this context, and its own values back afterwards.
 
-        What is written meanwhile into values that are averaged is dropped.
+        Anything written to averaged values inside the context is dropped.
 
         Raises:
-          EMAError: the model has other paths, shapes or structures than the average.
+          EMAError: paths, shapes or structures of the model differ from those of the average.
         """
         cells, values = self._matching(model)
         self.apply_to(model)
@@ -205,8 +205,8 @@ class EMA(Module):
             problem = values_differ("The value", Partition(like), own)
         if problem is not None:
             raise EMAError(
-                f"The model does not fit the EMA (filter={self.filter!r}): {problem}. Make a new "
-                f"EMA for a model that was changed."
+                f"The model does not fit the EMA (filter={self.filter!r}): {problem}. After "
+                "changing a model, make a new EMA for it."
             )
         return cells, values
 
@@ -216,9 +216,9 @@ def _averages(x: Any) -> bool:
 
 
 def _between(a: jax.Array, b: jax.Array, share: Any, keep: Any) -> jax.Array:
-    """`keep * a + share * b`, where `keep + share` is 1, also where the two are rounded."""
+    """`keep * a + share * b`, with weights that add up to 1 even after rounding."""
     share, keep = jnp.asarray(share, a.real.dtype), jnp.asarray(keep, a.real.dtype)
-    # Counted from the nearer end, which stays where it is if nothing moves it.
+    # Start from the nearer end, so that `a` stays exact when `b` equals it.
     return jnp.where(share < 0.5, a + share * (b - a), b - keep * (b - a))
 
 

@@ -1,11 +1,12 @@
-"""Metrics that accumulate over batches, also inside of `nnx.jit` and `nnx.scan`.
+"""Metrics that accumulate over batches, also inside `nnx.jit` and `nnx.scan`.
 
-The state is in Refs of the collection `"metrics"`. Totals are pairs of float32 (of float64, where JAX
-has it enabled when the metric is made), so that no number of batches is too many: what one number
-cannot hold is in the other. Counts are exact. A metric without any value is NaN.
+The state is in Refs of the collection `"metrics"`. Each total is a pair of float32 numbers (or
+float64, if JAX has it enabled when the metric is made): the second holds what the first must round
+away. So totals stay precise over any number of batches, and counts are exact. A metric that has
+seen no values is NaN.
 
-Metrics of the same settings merge: `metric.merge(other)`. With `axis_name`, an update inside of
-`nnx.vmap` or `nnx.shard_map` takes in the batches of all lanes of that axis.
+`metric.merge(other)` adds another metric with the same settings. With `axis_name`, an update inside
+`nnx.vmap` or `nnx.shard_map` adds the batches of all lanes of that axis.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ class Average(Accumulator):
     """The mean of values.
 
     Args:
-      argname: the keyword argument of `update` that has the values.
-      axis_name: a mapped axis, such as that of `nnx.vmap`: each update takes in the values of all
-        its lanes, and the state stays the same in all.
+      argname: the name of the keyword argument of `update` that holds the values.
+      axis_name: a mapped axis, such as that of `nnx.vmap`. Each update adds the values of all its
+        lanes, so the state is the same in every lane.
 
-    Attributes: `total`, a float32 scalar, and `rest`, what is missing to the exact total; `count`,
-    int32, and `count_high`, how often it has passed 2³⁰.
+    Attributes: `total`, a float32 scalar, and `rest`, the difference from the exact total; `count`,
+    int32, and `count_high`, the number of times that `count` has passed 2³⁰.
 
     >>> import jax.numpy as jnp, nnx
     >>> loss = nnx.metrics.Average("loss")
@@ -89,11 +90,11 @@ class Average(Accumulator):
         """Add the values of the argument `argname`, of any shape.
 
         Args:
-          mask: a boolean array that broadcasts to the values: which of them count.
+          mask: a boolean array that broadcasts to the values and says which of them count.
           **kwargs: the values, under the name `argname`.
 
         Raises:
-          TypeError: there is no argument `argname`.
+          TypeError: the argument `argname` is missing.
           ValueError: the mask does not broadcast to the values.
         """
         values = argument(self, self.argname, kwargs)
@@ -103,16 +104,16 @@ class Average(Accumulator):
         self._set((added(Sum(self.total, self.rest), total), counted(self._get()[1], count)))
 
     def compute(self) -> jax.Array:
-        """The mean, a float32 scalar; NaN without values."""
+        """The mean, a float32 scalar; NaN if there are no values."""
         total, count = self._get()
         return (total.total + total.rest) / count.as_float(total.total.dtype)
 
 
 class Perplexity(Average):
-    """The exponential of the mean of negative log-likelihoods, such as cross entropies per token.
+    """The exponential of the mean negative log-likelihood, such as the cross entropy per token.
 
     Args:
-      argname: the keyword argument of `update` that has them.
+      argname: the name of the keyword argument of `update` that holds the negative log-likelihoods.
       axis_name: as for `Average`.
 
     >>> import jax.numpy as jnp, nnx
@@ -123,20 +124,20 @@ class Perplexity(Average):
     """
 
     def compute(self) -> jax.Array:
-        """The perplexity, a float32 scalar; NaN without values."""
+        """The perplexity, a float32 scalar; NaN if there are no values."""
         return jnp.exp(super().compute())
 
 
 class Accuracy(Average):
-    """The share of predictions that are right.
+    """The fraction of correct predictions.
 
     Args:
-      threshold: for binary labels: a logit above it predicts 1. Without it, the prediction is the
-        index of the largest logit along the last axis.
-      top_k: how many of the largest logits may have the index of the label.
+      threshold: for binary labels, a logit above the threshold predicts 1. If None, the prediction
+        is the index of the largest logit along the last axis.
+      top_k: a prediction is correct if the label is among the `top_k` largest logits.
       axis_name: as for `Average`.
 
-    A label that is no class, such as -1 for padding, is not counted.
+    Labels outside the range of classes, such as -1 for padding, are not counted.
 
     >>> import jax.numpy as jnp, nnx
     >>> accuracy = nnx.metrics.Accuracy()
@@ -148,13 +149,13 @@ class Accuracy(Average):
     def __init__(self, threshold: float | None = None, *, top_k: int = 1, axis_name: Any = None):
         if threshold is not None and not isinstance(threshold, int | float):
             raise TypeError(
-                f"The threshold of Accuracy is a number or None, but got a "
+                "The threshold of Accuracy must be a number or None, but got a "
                 f"{type(threshold).__name__}."
             )
         if top_k < 1 or (top_k > 1 and threshold is not None):
             raise ValueError(
-                f"The top_k of Accuracy is 1 at least, and 1 with a threshold, but got {top_k} and "
-                f"the threshold {threshold}."
+                "The top_k of Accuracy must be at least 1, and exactly 1 with a threshold, but "
+                f"got {top_k} and the threshold {threshold}."
             )
         super().__init__(axis_name=axis_name)
         self.threshold = threshold
@@ -164,12 +165,12 @@ class Accuracy(Average):
         """Count the predictions of one batch.
 
         Args:
-          mask: a boolean array that broadcasts to the labels: which predictions count.
-          **kwargs: `logits` of shape `(..., classes)`, or with a threshold that of the labels, and
-            integer `labels` of shape `(...)`.
+          mask: a boolean array that broadcasts to the labels and says which predictions count.
+          **kwargs: `logits` of shape `(..., classes)`, or of the labels' shape if there is a
+            threshold; and integer `labels` of shape `(...)`.
 
         Raises:
-          TypeError: `logits` or `labels` are missing, or the labels are no integers.
+          TypeError: `logits` or `labels` are missing, or the labels are not integers.
           ValueError: the shapes do not fit, or there are fewer classes than `top_k`.
         """
         logits = jnp.asarray(argument(self, "logits", kwargs))
@@ -184,7 +185,8 @@ class Accuracy(Average):
             known = labels >= 0
         else:
             predicted = largest(self, logits, labels, self.top_k)
-            # In a dtype that holds the number of classes, as that of the labels may not.
+            # Use a dtype that can hold the number of classes; the labels' own dtype may be too
+            # small.
             labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
             right = (predicted == labels[..., None]).any(-1)
             known = (labels >= 0) & (labels < logits.shape[-1])
@@ -193,10 +195,10 @@ class Accuracy(Average):
 
 
 class Statistics(NamedTuple):
-    """What `Welford` computes.
+    """The result of `Welford`.
 
-    Attributes: `mean`; `standard_error_of_mean`; `standard_deviation`, of the population: the
-    squares are divided by the number of values.
+    Attributes: `mean`; `standard_error_of_mean`; and `standard_deviation` of the population, which
+    divides the squares by the number of values.
     """
 
     mean: jax.Array
@@ -205,17 +207,19 @@ class Statistics(NamedTuple):
 
 
 class Welford(Accumulator):
-    """Mean and standard deviation in one stable pass.
+    """Mean and standard deviation, in one numerically stable pass.
 
-    After Welford (1962, https://doi.org/10.1080/00401706.1962.10490022), with the formula of Chan,
-    Golub and LeVeque (1983, https://doi.org/10.1080/00031305.1983.10483115) to merge batches.
+    The method is that of Welford (1962, https://doi.org/10.1080/00401706.1962.10490022). Batches
+    are merged by the formula of Chan, Golub and LeVeque (1983,
+    https://doi.org/10.1080/00031305.1983.10483115).
 
     Args:
-      argname: the keyword argument of `update` that has the values.
+      argname: the name of the keyword argument of `update` that holds the values.
       axis_name: as for `Average`.
 
-    Attributes: `count`, int32, and `count_high`, as of `Average`; `mean` and `m2`, the sum of squared
-    differences, float32 scalars, and what is missing to the exact ones, `mean_rest` and `m2_rest`.
+    Attributes: `count`, int32, and `count_high`, as for `Average`; `mean` and `m2` (the sum of
+    squared differences), float32 scalars; `mean_rest` and `m2_rest`, the differences from the exact
+    values.
 
     >>> import jax.numpy as jnp, nnx
     >>> welford = nnx.metrics.Welford()
@@ -264,7 +268,7 @@ class Welford(Accumulator):
         values, kept = weighted(self, values, mask, dtype)
         count = counted(no_count(), self._over_lanes(how_many(values, kept)))
         divisor = jnp.maximum(count.as_float(dtype), 1)
-        # Counted from a number near them, values that are far from zero keep their digits.
+        # Measure values from a nearby number, so that values far from zero keep their digits.
         start = jnp.where(
             self._get().number.as_float(dtype) > 0, self.mean, self._any(values, kept)
         )
@@ -276,7 +280,7 @@ class Welford(Accumulator):
         self._set(spread_of_both(self._get(), batch))
 
     def _any(self, values: jax.Array, kept: Any) -> jax.Array:
-        """One of the values, the same in all lanes; 0 without any."""
+        """One of the values, the same in all lanes; 0 if there are none."""
         if not values.size:
             return jnp.zeros((), values.dtype)
         first = jnp.argmax(jnp.ravel(jnp.ones_like(values, bool) if kept is None else kept))
@@ -288,7 +292,7 @@ class Welford(Accumulator):
         return jnp.where(jnp.isneginf(found), 0, found)
 
     def compute(self) -> Statistics:
-        """The `Statistics`; NaN without values."""
+        """The `Statistics`; NaN if there are no values."""
         count = self._get().number.as_float(self.mean.dtype)
         deviation = jnp.sqrt((self.m2 + self.m2_rest) / count)
         mean = jnp.where(count > 0, self.mean + self.mean_rest, jnp.nan)
@@ -296,13 +300,13 @@ class Welford(Accumulator):
 
 
 class ConfusionMatrix(Accumulator):
-    """How often each class was taken for each other.
+    """How often each class was predicted for each label.
 
     Args:
-      num_classes: number of classes.
+      num_classes: the number of classes.
       axis_name: as for `Average`.
 
-    Attributes: `counts` of shape `(num_classes, num_classes)`, int32: rows are labels, columns
+    Attributes: `counts` of shape `(num_classes, num_classes)`, int32. Rows are labels, columns are
     predictions.
 
     >>> import jax.numpy as jnp, nnx
@@ -336,7 +340,7 @@ class ConfusionMatrix(Accumulator):
     def update(self, *, mask: Any = None, **kwargs: Any) -> None:
         """Count one batch; arguments and errors as for `Accuracy.update` without a threshold.
 
-        A label that is no class, such as -1 for padding, is not counted.
+        Labels outside the range of classes, such as -1 for padding, are not counted.
         """
         logits = jnp.asarray(argument(self, "logits", kwargs))
         labels = integer_labels(self, argument(self, "labels", kwargs)).astype(jnp.int32)
@@ -359,14 +363,14 @@ class ConfusionMatrix(Accumulator):
 
 
 class MultiMetric(Metric):
-    """Several metrics, updated by one call.
+    """Several metrics that one call updates.
 
     Args:
-      **metrics: metrics by name; each becomes an attribute of that name.
+      **metrics: metrics by name. Each becomes an attribute of that name.
 
     Raises:
-      TypeError: one of them is no Metric.
-      ValueError: a name that a module has already, such as `update`.
+      TypeError: one of them is not a Metric.
+      ValueError: a name is already taken by a method, such as `update`.
 
     >>> import jax.numpy as jnp, nnx
     >>> metrics = nnx.MultiMetric(
@@ -382,12 +386,13 @@ class MultiMetric(Metric):
         for name, metric in metrics.items():
             if not isinstance(metric, Metric):
                 raise TypeError(
-                    f"MultiMetric takes metrics, but {name!r} is a {type(metric).__name__}. Make it "
-                    f"a class with the base nnx.metrics.Metric."
+                    f"MultiMetric takes metrics, but {name!r} is a {type(metric).__name__}. Give "
+                    "its class the base nnx.metrics.Metric."
                 )
             if hasattr(type(self), name):
                 raise ValueError(
-                    f"MultiMetric has a method {name!r} already; choose another name for the metric."
+                    f"MultiMetric already has a method {name!r}. Choose another name for the "
+                    "metric."
                 )
             setattr(self, name, metric)
 
@@ -400,21 +405,24 @@ class MultiMetric(Metric):
             metric.reset()
 
     def update(self, **updates: Any) -> None:
-        """Update every metric; each is called with all the keyword arguments."""
+        """Update every metric. Each gets all the keyword arguments."""
         for metric in self._metrics().values():
             metric.update(**updates)
 
     def merge(self, *others: Any) -> None:
-        """Merge every metric with those of the same name of others.
+        """Merge every metric with those of the same name in the others.
 
         Raises:
-          TypeError: one is no MultiMetric.
-          ValueError: one has other names.
+          TypeError: one of them is not a MultiMetric.
+          ValueError: one of them has metrics of other names.
         """
         own = self._metrics()
         for other in others:
             if not isinstance(other, MultiMetric):
-                raise TypeError(f"A MultiMetric merges others, but got a {type(other).__name__}.")
+                raise TypeError(
+                    "A MultiMetric merges only other MultiMetrics, but got a "
+                    f"{type(other).__name__}."
+                )
             if other._metrics().keys() != own.keys():
                 raise ValueError(
                     f"A MultiMetric of {', '.join(own)} cannot be merged with one of "

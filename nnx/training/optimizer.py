@@ -1,4 +1,4 @@
-"""`nnx.Optimizer`: an optax transformation, its state in Refs."""
+"""`nnx.Optimizer`: an optax transformation, with its state in Refs."""
 
 from __future__ import annotations
 
@@ -46,30 +46,31 @@ __all__ = ["Optimizer"]
 class Optimizer(Module):
     """An optax transformation for the parameters of a model, with its state in Refs.
 
-    It does not hold the model: `optimizer.update(model, grads)` takes it, so that a training step
-    has both as arguments and each is saved, sharded or replicated by itself.
+    It does not hold the model; pass it to `optimizer.update(model, grads)`. So a training step
+    takes both as arguments, and you can save, shard or replicate each by itself.
 
-    Each array of the state has a Ref of its own, whose path is that of the array in optax's state
-    with the path of the parameter at its end: `state.0.mu.block1.linear.kernel`. So the state is
-    filtered, sharded, saved and updated by path like a model, and files hold arrays and no classes
-    of optax. The Ref has the metadata of its parameter (a sharding, say) where it has its shape.
+    Each array of the state has its own Ref. The Ref's path is the array's path in optax's state,
+    followed by the path of the parameter: `state.0.mu.block1.linear.kernel`. So you can filter,
+    shard, save and update the state by path, like a model, and files hold only arrays, no optax
+    classes. If the array has the parameter's shape, its Ref also has the parameter's metadata, such
+    as a sharding.
 
     Args:
       model: a module, or any tree that holds Refs.
-      tx: an optax transformation, or a dict from filter to transformation: each parameter goes to
-        the first filter that selects it, and `...` as the last takes the rest. Gradients are
-        accumulated by `optax.MultiSteps(tx, every_k_schedule=k)`, and `optax.set_to_zero()` leaves
-        parameters as they are.
-      wrt: a filter: the Refs of the model that are trained. Those that it leaves out cost nothing.
+      tx: an optax transformation, or a dict from filter to transformation. Each parameter goes to
+        the first filter that selects it; a last filter `...` takes the rest. To accumulate
+        gradients, use `optax.MultiSteps(tx, every_k_schedule=k)`. To leave parameters unchanged,
+        use `optax.set_to_zero()`.
+      wrt: a filter that selects the Refs to train. The others cost nothing.
 
     Attributes: `step`, the number of updates, int32; `state`, the Refs of the state; `opt_state`,
-    the same as optax has it, with values; `learning_rate`; `wrt`, as it was given, for
+    the values of the state in optax's form; `learning_rate`; `wrt`, as it was given, for
     `nnx.grad(loss, wrt=optimizer.wrt)`. All Refs are in the collection `"opt_state"`.
 
     Raises:
-      OptimizerError: `wrt` selects nothing; two parameters have one dotted path; a mask is no
-        Partition.
-      UnmatchedPathError: no filter of `tx` selects a parameter.
+      OptimizerError: `wrt` selects nothing; two parameters have the same dotted path; a mask is not
+        a Partition.
+      UnmatchedPathError: there is a parameter that no filter of `tx` selects.
 
     >>> import jax, jax.numpy as jnp, nnx, optax
     >>> model = nnx.Linear.init(jax.random.key(0))(2, 1)
@@ -92,7 +93,7 @@ class Optimizer(Module):
     def __init__(self, model: Any, tx: Any, wrt: Filter = "params"):
         if isinstance(tx, Node) or isinstance(model, optax.GradientTransformation):
             raise TypeError(
-                f"Optimizer takes the model first and then the transformation, as in "
+                "Optimizer takes the model first, then the transformation, as in "
                 f"nnx.Optimizer(model, optax.adam(1e-3)), but got a {type(model).__name__} and a "
                 f"{type(tx).__name__}."
             )
@@ -103,9 +104,9 @@ class Optimizer(Module):
         names = {dotted(path): path for path in params}
         if same := [path for path in params if names[dotted(path)] != path]:
             raise OptimizerError(
-                f"Two parameters read the same by path, {dotted(same[0])!r}, since a key has a dot: "
-                f"{same[0]} and {names[dotted(same[0])]}. Optax knows parameters by this name, so "
-                f"rename one of the keys."
+                f"Two parameters have the same dotted path {dotted(same[0])!r}, because a key "
+                f"contains a dot: {same[0]} and {names[dotted(same[0])]}. Optax tells parameters "
+                "apart by this path, so rename one of the keys."
             )
         if isinstance(tx, Mapping):
             tx = by_filter(tx, cells)
@@ -117,16 +118,16 @@ class Optimizer(Module):
         try:
             initial = tx.init(params)
         except (TypeError, ValueError) as error:
-            # As JAX says of two trees that differ, before 0.10.2 in the second way.
+            # JAX's messages for two trees that differ; the second is from before 0.10.2.
             says = ("different type", "Expected")
             if "Partition" not in str(error) or not any(text in str(error) for text in says):
                 raise
             raise OptimizerError(
-                "optax got a mask, labels or the like of another structure than the parameters have "
-                "here: a Partition, by path. Make a mask with nnx.training.mask(model, filter); give "
-                "Optimizer a dict from filter to transformation for optax.multi_transform; or build "
-                "it from what optax passes: mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, "
-                "params)."
+                "optax got a mask, labels or similar whose structure does not match the "
+                "parameters, which are a Partition here. Make a mask with "
+                "nnx.training.mask(model, filter); give Optimizer a dict from filter to "
+                "transformation for optax.multi_transform; or build it from what optax passes: "
+                "mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params)."
             ) from error
         flat, treedef = jax.tree_util.tree_flatten_with_path(initial)
         facts = {path: (shapes_of(x), cells[path].metadata) for path, x in params.items()}
@@ -159,27 +160,27 @@ class Optimizer(Module):
         return lines
 
     def update(self, model: Any, grads: Mapping[Path, Any], **extra: Any) -> None:
-        """Apply gradients: write the model's parameters, the optimizer's state, and `step`.
+        """Apply gradients: write the model's parameters, the optimizer's state and `step`.
 
-        Everything is written or, after an error, nothing.
+        If there is an error, nothing is written.
 
         Args:
-          model: the model, as it was given to the constructor.
+          model: the model that the constructor was given, or another of the same structure.
           grads: the gradients: `nnx.grad(loss, wrt=wrt)(model)`. They may be wider than their
-            parameters, as float32 sums of bfloat16 gradients are; what optax then makes of its
-            state, such as moments in float32, is kept. They may have a leading axis of examples
-            where the transformation takes that, as `optax.contrib.dpsgd` does.
-          **extra: what some transformations need, such as `value=loss` for
-            `optax.contrib.reduce_on_plateau`; `optax.lbfgs` needs `value`, `grad` and `value_fn`.
+            parameters, such as float32 sums of bfloat16 gradients. Moments that become wider
+            because of that stay so. Gradients may have a leading axis of examples if the
+            transformation takes that, as `optax.contrib.dpsgd` does.
+          **extra: extra arguments for transformations that need them: `value=loss` for
+            `optax.contrib.reduce_on_plateau`; `value`, `grad` and `value_fn` for `optax.lbfgs`.
 
         Raises:
-          OptimizerError: a path that the gradients lack or that `wrt` does not select, another
-            shape or dtype; a model whose parameters have other paths or shapes than those that the
-            optimizer was made for. Another model of the same structure is taken as it comes.
+          OptimizerError: the gradients lack a path, or have one that `wrt` does not select, or
+            differ in shape or dtype; or the model's parameters have other paths or shapes than when
+            the optimizer was made.
         """
         if isinstance(model, Mapping) and isinstance(grads, Node):
             raise TypeError(
-                f"optimizer.update takes the model first and then the gradients, as in "
+                "optimizer.update takes the model first, then the gradients, as in "
                 f"optimizer.update(model, grads), but got a {type(model).__name__} and a "
                 f"{type(grads).__name__}."
             )
@@ -205,11 +206,11 @@ class Optimizer(Module):
         flat, treedef = jax.tree.flatten(state)
         if treedef != self.layout.treedef:
             raise OptimizerError(
-                f"{self._name()} returned a state of another structure than it had: {treedef}, not "
+                f"{self._name()} changed the structure of its state: it returned {treedef}, not "
                 f"{self.layout.treedef}. A transformation must keep the structure of its state."
             )
         now = Partition(zip(old, map(strong, flat), strict=True))
-        # Gradients wider than their parameters make moments as wide, as they do in optax.
+        # As in optax, gradients wider than their parameters make wider moments.
         problem = values_differ("The new state", now, was, dtypes_fit=widens)
         if problem is not None:
             raise OptimizerError(self._reshaped(params) or f"{self._name()}: {problem}.")
@@ -220,30 +221,31 @@ class Optimizer(Module):
 
     @property
     def opt_state(self) -> Any:
-        """The state as optax has it: its tuples, with a Partition for what is per parameter.
+        """The state in optax's form: its tuples, with a Partition where optax keeps a value per parameter.
 
-        It is a copy. Assigning one writes the values into the Refs; structure, shapes and dtypes
-        must be the same. Its dicts and lists are read-only, so that no write is lost, but for
-        `opt_state.hyperparams[name] = value`, which is that of `hyperparams`. `jax.tree.map` gives
-        one that can be changed and assigned.
+        It is a copy. Assigning a state writes its values into the Refs; structure, shapes and
+        dtypes must match. The copy's dicts and lists are read-only, so that no write is lost. The
+        exception is `opt_state.hyperparams[name] = value`, which writes to `hyperparams`.
+        `jax.tree.map` gives a state that you can change and assign.
         """
         state = jax.tree.unflatten(self.layout.treedef, list(self._values().values()))
         return guard(state, self._write_injected)
 
     @property
     def hyperparams(self) -> Hyperparams:
-        """What `optax.inject_hyperparams` keeps in the state, by name: a mapping to read and write.
+        """The hyperparameters that `optax.inject_hyperparams` keeps in the state: a mapping to read
+        and write.
 
-        Assigning a number or an array writes it into the state, in the dtype that is there, and the
-        next update uses it, without compiling again; it works inside of transformations too. The
-        transformation may be anywhere: in `optax.chain`, `masked`, `multi_transform`, in a dict from
-        filter to transformation. Where several have a hyperparameter of one name, what tells them
-        apart goes before it, as in `"0.learning_rate"`.
+        Assigning a number or an array writes it into the state, cast to the dtype there. The next
+        update uses it without compiling again. This also works inside transformations. The optax
+        transformation may be anywhere: in `optax.chain`, `masked`, `multi_transform`, or in a dict
+        from filter to transformation. If several have a hyperparameter of the same name, a prefix
+        tells them apart, as in `"0.learning_rate"`.
 
         Raises:
-          HyperparameterError: an unknown name; the message lists those that there are. At a write,
-            also a hyperparameter that follows a schedule, another shape, or a fraction for an
-            integer.
+          HyperparameterError: the name is unknown; the message lists the known ones. When writing,
+            also if the hyperparameter follows a schedule, has another shape, or is an integer and
+            the value is a fraction.
 
         >>> import jax, nnx, optax
         >>> model = nnx.Linear.init(jax.random.key(0))(2, 1)
@@ -272,7 +274,7 @@ class Optimizer(Module):
         return self.hyperparams["learning_rate"]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # These write Refs and not attributes, so they are allowed wherever a Ref may be written.
+        # These write Refs, not attributes, so they work wherever a Ref may be written.
         if name == "learning_rate":
             self.hyperparams["learning_rate"] = value
         elif name == "hyperparams":
@@ -283,7 +285,7 @@ class Optimizer(Module):
             super().__setattr__(name, value)
 
     def _write_injected(self, path: Path, new: dict[str, Any]) -> Mapping[str, Any]:
-        """Write to some hyperparameters; the answer is what they are now."""
+        """Write to some hyperparameters and return their new values."""
         names = {p.path: name for name, p in self.layout.hyperparams().items()}
         chosen = {name: names.get((*path, name), name) for name in new}
         self.hyperparams.update({chosen[name]: value for name, value in new.items()})
@@ -294,11 +296,11 @@ class Optimizer(Module):
         flat, treedef = jax.tree.flatten(unguard(state))
         if treedef != self.layout.treedef:
             raise OptimizerError(
-                f"The state of {self._name()} has the structure {self.layout.treedef}, but the one "
-                f"that was assigned has {treedef}."
+                f"The state of {self._name()} has the structure {self.layout.treedef}, but the "
+                f"assigned one has {treedef}."
             )
         now = Partition(zip(old, map(fresh, flat), strict=True))
-        problem = values_differ("The state that was assigned", now, self._values())
+        problem = values_differ("The assigned state", now, self._values())
         if problem is not None:
             raise OptimizerError(f"{problem}. Cast or reshape it first.")
         write_back(list(old.values()), list(now.values()))
@@ -308,7 +310,7 @@ class Optimizer(Module):
         return {path: found[path] for path in self.layout.paths}
 
     def _values(self) -> Partition:
-        # Read through the optimizer, so that a closure over it finds the whole of it at once.
+        # Read through the optimizer, so that a closure over it finds all of its Refs at once.
         found = refx.get_partition(self, "opt_state")
         return Partition({path: found["state", *path] for path in self.layout.paths})
 
@@ -318,7 +320,7 @@ class Optimizer(Module):
     def _matching(self, grads: Any, params: Partition) -> Partition:
         """The gradients in the order of the parameters."""
         if isinstance(grads, Node | Ref):
-            # What jax.grad gives for a module: the module, with gradients for values.
+            # jax.grad returns a module that holds gradients instead of values.
             grads = values_of(grads, selected(grads, self.wrt))
         if not isinstance(grads, Mapping):
             hint = " Take one of them: nnx.grad gives a tuple for a sequence of argnums."
@@ -327,15 +329,14 @@ class Optimizer(Module):
                 f"{type(grads).__name__}.{hint if isinstance(grads, tuple) else ''}"
             )
         grads = Partition(grads)
-        problem = paths_differ("The gradients", grads, params, "which are no Refs that wrt selects")
+        problem = paths_differ("The gradients", grads, params, "which wrt does not select")
         if problem is not None:
             raise OptimizerError(
-                f"{problem}. The optimizer was made for wrt={self.wrt!r}, so the gradients must be "
-                f"taken with that filter and of the same model: nnx.grad(loss, wrt={self.wrt!r})"
-                f"(model)."
+                f"{problem}. The optimizer was made for wrt={self.wrt!r}, so take the gradients "
+                f"with that filter and of the same model: nnx.grad(loss, wrt={self.wrt!r})(model)."
             )
         grads = Partition({path: grads[path] for path in params})
-        # One for each example, as differentially private transformations take them, has an axis more.
+        # Gradients per example, for differentially private transformations, have one more axis.
         problem = values_differ(
             "The gradient",
             grads,
@@ -345,8 +346,8 @@ class Optimizer(Module):
         )
         if problem is not None:
             raise OptimizerError(
-                f"{problem} as the parameter has. Cast or reshape the gradients, or take them anew: "
-                f"nnx.grad(loss, wrt={self.wrt!r})(model)."
+                f"{problem} as the parameter has. Cast or reshape the gradients, or take them "
+                f"again: nnx.grad(loss, wrt={self.wrt!r})(model)."
             )
         return grads
 
@@ -354,7 +355,7 @@ class Optimizer(Module):
         problem: str | None = f"it is a {type(updates).__name__}, not a Partition"
         if isinstance(updates, Partition):
             problem = paths_differ(
-                "its paths", updates, params, "which are not there"
+                "its paths", updates, params, "which do not exist"
             ) or values_differ("it", updates, params, dtypes_fit=lambda new, old: True)
         if problem is not None:
             raise OptimizerError(
@@ -369,8 +370,8 @@ class Optimizer(Module):
         )
         if problem is not None:
             raise OptimizerError(
-                f"{problem}. {self._name()} was made for other parameters: was the model changed "
-                f"since, or is it another one? Make a new Optimizer for it."
+                f"{problem}. {self._name()} was made for other parameters. Did the model change "
+                "since, or is it a different model? Make a new Optimizer for it."
             )
 
     def _reshaped(self, params: Partition) -> str | None:
@@ -379,20 +380,20 @@ class Optimizer(Module):
             if now != shapes:
                 new, old = ("".join(map(str, x)) for x in (now, shapes))
                 return (
-                    f"The parameter {dotted(path)!r} has shape {new}, but it had {old} when the "
-                    f"optimizer was made, and so has its state. Make a new "
-                    f"Optimizer for the changed model."
+                    f"The parameter {dotted(path)!r} has shape {new}, but had {old} when the "
+                    "optimizer was made, and the state still has that shape. Make a new Optimizer "
+                    "for the changed model."
                 )
         return None
 
 
 def _per_example(grads: Partition, params: Partition) -> str | None:
-    """What to say of gradients with more axes than their parameters, where they did not work."""
+    """The error for gradients with more axes than their parameters, if the update failed."""
     problem = values_differ("The gradient", grads, params, dtypes_fit=lambda new, old: True)
     if problem is None:
         return None
     return (
-        f"{problem} as the parameter has, and the transformation cannot take it. Reduce gradients of "
-        f"single examples first, as with jax.tree.map(lambda g: g.mean(0), grads); "
-        f"optax.contrib.dpsgd takes them as they are."
+        f"{problem} as the parameter has, and the transformation cannot use it. Reduce gradients "
+        "per example first, for example with jax.tree.map(lambda g: g.mean(0), grads). "
+        "optax.contrib.dpsgd takes them as they are."
     )

@@ -1,4 +1,4 @@
-"""`nnx.training.master_weights`: parameters in half precision, trained as if they were not."""
+"""`nnx.training.master_weights`: train parameters in half precision through a float32 copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["master_weights"]
 
 
 class MasterState(NamedTuple):
-    """The state of `master_weights`: the wide parameters, and the state of what trains them."""
+    """The state of `master_weights`: the wide parameters, and the state of the inner transformation."""
 
     master: Any
     inner: Any
@@ -21,17 +21,18 @@ class MasterState(NamedTuple):
 def master_weights(
     tx: optax.GradientTransformation, dtype: Any = jnp.float32
 ) -> optax.GradientTransformationExtraArgs:
-    """Train half-precision parameters by a copy in float32 (Micikevicius et al. 2018,
+    """Train half-precision parameters through a float32 copy (Micikevicius et al. 2018,
     https://arxiv.org/abs/1710.03740).
 
-    A step of less than half a unit in the last place, 0.4 % of a bfloat16 number, would be lost. So the
-    steps are added up in the copy, which is in the state of the optimizer, and the model has the
-    copy rounded. Gradients, moments and weight decay are in the wide dtype too. A parameter that was
-    assigned since the last step, as by `nnx.load_state`, is taken into the copy.
+    Half precision rounds small steps away: a step of less than half a unit in the last place, 0.4 %
+    of a bfloat16 number, would be lost. So the steps are added to a copy in the optimizer's state,
+    and the model holds the rounded copy. Gradients, moments and weight decay use the wide dtype
+    too. If a parameter was assigned since the last step, for example by `nnx.load_state`, the copy
+    takes the new value.
 
     Args:
       tx: an optax transformation, for the copy.
-      dtype: dtype of the copy. Parameters that are no narrower floating-point numbers are their own.
+      dtype: the dtype of the copy. Only narrower floating-point parameters get a copy.
 
     >>> import jax.numpy as jnp, nnx, optax
     >>> model = nnx.Linear.init(0)(2, 1, param_dtype=jnp.bfloat16)
@@ -66,7 +67,8 @@ def master_weights(
         grads = jax.tree.map(widened, grads)
         updates, new = inner.update(grads, state.inner, master, **extra)
         moved = optax.apply_updates(master, updates)
-        # In the wide dtype, so that the sum with the parameter rounds once, to what the copy rounds to.
+        # Keep the update in the wide dtype: added to the parameter it rounds once, to the rounded
+        # copy.
         steps = jax.tree.map(lambda new, param: new - param.astype(new.dtype), moved, params)
         return steps, MasterState(moved, new)
 

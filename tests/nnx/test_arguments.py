@@ -20,7 +20,7 @@ def model():
             nnx.UnhashableStaticError,
             r"called 'flags'.*by name: training=True; from a dict, write \*\*flags",
         ),
-        ({"rng": 0}, TypeError, r"'rng', which seeds nothing. Did you mean rngs=0\?"),
+        ({"rng": 0}, TypeError, r"'rng', which does not seed anything. Did you mean rngs=0\?"),
         ({"seed": 3}, TypeError, "Did you mean rngs=3"),
         ({"key": 1}, TypeError, "Did you mean rngs=1"),
     ],

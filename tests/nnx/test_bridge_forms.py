@@ -191,10 +191,10 @@ def test_shards_with_their_index(tmp_path):
     ours = from_state_dict(path, nnx.eval_shape(lambda: Model.init(0)(nnx.Stack.of)))
     same(to_state_dict(ours, like=state), state)
     for bad, text in [
-        (index | {"x": "../x.safetensors"}, "no name of a file beside it"),
+        (index | {"x": "../x.safetensors"}, "not the name of a file beside it"),
         (index | {"x": "model-1.safetensors"}, "model-1.safetensors lacks 'x'"),
         (index | {"x": "model-9.safetensors"}, "No such file"),
-        (3, "no index of safetensors files"),
+        (3, "not an index of safetensors files"),
     ]:
         path.write_text(json.dumps({"weight_map": bad}))
         with pytest.raises(nnx.LoadError, match=text):

@@ -267,7 +267,9 @@ def test_names_of_ours_are_taken_as_they_are_and_transforms_win():
             {"a.weight": kernel, "a.bias": bias}, holder, {"a": "b"}, {key: lambda w: w * 2}
         )
         close(model.kernel, kernel * 2)
-    with pytest.raises(BridgeError, match="No weight has the name or the path 'kernal'"):
+    with pytest.raises(
+        BridgeError, match="transforms names 'kernal', but no weight has that name or path"
+    ):
         from_state_dict({"kernel": kernel}, ours, transforms={"kernal": np.transpose})
 
 

@@ -189,7 +189,7 @@ def test_transforms_come_before_the_sum_and_half_a_sum_is_an_error():
     message = r"sum of bias_ih_l0 \+ bias_hh_l0, but these have shapes \(16,\) and \(4,\)"
     unchanged(ours, lambda: from_state_dict(short, ours), BridgeError, message)
     del s["bias_hh_l0"]
-    message = "dense_h.bias is the sum of two biases, but there is bias_ih_l0"
+    message = "dense_h.bias is the sum of two biases, but there is only bias_ih_l0"
     unchanged(ours, lambda: from_state_dict(s, ours), BridgeError, message)
     from_state_dict(s, ours, strict=False)
     close(ours.dense_h.bias, b)
@@ -208,12 +208,12 @@ class Own(nnx.RNNCellBase):
     [
         (rnn, "weight_ih_l1", "for several layers put a list or Sequential of RNN here"),
         (rnn, "weight_ih_l0_reverse", "for both directions put a Bidirectional here"),
-        (rnn, "weight_hr_l0", "no cell here has the projection that proj_size makes"),
+        (rnn, "weight_hr_l0", "no cell here has a projection like that of proj_size"),
         (lambda: nnx.LSTMCell(D, H), "bias_hh_l2", "for several layers put a list"),
         (lambda: nnx.Bidirectional(rnn(), rnn()), "weight_ih_l1_reverse", "for several layers"),
         (lambda: nnx.Sequential(rnn(), rnn()), "weight_ih_l2", "there are 2 RNN or Bidirectional"),
         (lambda: nnx.Sequential(rnn()), "weight_ih_l0_reverse", "for both directions put"),
-        (lambda: nnx.RNN(Own()), "weight_ih_l0", "no rule for cell, of class Own; give names"),
+        (lambda: nnx.RNN(Own()), "weight_ih_l0", "no rule for cell of class Own; give names"),
     ],
 )  # fmt: skip
 def test_what_has_no_place_says_so(make, name, message):

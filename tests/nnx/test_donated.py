@@ -96,7 +96,7 @@ def test_a_use_of_a_dead_array_names_it(use, models):
 
 @pytest.mark.parametrize("save", SAVES)
 def test_saving_leaves_no_file(save, models, tmp_path):
-    with pytest.raises(nnx.SaveError, match="'kernel' is an array that was deleted"):
+    with pytest.raises(nnx.SaveError, match="'kernel' is a deleted array"):
         SAVES[save](*models, tmp_path / "model.npz")
     assert not list(tmp_path.iterdir())
 

@@ -37,7 +37,7 @@ def test_the_first_output_in_the_order_of_the_computation():
     assert (found.kind, found.path, found.module, found.step) == ("output", "layers.2", "Log", ())
     assert find_nonfinite(lambda m, x: m.layers[0](x))(model, X) is None
     found = find_nonfinite(lambda m, x: m.layers[0](x / 0))(model, X)
-    assert "Its input is not finite already, made outside of modules" in str(found)
+    assert "Its input is already not finite, and was made outside modules" in str(found)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_the_gradient_of_a_parameter():
 
     found = find_nonfinite(lambda m: nnx.grad(lambda m: m(X).sum())(m))(nnx.Sequential(Power()))
     assert str(found) == (
-        "The gradient of 'layers.0.p' is not finite, although those of all outputs are: "
+        "The gradient of 'layers.0.p' is not finite, although the gradients of all outputs are: "
         "0 nan, 1 infinite."
     )
 
@@ -159,7 +159,7 @@ def test_what_is_written_and_what_is_returned():
     )
     assert np.isfinite(model.layers[0].bias).all()
     found = find_nonfinite(lambda model: {"a": model(X) / 0})(model)
-    assert "what the function returned at ['a'] is not: 0 nan, 6 infinite" in str(found)
+    assert "the result of the function at ['a'] is not: 0 nan, 6 infinite" in str(found)
 
 
 root = net(Sqrt())
@@ -211,4 +211,4 @@ def test_what_plain_jax_does_is_not_seen_but_its_result_is():
     model.layers[0].kernel *= 0
     found = find_nonfinite(loss)(model, X)
     assert (found.kind, found.path) == ("result", "")
-    assert "what the function returned is not" in str(found)
+    assert "the result of the function is not" in str(found)

@@ -39,30 +39,33 @@ NET = Net.init(0)()
     [
         (
             lambda: NET(jnp.ones((1, 2))),
-            "A key of the random stream 'dropout' was asked for by a Dropout, but no scope with keys is "
+            "A key of the random stream 'dropout' was requested by a Dropout, but no scope with keys is "
             "active. Call the model with model.apply(rngs=jax.random.key(0))(x), or after model.eval()",
         ),
         (
             lambda: nnx.Linear(2, 3),
             "but no scope with keys is active. Make the module with Cls.init(jax.random.key(0))(...)",
         ),
-        (lambda: nnx.Linear(2, 3, rngs=0), "Linear takes no rngs: its keys come from the scope"),
+        (
+            lambda: nnx.Linear(2, 3, rngs=0),
+            "Linear does not take rngs: its keys come from the scope",
+        ),
         (
             lambda: Net.init(0)(jnp.ones(2)),
             "but it was given data, float32[2]. That comes with the call: model = Net.init(key)(...)",
         ),
         (
             lambda: nnx.Linear.init(0)(2, 3, dtype="bfloat"),
-            "Linear got dtype='bfloat', which is no dtype of JAX. Did you mean 'bfloat16'?",
+            "Linear got dtype='bfloat', which is not a dtype of JAX. Did you mean 'bfloat16'?",
         ),
         (
             lambda: nnx.Optimizer(NET, optax.sgd(0.1)).update(NET["params"], NET),
             "optimizer.update(model, grads), but got a Partition and a Net.",
         ),
-        (lambda: Forward()(3), "it has a method named forward, and no __call__. Rename it"),
+        (lambda: Forward()(3), "it has a method named forward, but no __call__. Rename it"),
         (
             lambda: nnx.jit(Forward())(3),
-            "it has a method named forward, and no __call__. Rename it",
+            "it has a method named forward, but no __call__. Rename it",
         ),
         (
             lambda: nnx.grad(lambda m: m(1.0))(Plain()),

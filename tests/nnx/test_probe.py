@@ -641,7 +641,7 @@ def test_a_plain_program_inside_is_not_patched_for_ever():
 
     model = Plain.init(0)()
     with pytest.raises(
-        ProbeError, match="'inner' cannot be patched in a plain jax .* JAX keeps the program"
+        ProbeError, match="'inner' cannot be patched in a plain jax .* JAX caches the program"
     ):
         nnx.patch(model, {"inner": lambda h: -h})(X)
     close(model(X), model.inner(X))
@@ -657,14 +657,16 @@ def test_a_plain_program_inside_is_not_patched_for_ever():
 def test_mistakes():
     model = nnx.Sequential(Dense())
     with pytest.raises(
-        ProbeError, match="takes a dict from what selects modules .* got a function"
+        ProbeError, match="takes a dict from a selector of modules .* got a function"
     ):
         nnx.patch(model, lambda h: h)
     with pytest.raises(ProbeError, match="got a int for 'layers.0', but needs a function"):
         nnx.patch(model, {"layers.0": 3})
     with pytest.raises(ProbeError, match="patch of The output of 'layers.0' returned None"):
         nnx.patch(model, {"layers.0": lambda h: None})(X)
-    with pytest.raises(ProbeError, match="found no call of what 'layers.0' selects .* layers.0"):
+    with pytest.raises(
+        ProbeError, match="found no call of the modules that 'layers.0' selects .* layers.0"
+    ):
         nnx.output_grad(lambda m, x: x.sum(), "layers.0")(model, X)
     with pytest.raises(nnx.DifferentiationError, match="must return a scalar"):
         nnx.output_grad(lambda m, x: m(x), "layers.0")(model, X)

@@ -375,15 +375,15 @@ def test_lanes_of_modules_by_number():
 def test_mistakes_with_numbers():
     stack = nnx.Stack.init(0)(Block, 4)
     with pytest.raises(
-        ProbeError, match="'layers.linear' .* nnx.capture in layer 9, but the stack has 4"
+        ProbeError, match="'layers.linear' .* nnx.capture in layer 9: the stack has 4"
     ):
         nnx.capture(stack, "layers.9.linear")(X)
-    with pytest.raises(ProbeError, match=r"returned float32\[3,1\] in the place of float32\[3,2\]"):
+    with pytest.raises(ProbeError, match=r"returned float32\[3,1\] instead of float32\[3,2\]"):
         nnx.patch(stack, {"layers.1.linear": lambda h: h[:, :1]})(X)
     model = nnx.Sequential(stack)
-    with pytest.raises(ProbeError, match="'layers.0' was to be taken .* layer 3 .* 0 loops around"):
+    with pytest.raises(ProbeError, match="'layers.0' cannot be taken .* layer 3 .* 0 loops around"):
         nnx.capture(model, "layers.0.3")(X)
     with pytest.raises(
-        ProbeError, match="'layers.0' was to be patched in layer 3 .* 0 loops around"
+        ProbeError, match="'layers.0' cannot be patched in layer 3 .* 0 loops around"
     ):
         nnx.patch(model, {"layers.0.3": lambda h: h})(X)

@@ -83,12 +83,12 @@ def test_what_is_not_addressable_is_shown_and_cloned(found):
 
 def test_one_that_saves_alone_is_told_so_in_time(found):
     kind, message, seconds = found[0]["alone"]
-    assert kind == "SaveError" and "process 1 did not come to it within 1 s" in message
-    assert "Every process of the program has to call nnx.save" in message and seconds < 20
+    assert kind == "SaveError" and "process 1 did not call it within 1 s" in message
+    assert "Every process of the program must call nnx.save" in message and seconds < 20
     for i, facts in enumerate(found):
         kind, message, _ = facts["other"]
         assert kind == "SaveError" and f"This is process {i} of 2" in message
-        assert "no such folder to save in" in facts["nowhere"][1]
+        assert "the folder to save in does not exist" in facts["nowhere"][1]
         assert facts["whole"]
 
 

@@ -307,7 +307,7 @@ def test_mutable_arrays_of_jax_beside_markers():
 
     if jax.__version_info__ < (0, 10, 2):
         # An effect of such a write counted the inputs of its program then.
-        with pytest.raises(MarkerError, match="inside jit together with a write to a jax.Ref"):
+        with pytest.raises(MarkerError, match="jit holds a marker and a write to a jax.Ref"):
             model({"w": W})
         return
     close(model({"w": W}), 2 * W)

@@ -38,7 +38,7 @@ def test_missing_and_unexpected_names(simple):
     with pytest.raises(
         purify.MissingNameError,
         match=where
-        + r" has the parameter 'weight' \(float32\[3\]\), but it was not given in the dictionary. Given: 'wieght'",
+        + r" needs the parameter 'weight' \(float32\[3\]\), but it was not given in the dictionary. Given: 'wieght'",
     ):
         simple({"wieght": W}, x=X)
     with pytest.raises(
@@ -94,7 +94,7 @@ def test_wrong_shapes_and_dtypes(simple):
         tree({"tree": {"a": jnp.ones(2), "b": jnp.ones(2)}})
     half = purify(lambda: param((), "h", jnp.bfloat16))
     assert half({"h": 1.5}).dtype == jnp.bfloat16
-    with pytest.raises(refx.DtypeError, match="float32, which does not go into it"):
+    with pytest.raises(refx.DtypeError, match="float32, which does not fit"):
         half({"h": jnp.float32(1.5)})
 
 
@@ -115,7 +115,9 @@ def test_duplicate_names():
         purify(lambda x: jax.jit(dense, static_argnums=1)(lax.map(lambda x: dense(x, 3), x), 3))(
             {}, X[None]
         )
-    with pytest.raises(purify.DuplicateNameError, match=r"would be 'param_0', which is the name"):
+    with pytest.raises(
+        purify.DuplicateNameError, match=r"would be called 'param_0', but another one has that name"
+    ):
         purify(lambda: (param(3, "param_0"), param(3))).shapes()
 
 
@@ -168,10 +170,10 @@ def test_mistakes_at_markers():
         param("three", "n")
     with pytest.raises(purify.MarkerError, match="negative size"):
         param(-1, "n")
-    with pytest.raises(purify.MarkerError, match="needs a name, since it is given by keyword"):
+    with pytest.raises(purify.MarkerError, match="needs a name, because it is passed by keyword"):
         fixed(3)
     with pytest.raises(
-        purify.MarkerError, match="name of a param is a string that is not empty, not 3"
+        purify.MarkerError, match="name of a param must be a non-empty string, not 3"
     ):
         param("w", 3)
     with pytest.raises(purify.MarkerError, match="holds 'text', a str"):
@@ -187,7 +189,7 @@ def test_markers_in_what_takes_no_inputs_are_an_error():
         return lax.reduce(x, 0.0, lambda a, b: a + b * param((), "w"), (0,))
 
     with pytest.raises(
-        purify.MarkerError, match=r"param\('w'\) stands inside reduce, .* Call the marker before it"
+        purify.MarkerError, match=r"param\('w'\) is inside reduce, .* Call the marker before it"
     ):
         purify(f).shapes(X)
 

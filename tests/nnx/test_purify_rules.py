@@ -123,7 +123,7 @@ def test_a_marker_in_a_rule_alone_is_an_error(kind, own):
     for grad in (jax.grad(model, 1), jax.grad(jax.jit(model), 1)):
         with pytest.raises(
             purify.MarkerError,
-            match=r"param\('slope'\) stands in a derivative rule of .*f at .*Call the marker in the",
+            match=r"param\('slope'\) is called in a derivative rule of .*f at .*Call the marker in the",
         ):
             grad(params, 2.0)
 
@@ -229,7 +229,5 @@ def test_intermediates_in_branches_and_while_loops_have_no_value(where):
     else:
         model = purify(lambda x: lax.while_loop(lambda c: c[0] < 1, f, x))
     close(model({"w": W}, X), X + W)
-    with pytest.raises(
-        purify.MarkerError, match=rf"intermediate\('y'\).*stands inside {where}, so"
-    ):
+    with pytest.raises(purify.MarkerError, match=rf"intermediate\('y'\).*is inside {where}, so"):
         model.intermediates({"w": W}, X)

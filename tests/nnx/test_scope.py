@@ -56,7 +56,7 @@ def test_flags_nest_and_the_missing_one_is_named(dense):
         assert (nnx.get_flag("a"), nnx.get_flag("b"), nnx.get_flag("c", 4)) == (1, 3, 4)
         dense.a, dense.d = 10, 5
         assert (dense.get_flag("a"), dense.get_flag("d"), dense.get_flag("e", 6)) == (1, 5, 6)
-        with pytest.raises(nnx.MissingFlagError, match=r"'e' is set by no scope \(set are: a, b\)"):
+        with pytest.raises(nnx.MissingFlagError, match=r"No scope sets the flag 'e' \(set: a, b\)"):
             dense.get_flag("e")
 
 
@@ -153,13 +153,11 @@ class TestUnusedFlags:
     def test_a_flag_that_nobody_asks_for_is_a_warning(self):
         net = self.Net.init(0)()
         x = jnp.ones(2)
-        message = (
-            r"(?s)flag 'gian' of Net\.apply, so it changed nothing.*: gain\. A module asks with"
-        )
+        message = r"(?s)flag 'gian' of Net\.apply, so it changed nothing.*: gain\. A module reads a flag with"
         with pytest.warns(UserWarning, match=message) as seen:
             net.apply(gian=2.0)(x)
         assert seen[0].filename == __file__
-        with pytest.warns(UserWarning, match=r"'gain' of Net\.apply.*asked for: none"):
+        with pytest.warns(UserWarning, match=r"'gain' of Net\.apply.*were read: none"):
             net.apply(gain=2.0).linear(x)
         with pytest.warns(UserWarning, match=r"'width' of Net\.init.*Net\.init\(0\)\(\.\.\.\)"):
             self.Net.init(0, width=8)()

@@ -109,7 +109,9 @@ def test_a_failure_changes_nothing():
     with pytest.raises(ZeroDivisionError):
         nnx.replace(model, (Dense, Wrapped), fail)
     assert nnx.modules(model) == before and model.call.__self__ is model.shared
-    with pytest.raises(TypeError, match="place of 'shared': fn returned None. Return the new"):
+    with pytest.raises(
+        TypeError, match="cannot replace 'shared': fn returned None. Return the new"
+    ):
         nnx.replace(model, "shared", lambda m: None)
     with pytest.raises(
         nnx.FilterError, match="Holder with 'nothing'. Its modules are: '' .*other.inner"

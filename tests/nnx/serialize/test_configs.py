@@ -113,7 +113,7 @@ def with_more():
             local_config,
             "Local, a dataclass that no other program could find by its name. Define it at",
         ),
-        (with_more, "a Rope, a dataclass that holds 'more', which is none of its fields"),
+        (with_more, "a Rope, a dataclass that holds 'more', which is not one of its fields"),
         (
             lambda: Rope(scaling=object()),
             "'config.scaling' is a object, which nnx.save does not know",
@@ -140,7 +140,7 @@ def test_a_class_that_changed_or_is_not_here(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(globals(), "Changing", more)
         with pytest.raises(
-            nnx.LoadError, match=r"has changed .* were \['x'\] and are \['x', 'y'\]"
+            nnx.LoadError, match=r"has changed .* were \['x'\] and are now \['x', 'y'\]"
         ):
             nnx.load(path)
     for other in (dataclasses.make_dataclass("Changing", [("x", int)]), types.SimpleNamespace(), 3):

@@ -70,7 +70,7 @@ def array_code(structure, name):
 
 def test_half_written(run):
     (run / "nnx.json").unlink()
-    fails(run, "there is no nnx.json in it, so it was not written to its end")
+    fails(run, "it lacks nnx.json, so a save did not finish")
     # Which the next save mends.
     nnx.save(run, Dense())
     assert jnp.array_equal(nnx.load(run).w, Dense().w) and len(os.listdir(run)) == 2
@@ -78,24 +78,22 @@ def test_half_written(run):
 
 def test_without_its_arrays(run):
     shutil.rmtree(arrays_in(run))
-    fails(run, "its folder 'arrays-.*' is missing, where the arrays are")
+    fails(run, "the folder of its arrays is missing: 'arrays-.*'")
 
 
 def test_a_directory_of_orbax_and_of_something_else(tmp_path):
     import orbax.checkpoint as ocp
 
     ocp.PyTreeCheckpointer().save(tmp_path / "orbax", {"a": np.ones(3)})
-    with pytest.raises(
-        nnx.LoadError, match="a directory of Orbax without the structure of a model"
-    ):
+    with pytest.raises(nnx.LoadError, match="an Orbax directory without the structure of a model"):
         nnx.load(tmp_path / "orbax")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("x")
-    with pytest.raises(IsADirectoryError, match="nnx.save did not write it; it holds chapter.txt"):
+    with pytest.raises(IsADirectoryError, match="nnx.save did not write it. It holds chapter.txt"):
         nnx.load(tmp_path / "thesis")
     for name in ("thesis", "orbax"):
         before = sorted(os.listdir(tmp_path / name))
-        with pytest.raises(nnx.SaveError, match="it is a folder with other things in it"):
+        with pytest.raises(nnx.SaveError, match="it is a folder that holds other things"):
             nnx.save(tmp_path / name, Dense())
         assert sorted(os.listdir(tmp_path / name)) == before
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -121,9 +119,12 @@ def test_an_array_that_is_missing_or_of_another_shape(run):
         (reshape, r"its array 'table' is float32\[64, 64\], but should be float32\[64, 63\]"),
         (retype, r"its array 'table' is float32\[64, 64\], but should be int32\[64, 64\]"),
         (lambda s: s["sums"].pop("small"), "its checksums are not those of its arrays"),
-        (lambda s: s.update(sums=3), "its checksums are no numbers by name"),
-        (lambda s: s.update(arrays="../other"), "its arrays are said to be in '../other'"),
-        (lambda s: s.update(arrays="arrays-none"), "its folder 'arrays-none' is missing"),
+        (lambda s: s.update(sums=3), "its checksums are not a dict from name to number"),
+        (lambda s: s.update(arrays="../other"), "it names '../other' as the folder of its arrays"),
+        (
+            lambda s: s.update(arrays="arrays-none"),
+            "the folder of its arrays is missing: 'arrays-none'",
+        ),
         (lambda s: s.update(version=99), "its format version is 99"),
         (lambda s: s.update(format="other"), "its structure is not one that nnx.save wrote"),
         (lambda s: s["sums"].update(small=1), "the checksum of its array 'small' is wrong"),
@@ -174,7 +175,7 @@ def test_a_file_in_the_way_and_no_such_folder(tmp_path):
         nnx.save(tmp_path / "run", Dense())
     assert isinstance(error.value, OSError) and error.value.errno == errno.ENOTDIR
     assert (tmp_path / "run").read_text() == "mine"
-    with pytest.raises(nnx.SaveError, match="no such folder to save in") as error:
+    with pytest.raises(nnx.SaveError, match="the folder to save in does not exist") as error:
         nnx.save(tmp_path / "a" / "b", Dense())
     assert isinstance(error.value, FileNotFoundError)
     with pytest.raises(nnx.SaveError, match="mount the bucket there"):
@@ -197,7 +198,7 @@ def test_without_orbax(run, monkeypatch):
         (lambda: nnx.save(run, Dense()), nnx.SaveError),
         (lambda: nnx.load(run), nnx.LoadError),
     ):
-        with pytest.raises(kind, match=r"takes Orbax: pip install 'nnx\[checkpoint\]'"):
+        with pytest.raises(kind, match=r"need Orbax: pip install 'nnx\[checkpoint\]'"):
             call()
 
 

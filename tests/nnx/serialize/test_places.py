@@ -85,7 +85,9 @@ def test_an_open_file_on_a_full_disk():
         with pytest.raises(OSError):
             file.close()
     # A device is no file whose place another could take.
-    with pytest.raises(nnx.SaveError, match="/dev/full cannot be saved: it is no ordinary file"):
+    with pytest.raises(
+        nnx.SaveError, match="/dev/full cannot be saved: it is not an ordinary file"
+    ):
         nnx.save("/dev/full", Dense())
     assert not os.path.isfile("/dev/full")
 
@@ -146,7 +148,7 @@ def test_folders_and_files_that_are_in_the_way(tmp_path, path):
         with pytest.raises(nnx.SaveError, match="cannot be saved: it is a folder") as error:
             call()
         assert isinstance(error.value, IsADirectoryError)
-    with pytest.raises(nnx.SaveError, match="there is no such folder to save in"):
+    with pytest.raises(nnx.SaveError, match="the folder to save in does not exist"):
         nnx.save(path / "inside.npz", Dense())
     with pytest.raises(nnx.LoadError, match=f"^{folder} cannot be loaded: Is a directory") as error:
         nnx.load(folder)

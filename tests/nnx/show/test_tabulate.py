@@ -207,7 +207,7 @@ path        class       inputs    outputs       params  batch_stats  FLOPs  with
   layers.3  Linear      f32[8,4]  f32[8,1]    5 (20 B)                  72            207
 ──────────  ──────────  ────────  ────────  ──────────  ───────────  ─────  ─────────────
 total                                       29 (116 B)     8 (32 B)    600          1,395
-Figures include submodules; shared values count once."""
+Figures include submodules. Shared values count once."""
 
 
 class Wide(nnx.Module):
@@ -258,7 +258,9 @@ def test_an_error_in_the_model_leaves_no_trace(mlp):
             tabulate(mlp, jnp.ones((8, 5)))
         assert _calls._running.recorders == []
     assert mlp(jnp.ones((8, 3))).shape == (8, 1)
-    with pytest.raises(TypeError, match="takes a module or a bound method of one, but got a list"):
+    with pytest.raises(
+        TypeError, match="takes a module or a bound method of a module, but got a list"
+    ):
         tabulate([mlp], jnp.ones(3))
 
 

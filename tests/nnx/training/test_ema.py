@@ -144,7 +144,7 @@ def test_by_filter_with_paths_metadata_and_sharing():
 def test_mistakes():
     model = Net()
     ema = EMA(model, 0.5)
-    with pytest.raises(ValueError, match="from 0 to 1, but got 1.5"):
+    with pytest.raises(ValueError, match="between 0 and 1, but got 1.5"):
         EMA(model, 1.5)
     with pytest.raises(EMAError, match="nothing to average: the filter 'ema' selects no Ref"):
         EMA(model, 0.5, filter="ema")

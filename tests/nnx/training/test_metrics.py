@@ -360,7 +360,11 @@ def test_an_update_over_the_lanes_of_an_axis():
             TypeError,
             "Average merges .* Welford",
         ),
-        (lambda: made().merge(metrics.Average()), TypeError, "MultiMetric merges others"),
+        (
+            lambda: made().merge(metrics.Average()),
+            TypeError,
+            "MultiMetric merges only other MultiMetrics",
+        ),
         (
             lambda: metrics.MultiMetric(a=metrics.Average()).merge(made()),
             ValueError,
@@ -372,7 +376,7 @@ def test_an_update_over_the_lanes_of_an_axis():
             r"shape \(2, 2\) cannot be merged with one of shape \(3, 3\)",
         ),
         (lambda: metrics.Metric().merge(), NotImplementedError, r"Metric has no merge\(\)"),
-        (lambda: metrics.Accuracy(top_k=0), ValueError, "top_k of Accuracy is 1 at least"),
+        (lambda: metrics.Accuracy(top_k=0), ValueError, "top_k of Accuracy must be at least 1"),
         (lambda: metrics.Accuracy(0.5, top_k=2), ValueError, "but got 2 and the threshold 0.5"),
         (
             lambda: metrics.Accuracy(top_k=3).update(

@@ -360,16 +360,18 @@ def test_assert_max_traces():
         step(X), step(X[:2])
         with pytest.raises(
             TooManyTracesError,
-            match=r"(?s)traced 3 times, and may be 2.*x: float32\[.,3\] → float32\[1,3\]",
+            match=r"(?s)traced 3 times, but the limit is 2.*x: float32\[.,3\] → float32\[1,3\]",
         ):
             step(X[:1])
-    with pytest.raises(AssertionError, match="traced 3 times, and may be 1 times"):
+    with pytest.raises(AssertionError, match="traced 3 times, but the limit is 1"):
         assert_max_traces(step, 1)
     limit = assert_max_traces(step, 3)
     with limit:
         step(X)
     step(X[:, :1])
-    with pytest.raises(TypeError, match="takes what nnx.jit returned, but got a function"):
+    with pytest.raises(
+        TypeError, match="takes a function that nnx.jit returned, but got a function"
+    ):
         assert_max_traces(lambda x: x, 1)
 
 
