@@ -130,13 +130,13 @@ def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
         return _inside(value, contents, depth)
     by_identity = kind.__eq__ is object.__eq__
     hashable = kind.__hash__ is not None
+    if hashable and _is_trusted(kind.__module__):
+        return (kind, Same(value)) if by_identity else (kind, value)
     if isinstance(value, _CHANGING) and not isinstance(value, _CONTAINERS):
         # A config of a library: what it holds counts, however it keeps that.
         key = (kind, _inside(_plain(value), [], depth)) if depth else (kind, Same(value))
         contents.append(Changing(value, key, depth))
         return key
-    if hashable and _is_trusted(kind.__module__):
-        return (kind, Same(value)) if by_identity else (kind, value)
     if isinstance(value, type | types.ModuleType) or kind in WITH_IDENTITY:
         return kind, Same(value)
     if isinstance(value, _CONTAINERS):
