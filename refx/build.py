@@ -26,13 +26,16 @@ class _Recipe:
     So an object is filled by one update of its dict.
     """
 
-    __slots__ = ("arrays", "fills", "makers", "root", "root_pytrees", "statics")
+    __slots__ = ("arrays", "changing", "fills", "makers", "root", "root_pytrees", "statics")
 
     def __init__(self, dagdef: DagDef):
         nodes = dagdef.nodes
         held = [x for n in nodes if type(n) is NodeDef for c in n.children for x in _parts(c)]
         held += _parts(dagdef.root)
-        self.statics = [x.value for x in held if type(x) is Static]
+        found = [x for x in held if type(x) is Static]
+        self.statics = [x.value for x in found]
+        # Objects that may change in place, by their numbers.
+        self.changing = [(i, x) for i, x in enumerate(found) if x.contents]
         self.arrays = 1 + max((x.number for x in held if type(x) is Leaf), default=-1)
         statics = itertools.count(len(nodes) + self.arrays)
         pytrees = itertools.count(len(nodes) + self.arrays + len(self.statics))
@@ -124,7 +127,12 @@ def build(
     if local.limit is not None:
         old = existing or {}
         note_made(*[x for i, x in enumerate(objects) if is_identity(x) and i not in old])
-    pool = [*objects, *leaves, *recipe.statics]
+    statics = recipe.statics
+    if recipe.changing:
+        statics = list(statics)
+        for i, static in recipe.changing:
+            statics[i] = static.current()
+    pool = [*objects, *leaves, *statics]
     get = pool.__getitem__
     for i, kind, names, children, pytrees in recipe.fills:
         for treedef, parts in pytrees:

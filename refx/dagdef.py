@@ -167,12 +167,27 @@ _interned: weakref.WeakValueDictionary[Any, DagDef] = weakref.WeakValueDictionar
 _intern_lock = threading.Lock()
 
 
+def _statics(root: Any, nodes: tuple[Any, ...]) -> Iterator[Static]:
+    todo = [root]
+    for node in nodes:
+        if type(node) is NodeDef:
+            todo += node.children
+    while todo:
+        child = todo.pop()
+        if type(child) is Static:
+            yield child
+        elif type(child) is Tree:
+            todo += child.children
+
+
 def intern(root: Any, nodes: tuple[Any, ...]) -> DagDef:
     """The one DagDef with this content."""
     with _intern_lock:
         dagdef = _interned.get((root, nodes))
         if dagdef is None:
             dagdef = _interned[root, nodes] = DagDef(root, nodes)
+            for static in _statics(root, nodes):
+                static.keep()
         return dagdef
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 from collections.abc import Hashable, Iterator, Mapping
@@ -12,6 +13,7 @@ import jax.export
 
 from refx.buffers import dead_error, is_dead
 from refx.errors import StructureError, UnknownPathError
+from refx.folded import folded
 from refx.text import array_text, is_arraylike
 
 __all__ = ["Partition"]
@@ -202,14 +204,24 @@ class Partition(Mapping[Path, Any]):
     __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
 
     def __repr__(self) -> str:
-        lines = [
-            f"  {'.'.join(p)!r}: {_short(v)},"
-            for p, v in itertools.islice(self._items.items(), _SHOWN)
-        ]
-        rest = len(self._items) - len(lines)
-        if rest:
-            lines.append(f"  … {rest:,} more")
+        found = folded([(tuple(map(str, p)), _short(v)) for p, v in self._items.items()])
+        lines, shown = [], 0
+        for path, text, count in itertools.islice(found, _SHOWN):
+            times = f"  # ×{count}" if count > 1 else ""
+            lines.append(f"  {'.'.join(path)!r}: {text},{times}")
+            shown += count
+        if shown < len(self._items):
+            lines.append(f"  … {len(self._items) - shown:,} more")
         return "\n".join(["Partition({", *lines, "})"]) if lines else "Partition({})"
+
+    def _repr_html_(self) -> str:
+        text = html.escape(repr(self))
+        if not self._items:
+            return f"<pre>{text}</pre>"
+        return (
+            f'<details open><summary style="cursor: pointer">Partition of {len(self._items):,} values'
+            f'</summary><pre style="margin: 0">{text}</pre></details>'
+        )
 
 
 def as_path(path: Any) -> Path:

@@ -21,6 +21,7 @@ from refx.dagdef import DagDef
 from refx.frame import local, trace_of
 from refx.node import Node, book, class_changes, is_array, is_exposed
 from refx.ref import Ref
+from refx.static import Changing
 from refx.trace import LABEL, current_trace, trace_ref
 from refx.walk import Walk, contents, walk
 
@@ -145,8 +146,9 @@ def _common(refs: list[Ref[Any]], name: str, otherwise: Any) -> Any:
 
 def _comparisons(found: Walk) -> tuple[Any, ...]:
     """What has to be compared to see whether a tree is as it was."""
-    plain: list[Any] = list(found.contents)
-    parts: list[Any] = [_PytreeObject(*o) for o in found.opaque]
+    plain: list[Any] = [c for c in found.contents if type(c) is not Changing]
+    parts: list[Any] = [c for c in found.contents if type(c) is Changing]
+    parts += [_PytreeObject(*o) for o in found.opaque]
     for container in found.containers:
         if isinstance(container, Node) and not is_exposed(container):
             continue

@@ -7,6 +7,8 @@ by it, and programs for `1`, `True` and `1.0`, or for a string and an enum that 
 from __future__ import annotations
 
 import collections
+import collections.abc
+import copy
 import enum
 import functools
 import pathlib
@@ -23,6 +25,11 @@ __all__: list[str] = []
 _PLAIN = frozenset({int, bool, str, bytes, type(None), type, type(len), types.FunctionType})
 # These cannot change, and hold nothing.
 SIMPLE = frozenset({int, float, bool, str, complex, bytes, type(None), type(len), type})
+_CHANGING = (
+    collections.abc.MutableMapping,
+    collections.abc.MutableSequence,
+    collections.abc.MutableSet,
+)
 _CONTAINERS = (list, dict, set, bytearray, collections.deque, np.ndarray, jax.Array)
 # Packages whose objects count by their `==`: they are not changed in place, or keep caches beside
 # their content. Every installed package is one; a package under development adds its name.
@@ -40,22 +47,39 @@ WITH_IDENTITY: set[type] = set()
 class Static:
     """A value that is part of the structure. Equal means equal in type and in content.
 
-    `contents` are the dicts and lists that the content was read from and that may change in place.
+    `contents` are the dicts and lists that the content was read from and that may change in place, and a
+    Changing for what else may.
     """
 
-    __slots__ = ("_key", "contents", "value")
+    __slots__ = ("_copy", "_key", "contents", "value")
 
     def __init__(self, value: Any):
         self.value = value
         contents: list[Any] = []
         self._key = exact(value, contents)
         self.contents = contents
+        self._copy: Any = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Static) and self._key == other._key
 
     def __hash__(self) -> int:
         return hash(self._key)
+
+    def keep(self) -> None:
+        """Keep a copy of what may change: others whose content is equal may be built of this one."""
+        by_identity = type(self.value).__eq__ is object.__eq__
+        if self.contents and self._copy is None and not by_identity:
+            try:
+                self._copy = copy.deepcopy(self.value)
+            except Exception:  # of a class that cannot be copied there is the value alone
+                self._copy = self.value
+
+    def current(self) -> Any:
+        """The value, or a copy of what it was, if it has changed since."""
+        if self._copy is None or exact(self.value, []) == self._key:
+            return self.value
+        return copy.deepcopy(self._copy)
 
     def __repr__(self) -> str:
         return repr(self.value)
@@ -108,6 +132,11 @@ def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
     hashable = kind.__hash__ is not None
     if hashable and _is_trusted(kind.__module__):
         return (kind, Same(value)) if by_identity else (kind, value)
+    if isinstance(value, _CHANGING) and not isinstance(value, _CONTAINERS):
+        # A config of a library: what it holds counts, however it keeps that.
+        key = (kind, _inside(_plain(value), [], depth)) if depth else (kind, Same(value))
+        contents.append(Changing(value, key, depth))
+        return key
     if isinstance(value, type | types.ModuleType) or kind in WITH_IDENTITY:
         return kind, Same(value)
     if isinstance(value, _CONTAINERS):
@@ -129,7 +158,50 @@ def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
         return kind, base or (value if hashable else Same(value))
     if depth == 0:
         return kind, Same(value)
-    return kind, base, tuple([(name, exact(x, contents, depth - 1)) for name, x in state])
+    key = kind, base, tuple([(name, exact(x, contents, depth - 1)) for name, x in state])
+    if _has_slots(kind):
+        contents.append(Changing(value, key, depth))
+    return key
+
+
+class Changing:
+    """A part of a static value that may change in place and is no dict or list: compared by its key."""
+
+    __slots__ = ("_depth", "_key", "_value")
+
+    def __init__(self, value: Any, key: Any, depth: int):
+        self._value = value
+        self._key = key
+        self._depth = depth
+
+    def same(self) -> bool:
+        """Whether it is what it was."""
+        return exact(self._value, [], self._depth) == self._key
+
+    def held(self) -> list[Any]:
+        """What its attributes or items are."""
+        state = _state(self._value, [])
+        return [x for _, x in state] if state is not None else list(self._value)
+
+
+def _plain(value: Any) -> Any:
+    """A mapping, a sequence or a set of a library as one of Python's."""
+    if isinstance(value, collections.abc.Mapping):
+        return dict(value.items())
+    return set(value) if isinstance(value, collections.abc.Set) else list(value)
+
+
+@functools.lru_cache(maxsize=1024)
+def _has_slots(kind: type) -> bool:
+    """Whether objects of a class have attributes in slots that may be set."""
+    params = getattr(kind, "__dataclass_params__", None)
+    slots = any(set(_slots(base)) - {"__dict__", "__weakref__"} for base in kind.__mro__)
+    return slots and not (params is not None and params.frozen)
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    slots = vars(cls).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -152,7 +224,9 @@ def _inside(value: Any, contents: list[Any], depth: int) -> Any:
     if isinstance(value, jax.Array) or depth == 0:
         return kind, Same(value)
     if isinstance(value, set):
-        return kind, frozenset([exact(x, contents, depth - 1) for x in value])
+        key = kind, frozenset([exact(x, contents, depth - 1) for x in value])
+        contents.append(Changing(value, key, depth))
+        return key
     contents.append(value)
     if isinstance(value, dict):
         items = [
@@ -168,8 +242,7 @@ def _state(value: Any, contents: list[Any]) -> list[tuple[str, Any]] | None:
     found: list[tuple[str, Any]] = []
     readable = False
     for base in kind.__mro__:
-        slots = vars(base).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
+        for name in _slots(base):
             if name not in ("__dict__", "__weakref__") and hasattr(value, name):
                 readable = True
                 found.append((name, getattr(value, name)))

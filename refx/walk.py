@@ -16,7 +16,7 @@ from refx.node import Node, attributes, is_array, is_identity
 from refx.opened import hides, opened
 from refx.partition import Name, Partition, Path, dotted
 from refx.ref import Ref
-from refx.static import SIMPLE, WITH_IDENTITY, Static
+from refx.static import SIMPLE, WITH_IDENTITY, Changing, Static
 from refx.text import ALTERNATIVES, key_name
 from refx.trace import FROZEN
 
@@ -287,7 +287,9 @@ def _cells(fn: Any) -> list[Any]:
 
 def _holds_arrays(static: Static) -> bool:
     """Whether an object that counts by its attributes has arrays among them."""
-    parts = [x for c in static.contents for x in (c.values() if isinstance(c, dict) else c)]
+    parts: list[Any] = []
+    for c in static.contents:
+        parts += c.held() if type(c) is Changing else c.values() if isinstance(c, dict) else c
     return any(is_array(x) for x in parts)
 
 

@@ -1,4 +1,4 @@
-"""jaxtyping and beartype: shapes and types of modules, checked when the program runs."""
+"""jaxtyping, beartype and typeguard: shapes and types of modules, checked when the program runs."""
 
 import importlib
 import sys
@@ -6,9 +6,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+import typeguard
 from beartype import beartype
 from beartype.roar import BeartypeCallHintParamViolation
 from jaxtyping import Array, Float, TypeCheckError, install_import_hook, jaxtyped
+from typeguard import typechecked
 
 import nnx
 
@@ -47,6 +49,24 @@ def test_beartype_on_a_class_of_modules():
     with pytest.raises(BeartypeCallHintParamViolation):
         scale.double(3)
     with pytest.raises(BeartypeCallHintParamViolation):
+        Scale("2")
+
+
+def test_typeguard_on_a_class_of_modules():
+    @typechecked
+    class Scale(nnx.Module):
+        w: jax.Array = nnx.param()
+
+        def __init__(self, n: int):
+            self.w = jnp.ones(n)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return x * self.w
+
+    assert jnp.array_equal(nnx.jit(Scale(2))(X), X)
+    with pytest.raises(typeguard.TypeCheckError, match='argument "x"'):
+        Scale(2)(3)
+    with pytest.raises(typeguard.TypeCheckError, match='argument "n"'):
         Scale("2")
 
 

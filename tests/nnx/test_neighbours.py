@@ -1,5 +1,8 @@
 """What other libraries do to a module as a pytree is right, or an error that says what to do."""
 
+import collections
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -415,3 +418,61 @@ class TestFunctional:
         with pytest.raises(nnx.RefError):
             pure(state)
         assert net.k == 2
+
+
+class Slots:
+    __slots__ = ("scale",)
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __eq__(self, other):
+        return self.scale == other.scale
+
+    __hash__ = None
+
+
+class Frames(collections.UserDict):
+    @property
+    def scale(self):
+        return self["scale"]
+
+    @scale.setter
+    def scale(self, value):
+        self["scale"] = value
+
+
+CONFIGS = {
+    "namespace": lambda: types.SimpleNamespace(scale=2.0),
+    "slots": lambda: Slots(2.0),
+    "mapping": lambda: Frames(scale=2.0),
+    "set": lambda: types.SimpleNamespace(scale=2.0, names={"a"}),
+}
+
+
+@pytest.mark.parametrize("transform", [nnx.jit, jax.jit])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_equal_settings_of_two_models_are_not_mixed_up(kind, transform):
+    class Net(nnx.Module):
+        def __init__(self):
+            self.config = CONFIGS[kind]()
+            self.w = nnx.Ref(jnp.ones(2), "params")
+
+        def __call__(self):
+            scale = self.config.scale * len(getattr(self.config, "names", "1"))
+            return self.w.value.sum() * scale
+
+    first, second = Net(), Net()
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    step = transform(lambda m: m())
+    assert step(first) == step(first) == 4
+    first.config.scale = 3.0
+    assert step(first) == step(first) == 6
+    # Traced for the other one now, whose settings are what those of the first were.
+    assert transform(lambda m: m())(second) == 4 and nnx.clone(second)() == 4
+    assert jax.tree.map(lambda x: x, second)() == 4
+    first.config.scale = 2.0
+    assert step(first) == transform(lambda m: m())(first) == 4
+    if kind == "set":
+        second.config.names.add("b")
+        assert step(second) == 8

@@ -5,6 +5,7 @@ import pytest
 
 import refx
 from refx import Partition
+from refx.folded import folded
 
 P = Partition({("a", "w"): jnp.ones((2, 3)), "b.x": jnp.zeros(1)})
 
@@ -98,3 +99,60 @@ def test_an_exported_program_of_partitions_is_written_and_read():
     exported = jax.export.export(jax.jit(lambda p: jax.tree.map(lambda x: x + 1, p)))(p)
     out = jax.export.deserialize(exported.serialize()).call(p)
     assert list(out) == list(p) and out["a", "w.x"].tolist() == [2, 2]
+
+
+class TestFolding:
+    """Of parts that repeat, as the layers of a model do, one is printed, with their number."""
+
+    def test_layers_fold(self):
+        layer = {"a.kernel": jnp.ones((2, 2)), "a.bias": jnp.ones(2), "n": 1.5}
+        values = {f"blocks.{i}.{p}": v for i in range(30) for p, v in layer.items()}
+        values |= {"blocks.30.a.kernel": jnp.ones((2, 3)), "head": jnp.ones(2)}
+        partition = refx.Partition(values)
+        assert repr(partition) == (
+            "Partition({\n"
+            "  'blocks.0..29.a.kernel': float32[2,2],  # ×30\n"
+            "  'blocks.0..29.a.bias': float32[2],  # ×30\n"
+            "  'blocks.0..29.n': 1.5,  # ×30\n"
+            "  'blocks.30.a.kernel': float32[2,3],\n"
+            "  'head': float32[2],\n"
+            "})"
+        )
+        html = partition._repr_html_()
+        assert "Partition of 92 values" in html and "&#x27;blocks.0..29.n&#x27;" in html
+
+    def test_layers_in_layers_fold(self):
+        values = {f"{i}.{j}.w": jnp.ones(2) for i in range(4) for j in range(5)}
+        lines = repr(refx.Partition(values)).splitlines()
+        assert lines[1:-1] == ["  '0..3.0..4.w': float32[2],  # ×20"]
+
+    def test_what_differs_does_not_fold(self):
+        same = jnp.ones(2)
+        two = {"a.0": same, "a.1": same}
+        other = {"a.0.w": same, "a.1.w": same, "a.2.v": same}
+        longer = {"a.0.w": same, "a.1.w": same, "a.2.w": same, "a.2.v": same}
+        values = {"0": 1.0, "1": 2.0, "2": 3.0}
+        apart = {"a.0": same, "a.1": same, "b": same, "a.2": same}
+        for given in (two, other, longer, values, apart):
+            lines = repr(refx.Partition(given)).splitlines()
+            assert len(lines) == len(given) + 2 and "×" not in "".join(lines)
+
+    def test_it_says_how_many_are_left_out(self):
+        values = {f"{i}": i for i in range(300)} | {f"x.{i}": 1 for i in range(50)}
+        lines = repr(refx.Partition(values)).splitlines()
+        assert lines[-2] == "  … 150 more" and len(lines) == 203
+
+    def test_a_huge_one_prints_at_once(self):
+        def count(n):
+            seen = []
+
+            class Part(str):
+                def isdigit(self):
+                    seen.append(1)
+                    return str.isdigit(self)
+
+            entries = [((Part("a"), Part(str(i)), Part(str(i % 7))), str(i)) for i in range(n)]
+            assert len(list(folded(entries))) == n
+            return len(seen)
+
+        assert count(2000) < 12 * count(200)
