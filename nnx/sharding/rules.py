@@ -16,6 +16,8 @@ from refx import RefError
 __all__ = ["ShardingError", "axis_rules"]
 
 AnyMesh = Mesh | AbstractMesh
+# JAX compares this before it uses a trace or a program again.
+_in_keys = jax.make_user_context(default_value=None)
 # A mesh axis, several that divide one dimension together, or None for none.
 Target = str | tuple[str, ...] | None
 
@@ -93,8 +95,7 @@ def axis_rules(rules: Mapping[str, Target] | Iterable[tuple[str, Target]]) -> It
     A name without a rule is a mesh axis if the mesh has one of that name, else that dimension is
     not sharded. The same holds for an axis that a rule names and the mesh lacks, so the same rules
     serve a laptop and a cluster. Inside another block, these rules win and the others still hold.
-    Functions under `nnx.jit` compile once for each set of rules; plain `jax.jit` uses the rules that
-    are there when it traces.
+    A function, under `nnx.jit` or plain `jax.jit`, compiles once for each set of rules.
 
     Args:
       rules: a mapping (or pairs) from a logical name to a mesh axis, to a tuple of mesh axes that
@@ -113,7 +114,8 @@ def axis_rules(rules: Mapping[str, Target] | Iterable[tuple[str, Target]]) -> It
     outer = ambient.rules
     ambient.rules = as_rules(rules, outer if outer is not None else NO_RULES)
     try:
-        yield
+        with _in_keys(ambient.rules):
+            yield
     finally:
         ambient.rules = outer
 
@@ -168,7 +170,13 @@ def entries(said: Any) -> tuple[Any, ...]:
 
 
 def resolve(
-    said: Any, shape: tuple[int, ...], mesh: AnyMesh | Mapping[str, int], rules: Rules, where: str
+    said: Any,
+    shape: tuple[int, ...],
+    mesh: AnyMesh | Mapping[str, int],
+    rules: Rules,
+    where: str,
+    *,
+    strict: bool = False,
 ) -> PartitionSpec:
     """The PartitionSpec over mesh axes that `said` means for an array of `shape`.
 
@@ -178,6 +186,7 @@ def resolve(
       mesh: the mesh, or the sizes of its axes.
       rules: what logical names stand for.
       where: how a message calls the array.
+      strict: whether a name that neither the rules nor the mesh know is an error.
 
     Raises:
       ShardingError: the rank is another, a mesh axis serves two dimensions, a size does not divide.
@@ -191,13 +200,17 @@ def resolve(
             f"entries. Give one entry for each dimension; None leaves a dimension whole."
         )
     sizes = dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
+    # Inside shard_map an array is the part of one device, along these axes.
+    manual = jax.sharding.get_abstract_mesh().manual_axes
     taken: dict[str, Any] = {}
     spec: list[Any] = []
     for size, part in zip(shape, parts):
         if part is PartitionSpec.UNCONSTRAINED:
             spec.append(part)
             continue
-        axes = _axes(part, sizes, rules)
+        if strict:
+            _check_known(part, sizes, rules, where)
+        axes = [axis for axis in _axes(part, sizes, rules) if axis not in manual]
         for axis in axes:
             if axis in taken:
                 raise ShardingError(
@@ -213,7 +226,7 @@ def resolve(
                 f"into {count} equal parts along {' and '.join(map(repr, axes))}. Choose a size that "
                 f"is a multiple of {count}, or leave this dimension whole: a rule or an entry None."
             )
-        spec.append(axes[0] if len(axes) == 1 else (axes or None))
+        spec.append(axes[0] if len(axes) == 1 else (tuple(axes) or None))
     return stripped(spec)
 
 
@@ -222,9 +235,19 @@ def _axes(part: Any, sizes: Mapping[str, int], rules: Rules) -> tuple[str, ...]:
     for name in () if part is None else (part,) if isinstance(part, str) else part:
         target = rules.get(name, name)
         for axis in () if target is None else (target,) if isinstance(target, str) else target:
-            if axis in sizes and axis not in found:
+            if axis in sizes:
                 found.append(axis)
     return tuple(found)
+
+
+def _check_known(part: Any, sizes: Mapping[str, int], rules: Rules, where: str) -> None:
+    for name in () if part is None else (part,) if isinstance(part, str) else part:
+        if name not in sizes and name not in rules:
+            known = ", ".join(map(repr, [*sizes, *rules])) or "no names"
+            raise ShardingError(
+                f"{where} got a spec with {name!r}, which is not an axis of the mesh and has no rule; "
+                f"there are {known}. Name one of these, or add a rule with nnx.axis_rules or axes=."
+            )
 
 
 def _shown(said: Any) -> str:
@@ -240,25 +263,34 @@ def stripped(parts: Iterable[Any]) -> PartitionSpec:
 
 
 def inserted(said: Any, axis: int, entry: Any = None) -> Any:
-    """A sharding with one more entry, for an axis that was added at `axis`.
+    """A sharding with one more entry, for an axis that was added at `axis`, counted from 0.
 
     A PartitionSpec may have fewer entries than the array has dimensions; what it lacks is None.
     """
-    parts = [*said]
-    if axis < 0 and isinstance(said, PartitionSpec):
-        # Only the rank says where that is, and a spec does not know it.
-        return said if -axis > len(parts) + 1 else PartitionSpec(*parts)
-    at = axis if axis >= 0 else len(parts) + 1 + axis
-    parts += [None] * (at - len(parts))
-    parts.insert(at, entry)
+    parts = [*entries(said)]
+    parts += [None] * (axis - len(parts))
+    parts.insert(axis, entry)
     return PartitionSpec(*parts) if isinstance(said, PartitionSpec) else tuple(parts)
 
 
 def removed(said: Any, axis: int = 0) -> Any:
-    """A sharding without the entry of an axis that is taken away."""
-    parts = [*said]
+    """A sharding without the entry of an axis that is taken away, counted from 0."""
+    parts = [*entries(said)]
     del parts[axis : axis + 1]
     return PartitionSpec(*parts) if isinstance(said, PartitionSpec) else tuple(parts)
+
+
+def check_rank(said: Any, value: Any, where: str) -> None:
+    """Raise where a sharding cannot follow a change of axes, since it is not for this value."""
+    parts, partial = entries(said), isinstance(said, PartitionSpec)
+    for x in jax.tree.leaves(value):
+        ndim = getattr(x, "ndim", 0)
+        if len(parts) > ndim or (parts and not partial and len(parts) != ndim):
+            raise ShardingError(
+                f"{where} has the shape {tuple(getattr(x, 'shape', ()))}, but its sharding "
+                f"{_shown(said)} has {len(parts)} entries, so it cannot follow an axis that is added or "
+                f"taken away. Give one entry for each dimension; None leaves a dimension whole."
+            )
 
 
 def canonical(sharding: Any) -> Any:

@@ -46,12 +46,20 @@ def at_home(call: Call) -> Layout:
     return moved
 
 
-def kept(layout: Layout, written: tuple[int, ...], values: list[Any]) -> list[Any]:
-    """The values that were written, each in the place of the one that it replaces."""
+def kept(
+    layout: Layout, written: tuple[int, ...], values: list[Any], placed: set[int]
+) -> list[Any]:
+    """The values that were written, each in the place of the one that it replaces.
+
+    `placed` are the numbers of those that the body put elsewhere on purpose.
+    """
     homes = layout.homes
     if homes is None:
         return values
-    return [_home(homes[i], value) for i, value in zip(written, values, strict=True)]
+    return [
+        value if i in placed else _home(homes[i], value)
+        for i, value in zip(written, values, strict=True)
+    ]
 
 
 def _home(home: NamedSharding | None, value: Any) -> Any:

@@ -88,6 +88,13 @@ class Layout:
         layout.programs = self.programs
         return layout
 
+    def sliced(self, dagdef: DagDef) -> Layout:
+        """The layout as a body sees it whose Refs hold slices; `dagdef` speaks of those."""
+        if dagdef is self.dagdef:
+            return self
+        parts = (self.form, self.closed, self.constants, self.has_scope)
+        return Layout(dagdef, *parts, self.statics, self.rules, self.labels)
+
     def name_of(self, i: int) -> str:
         """How a message calls the i-th Ref."""
         path = self.dagdef.ref_paths[i][1:]
