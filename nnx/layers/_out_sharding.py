@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from nnx.layers._sharding import explicit_mesh, merged_spec, spec_of
 from nnx.module import Module
 from nnx.sharding.placing import rules_for
-from nnx.sharding.rules import ShardingError, axis_kinds, by_kind, current_mesh, names_in, resolve
+from nnx.sharding.rules import ShardingError, by_kind, current_mesh, names_in, resolve
 
 __all__ = [
     "ANYWHERE",
@@ -107,10 +107,7 @@ def wanted_sharding(
     if mesh is None:
         return ANYWHERE
     current = jax.sharding.get_abstract_mesh()
-    kinds = axis_kinds(mesh)
-    # What shard_map maps over is not there inside it.
-    sizes = {axis: n for axis, n in mesh.shape.items() if kinds[axis] != AxisType.Manual}
-    spec = resolve(said, shape, sizes, rules_for(None), f"The output of {name}")
+    spec = resolve(said, shape, mesh, rules_for(None), f"The output of {name}")
     specs = by_kind(spec, mesh)
     if not current.empty and isinstance(mesh, AbstractMesh):
         mesh = current

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 import refx.ref as ref_module
 from nnx._ambient import ambient
@@ -27,18 +27,20 @@ from nnx.sharding.rules import (
     resolve,
     the_mesh,
 )
-from refx import Partition, Ref
+from refx import All, FilterError, Partition, PathContains, PathMatches, Ref
 from refx.access import put, writable
 from refx.dag import items
+from refx.filters import Any as AnyOf
 from refx.filters import to_predicates
-from refx.partition import Path, dotted
+from refx.frame import local
+from refx.partition import Path, dotted, listed
 from refx.selection import check_selection
 from refx.snapshot import snapshot
 
 __all__ = ["constrain", "fsdp", "shard", "shardings"]
 
 T = TypeVar("T")
-Specs = Mapping[Any, PartitionSpec] | Callable[[Path, Any], PartitionSpec | None] | None
+Specs = Mapping[Any, Any] | Callable[[Path, Any], PartitionSpec | None] | None
 
 KEY = "sharding"
 
@@ -53,7 +55,7 @@ def place(x: Any, sharding: NamedSharding) -> Any:
     """One array where a sharding says: an array is moved, a tracer constrained, a shape annotated."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type)
-    if not isinstance(x, Tracer):
+    if not isinstance(x, Tracer) and isinstance(sharding.mesh, Mesh):
         return move(x, sharding)
     specs = by_kind(sharding.spec, sharding.mesh)
     current = jax.sharding.get_abstract_mesh()
@@ -66,23 +68,46 @@ def place(x: Any, sharding: NamedSharding) -> Any:
     return x if auto is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, auto))
 
 
-def map_value(value: Any, said: Any, mesh: AnyMesh, rules: Rules, where: str) -> Any:
+def map_value(
+    value: Any, said: Any, mesh: AnyMesh, rules: Rules, where: str, *, strict: bool = False
+) -> Any:
     """The NamedSharding of a value, or a tree of them for a value that is a tree of arrays.
 
     In a tree, what is said is of the arrays with that many dimensions. What is not an array, such
     as a Python number, has None.
     """
+    if isinstance(said, NamedSharding):
+        mesh, said, strict = said.mesh, said.spec, True
     if _is_array(value):
-        return NamedSharding(mesh, resolve(said, value.shape, mesh, rules, where))
+        spec = resolve(said, value.shape, mesh, rules, where, strict=strict)
+        return NamedSharding(mesh, spec)
+    if said is not None and not isinstance(said, PartitionSpec | tuple):
+        return _map_tree(value, said, mesh, rules, where)
     leaves, treedef = jax.tree.flatten(value)
 
     def of(x: Any) -> NamedSharding | None:
         if not _is_array(x):
             return None
         mine = said if said is not None and len(said) == x.ndim else None
-        return NamedSharding(mesh, resolve(mine, x.shape, mesh, rules, where))
+        return NamedSharding(mesh, resolve(mine, x.shape, mesh, rules, where, strict=strict))
 
     return jax.tree.unflatten(treedef, list(map(of, leaves)))
+
+
+def _map_tree(value: Any, said: Any, mesh: AnyMesh, rules: Rules, where: str) -> Any:
+    """As `map_value`, where each array in the value has a sharding of its own."""
+    treedef = jax.tree.structure(value)
+    try:
+        each = treedef.flatten_up_to(said)
+    except ValueError:
+        raise ShardingError(
+            f"{where} got the sharding {said!r:.100}, which is not one, nor a tree of them like its "
+            f"value. Give a PartitionSpec, or a tuple with a name or None for each dimension."
+        ) from None
+    leaves = zip(jax.tree.leaves(value), each, strict=True)
+    return jax.tree.unflatten(
+        treedef, [map_value(x, s, mesh, rules, where) if _is_array(x) else None for x, s in leaves]
+    )
 
 
 def _is_array(x: Any) -> bool:
@@ -102,7 +127,8 @@ def shardings(
     Args:
       tree: a module, a Ref, or a pytree that holds some; of arrays or of shapes (`nnx.eval_shape`).
       specs: a dict from filter to PartitionSpec, of which the first that selects a Ref counts, or a
-        function `(path, ref) -> PartitionSpec`, such as `nnx.fsdp("data")`. They win over the
+        function `(path, ref) -> PartitionSpec`, such as `nnx.fsdp("data")`, which may be a value
+        of the dict, too; or a Partition by path, as this function returns it. They win over the
         metadata. A Ref that no filter selects, or for which the function returns None, has what
         its `sharding` metadata says, and without that it is whole on every device.
       axes: axis rules for this call, in front of those of `nnx.axis_rules`.
@@ -113,8 +139,8 @@ def shardings(
       A Partition with a `NamedSharding` for each path.
 
     Raises:
-      ShardingError: an array cannot have its sharding; the message names the Ref, its shape and the
-        axis. There is no mesh.
+      ShardingError: an array cannot have its sharding, or a spec has a name that neither the mesh nor
+        the rules know; the message names the Ref, its shape and the axis. There is no mesh.
       FilterError: a filter of `specs` selects nothing.
 
     >>> import jax, nnx
@@ -137,10 +163,12 @@ def _planned(tree: Any, specs: Specs, axes: Any, mesh: AnyMesh) -> list[tuple[An
     try:
         for path, cell, value in cells:
             what = said(path, cell)
-            if what is None and isinstance(cell, Ref):
+            strict = what is not None
+            if not strict and isinstance(cell, Ref):
                 what = cell._metadata.get(KEY)
             where = f"Ref {dotted(path)!r}" if path else "A Ref"
-            planned.append((path, cell, value, map_value(value, what, mesh, rules, where)))
+            there = map_value(value, what, mesh, rules, where, strict=strict)
+            planned.append((path, cell, value, there))
     finally:
         _planning.mesh = outer
     return planned
@@ -150,16 +178,20 @@ def _said(specs: Specs, tree: Any, cells: list[tuple[Path, Any]]) -> Callable[[P
     """What `specs` says of a path and the Ref (or plain array) there."""
     if specs is None:
         return lambda path, cell: None
+    if isinstance(specs, Partition):
+        return _by_path(specs)
     if isinstance(specs, Mapping):
         predicates = to_predicates(specs)
         for filter, predicate in zip(specs, predicates, strict=True):
             if filter is not ... and not any(predicate(path, cell) for path, cell in cells):
                 check_selection(filter, tree)
+                _check_path(filter, [path for path, _ in cells])
         values = list(specs.values())
 
         def chosen(path: Path, cell: Any) -> Any:
             hits = (v for p, v in zip(predicates, values, strict=True) if p(path, cell))
-            return next(hits, None)
+            hit = next(hits, None)
+            return hit(path, cell) if callable(hit) else hit
 
         return chosen
     if isinstance(specs, PartitionSpec):
@@ -173,6 +205,35 @@ def _said(specs: Specs, tree: Any, cells: list[tuple[Path, Any]]) -> Callable[[P
             f"PartitionSpec such as nnx.fsdp('data'), but got a {type(specs).__name__}."
         )
     return specs
+
+
+def _by_path(specs: Partition) -> Callable[[Path, Any], Any]:
+    said = dict(specs.items())
+
+    def chosen(path: Path, cell: Any) -> Any:
+        if path not in said:
+            raise ShardingError(
+                f"The Partition of shardings has none for {dotted(path)!r}; it has {listed(said)}. "
+                f"Make it of a tree of the same structure, or use a dict from filter to PartitionSpec."
+            )
+        return said[path]
+
+    return chosen
+
+
+def _check_path(filter: Any, paths: list[Path]) -> None:
+    """Raise for a filter by path that selects nothing: what it should place would stay whole."""
+    if _asks_for_path(filter):
+        raise FilterError(
+            f"The filter {filter!r} of specs selects nothing; the paths are {listed(paths, 4)}. Leave "
+            f"it out, or write a path that is there."
+        )
+
+
+def _asks_for_path(filter: Any) -> bool:
+    if isinstance(filter, AnyOf | All | tuple):
+        return any(map(_asks_for_path, filter if isinstance(filter, tuple) else filter.filters))
+    return isinstance(filter, PathMatches | PathContains)
 
 
 def shard(tree: T, specs: Specs = None, *, axes: Any = None, mesh: AnyMesh | None = None) -> T:
@@ -214,6 +275,8 @@ def shard(tree: T, specs: Specs = None, *, axes: Any = None, mesh: AnyMesh | Non
             )
     for target, new in zip(targets, placed, strict=False):
         put(target, new)
+    if local.frame is not None:
+        local.frame.placed.update(targets)
     for (holder, key), new in zip(holders, leaves, strict=True):
         if holder is not None:
             holder[key] = new

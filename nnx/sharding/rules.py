@@ -16,6 +16,8 @@ from refx import RefError
 __all__ = ["ShardingError", "axis_rules"]
 
 AnyMesh = Mesh | AbstractMesh
+# JAX compares this before it uses a trace or a program again.
+_in_keys = jax.make_user_context(default_value=None)
 # A mesh axis, several that divide one dimension together, or None for none.
 Target = str | tuple[str, ...] | None
 
@@ -93,8 +95,7 @@ def axis_rules(rules: Mapping[str, Target] | Iterable[tuple[str, Target]]) -> It
     A name without a rule is a mesh axis if the mesh has one of that name, else that dimension is
     not sharded. The same holds for an axis that a rule names and the mesh lacks, so the same rules
     serve a laptop and a cluster. Inside another block, these rules win and the others still hold.
-    Functions under `nnx.jit` compile once for each set of rules; plain `jax.jit` uses the rules that
-    are there when it traces.
+    A function, under `nnx.jit` or plain `jax.jit`, compiles once for each set of rules.
 
     Args:
       rules: a mapping (or pairs) from a logical name to a mesh axis, to a tuple of mesh axes that
@@ -113,7 +114,8 @@ def axis_rules(rules: Mapping[str, Target] | Iterable[tuple[str, Target]]) -> It
     outer = ambient.rules
     ambient.rules = as_rules(rules, outer if outer is not None else NO_RULES)
     try:
-        yield
+        with _in_keys(ambient.rules):
+            yield
     finally:
         ambient.rules = outer
 
@@ -168,7 +170,13 @@ def entries(said: Any) -> tuple[Any, ...]:
 
 
 def resolve(
-    said: Any, shape: tuple[int, ...], mesh: AnyMesh | Mapping[str, int], rules: Rules, where: str
+    said: Any,
+    shape: tuple[int, ...],
+    mesh: AnyMesh | Mapping[str, int],
+    rules: Rules,
+    where: str,
+    *,
+    strict: bool = False,
 ) -> PartitionSpec:
     """The PartitionSpec over mesh axes that `said` means for an array of `shape`.
 
@@ -178,6 +186,7 @@ def resolve(
       mesh: the mesh, or the sizes of its axes.
       rules: what logical names stand for.
       where: how a message calls the array.
+      strict: whether a name that neither the rules nor the mesh know is an error.
 
     Raises:
       ShardingError: the rank is another, a mesh axis serves two dimensions, a size does not divide.
@@ -187,16 +196,21 @@ def resolve(
     exact = not isinstance(said, PartitionSpec)
     if len(parts) > len(shape) or (exact and parts and len(parts) != len(shape)):
         raise ShardingError(
-            f"{where} has the shape {shape}, but its sharding {_shown(said)} has {len(parts)} "
-            f"entries. Give one entry for each dimension; None leaves a dimension whole."
+            f"{where} has the shape {shape}, but its sharding {_shown(said)} has {_count(parts)}. "
+            f"Give one entry for each dimension; None leaves a dimension whole."
         )
-    sizes = dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
+    given = dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
+    # Inside shard_map an array is the part of one device, along these axes.
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    sizes = {axis: size for axis, size in given.items() if axis not in manual}
     taken: dict[str, Any] = {}
     spec: list[Any] = []
     for size, part in zip(shape, parts):
         if part is PartitionSpec.UNCONSTRAINED:
             spec.append(part)
             continue
+        if strict:
+            _check_known(part, given, rules, where)
         axes = _axes(part, sizes, rules)
         for axis in axes:
             if axis in taken:
@@ -220,10 +234,18 @@ def resolve(
 def _axes(part: Any, sizes: Mapping[str, int], rules: Rules) -> tuple[str, ...]:
     found: list[str] = []
     for name in names_in(part):
-        for axis in names_in(rules.get(name, name)):
-            if axis in sizes and axis not in found:
-                found.append(axis)
-    return tuple(found)
+        found += names_in(rules.get(name, name))
+    return tuple(axis for axis in found if axis in sizes)
+
+
+def _check_known(part: Any, sizes: Mapping[str, int], rules: Rules, where: str) -> None:
+    for name in names_in(part):
+        if name not in sizes and name not in rules:
+            known = ", ".join(map(repr, [*sizes, *rules])) or "no names"
+            raise ShardingError(
+                f"{where} got a spec with {name!r}, which is not an axis of the mesh and has no rule; "
+                f"there are {known}. Name one of these, or add a rule with nnx.axis_rules or axes=."
+            )
 
 
 def names_in(part: Any) -> tuple[Any, ...]:
@@ -258,6 +280,10 @@ def by_kind(spec: PartitionSpec, mesh: AnyMesh) -> dict[AxisType, PartitionSpec]
     return {kind: only(kind) for kind in dict.fromkeys(kinds.values())}
 
 
+def _count(parts: tuple[Any, ...]) -> str:
+    return "1 entry" if len(parts) == 1 else f"{len(parts)} entries"
+
+
 def _shown(said: Any) -> str:
     return str(said) if isinstance(said, PartitionSpec) else repr(tuple(said))
 
@@ -271,21 +297,34 @@ def stripped(parts: Iterable[Any]) -> PartitionSpec:
 
 
 def inserted(said: Any, axis: int, entry: Any = None) -> Any:
-    """A sharding with one more entry, for an axis that was added at `axis`, counted from the front.
+    """A sharding with one more entry, for an axis that was added at `axis`, counted from 0.
 
     A PartitionSpec may have fewer entries than the array has dimensions; what it lacks is None.
     """
-    parts = [*said]
+    parts = [*entries(said)]
     parts += [None] * (axis - len(parts))
     parts.insert(axis, entry)
     return PartitionSpec(*parts) if isinstance(said, PartitionSpec) else tuple(parts)
 
 
 def removed(said: Any, axis: int = 0) -> Any:
-    """A sharding without the entry of an axis that is taken away."""
-    parts = [*said]
+    """A sharding without the entry of an axis that is taken away, counted from 0."""
+    parts = [*entries(said)]
     del parts[axis : axis + 1]
     return PartitionSpec(*parts) if isinstance(said, PartitionSpec) else tuple(parts)
+
+
+def check_rank(said: Any, value: Any, where: str) -> None:
+    """Raise where a sharding cannot follow a change of axes, since it is not for this value."""
+    parts, partial = entries(said), isinstance(said, PartitionSpec)
+    for x in jax.tree.leaves(value):
+        ndim = getattr(x, "ndim", 0)
+        if len(parts) > ndim or (parts and not partial and len(parts) != ndim):
+            raise ShardingError(
+                f"{where} has the shape {tuple(getattr(x, 'shape', ()))}, but its sharding "
+                f"{_shown(said)} has {_count(parts)}, so it cannot follow an axis that is added or taken "
+                f"away. Give one entry for each dimension; None leaves a dimension whole."
+            )
 
 
 def canonical(sharding: Any) -> Any:

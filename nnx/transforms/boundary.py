@@ -64,6 +64,8 @@ class Graph(NamedTuple):
     leaves: tuple[int | None, ...]
     # Whether the caller's containers have to be filled again.
     refill: bool
+    # The numbers of the new Refs that the body put on devices itself.
+    placed: frozenset[int] = frozenset()
 
     def new(self) -> list[int]:
         """The numbers of the new Refs in `dagdef`, in order."""
@@ -284,7 +286,8 @@ def _pack(
         for i, (ref, was) in enumerate(zip(inner_refs, before, strict=True))
         if was.changed(ref._value) or (assigned and ref in frame.assigned)
     )
-    new_values = kept(layout, written, [inner_refs[i]._value for i in written])
+    stays = {i for i in written if inner_refs[i] in frame.placed}
+    new_values = kept(layout, written, [inner_refs[i]._value for i in written], stays)
     after = walk(roots, skip=1)
     same = (
         after.dagdef is layout.dagdef
@@ -312,6 +315,7 @@ def _pack(
         {n: numbers[id(x)] for n, x in enumerate(both.objects) if id(x) in numbers},
         tuple(came.get(id(x)) for x in both.leaves),
         not same,
+        _numbers_of(frame.placed, both.objects),
     )
     # The canonical paths begin with "0" for what hangs on a root and with "1" for the output.
     paths = dict(zip(map(id, both.refs), both.dagdef.ref_paths, strict=True))
@@ -323,6 +327,10 @@ def _pack(
     ]
     values = [r._value for _, r in new], [x for _, x in arrays]
     return Packed(Spec(written, graph), values, new_values), Outline(new, arrays)
+
+
+def _numbers_of(refs: set[Ref[Any]], objects: list[Any]) -> frozenset[int]:
+    return frozenset(n for n, x in enumerate(objects) if type(x) is Ref and x in refs)
 
 
 def until_lifted(attempt: Callable[[Roots], Any]) -> Any:
@@ -412,17 +420,25 @@ def _apply(call: Call, graph: Graph, new: list[Any], arrays: list[Any]) -> Any:
     existing = {n: objects[i] for n, i in graph.known.items()}
     given = iter(arrays)
     leaves = [call.leaves[i] if i is not None else next(given) for i in graph.leaves]
-    new = [_born(graph.dagdef.nodes[n], x) for n, x in zip(graph.new(), new, strict=True)]
-    (_, out), _ = build(graph.dagdef, new, leaves, existing=existing, refill=graph.refill)
+    new = _born(graph, new)
+    (_, out), built = build(graph.dagdef, new, leaves, existing=existing, refill=graph.refill)
+    if local.frame is not None:
+        local.frame.placed.update(built[n] for n in graph.placed)
     return out
 
 
-def _born(node: RefDef, value: Any) -> Any:
-    """The value of a new Ref, where a library wants it: its metadata may say."""
-    if not node.metadata or ref_module.at_birth is None:
-        return value
-    facts = {name: fact.value for name, fact in node.metadata}
-    return ref_module.at_birth(value, node.collection.value, facts)
+def _born(graph: Graph, values: Iterable[Any]) -> list[Any]:
+    """The values of new Refs, where a library wants them, as their metadata may say.
+
+    What the body put somewhere itself stays there.
+    """
+    born = list(values)
+    for i, n in enumerate(graph.new()):
+        node = graph.dagdef.nodes[n]
+        if node.metadata and ref_module.at_birth is not None and n not in graph.placed:
+            facts = {name: fact.value for name, fact in node.metadata}
+            born[i] = ref_module.at_birth(born[i], node.collection.value, facts)
+    return born
 
 
 def fresh_output(call: Call, packed: Packed, values: list[Any], leaves: list[Any]) -> Any:
@@ -439,7 +455,7 @@ def fresh_output(call: Call, packed: Packed, values: list[Any], leaves: list[Any
     numbers = [n for n, node in enumerate(call.layout.dagdef.nodes) if type(node) is RefDef]
     ref_at = {n: i for i, n in enumerate(numbers)}
     new, more = map(iter, packed.out)
-    new = (_born(graph.dagdef.nodes[n], x) for n, x in zip(graph.new(), new, strict=True))
+    new = iter(_born(graph, new))
     refs = [
         values[ref_at[graph.known[n]]] if n in graph.known else next(new)
         for n, node in enumerate(graph.dagdef.nodes)

@@ -42,6 +42,7 @@ class Call:
         "found",
         "layout",
         "leaves",
+        "loose",
         "others",
         "refs",
         "repeats",
@@ -68,6 +69,8 @@ class Call:
         self.values = values
         self.leaves = leaves
         self.others = others
+        # The numbers of the values for which nobody has chosen a place; see `homes`.
+        self.loose: tuple[int, ...] = ()
         self.found: list[tuple[Any, Any]] = []
         # Whether every Ref may be written where the call was opened, with no need to ask each.
         self.at_once = False

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nnx.transforms.added_axis import of_slices
 from nnx.transforms.axes import Specs, places
 from nnx.transforms.boundary import Packed, Spec, check_lifted, run, until_lifted
 from nnx.transforms.call import Call, Roots
@@ -92,6 +93,7 @@ class Loop:
         self._spec = Spec((), None)
         self._seen: frozenset[int] | None = None
         self._leaves = self._leaves_of(renewed) if renewed else []
+        self._slice_layout = of_slices(name, call, [None if s is CARRY else s for s in specs.refs])
 
     def _leaves_of(self, renewed: frozenset[int]) -> list[int]:
         """The numbers of the plain arrays of the renewed modules, in the order of their structure."""
@@ -160,6 +162,7 @@ class Loop:
             self._name,
             self.call,
             *self.place(carry, sliced),
+            layout=self._slice_layout,
             mode="read",
             assigned=True,
             watch=self._fn,

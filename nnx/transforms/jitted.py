@@ -30,7 +30,7 @@ from nnx.transforms.callables import function_name
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import explain_deleted, explain_donation, selected
 from nnx.transforms.explain import Explanation, explain, note
-from nnx.transforms.homes import at_home
+from nnx.transforms.homes import at_home, settle
 from nnx.transforms.layout import Layout, Plans
 from nnx.transforms.naming import named
 from nnx.transforms.shardings import Shardings
@@ -100,7 +100,7 @@ class Jit(Generic[P, R]):
         self._direct = not (self._static.active or self._shardings.active)
         # Whether values may be on several devices, where what is written goes back to its place; None
         # until it is called, since to ask starts the devices.
-        self._spread: bool | None = False if self._shardings.active else None
+        self._spread: bool | None = None
         # One function: JAX knows a trace again by it.
         self._pure = self._named_run()
         self._compiled = jax.jit(self._pure, static_argnums=0, **options)
@@ -156,7 +156,8 @@ class Jit(Generic[P, R]):
     def _run(self, layout: Any, values: Any, leaves: Any, others: Any) -> Packed:
         call: Call = ambient.call
         fn = self._static.restore(self._fn, layout.statics)
-        packed = run(fn, self._name, call, values, leaves, others, layout=layout)
+        finish = self._shardings.of_output(layout)
+        packed = run(fn, self._name, call, values, leaves, others, layout=layout, finish=finish)
         if layout.traced:
             note(self, layout, call)
         return packed
@@ -169,7 +170,10 @@ class Jit(Generic[P, R]):
         for i, value in zip(layout.donated, donated, strict=True):
             full[i] = value
 
+        said = self._shardings.of_output(layout)
+
         def finish(packed: Packed, outline: Outline) -> Packed:
+            packed = packed if said is None else said(packed, outline)
             # What is donated is gone, so it has to come back even where it was not written.
             written = dict(zip(packed.spec.written, packed.written, strict=True))
             for i, value in zip(layout.donated, donated, strict=True):
@@ -187,12 +191,12 @@ class Jit(Generic[P, R]):
         if self._static.active:
             args, kwargs, statics = self._static.take(args, kwargs)
         call = open_call(args, kwargs, self._closure, self._plans, statics)
-        if self._shardings.active and not call.layout.traced:
-            self._shardings.learn(call, args, kwargs)
         if self._spread is None:
             self._spread = jax.local_device_count() > 1 or jax.process_count() > 1
         if self._spread:
             call.layout = at_home(call)
+        if self._shardings.active and not call.layout.traced:
+            self._shardings.learn(call, args, kwargs)
         return call
 
     def _trace(self, call: Call) -> None:
@@ -219,6 +223,9 @@ class Jit(Generic[P, R]):
             )
         elif self._shardings.active:
             self._programs[layout] = jax.jit(self._pure, static_argnums=0, **options)
+        layout.written = frozenset(spec.written)
+        if call.loose:
+            settle(call)
         layout.traced = True
         self._closure.traced()
         if not layout.donated:
@@ -274,6 +281,8 @@ class Jit(Generic[P, R]):
                 layout = call.layout
                 # The function may be traced for new shapes, and then needs to know its call.
                 ambient.call = call
+                if call.loose:
+                    settle(call)
                 try:
                     if self._programs and layout in self._programs:
                         packed = self._programs[layout](layout, *self._inputs(call))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from nnx._ambient import ambient
 from nnx.transforms import plain
+from nnx.transforms.added_axis import of_steps
 from nnx.transforms.axes import AxisError, ByFilter, Specs, assign, length
 from nnx.transforms.boundary import abstractly, close_call, run
 from nnx.transforms.call import Call, Roots, open_call
@@ -144,7 +145,7 @@ def _scan(
             reverse=reverse,
             unroll=unroll,
         )
-        y = close_call(call, loop.packed(out, last, sliced))
+        y = close_call(call, of_steps(name, loop.packed(out, last, sliced)))
         return loop.last(last), y
 
     return run_loop(init, attempt)
