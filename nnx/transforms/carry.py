@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nnx.sharding.putting import spec_in_type
 from nnx.transforms.added_axis import of_slices
 from nnx.transforms.axes import Specs, places
 from nnx.transforms.boundary import Packed, Spec, check_lifted, run, until_lifted
@@ -302,6 +303,13 @@ class Loop:
                     f"{what} of {self._name} changes from {_text(a)} to {_text(b)} in one step. A "
                     f"carried value must keep its shape and dtype; cast or reshape what the body "
                     f"gives it, or its first value."
+                )
+            if (spec := spec_in_type(a)) != spec_in_type(b):
+                raise CarryError(
+                    f"{what} of {self._name} changes from {jax.typeof(a)} to {jax.typeof(b)} in one "
+                    f"step. A carried value must stay sharded along the same Explicit axes: call the "
+                    f"last layer with out_sharding={spec}, or use jax.sharding.reshard(x, {spec}) on "
+                    f"what the body gives it, or on its first value."
                 )
 
     def carried_of(self, packed: Packed) -> list[Any]:
