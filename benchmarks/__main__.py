@@ -27,6 +27,7 @@ from benchmarks import (
     memory,
     purify,
     report,
+    sharded,
     steps,
     transformer,
 )
@@ -41,7 +42,7 @@ KINDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     names = ["steps", "eager", "compile", "epoch", "transformer", "pytrees", "memory", "growth"]
-    names += ["layers", "llama", "checkpoint", "purify", "loops", "import"]
+    names += ["layers", "llama", "checkpoint", "purify", "loops", "import", "sharded"]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="few rounds, small sizes")
     parser.add_argument(
@@ -101,6 +102,10 @@ def main() -> None:
         rows = imports.measure(2 if arguments.quick else 7)
         title = "Imports beyond `import jax, optax`: ratios to it, with bytecode"
         page("import", report.table(title, rows), rows)
+    if "sharded" in only:
+        for kind, results in sharded.measure([s for s in sizes if s <= 500], rounds).items():
+            title = f"{kind} of arrays that are sharded over {sharded.DEVICES} devices"
+            page(title, report.by_size(title, results), results)
     if "memory" in only:
         used = memory.measure()
         page("memory", report.table("Memory of a large step, MiB", used, 1), used)

@@ -9,8 +9,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 import refx
-from nnx._hints import missing as _missing
-from nnx.module import Module, dataclass, param, ref, static
+from nnx._hints import no_name as _no_name
+from nnx.fields import dataclass, param, ref, static
+from nnx.module import Module
 from nnx.purify import purify
 from nnx.rng import RngStream
 from nnx.scope import MissingFlagError, MissingStreamError, get_flag, make_rng, scope
@@ -89,7 +90,7 @@ else:
                     found = getattr(module, name)
                     break
             else:
-                raise _missing(name)
+                raise _no_name(name)
         # The next time Python finds it without this function.
         globals()[name] = found
         return found

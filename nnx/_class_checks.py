@@ -1,9 +1,8 @@
-"""What classes of modules are helped with: mistakes of people who come from elsewhere, `__check_init__`."""
+"""What people who come from elsewhere get wrong when they write or make a module."""
 
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 from typing import Any
 
@@ -11,53 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refx import Node
-from refx.node import set_on_class
+from refx.text import array_text
 
 __all__: list[str] = []
-
-_HINTS = {
-    "parameters named_parameters": "the values are model['params'], a Partition by path",
-    "buffers variables": "the values are model[...], or those of a collection, model['batch_stats']",
-    "state_dict": (
-        "nnx.save(path, model) writes a file, model[...] gives the values by path, and "
-        "nnx.bridge.to_state_dict(model) a state dict for PyTorch"
-    ),
-    "load_state_dict": (
-        "nnx.load_state(path, model) reads a file, nnx.update(model, partition) writes values by path"
-    ),
-    "named_modules children named_children iter_modules": "nnx.modules(model) gives them by path",
-    "zero_grad backward": "gradients are a value: grads = nnx.grad(loss)(model)",
-    "requires_grad_ freeze": "say what is trained by a filter: nnx.grad(loss, wrt='params')",
-    "to cuda cpu": "jax.device_put(model[...], device), then nnx.update; arrays know where they are",
-    "half bfloat16 float double": "layers take dtype= and param_dtype=",
-    "register_forward_hook": "nnx.capture(model, where)(x) gives outputs, nnx.patch changes them",
-    "register_buffer": "declare a field in the class, mean: jax.Array = nnx.ref('batch_stats')",
-    "register_parameter add_module": "assign it: self.name = ...",
-    "sow perturb": "nnx.capture(model, where)(x) gives outputs, nnx.output_grad their gradients",
-    "variable param": "declare a field in the class: w: jax.Array = nnx.param()",
-    "tabulate": "nnx.tabulate(model, x)",
-    "forward": "call the module itself, model(x)",
-    "split": "nnx.split(model, ...)",
-    "state": "the values are model[...], a Partition by path",
-}
-HINTS = {name: hint for names, hint in _HINTS.items() for name in names.split()}
-
-
-def no_attribute(module: Node, name: str) -> AttributeError:
-    """The error for an attribute that a module does not have."""
-    text = f"{type(module).__name__!r} object has no attribute {name!r}"
-    if name in HINTS:
-        text = f"{text}: {HINTS[name]}."
-    # With the object, Python adds a name of it that is much like this one.
-    return AttributeError(text, name=name, obj=module)
 
 
 def check_arguments(cls: type, kwargs: dict[str, Any]) -> None:
     """Refuse arguments of a constructor that are habits from elsewhere, or dtypes that are none.
 
     Raises:
-      TypeError: `rngs` for a class that takes none; a string that is no dtype, for a layer.
+      TypeError: `rngs` for a class that takes none; a string that is not a dtype, for a layer.
     """
     if "rngs" in kwargs:
         parameters = inspect.signature(cls.__init__).parameters.values()
@@ -97,7 +59,7 @@ def explain_data(cls: type, args: Any, kwargs: Any, error: TypeError) -> None:
         name = cls.__name__
         raise TypeError(
             f"{error}. {name}.init(key)(...) makes a {name}, with the arguments of its constructor, but "
-            f"it was given data, {given.dtype}{list(given.shape)}. That comes with the call: "
+            f"it was given data, {array_text(given)}. That comes with the call: "
             f"model = {name}.init(key)(...), then model(x)."
         ) from None
 
@@ -112,40 +74,3 @@ def forward_instead(cls: type) -> Any:
         )
 
     return __call__
-
-
-def check_after_init(cls: type) -> None:
-    """Call the `__check_init__` of each class after `__init__`, those of base classes first.
-
-    That is Equinox's hook: a subclass cannot forget to call it, since nobody calls it.
-    """
-    checks = [vars(b)["__check_init__"] for b in cls.__mro__[::-1] if "__check_init__" in vars(b)]
-    if not checks:
-        return
-    init = _unchecked(cls.__init__)
-
-    @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        if type(self) is cls:
-            for check in checks:
-                check(self)
-
-    vars(__init__)["_unchecked"] = init
-    set_on_class(cls, "__init__", __init__)
-
-
-def own_init(cls: type) -> None:
-    """Undo `check_after_init`, so that a class has the `__init__` that its user wrote, or none."""
-    init = vars(cls).get("__init__")
-    own = _unchecked(init)
-    if own is init:
-        return
-    if any(_unchecked(vars(base).get("__init__")) is own for base in cls.__mro__[1:]):
-        type.__delattr__(cls, "__init__")
-    else:
-        set_on_class(cls, "__init__", own)
-
-
-def _unchecked(init: Any) -> Any:
-    return getattr(init, "_unchecked", init)

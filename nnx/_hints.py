@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 __all__: list[str] = []
 
-_NAMES = {
+_OF_NNX = {
     "Param Parameter": "nnx.param, a field of the class: `w: jax.Array = nnx.param()`",
     "Variable VariableState": "nnx.Ref",
     "BatchStat Cache Intermediate Buffer": 'nnx.ref, a field: `mean: jax.Array = nnx.ref("batch_stats")`',
@@ -50,12 +51,54 @@ _NAMES = {
     "no_grad": "jax.lax.stop_gradient, or nnx.grad with another wrt",
 }
 
-HINTS = {name: hint for names, hint in _NAMES.items() for name in names.split()}
+_OF_MODULES = {
+    "parameters named_parameters": "the values are model['params'], a Partition by path",
+    "buffers variables": "the values are model[...], or those of a collection, model['batch_stats']",
+    "state_dict": (
+        "nnx.save(path, model) writes a file, model[...] gives the values by path, and "
+        "nnx.bridge.to_state_dict(model) a state dict for PyTorch"
+    ),
+    "load_state_dict": (
+        "nnx.load_state(path, model) reads a file, nnx.update(model, partition) writes values by path"
+    ),
+    "named_modules children named_children iter_modules": "nnx.modules(model) gives them by path",
+    "zero_grad backward": "gradients are a value: grads = nnx.grad(loss)(model)",
+    "requires_grad_ freeze": "say what is trained by a filter: nnx.grad(loss, wrt='params')",
+    "to cuda cpu": "jax.device_put(model[...], device), then nnx.update; arrays know where they are",
+    "half bfloat16 float double": "layers take dtype= and param_dtype=",
+    "register_forward_hook": "nnx.capture(model, where)(x) gives outputs, nnx.patch changes them",
+    "register_buffer": "declare a field in the class, mean: jax.Array = nnx.ref('batch_stats')",
+    "register_parameter add_module": "assign it: self.name = ...",
+    "sow perturb": "nnx.capture(model, where)(x) gives outputs, nnx.output_grad their gradients",
+    "variable param": "declare a field in the class: w: jax.Array = nnx.param()",
+    "tabulate": "nnx.tabulate(model, x)",
+    "forward": "call the module itself, model(x)",
+    "split": "nnx.split(model, ...)",
+    "state": "the values are model[...], a Partition by path",
+}
 
 
-def missing(name: str) -> AttributeError:
+def _one_by_one(table: dict[str, str]) -> dict[str, str]:
+    return {name: hint for names, hint in table.items() for name in names.split()}
+
+
+NNX, MODULE = _one_by_one(_OF_NNX), _one_by_one(_OF_MODULES)
+"""What to write for a name that nnx, or that a module, does not have."""
+
+
+def no_name(name: str) -> AttributeError:
     """The error for a name that nnx does not have."""
-    hint = f"; use {HINTS[name]}" if name in HINTS else ""
-    text = f"module 'nnx' has no attribute {name!r}{hint}"
-    # With the module, Python adds a name of it that is much like this one.
-    return AttributeError(text, name=name, obj=sys.modules["nnx"])
+    hint = f"; use {NNX[name]}" if name in NNX else ""
+    return _error(f"module 'nnx' has no attribute {name!r}{hint}", name, sys.modules["nnx"])
+
+
+def no_attribute(module: Any, name: str) -> AttributeError:
+    """The error for an attribute that a module does not have."""
+    hint = f": {MODULE[name]}." if name in MODULE else ""
+    text = f"{type(module).__name__!r} object has no attribute {name!r}{hint}"
+    return _error(text, name, module)
+
+
+def _error(text: str, name: str, obj: Any) -> AttributeError:
+    # With the object, Python adds a name of it that is much like this one.
+    return AttributeError(text, name=name, obj=obj)

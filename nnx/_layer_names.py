@@ -8,6 +8,7 @@ was taken. The module that the step calls first adds nothing, nor does a call ou
 
 from __future__ import annotations
 
+import collections
 import functools
 import inspect
 import threading
@@ -29,14 +30,36 @@ __all__: list[str] = []
 _EAGER = weakref.ref(EVAL)
 
 
+def layer_call(fn: Any) -> Any:
+    """What a class of modules keeps for a function that is its `__call__`."""
+    if type(fn) is types.FunctionType and not hasattr(fn, "__isabstractmethod__"):
+        return LayerCall(fn)
+    return fn
+
+
 class LayerCall:
-    """The `__call__` of a class of modules: the user's function, in a scope where JAX traces."""
+    """The `__call__` of a class of modules: the user's function, in a scope where JAX traces.
+
+    Decorators of a class (beartype, typeguard) look through its dict for functions, so it passes for
+    the function that it stands for.
+    """
+
+    __slots__ = ("__dict__", "fn", "scoped")
 
     def __init__(self, fn: types.FunctionType):
-        functools.update_wrapper(self, fn, updated=())  # pyright: ignore[reportArgumentType]
+        # What the class would answer for; the rest is asked of the function.
+        vars(self).update(__module__=fn.__module__, __doc__=fn.__doc__)
+        self.fn = fn
         self.scoped = _scoped(fn)
 
-    __wrapped__: types.FunctionType
+    @property
+    def __class__(self) -> type:  # pyright: ignore
+        return types.FunctionType
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "fn":  # in a copy that is not filled yet
+            raise AttributeError(name)
+        return getattr(self.fn, name)
 
     def __get__(
         self,
@@ -47,22 +70,22 @@ class LayerCall:
         method: Any = types.MethodType,
     ) -> Any:
         if module is None:
-            return self.__wrapped__
+            return self.fn
         if local.frame is None and module._trace is eager:
-            return method(self.__wrapped__, module)
+            return method(self.fn, module)
         return method(self.scoped, module)
 
     def __call__(self, module: Any, /, *args: Any, **kwargs: Any) -> Any:
         return self.__get__(module)(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        return LayerCall, (self.__wrapped__,)
+        return LayerCall, (self.fn,)
 
 
 def method_of(cls: type, name: str) -> Any:
     """What a class has by the name of a method: the function as the user wrote it."""
     found = inspect.getattr_static(cls, name, None)
-    return found.__wrapped__ if isinstance(found, LayerCall) else found
+    return found.fn if type(found) is LayerCall else found
 
 
 def _scoped(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,22 +112,18 @@ class Names:
     """The names of the modules below a module, or below several: each is found when it is asked for."""
 
     def __init__(self, holder: Any):
+        self._found: dict[int, str] = {}
+        self._further = _nearest_first(holder)
         self.holder = holder
-        self._near: dict[int, str] | None = None
-        self._all: dict[int, str] | None = None
 
     def name(self, module: Any) -> str | None:
         """The path from here to a module, or None."""
-        if self._near is None:
-            self._near = {}
-            for name, x in _below(self.holder):
-                self._near.setdefault(id(x), name)
-        found = self._near.get(id(module))
-        if found is None:
-            if self._all is None:
-                self._all = _everything_below(self.holder)
-            found = self._all.get(id(module))
-        return found
+        if id(module) not in self._found:
+            for name, x in self._further:
+                self._found.setdefault(id(x), name)
+                if x is module:
+                    break
+        return self._found.get(id(module))
 
 
 class RootNames(Names):
@@ -142,20 +161,23 @@ def _name(module: Any, around: Names | None) -> str | None:
         frame = frame.parent
 
 
+def _nearest_first(holder: Any) -> Iterator[tuple[str, Any]]:
+    """All modules below a module, or a tuple of roots, with their paths from there."""
+    todo = collections.deque(_below(holder))
+    seen: set[int] = set()
+    while todo:
+        name, x = todo.popleft()
+        yield name, x
+        if id(x) not in seen:
+            seen.add(id(x))
+            todo += [(f"{name}.{below}".lstrip("."), y) for below, y in _below(x)]
+
+
 def _below(holder: Any) -> Iterator[tuple[str, Any]]:
     """The modules in the attributes of a module, and in lists and dicts there; or in a tuple of roots."""
-    if not isinstance(holder, Node):
-        for x in holder:
-            if isinstance(x, Node):
-                yield "", x
-            else:
-                yield from _inside("", x)
-        return
-    for name, x in attributes(holder).items():
-        if isinstance(x, Node):
-            yield name, x
-        elif isinstance(x, (list, tuple, dict, types.MethodType)):
-            yield from _inside(name, x)
+    items = attributes(holder).items() if isinstance(holder, Node) else (("", x) for x in holder)
+    for name, x in items:
+        yield from _inside(name, x)
 
 
 def _inside(name: str, x: Any, around: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -163,7 +185,7 @@ def _inside(name: str, x: Any, around: tuple[int, ...] = ()) -> Iterator[tuple[s
     # hold itself.
     if isinstance(x, Node):
         yield name.lstrip("."), x
-    elif id(x) not in around and isinstance(x, dict | list | tuple | types.MethodType):
+    elif isinstance(x, dict | list | tuple | types.MethodType) and id(x) not in around:
         around = (*around, id(x))
         if isinstance(x, types.MethodType):
             parts: Iterable[tuple[Any, Any]] = [("__self__", x.__self__)]
@@ -171,16 +193,3 @@ def _inside(name: str, x: Any, around: tuple[int, ...] = ()) -> Iterator[tuple[s
             parts = x.items() if isinstance(x, dict) else enumerate(x)
         for key, part in parts:
             yield from _inside(f"{name}.{key}", part, around)
-
-
-def _everything_below(holder: Any) -> dict[int, str]:
-    names: dict[int, str] = {}
-    todo: Iterable[tuple[str, Any]] = list(_below(holder))
-    while todo:
-        new = []
-        for name, x in todo:
-            if id(x) not in names:
-                names[id(x)] = name
-                new += [(f"{name}.{below}".lstrip("."), y) for below, y in _below(x)]
-        todo = new
-    return names

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import inspect
-import types
-from collections.abc import Callable, Hashable, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast, dataclass_transform
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import jax
 
+import nnx._exported  # noqa: F401 — knows each class of modules
 import refx
+from nnx import show
 from nnx._ambient import ambient
 from nnx._class_checks import (
     CHECKED,
-    check_after_init,
     check_arguments,
     explain_data,
     forward_instead,
-    no_attribute,
-    own_init,
 )
-from nnx._layer_names import LayerCall
+from nnx._hints import no_attribute
+from nnx._layer_names import layer_call
+from nnx.fields import check_after_init
 from nnx.scope import (
     MissingStreamError,
     Scope,
@@ -33,9 +31,6 @@ from nnx.scope import (
     make_scope,
     missing_stream,
 )
-from nnx.show.folding import tree_html
-from nnx.show.html import show_node
-from nnx.show.text import tree_repr
 from refx import (
     MISSING,
     Filter,
@@ -43,20 +38,19 @@ from refx import (
     Partition,
     Ref,
     RefField,
-    StaticField,
     UnknownPathError,
     ValueTypeError,
 )
 from refx.dag import update_cells, values_of
 from refx.field import Field
-from refx.node import attributes, set_on_class
+from refx.node import NodeType, attributes, set_on_class
 from refx.partition import dotted
 from refx.selection import check_selection
 from refx.static import TRUSTED
-from refx.text import ALTERNATIVES
+from refx.text import ADVICE, ALTERNATIVES
 from refx.walk import walk
 
-__all__ = ["Module", "dataclass", "param", "ref", "static"]
+__all__ = ["Module"]
 
 # Objects of ours among a module's attributes count by their identity.
 TRUSTED.add("nnx")
@@ -89,116 +83,24 @@ ALTERNATIVES.update(
         ),
     }
 )
+ADVICE.update(
+    batch_stats="keep the statistics as they are: model.apply(use_running_average=True)(x)",
+    rngs="draw with a key of its own: model.apply(rngs=key)(x)",
+)
 
 M = TypeVar("M", bound="Module")
 T = TypeVar("T")
 
 
-def ref(
-    collection: Hashable = None,
-    *given: NoReturn,
-    default: Any = MISSING,
-    default_factory: Callable[[], Any] | None = None,
-    init: bool = True,
-    kw_only: bool = False,
-    converter: Callable[[Any], Any] | None = None,
-    **metadata: Any,
-) -> Any:
-    """A field whose value lives in a Ref of the given collection.
+class _ModuleType(NodeType):
+    """The class of module classes."""
 
-    Reading the attribute gives the value, assigning it writes the Ref. Assigning a Ref ties the
-    field to that Ref; assigning None leaves the field without one.
-
-    Args:
-      collection: the label that filters select by.
-      default: the value that a new instance starts with, or
-      default_factory: a function that makes it; it may call `nnx.make_rng`.
-      init: whether `@nnx.dataclass` makes it an argument of `__init__`.
-      kw_only: whether that argument is by keyword only.
-      converter: called with each value that the field is given; its result is what the Ref holds.
-      **metadata: hashable facts that the Ref keeps.
-
-    >>> import jax, jax.numpy as jnp, nnx
-    >>> class Average(nnx.Module):
-    ...     mean: jax.Array = nnx.ref("batch_stats")
-    ...     def __init__(self):
-    ...         self.mean = jnp.zeros(())
-    >>> average = Average()
-    >>> average.mean += 1.0
-    >>> float(average["batch_stats"]["mean"])
-    1.0
-    """
-    try:
-        hash(collection)
-    except TypeError:
-        given = (collection, *given)  # pyright: ignore[reportAssignmentType]
-    if given:
-        raise _given_value('ref("batch_stats")', given)
-    return RefField(
-        collection,
-        metadata=metadata,
-        default=default,
-        default_factory=default_factory,
-        init=init,
-        kw_only=kw_only,
-        converter=converter,
-    )
+    def __setattr__(cls, name: str, value: Any) -> None:
+        # As by a decorator of the class, which checks types.
+        super().__setattr__(name, layer_call(value) if name == "__call__" else value)
 
 
-def param(*given: NoReturn, **options: Any) -> Any:
-    """A field in the collection `"params"`: what training changes. Options as for `ref`.
-
-    >>> import jax, jax.numpy as jnp, nnx
-    >>> class Scale(nnx.Module):
-    ...     scale: jax.Array = nnx.param()
-    ...     def __init__(self, n):
-    ...         self.scale = jnp.ones((n,))
-    >>> Scale(3)["params"]
-    Partition({
-      'scale': float32[3],
-    })
-    """
-    if given:
-        raise _given_value("param()", given)
-    return ref("params", **options)
-
-
-def static(
-    *given: NoReturn,
-    default: Any = MISSING,
-    default_factory: Callable[[], Any] | None = None,
-    init: bool = True,
-    kw_only: bool = False,
-) -> Any:
-    """A field that is part of the structure, whatever it holds; it must be hashable.
-
-    Numbers, strings and callables are static without it. It is for defaults, for `@nnx.dataclass`,
-    and for what would be a value or structure otherwise, such as a tuple that is a setting.
-
-    >>> import nnx
-    >>> @nnx.dataclass
-    ... class Pool(nnx.Module):
-    ...     window: tuple[int, int] = nnx.static(default=(2, 2))
-    >>> Pool().window
-    (2, 2)
-    """
-    if given:
-        raise _given_value("static()", given)
-    return StaticField(default=default, default_factory=default_factory, init=init, kw_only=kw_only)
-
-
-def _given_value(field: str, given: tuple[Any, ...]) -> TypeError:
-    name = field.split("(")[0]
-    kind = "int" if name == "static" else "jax.Array"
-    return TypeError(
-        f"nnx.{name} makes a field of the class, which takes no value as an argument, but got a "
-        f"{type(given[-1]).__name__}. Declare it in the class body, `w: {kind} = nnx.{field}`, and "
-        f"assign the value in __init__, self.w = ...; or say default=, or default_factory=, which "
-        f"makes one for each instance. A Ref without a field is nnx.Ref(value, collection)."
-    )
-
-
-class Module(Node):
+class Module(Node, metaclass=_ModuleType):
     """The base class of models and layers.
 
     Attributes are set in `__init__` as in any Python class. `param()` and `ref()` fields and
@@ -224,9 +126,8 @@ class Module(Node):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         call = vars(cls).get("__call__")
-        if type(call) is types.FunctionType and not hasattr(call, "__isabstractmethod__"):
-            set_on_class(cls, "__call__", LayerCall(call))
-
+        if (layered := layer_call(call)) is not call:
+            set_on_class(cls, "__call__", layered)
         elif call is None and callable(vars(cls).get("forward")):
             if not any("__call__" in vars(base) for base in cls.__mro__):
                 set_on_class(cls, "__call__", forward_instead(cls))
@@ -370,13 +271,13 @@ class Module(Node):
         return sorted(set(object.__dir__(self)) - _INTERNAL)
 
     def __repr__(self) -> str:
-        return tree_repr(self)
+        return show.tree_repr(self)
 
     def _repr_html_(self) -> str:
-        return tree_html(repr(self))
+        return show.tree_html(repr(self))
 
     def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
-        return show_node(self, path, subtree_renderer)
+        return show.show_node(self, path, subtree_renderer)
 
 
 # What every module has for itself, and nobody types.
@@ -433,48 +334,3 @@ class _Applied:
 
     def __repr__(self) -> str:
         return f"<apply(...) of a {type(self._root).__name__}, to be called>"
-
-
-@dataclass_transform(eq_default=False, field_specifiers=(param, ref, static, dataclasses.field))
-def dataclass(cls: type[T]) -> type[T]:
-    """Give a module class an `__init__` made from its annotated fields, in order.
-
-    A field takes part with its specifier (`param()`, `ref(...)`, `static()`) or as a plain
-    annotation, with or without a default. Equality stays identity.
-
-    >>> import jax, jax.numpy as jnp, nnx
-    >>> @nnx.dataclass
-    ... class Affine(nnx.Module):
-    ...     w: jax.Array = nnx.param()
-    ...     power: int = 1
-    ...     def __call__(self, x):
-    ...         return (x * self.w) ** self.power
-    >>> float(Affine(jnp.array(3.0), power=2)(2.0))
-    36.0
-    """
-    own = {name: f for name, f in vars(cls).items() if isinstance(f, Field)}
-    # An annotation alone keeps the specifier of the base class, as it keeps a default.
-    inherited = {name: getattr(cls, name, None) for name in inspect.get_annotations(cls)}
-    own |= {name: f for name, f in inherited.items() if isinstance(f, Field)}
-    for name, f in own.items():
-        options: dict[str, Any] = {"init": f.init, "kw_only": f.kw_only}
-        if f.default_factory is not None:
-            options["default_factory"] = f.default_factory
-        elif f.default is not MISSING:
-            options["default"] = f.default
-        setattr(cls, name, dataclasses.field(**options))
-    own_init(cls)
-    generated = "__init__" not in vars(cls)
-    made = dataclasses.dataclass(cls, eq=False, repr=False)
-    for name, f in own.items():
-        setattr(made, name, f)
-    # The generated __init__ sets most defaults, in the order of the fields.
-    done = {
-        f.name
-        for f in dataclasses.fields(made)  # pyright: ignore[reportArgumentType]
-        if generated and (f.init or f.default_factory is not dataclasses.MISSING)
-    }
-    left = (f for f in getattr(made, "_fields", {}).values() if f.name not in done)
-    set_on_class(made, "_defaults", tuple(f for f in left if f.has_default))
-    check_after_init(made)
-    return made

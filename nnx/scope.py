@@ -14,6 +14,7 @@ import numpy as np
 from nnx._ambient import ambient
 from nnx.rng import RngStream
 from refx import MISSING, Node, RefError, UnhashableStaticError
+from refx.text import array_text
 
 __all__ = ["MissingFlagError", "MissingStreamError", "get_flag", "make_rng", "scope"]
 
@@ -27,8 +28,8 @@ class MissingFlagError(RefError):
 
 
 class Scope(Node):
-    """Streams and flags. It is a Node, so it crosses a boundary like any argument: its streams as
-    Refs that advance, its flags as static structure, a new value of which means a new trace.
+    """Streams and flags. It is a Node, so it crosses a boundary like any argument: its streams are
+    Refs that advance, and its flags are static, so another value of a flag means a new trace.
     """
 
     def __init__(self, streams: dict[str, RngStream], flags: dict[str, Any]):
@@ -68,7 +69,7 @@ _KEYS = ("key", "keys", "rng", "seed")
 
 
 def _array_flag(name: str, flag: Any) -> UnhashableStaticError:
-    what = f"The flag {name!r} of a scope is an array, {flag.dtype}{list(flag.shape)}"
+    what = f"The flag {name!r} of a scope is an array, {array_text(flag)}"
     if jnp.issubdtype(flag.dtype, jax.dtypes.prng_key) or flag.dtype == jnp.uint32:
         stream = "key" if name in _KEYS else f"{{{name!r}: key}}"
         return UnhashableStaticError(

@@ -14,6 +14,7 @@ from refx import Any as AnyOf
 from refx.dagdef import node_paths
 from refx.node import attributes, is_identity
 from refx.partition import Path, dotted
+from refx.selection import follow
 from refx.walk import walk
 
 __all__ = ["modules", "replace"]
@@ -69,20 +70,6 @@ def selector(where: Where) -> Callable[[Path, Any], bool]:
     )
 
 
-def followed(tree: Any, parts: Iterable[str]) -> Any:
-    """What a path leads to, be it the first path of that or another; None where it leads nowhere."""
-    for part in parts:
-        if isinstance(tree, Node):
-            tree = attributes(tree).get(part)
-        elif isinstance(tree, dict):
-            tree = next((x for key, x in tree.items() if str(key) == part), None)
-        elif isinstance(tree, list | tuple) and part.isdigit() and int(part) < len(tree):
-            tree = tree[int(part)]
-        else:
-            return None
-    return tree
-
-
 def listed_modules(paths: Iterable[Path], most: int = 12) -> str:
     """Paths for a message."""
     names = [dotted(path) or "'' (the model)" for path in paths]
@@ -120,25 +107,18 @@ def replace(tree: M, where: Where, fn: Callable[[Any], Any]) -> M:
       fn = Linear(
     ...
     """
-    found = walk(tree)
-    paths, selects = node_paths(found.dagdef), selector(where)
-    chosen = [
-        (paths[i], x)
-        for i, x in enumerate(found.objects)
-        if isinstance(x, Module) and selects(paths[i], x)
-    ]
+    there, selects = modules(tree), selector(where)
+    chosen = [(path, x) for path, x in there.items() if selects(path, x)]
     if not chosen and isinstance(where, str):
         # A shared module has other paths than its first.
-        other = followed(tree, where.split("."))
-        pairs = [(p, found.objects[i]) for i, p in paths.items() if isinstance(other, Module)]
-        chosen = [(path, x) for path, x in pairs if x is other]
+        other = follow(tree, where.split("."))
+        chosen = [(path, x) for path, x in there.items() if x is other]
     if not chosen:
-        there = [paths[i] for i, x in enumerate(found.objects) if isinstance(x, Module)]
         raise FilterError(
             f"nnx.replace selects no module of {type(tree).__name__} with {where!r}. Its modules "
             f"are: {listed_modules(there)}."
         )
-    places = _places(found.containers, {id(module) for _, module in chosen})
+    places = _places(walk(tree).containers, {id(module) for _, module in chosen})
     undo: list[tuple[Any, Any, Any]] = []
     root: Any = tree
     try:

@@ -26,8 +26,9 @@ from refx.errors import (
     TraceLevelError,
     ValueTypeError,
 )
-from refx.frame import Frame, Original, StandIn, copy_containers, local
-from refx.text import ALTERNATIVES, array_text
+from refx.frame import Frame, Original, StandIn, copy_containers, local, trace_of
+from refx.static import WITH_IDENTITY
+from refx.text import ADVICE, ALTERNATIVES, array_text, is_arraylike, ours
 from refx.trace import (
     CONSTANT,
     EVAL,
@@ -53,8 +54,10 @@ __all__: list[str] = []
 _captured: weakref.WeakSet[Ref[Any]] = weakref.WeakSet()
 
 
-def _stand_in(frame: Frame, ref: Ref[Any], owner: Any) -> Ref[Any]:
+def _stand_in(frame: Frame | None, ref: Ref[Any], owner: Any) -> Ref[Any]:
     """The Ref that stands in the body of `frame` for `ref`, a Ref of an enclosing level."""
+    if frame is None:
+        raise _misplaced(ref, owner)
     known = frame.stand_ins.get(ref)
     if known is not None:
         return known.inner
@@ -75,38 +78,27 @@ def _stand_in(frame: Frame, ref: Ref[Any], owner: Any) -> Ref[Any]:
 
 def seen_from(frame: Frame | None, ref: Ref[Any], owner: Any = None) -> Any:
     """The value of `ref` at the level of `frame`, an ancestor of the current one or itself."""
-    if ref._frame is frame:
+    if ref._frame is frame or _outlives_its_body(ref):
         return ref._value
     if ref._trace is FROZEN:
         # As an input, where the program around has it as one: as a constant it may be large.
         return (ref if frame is None else frame.inner(ref))._value
-    if frame is None:
-        raise _misplaced(ref, owner)
     return _stand_in(frame, ref, owner)._value
 
 
 def read(ref: Ref[Any], owner: Any = None) -> Any:
     """The value of `ref` here, for every case: the callers have the common one inlined."""
-    frame = local.frame
     if local.peeking:
         return ref._value
-    if ref._trace is FROZEN:
-        return _alive(ref, seen_from(frame, ref), owner)
-    if ref._frame is not frame:
-        if _outlives_its_body(ref):
-            return _alive(ref, ref._value, owner)
-        _check_reachable(ref, owner)
-        value = seen_from(frame, ref, owner)
-        if frame is not None and current_trace(()) is not frame.trace():
-            _check_not_captured(frame.inner(ref), owner, frame, current_trace(()))
-        return _alive(ref, value, owner)
-    if current_trace(()) is not (EVAL if frame is None else frame.trace()):
-        _check_not_captured(ref, owner, frame, current_trace(()))
-    return _alive(ref, ref._value, owner)
+    frame, trace = local.frame, current_trace(())
+    value = seen_from(frame, ref, owner)
+    if trace is not trace_of(frame):
+        _check_not_captured(ref if frame is None else frame.inner(ref), owner, frame, trace)
+    return _alive(ref, value, owner)
 
 
 def peek(ref: Ref[Any]) -> Any:
-    """The value of `ref` as it is seen here, its buffer gone or not: to compare, or to replace."""
+    """The value of `ref` as it is seen here, also where its buffer is gone: to compare or replace it."""
     return seen_from(local.frame, ref)
 
 
@@ -130,14 +122,14 @@ def put(target: Ref[Any], value: Any) -> None:
 
 
 def holds_array(value: Any) -> bool:
-    """Whether an array or a tracer is in a value; the shape of one is none."""
+    """Whether a value holds an array or a tracer. A shape is not one."""
     return any([isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(value)])
 
 
 def is_label(value: Any) -> bool:
-    """Whether a value has something in it, but neither arrays nor numbers that might be arrays."""
+    """Whether a value holds something, but neither arrays nor numbers."""
     leaves = jax.tree.leaves(value)
-    return bool(leaves) and not any([isinstance(x, _VALUES) for x in leaves])
+    return bool(leaves) and not any([isinstance(x, VALUES) for x in leaves])
 
 
 def label(refs: Iterable[Ref[Any]]) -> None:
@@ -153,15 +145,8 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
     frame = local.frame
     if ref._trace is FROZEN:
         raise ReadOnlyError(_frozen_message(describe(ref, owner)))
-    if ref._frame is not frame:
-        _check_reachable(ref, owner)
-        assert frame is not None
-        target = _stand_in(frame, ref, owner)
-    else:
-        target = ref
-    home = target._trace()
-    if target._trace is LABEL:
-        home = EVAL if frame is None else frame.trace()
+    target = ref if ref._frame is frame else _stand_in(frame, ref, owner)
+    home = trace_of(frame) if target._trace is LABEL else target._trace()
     if home is not current_trace(()):
         raise _not_writable(target, ref, owner)
     if target in (_captured if frame is None else frame.captured_as_constant):
@@ -171,7 +156,7 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
             f"another call of that function would go on with the old value. Pass the module to it "
             f"as an argument, or use {ALTERNATIVES['same name']}."
         )
-    if local.allowed is not None and not local.allowed(ref):
+    if local.limit is not None and not local.limit.lets_write(ref):
         raise NotMutableError(
             f"{describe(ref, owner)} was written, but the surrounding `mutable` does not allow it. "
             f"Add {ref._collection!r} to its filter, a tuple of all that may be written, or move "
@@ -185,7 +170,8 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
 def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
     """Raise if a Ref cannot hold `value`.
 
-    A value holds arrays and scalars, and no tracer that is not of the current trace or one around it.
+    A value holds arrays and scalars, no Ref or module, and no tracer that is not of the current trace
+    or one around it.
     """
     if isinstance(value, jax.Array):
         if not isinstance(value, Tracer):
@@ -194,7 +180,7 @@ def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
             return
         tracers = [value]
     else:
-        leaves = jax.tree.leaves(value)
+        leaves = leaves_of(value)
         if not (ref is not None and ref._trace is LABEL) and not all(map(_is_value, leaves)):
             found = next(x for x in leaves if not _is_value(x))
             raise ValueTypeError(
@@ -215,14 +201,34 @@ def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
             )
 
 
+def is_identity(x: Any) -> bool:
+    """Whether `x` is a Ref or a Node: a thing with an identity that a pytree walk must not enter."""
+    return type(x) in WITH_IDENTITY
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """The leaves of the value of a Ref. Raises if one is a Ref or a module."""
+    leaves = jax.tree.leaves(value, is_leaf=is_identity)
+    for x in leaves:
+        if is_identity(x):
+            raise ValueTypeError(
+                f"The value of a Ref must be a pytree of arrays and scalars, but it holds a "
+                f"{type(x).__name__}. Put that in an attribute, a list or a dict of the module; to "
+                f"tie two fields, assign the Ref to the field: decoder.w = {ours('get_ref')}(encoder, 'w')."
+            )
+    return leaves
+
+
 def _what(ref: Ref[Any] | None, owner: Any) -> str:
-    return "A new Ref" if ref is None else describe(ref, owner)
+    if ref is None:
+        return f"Ref {owner}" if type(owner) is str else "A new Ref"
+    return describe(ref, owner)
 
 
 def check_structure(node: Any, what: str) -> None:
     """Raise if the structure of `node`, a Node, may not be changed here."""
     name = type(node).__name__
-    if local.fixed is not None and local.fixed(node):
+    if local.limit is not None and not local.limit.lets_change(node):
         raise NotMutableError(
             f"{what} of a {name} was changed, but the surrounding `mutable` lets nothing be changed. "
             f"Move the change out of it, or change a clone."
@@ -247,28 +253,15 @@ def check_structure(node: Any, what: str) -> None:
 
 
 def _outlives_its_body(ref: Ref[Any]) -> bool:
-    """Whether a Ref of a body that has ended still has a value: nobody can write it, and each tracer
-    in it is of a trace that runs.
+    """Whether a Ref of a body that has ended may still be read.
 
-    The backward rule of a library reads such Refs. It runs after the body of a gradient, where the
-    library split a module into the leaves to differentiate and the others.
+    Nobody can write it, and each tracer in it belongs to a trace that runs. A library that splits a
+    module into what it differentiates and the rest reads such Refs: its backward rule runs after the
+    body of the gradient.
     """
     if ref._frame is None or ref._frame.open or (ref._trace not in (READ_ONLY, LABEL)):
         return False
     return all([runs(x._trace) for x in jax.tree.leaves(ref._value) if isinstance(x, Tracer)])
-
-
-def _check_reachable(ref: Ref[Any], owner: Any) -> None:
-    home = ref._frame
-    if home is None:
-        return
-    if not home.open:
-        raise _misplaced(ref, owner)
-    frame = local.frame
-    while frame is not None and frame is not home:
-        frame = frame.parent
-    if frame is None:
-        raise _misplaced(ref, owner)
 
 
 def _misplaced(ref: Ref[Any], owner: Any) -> Exception:
@@ -289,18 +282,20 @@ def _misplaced(ref: Ref[Any], owner: Any) -> Exception:
 
 
 def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: Any) -> None:
-    # vmap and grad run their function anew at every call, so a closed-over value is always fresh.
-    # jit, scan, checkpoint and the like keep a program in a cache: a concrete value read by closure
-    # becomes a constant of that program, and later writes of the Ref would not reach it.
+    # vmap and grad run their function again at every call, so a closed-over value is always the
+    # current one. jit, scan, checkpoint and the like keep a program: a concrete value read by closure
+    # becomes a constant of it, and later writes of the Ref would not reach it.
+    if ref._trace is READ_ONLY or ref._trace is FROZEN:
+        return
     home = ref._trace()
     if home is None:
-        home = EVAL if frame is None else frame.trace()
-    program = None if ref._trace is READ_ONLY else program_between(home, trace)
+        home = trace_of(frame)
+    program = program_between(home, trace)
     if program is None:
         return
     of_body = home is not EVAL and not _stands_in(ref, frame)
     leaves = jax.tree.leaves(ref._value)
-    constant = ref._trace is LABEL or not any([isinstance(x, _VALUES) for x in leaves])
+    constant = ref._trace is LABEL or not any([isinstance(x, VALUES) for x in leaves])
     if of_body or constant or any([isinstance(x, Tracer) for x in leaves]):
         # A Ref of a body that runs once is closed over by functions of that body, and JAX lifts a
         # tracer; but the program is kept for the next call of the same function. What holds no
@@ -322,18 +317,15 @@ def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: A
     )
 
 
-_VALUES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+VALUES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+"""The classes of arrays and numbers, which values are made of."""
 
 
 def _is_value(x: Any) -> bool:
     """Whether `x` is an array, a number, or what stands for an array."""
     if isinstance(x, np.ndarray | np.generic):
         return x.dtype.kind not in "OSU"
-    return (
-        isinstance(x, _VALUES)
-        or hasattr(type(x), "__jax_array__")
-        or (hasattr(x, "shape") and hasattr(x, "dtype"))
-    )
+    return isinstance(x, VALUES) or hasattr(type(x), "__jax_array__") or is_arraylike(x)
 
 
 def _stands_in(ref: Ref[Any], frame: Frame | None) -> bool:
@@ -342,9 +334,10 @@ def _stands_in(ref: Ref[Any], frame: Frame | None) -> bool:
 
 
 def _not_writable(target: Ref[Any], ref: Ref[Any], owner: Any) -> Exception:
-    what = describe(ref, owner)
+    what, advice = describe(ref, owner), ADVICE.get(ref._collection)
+    more = f" Or {advice}." if advice else ""
     if target._trace is READ_ONLY:
-        return ReadOnlyError(_read_only_message(what, transformation()))
+        return ReadOnlyError(_read_only_message(what, transformation()) + more)
     if not isinstance(target._trace, Marker) and not runs(target._trace()):
         return EndedTraceError(
             f"{what} was made inside a jax transformation that has ended; its value was a tracer "
@@ -355,13 +348,13 @@ def _not_writable(target: Ref[Any], ref: Ref[Any], owner: Any) -> Exception:
         return TraceLevelError(
             f"{what} was written inside {frame.name if frame else 'a transformation'}, which "
             f"closes over it: a closed-over Ref is a constant there. Pass its module to the "
-            f"function as an argument; updates of arguments propagate to the caller."
+            f"function as an argument; updates of arguments propagate to the caller.{more}"
         )
     return TraceLevelError(
         f"{what} was written inside {transformation()}, but it was made outside of it. The write "
         f"would happen once, while tracing, and would leak a tracer. Use "
         f"{ALTERNATIVES['same name']}{ALTERNATIVES['writes back']}, whose updates propagate to the caller, "
-        f"or return the new value and assign it outside."
+        f"or {advice or 'return the new value and assign it outside'}."
     )
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 
 from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree
-from refx.frame import local
-from refx.node import Node, attributes, book, is_array, tell
-from refx.node import make as make_node
-from refx.ref import Ref
+from refx.frame import local, note_made
+from refx.node import Node, attributes, blank, book, is_array, is_identity, tell
+from refx.ref import Ref, metadata_of
 from refx.static import Static
 from refx.trace import FROZEN, trace_ref
 
@@ -53,7 +52,8 @@ class _Recipe:
         self.fills: list[tuple[int, type, Any, tuple[int, ...], list[Any]]] = []
         for i, node in enumerate(nodes):
             if type(node) is RefDef:
-                self.makers.append((Ref, node.frozen, node.collection.value, dagdef.metadata[i]))
+                facts = metadata_of((name, fact.value) for name, fact in node.metadata)
+                self.makers.append((Ref, node.frozen, node.collection.value, facts))
                 continue
             kind = Node if issubclass(node.kind, Node) else node.kind
             self.makers.append((kind, node.frozen, node.kind, None))
@@ -86,7 +86,7 @@ def build(
     *,
     trace: Any = None,
     existing: Mapping[int, Any] | None = None,
-    refill: bool = True,
+    rewritten: Collection[int] | None = None,
 ) -> tuple[Any, list[Any]]:
     """Make the tree of a DagDef: its root, and its objects in the order of the DagDef.
 
@@ -96,7 +96,7 @@ def build(
       leaves: a value for each plain array, in order.
       trace: the trace reference of what is made; the current one without it.
       existing: objects, by number, that are used instead of new ones.
-      refill: whether the existing ones get the content of the DagDef, or stay as they are.
+      rewritten: the existing ones that get the content of the DagDef, by number; all without it.
     """
     recipe = _recipe(dagdef)
     frame = local.frame
@@ -117,17 +117,20 @@ def build(
             obj._frame = frame
             obj._trace = FROZEN if frozen else trace
         elif kind is Node:
-            obj = make_node(about, frame, FROZEN if frozen else trace)
+            obj = blank(about, frame, FROZEN if frozen else trace)
         else:
             obj = kind() if kind is list or kind is dict else new(kind)
         objects.append(obj)
+    if local.limit is not None:
+        old = existing or {}
+        note_made(*[x for i, x in enumerate(objects) if is_identity(x) and i not in old])
     pool = [*objects, *leaves, *recipe.statics]
     get = pool.__getitem__
     for i, kind, names, children, pytrees in recipe.fills:
         for treedef, parts in pytrees:
             pool.append(jax.tree.unflatten(treedef, map(get, parts)))
         known = existing is not None and i in existing
-        if known and not refill:
+        if known and rewritten is not None and i not in rewritten:
             continue
         obj = objects[i]
         if kind is list:
@@ -136,7 +139,9 @@ def build(
         content = attributes(obj) if kind is Node else obj if kind is dict else vars(obj)
         if known:
             content.clear()
-        content.update(zip(names, map(get, children)))
+        # Most objects hold few others: a loop takes less time than `update` here.
+        for name, number in zip(names, children):
+            content[name] = pool[number]
         if known and kind is Node:
             tell(obj)
     for treedef, parts in recipe.root_pytrees:
@@ -146,19 +151,16 @@ def build(
     return pool[recipe.root], objects
 
 
-def objects_of(dagdef: DagDef, tree: Any) -> list[Any] | None:
-    """The objects of a tree of this structure by their numbers; None where only a walk finds them."""
+def objects_of(dagdef: DagDef, roots: tuple[Any, ...]) -> list[Any] | None:
+    """The objects of some roots of this structure by their numbers; None where a walk has to find them."""
     recipe = _recipe(dagdef)
+    if len(recipe.root_pytrees) != 1:
+        return None
     count = len(dagdef.nodes)
     objects: list[Any] = [None] * count
-    if recipe.root < count:
-        objects[recipe.root] = tree
-    elif len(recipe.root_pytrees) == 1 and type(tree) is tuple:
-        for number, x in zip(recipe.root_pytrees[0][1], tree, strict=True):
-            if number < count:
-                objects[number] = x
-    else:
-        return None
+    for number, x in zip(recipe.root_pytrees[0][1], roots, strict=True):
+        if number < count:
+            objects[number] = x
     # A number is that of the first visit, so what holds an object comes before it.
     for i, kind, names, children, pytrees in recipe.fills:
         if pytrees or kind not in _FOLLOWED:

@@ -25,7 +25,7 @@ from refx.filters import Filter, to_predicate, to_predicates
 from refx.frame import copy_containers
 from refx.node import Node
 from refx.partition import Partition, Path, as_path, dotted, listed
-from refx.ref import Ref, check_type
+from refx.ref import Ref
 from refx.selection import check_selection, follow
 from refx.snapshot import Snapshot, snapshot
 from refx.text import ours
@@ -66,15 +66,15 @@ def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
     >>> params["w"], rest["mean"]
     (1.0, 0.0)
     """
-    kept = snapshot(tree)
+    snap = snapshot(tree)
     if not filters:
-        values = kept.values() + kept.leaves()
-        _check_alive(kept.dagdef.paths, values, "was to be split off")
-        return kept.dagdef, Partition._of(dict(zip(kept.dagdef.paths, values, strict=True)))
+        values = snap.values() + snap.leaves()
+        _check_alive(snap.dagdef.paths, values, "was to be split off")
+        return snap.dagdef, Partition._of(dict(zip(snap.dagdef.paths, values, strict=True)))
     predicates = to_predicates(filters)
     parts: list[dict[Path, Any]] = [{} for _ in filters]
     unmatched: list[Path] = []
-    for path, cell, value in items(kept):
+    for path, cell, value in items(snap):
         for predicate, part in zip(predicates, parts, strict=True):
             if predicate(path, cell):
                 part[path] = value
@@ -90,14 +90,14 @@ def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
         if not part:
             check_selection(filter, tree)
         _check_alive(part, part.values(), "was to be split off")
-    return (kept.dagdef, *map(Partition._of, parts))
+    return (snap.dagdef, *map(Partition._of, parts))
 
 
-def items(kept: Snapshot) -> Iterator[tuple[Path, Any, Any]]:
+def items(snap: Snapshot) -> Iterator[tuple[Path, Any, Any]]:
     """Path, Ref (or the plain array itself) and value, for everything in a tree."""
-    yield from zip(kept.dagdef.ref_paths, kept.refs, kept.values(), strict=True)
-    leaves = kept.leaves()
-    yield from zip(kept.dagdef.leaf_paths, leaves, leaves, strict=True)
+    yield from zip(snap.dagdef.ref_paths, snap.refs, snap.values(), strict=True)
+    leaves = snap.leaves()
+    yield from zip(snap.dagdef.leaf_paths, leaves, leaves, strict=True)
 
 
 def merge(dagdef: DagDef[T], *partitions: Mapping[Path, Any]) -> T:
@@ -174,14 +174,14 @@ def clone(tree: T, *, copy: bool = False) -> T:
     >>> a.value
     1.0
     """
-    kept = snapshot(tree)
-    dagdef = frozen_def(kept.dagdef, False)
-    values = [*kept.values(), *kept.leaves()]
+    snap = snapshot(tree)
+    dagdef = frozen_def(snap.dagdef, False)
+    values = [*snap.values(), *snap.leaves()]
     values = _with_own_containers(dagdef.paths, values, "was to be cloned")
     if copy:
         values = [jax.tree.map(_copied, x) for x in values]
     root, objects = build(dagdef, values, values[len(dagdef.ref_paths) :])
-    if kept.has_labels:
+    if snap.has_labels:
         label(x for x in objects if type(x) is Ref)
     return root
 
@@ -229,8 +229,8 @@ def refs(tree: Any) -> dict[Path, Ref[Any]]:
     >>> refx.refs([refx.Ref(1.0), {"b": refx.Ref(2.0)}])
     {('0',): Ref(1.0, None), ('1', 'b'): Ref(2.0, None)}
     """
-    kept = snapshot(tree)
-    return dict(zip(kept.dagdef.ref_paths, kept.refs, strict=True))
+    snap = snapshot(tree)
+    return dict(zip(snap.dagdef.ref_paths, snap.refs, strict=True))
 
 
 def get_partition(tree: Any, filter: Filter = ...) -> Partition:
@@ -352,7 +352,6 @@ def find_ref(tree: Any, given: Any, cells: Mapping[Path, Ref[Any]]) -> tuple[Pat
 
 
 def _check_like(path: Path, cell: Ref[Any], new: Any, strict: bool) -> None:
-    check_type(new)
     check_value(cell, new)
     if not strict:
         return

@@ -16,8 +16,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -96,10 +95,8 @@ class DagDef(Generic[T]):
 
     __slots__ = (
         "__weakref__",
-        "_leaf_paths",
-        "_ref_paths",
+        "_paths",
         "alone",
-        "metadata",
         "nodes",
         "recipe",
         "root",
@@ -108,12 +105,8 @@ class DagDef(Generic[T]):
     def __init__(self, root: Any, nodes: tuple[Any, ...]):
         self.root = root
         self.nodes = nodes
-        self.metadata = [
-            MappingProxyType({k: v.value for k, v in n.metadata}) if type(n) is RefDef else _EMPTY
-            for n in nodes
-        ]
-        self._ref_paths: tuple[Path, ...] | None = None
-        self._leaf_paths: tuple[Path, ...] = ()
+        # Of the Refs and of the plain arrays, found when one is asked for.
+        self._paths: tuple[tuple[Path, ...], tuple[Path, ...]] | None = None
         # What `build` has worked out, and the structure of a tuple with this tree alone.
         self.recipe: Any = None
         self.alone: DagDef | None = None
@@ -121,52 +114,42 @@ class DagDef(Generic[T]):
     @property
     def ref_paths(self) -> tuple[Path, ...]:
         """The canonical path of each Ref, in order."""
-        if self._ref_paths is None:
-            self._find_paths()
-        assert self._ref_paths is not None
-        return self._ref_paths
+        return self._found_paths()[0]
 
     @property
     def leaf_paths(self) -> tuple[Path, ...]:
         """The path of each plain array, in order."""
-        if self._ref_paths is None:
-            self._find_paths()
-        return self._leaf_paths
+        return self._found_paths()[1]
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """The path of every value: the Refs' and then the plain arrays'."""
-        return self.ref_paths + self.leaf_paths
+        refs, leaves = self._found_paths()
+        return refs + leaves
 
-    def _find_paths(self) -> None:
-        paths, leaves = _paths(self)
-        refs = tuple(paths[i] for i, n in enumerate(self.nodes) if type(n) is RefDef)
-        self._leaf_paths = tuple(leaves[i] for i in range(len(leaves)))
-        twice = [p for p, count in Counter(refs + self._leaf_paths).items() if count > 1]
+    def _found_paths(self) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+        if self._paths is not None:
+            return self._paths
+        found = list(parts(self))
+        refs = [p for x, p in found if type(x) is int and type(self.nodes[x]) is RefDef]
+        leaves = [p for _, p in sorted((x.number, p) for x, p in found if type(x) is Leaf)]
+        twice = [p for p, count in Counter(refs + leaves).items() if count > 1]
         if twice:
             raise StructureError(
                 f"Two values have the same path {dotted(twice[0])!r}: keys of a dict that are "
                 f"different but read the same, such as 1 and '1'. Rename one of the keys."
             )
-        self._ref_paths = refs
+        self._paths = tuple(refs), tuple(leaves)
+        return self._paths
 
     def __repr__(self) -> str:
         # Not by the paths, which may be ambiguous: a message that has this repr must come through.
         kinds = [n.kind.__name__ for n in self.nodes if type(n) is NodeDef]
-        refs = sum(type(n) is RefDef for n in self.nodes)
-        leaves = set()
-        todo = [self.root, *(c for n in self.nodes if type(n) is NodeDef for c in n.children)]
-        while todo:
-            child = todo.pop()
-            if type(child) is Leaf:
-                leaves.add(child.number)
-            elif type(child) is Tree:
-                todo += child.children
-        if type(self.root) is int and type(self.nodes[self.root]) is NodeDef:
-            what = kinds[0]
-        else:
-            what = "Ref" if type(self.root) is int else "tree"
-        return f"DagDef({what}: {refs} Refs, {len(leaves)} arrays, {len(kinds)} nodes)"
+        refs = len(self.nodes) - len(kinds)
+        leaves = sum(type(part) is Leaf for part, _ in parts(self))
+        root = self.nodes[self.root] if type(self.root) is int else None
+        what = "tree" if root is None else "Ref" if type(root) is RefDef else kinds[0]
+        return f"DagDef({what}: {refs} Refs, {leaves} arrays, {len(kinds)} nodes)"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The revisions of classes count what happened in this process.
@@ -179,8 +162,6 @@ class DagDef(Generic[T]):
     def __deepcopy__(self, memo: Any) -> DagDef:
         return self
 
-
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 _interned: weakref.WeakValueDictionary[Any, DagDef] = weakref.WeakValueDictionary()
 _intern_lock = threading.Lock()
@@ -230,28 +211,26 @@ def revision_of(kind: type) -> int:
 jax.tree_util.register_pytree_node(DagDef, lambda dagdef: ((), dagdef), lambda dagdef, _: dagdef)
 
 
-def node_paths(dagdef: DagDef) -> dict[int, Path]:
-    """The canonical path of each object of a structure, by its number."""
-    return _paths(dagdef)[0]
-
-
-def _paths(dagdef: DagDef) -> tuple[dict[int, Path], dict[int, Path]]:
-    """The paths of the objects and of the plain arrays of a structure, by their numbers."""
-    paths: dict[int, Path] = {}
-    leaves: dict[int, Path] = {}
+def parts(dagdef: DagDef) -> Iterator[tuple[Any, Path]]:
+    """Everything in a structure, with its path: an object once, as its number, at its first path."""
+    seen: set[int] = set()
     todo: list[tuple[Any, Path]] = [(dagdef.root, ())]
     while todo:
         child, path = todo.pop()
+        held = child
         if type(child) is int:
-            if child in paths:
+            if child in seen:
                 continue
-            paths[child] = path
-            child = dagdef.nodes[child]
-        elif type(child) is Leaf:
-            leaves.setdefault(child.number, path)
-        if isinstance(child, (NodeDef, Tree)):
-            todo += _below(child, path)
-    return paths, leaves
+            seen.add(child)
+            held = dagdef.nodes[child]
+        yield child, path
+        if isinstance(held, (NodeDef, Tree)):
+            todo += _below(held, path)
+
+
+def node_paths(dagdef: DagDef) -> dict[int, Path]:
+    """The canonical path of each object of a structure, by its number."""
+    return {part: path for part, path in parts(dagdef) if type(part) is int}
 
 
 def _below(at: NodeDef | Tree, path: Path) -> list[tuple[Any, Path]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from refx.frame import local
-from refx.text import array_text
+from refx.partition import dotted
+from refx.text import array_text, is_arraylike
 from refx.trace import EVAL, current_trace, kind_of
 
 if TYPE_CHECKING:
@@ -43,7 +45,15 @@ def describe(ref: Ref[Any], owner: Any = None) -> str:
         for name, value in owner._dict.items():
             if value is ref:
                 return f"Ref {type(owner).__name__}.{name} ({summary(ref)})"
+    for root, (dagdef, refs) in list(copies.items()):
+        for path, known in zip(dagdef.ref_paths, refs, strict=True):
+            if known is ref:
+                return f"Ref {dotted(path)!r} of a {type(root).__name__} ({summary(ref)})"
     return f"A Ref ({summary(ref)})"
+
+
+copies: weakref.WeakKeyDictionary[Any, tuple[Any, list[Ref[Any]]]] = weakref.WeakKeyDictionary()
+"""Nodes that JAX rebuilt around tracers and that are in use, with their structure and their Refs."""
 
 
 def summary(ref: Ref[Any]) -> str:
@@ -55,7 +65,7 @@ def summary(ref: Ref[Any]) -> str:
 
 def value_text(value: Any) -> str:
     """The dtype and the shape of a value, or what it is."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    if is_arraylike(value):
         return array_text(value)
     leaves = jax.tree.leaves(value)
     if len(leaves) == 1 and leaves[0] is value:

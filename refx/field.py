@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from refx.access import check_structure, read, write
+from refx.access import check_structure, check_value, read, write
 from refx.buffers import CONCRETE
 from refx.errors import UnsetFieldError, ValueTypeError
 from refx.frame import local
 from refx.node import Node, attributes, tell
-from refx.ref import Ref, check_type
+from refx.ref import Ref
 from refx.trace import EVAL, current_trace
 
-__all__ = ["MISSING", "RefField", "StaticField"]
+__all__ = ["MISSING", "RefField", "StaticField", "get_ref"]
 
 
 class _Missing:
@@ -149,10 +149,15 @@ class RefField(Field):
                 tell(node)
         elif cell is None:
             check_structure(node, f"Attribute {self.name!r}")
-            attributes(node)[self.name] = Ref(value, self.collection, **self.metadata)
+            try:
+                new = Ref(value, self.collection, **self.metadata)
+            except ValueTypeError:
+                # Again, to say which it is.
+                check_value(None, value, f"{type(node).__name__}.{self.name}")
+                raise
+            attributes(node)[self.name] = new
             tell(node)
         else:
-            check_type(value)
             write(cell, value, node)
 
     def __delete__(self, node: Any) -> None:

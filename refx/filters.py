@@ -8,10 +8,12 @@ plain array attribute has no Ref: for it, `ref` is the array itself, and no coll
 from __future__ import annotations
 
 import fnmatch
+import types
 import typing
 from collections.abc import Callable, Hashable, Iterable
 
 from refx.errors import FilterError
+from refx.node import Node
 from refx.partition import Name, Partition
 from refx.ref import Ref
 from refx.text import ours
@@ -50,20 +52,18 @@ def to_predicate(filter: Filter) -> Predicate:
         return lambda path, ref: False
     if isinstance(filter, tuple):
         return Any(*filter)
-    kind = type(filter)
-    if isinstance(filter, (Ref, Partition)) or getattr(kind, "_is_node", False):
+    if isinstance(filter, (Ref, Node, Partition)):
         raise FilterError(
-            f"A {kind.__name__} is not a filter. The tree comes first, and then what selects of it: "
-            f"a collection name, a tuple of filters (any of), ..., None, a callable (path, ref) -> "
-            f"bool, or All, Any, Not, InModule, PathContains, PathMatches, OfType."
+            f"A {type(filter).__name__} is not a filter. The tree comes first, and then what selects of "
+            f"it: {_FILTERS}."
         )
-    if callable(filter) and not isinstance(filter, type):
-        return typing.cast(Predicate, filter)
     if isinstance(filter, type):
         how = f"To select by the type of values, use OfType({filter.__name__})."
-        if getattr(filter, "_is_node", False):
+        if issubclass(filter, Node):
             how = by_module(filter)
         raise FilterError(f"{filter.__name__} is a class, not a filter. {how}")
+    if callable(filter):
+        return typing.cast(Predicate, filter)
     if isinstance(filter, slice):
         raise FilterError(
             f"{filter!r} is not a filter. To take parts by number, slice the list that holds them, "
@@ -73,11 +73,16 @@ def to_predicate(filter: Filter) -> Predicate:
         hash(filter)
     except TypeError:
         raise FilterError(
-            f"{filter!r:.200} is not a filter. A filter is a collection name, a tuple of filters (any "
-            f"of), ..., None, a callable (path, ref) -> bool, or All, Any, Not, InModule, PathContains, "
-            f"PathMatches, OfType. For a list of filters, write a tuple."
+            f"{filter!r:.200} is not a filter. A filter is {_FILTERS}. For a list of filters, write a "
+            f"tuple."
         ) from None
     return _InCollection(filter)
+
+
+_FILTERS = (
+    "a collection name, a tuple of filters (any of), ..., None, a callable (path, ref) -> bool, or "
+    "All, Any, Not, InModule, PathContains, PathMatches, OfType"
+)
 
 
 def to_predicates(filters: Iterable[Filter]) -> list[Predicate]:
@@ -174,23 +179,31 @@ class _InCollection:
         return repr(self.collection)
 
 
-class _Combinator:
-    def __init__(self, *filters: Filter):
-        self.predicates = tuple(map(to_predicate, filters))
-        self.filters = filters
+class _Selector:
+    """A filter that is made of other values. Equal ones select the same and share programs."""
+
+    def __init__(self, *given: typing.Any):
+        self._given = given
 
     def __call__(self, path: Path, ref: object) -> bool:
         raise NotImplementedError  # pragma: no cover
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(map(repr, self.filters))})"
+        given = [x.__name__ if isinstance(x, type) else repr(x) for x in self._given]
+        return f"{type(self).__name__}({', '.join(given)})"
 
-    # Equal filters give equal partitions, so they may share a compiled program.
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.filters == self.filters
+        return type(other) is type(self) and other._given == self._given
 
     def __hash__(self) -> int:
-        return hash((type(self), self.filters))
+        return hash((type(self), self._given))
+
+
+class _Combinator(_Selector):
+    def __init__(self, *filters: Filter):
+        super().__init__(*filters)
+        self.filters = filters
+        self.predicates = tuple(map(to_predicate, filters))
 
 
 class Any(_Combinator):
@@ -233,7 +246,7 @@ class Not(_Combinator):
         return not self.predicates[0](path, ref)
 
 
-class PathContains:
+class PathContains(_Selector):
     """Selects by path: some component equals `part`, or matches it as a glob (`*`, `?`, `[a-z]`).
 
     Several components joined by dots, as in `"blocks.0"`, match as many that follow one another.
@@ -250,6 +263,7 @@ class PathContains:
                 f"PathContains takes a string, one component of a path or several joined by dots, "
                 f"but got {part!r}."
             )
+        super().__init__(part)
         self.part = part
         self._parts = tuple(part.split("."))
 
@@ -259,17 +273,8 @@ class PathContains:
             len(self._parts) > 1 and _matches(("**", *self._parts, "**"), path)
         )
 
-    def __repr__(self) -> str:
-        return f"PathContains({self.part!r})"
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PathContains) and other.part == self.part
-
-    def __hash__(self) -> int:
-        return hash((PathContains, self.part))
-
-
-class PathMatches:
+class PathMatches(_Selector):
     """Selects by path: all of it matches a glob such as `"blocks.*.attention.**"`.
 
     `*`, `?` and `[a-z]` match within one component, and a component `**` matches any number of them.
@@ -285,20 +290,12 @@ class PathMatches:
             raise FilterError(
                 f"PathMatches takes a string, a glob for a dotted path, but got {glob!r}."
             )
+        super().__init__(glob)
         self.glob = glob
         self._parts = tuple(glob.split(".")) if glob else ()
 
     def __call__(self, path: Path, ref: object) -> bool:
         return _matches(self._parts, path)
-
-    def __repr__(self) -> str:
-        return f"PathMatches({self.glob!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PathMatches) and other.glob == self.glob
-
-    def __hash__(self) -> int:
-        return hash((PathMatches, self.glob))
 
 
 def _matches(parts: Path, path: Path) -> bool:
@@ -309,7 +306,21 @@ def _matches(parts: Path, path: Path) -> bool:
     return bool(path) and fnmatch.fnmatchcase(path[0], parts[0]) and _matches(parts[1:], path[1:])
 
 
-class InModule:
+class _ByClass(_Selector):
+    _takes = "a class"
+
+    def __init__(self, kind: type | types.UnionType | tuple[typing.Any, ...]):
+        kinds: typing.Any = kind if isinstance(kind, tuple) else typing.get_args(kind) or (kind,)
+        if not kinds or not all(isinstance(k, type) for k in kinds):
+            raise FilterError(
+                f"{type(self).__name__} takes {self._takes}, or a tuple of classes, but got {kind!r:.80}."
+            )
+        super().__init__(*kinds)
+        self.kind = kinds[0] if len(kinds) == 1 else kinds
+        self.kinds: tuple[type, ...] = kinds
+
+
+class InModule(_ByClass):
     """Selects by the class of a module: what such a module holds, itself or in a part of it.
 
     An instance of a subclass counts as well. A Ref that several modules share counts where its
@@ -326,48 +337,19 @@ class InModule:
     })
     """
 
-    def __init__(self, kind: type | tuple[type, ...]):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if not kinds or not all(isinstance(k, type) for k in kinds):
-            raise FilterError(
-                f"InModule takes the class of a module, or a tuple of classes, but got {kind!r:.80}."
-            )
-        self.kind = kind
+    _takes = "the class of a module"
 
     def __call__(self, path: Path, ref: object) -> bool:
-        return any(isinstance(n, Name) and issubclass(n.owner, self.kind) for n in path)
-
-    def __repr__(self) -> str:
-        kinds = self.kind if isinstance(self.kind, tuple) else (self.kind,)
-        return f"InModule({', '.join(k.__name__ for k in kinds)})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, InModule) and other.kind == self.kind
-
-    def __hash__(self) -> int:
-        return hash((InModule, self.kind))
+        return any(isinstance(n, Name) and issubclass(n.owner, self.kinds) for n in path)
 
 
-class OfType:
-    """Selects by type: the value of the Ref, or the plain array, is an instance of `kind`.
+class OfType(_ByClass):
+    """Selects by type: the value of the Ref, or the plain array, is an instance of a class.
 
     >>> import jax, refx
     >>> refx.OfType(int)((), refx.Ref(0))
     True
     """
 
-    def __init__(self, kind: type | tuple[type, ...]):
-        self.kind = kind
-
     def __call__(self, path: Path, ref: object) -> bool:
-        return isinstance(ref._value if isinstance(ref, Ref) else ref, self.kind)
-
-    def __repr__(self) -> str:
-        kinds = self.kind if isinstance(self.kind, tuple) else (self.kind,)
-        return f"OfType({', '.join(k.__name__ for k in kinds)})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, OfType) and other.kind == self.kind
-
-    def __hash__(self) -> int:
-        return hash((OfType, self.kind))
+        return isinstance(ref._value if isinstance(ref, Ref) else ref, self.kinds)

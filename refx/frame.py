@@ -12,6 +12,7 @@ import jax
 from refx.trace import EVAL, current_trace, trace_ref
 
 if TYPE_CHECKING:
+    from refx.mutability import Limit
     from refx.ref import Ref
 
 __all__: list[str] = []
@@ -158,25 +159,30 @@ class Frame:
 
 class _Local(threading.local):
     frame: Frame | None
-    # Set by `mutable`: says whether a Ref may be written. None allows everything.
-    allowed: Callable[[Ref[Any]], bool] | None
-    # Set by `mutable` where nothing may change: whether the attributes of a Node are fixed; and the
-    # collections that take note of Nodes made since then.
-    fixed: Callable[[Any], bool] | None
-    made: tuple[Any, ...]
+    # What the surrounding `mutable` allows; None allows everything.
+    limit: Limit | None
     # Whether a walk looks at what a pytree class makes of a module: no Ref counts as read.
     peeking: bool
 
     def __init__(self) -> None:
         # Runs in each thread. As attributes of the instance they are found faster.
         self.frame = None
-        self.allowed = None
-        self.fixed = None
-        self.made = ()
+        self.limit = None
         self.peeking = False
 
 
 local = _Local()
+
+
+def note_made(*made: Any) -> None:
+    """Note Refs and Nodes that are new, where a `mutable` lets only new ones be changed."""
+    if local.limit is not None:
+        local.limit.note_made(made)
+
+
+def trace_of(frame: Frame | None) -> Any:
+    """The trace that a body runs in; without one, that of code outside of every transformation."""
+    return EVAL if frame is None else frame.trace()
 
 
 def is_eager() -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
-from operator import is_
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from refx.dag import refs
@@ -13,11 +12,12 @@ from refx.dagdef import node_paths
 from refx.errors import FilterError, NotMutableError
 from refx.filters import Filter, reads_paths, selects_nothing, to_predicate
 from refx.frame import local
-from refx.node import Node, attributes
+from refx.node import Node
 from refx.partition import dotted
 from refx.ref import Ref
 from refx.selection import check_selection
-from refx.walk import walk
+from refx.snapshot import Contents
+from refx.walk import contents, walk
 
 __all__ = ["mutable"]
 
@@ -50,63 +50,65 @@ def mutable(filter: Filter, tree: Any = None) -> Iterator[None]:
     ...         print(str(error)[:44])
     A Ref (collection 'params', 1.0) was written
     """
-    predicate = to_predicate(filter)
-    if tree is None and reads_paths(filter):
-        raise FilterError(
-            f"The filter {filter!r} looks at paths, so mutable needs the tree to take them from: "
-            f"mutable(filter, tree=model)."
-        )
-    paths = None if tree is None else {cell: path for path, cell in refs(tree).items()}
-    if paths is not None and not any(predicate(path, cell) for cell, path in paths.items()):
-        check_selection(filter, tree)
-    outer = local.allowed
-    frozen = _frozen(tree) if selects_nothing(filter) else contextlib.nullcontext(_nothing)
-
-    def allowed(cell: Ref[Any]) -> bool:
-        if outer is not None and not outer(cell):
-            return False
-        if paths is None:
-            return predicate((), cell) or is_new(cell)
-        path = paths.get(cell)
-        return path is None or predicate(path, cell)
-
+    outer = local.limit
+    local.limit = limit = Limit(outer, filter, tree)
     try:
-        with frozen as is_new:
-            local.allowed = allowed
-            yield
+        yield
     finally:
-        local.allowed = outer
+        local.limit = outer
+    if limit.content is not None:
+        limit.content.check()
 
 
-def _nothing(x: Any) -> bool:
-    return False
+class Limit:
+    """What may be written within one `mutable`, and within those around it.
 
-
-@contextlib.contextmanager
-def _frozen(tree: Any) -> Iterator[Callable[[Any], bool]]:
-    """Within this context the modules of a tree, or all that there are now, may not change.
-
-    It gives a function that says of a Ref or a module whether it was made within.
+    Where the filter selects nothing, `_new` holds the Refs and Nodes that were made within: by id,
+    since a class may define its own hash, and weakly, since those of a body hold tracers.
     """
-    outer, made = local.fixed, local.made
-    # By id, since a class may have a hash of its own; weakly, since those of a body hold tracers.
-    new: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-    content = None if tree is None else _Content(tree)
 
-    def is_new(x: Any) -> bool:
-        return new.get(id(x)) is x
+    def __init__(self, outer: Limit | None, filter: Filter, tree: Any):
+        self._outer = outer
+        self._predicate = to_predicate(filter)
+        if tree is None and reads_paths(filter):
+            raise FilterError(
+                f"The filter {filter!r} looks at paths, so mutable needs the tree to take them from: "
+                f"mutable(filter, tree=model)."
+            )
+        self._paths = None if tree is None else {cell: path for path, cell in refs(tree).items()}
+        paths = self._paths or {}
+        if tree is not None and not any(self._predicate(path, x) for x, path in paths.items()):
+            check_selection(filter, tree)
+        nothing = selects_nothing(filter)
+        self._new: Any = weakref.WeakValueDictionary() if nothing else None
+        self.content = _Content(tree) if nothing and tree is not None else None
 
-    def is_fixed(node: Node) -> bool:
-        return content.holds(node) if content is not None else not is_new(node)
+    def note_made(self, made: Iterable[Any]) -> None:
+        """Note Refs and Nodes that are new."""
+        if self._outer is not None:
+            self._outer.note_made(made)
+        if self._new is not None:
+            self._new.update((id(x), x) for x in made)
 
-    local.made = (*made, new)
-    local.fixed = lambda node: is_fixed(node) or (outer is not None and outer(node))
-    try:
-        yield is_new
-    finally:
-        local.fixed, local.made = outer, made
-    if content is not None:
-        content.check()
+    def lets_write(self, cell: Ref[Any]) -> bool:
+        """Whether a Ref may be given a value."""
+        if self._outer is not None and not self._outer.lets_write(cell):
+            return False
+        if self._paths is None:
+            return self._predicate((), cell) or self._is_new(cell)
+        path = self._paths.get(cell)
+        return path is None or self._predicate(path, cell)
+
+    def lets_change(self, node: Node) -> bool:
+        """Whether the attributes of a Node may be set and deleted."""
+        if self._outer is not None and not self._outer.lets_change(node):
+            return False
+        if self.content is not None:
+            return not self.content.holds(node)
+        return self._new is None or self._is_new(node)
+
+    def _is_new(self, x: Any) -> bool:
+        return self._new is not None and self._new.get(id(x)) is x
 
 
 class _Content:
@@ -114,29 +116,20 @@ class _Content:
 
     def __init__(self, tree: Any):
         found = walk(tree)
-        self._ids = frozenset(map(id, found.objects))
         paths = node_paths(found.dagdef)
-        numbers = {id(x): i for i, x in enumerate(found.objects)}
-        self._items = [(paths[numbers[id(x)]], x, _items(x)) for x in found.containers]
+        self._paths = {id(x): paths[i] for i, x in enumerate(found.objects)}
+        self._containers = found.containers
+        self._content = Contents(list(map(contents, found.containers)))
 
     def holds(self, node: Node) -> bool:
-        return id(node) in self._ids
+        return id(node) in self._paths
 
     def check(self) -> None:
-        for path, container, before in self._items:
-            now = _items(container)
-            if len(now) == len(before) and all(map(is_, now, before)):
-                continue
-            kind = type(container).__name__
+        for i in self._content.changed():
+            container = self._containers[i]
+            path, kind = self._paths[id(container)], type(container).__name__
             where = f"The {kind} at {dotted(path)!r}" if path else f"The {kind}"
             raise NotMutableError(
                 f"{where} was changed, but the surrounding `mutable` lets nothing be changed. Move "
                 f"the change out of it, or change a clone."
             )
-
-
-def _items(container: Any) -> list[Any]:
-    if isinstance(container, list):
-        return list(container)
-    content = attributes(container) if isinstance(container, Node) else container
-    return [x for pair in content.items() for x in pair]

@@ -12,10 +12,12 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from refx.access import check_structure, check_value
+from refx.access import VALUES, check_structure, check_value
+from refx.access import is_identity as is_identity
 from refx.errors import StructureError, ValueTypeError
-from refx.frame import local
+from refx.frame import local, note_made
 from refx.ref import Ref
+from refx.static import SIMPLE, WITH_IDENTITY, Static
 from refx.text import ALTERNATIVES, ours
 from refx.trace import trace_ref
 
@@ -31,9 +33,6 @@ _own_dict = _HasDict.__dict__["__dict__"].__get__
 # Counts the changes of classes of Nodes: after one, every structure is looked at again.
 class_changes = [0]
 
-_NUMBERS = (bool, int, float, complex)
-_ARRAYS = (jax.Array, np.ndarray, np.generic, *_NUMBERS)
-
 
 class Book:
     """What a Node keeps about itself beside its attributes.
@@ -41,7 +40,7 @@ class Book:
     `snapshot` is the structure of the tree below it, remembered. `watchers` are weak references to
     every snapshot that this Node is part of; a change of the Node tells them. `exposed` says that
     somebody holds the dict of its attributes, and can change it without telling. `marks` are the
-    names of attributes that are leaves whatever they hold (see `structure.mark`).
+    names of attributes that are leaves whatever they hold (see `mark` in build.py).
     """
 
     __slots__ = ("_limit", "exposed", "marks", "snapshot", "watchers")
@@ -140,7 +139,6 @@ class Node(_HasDict, metaclass=NodeType):
     # `_dict` is the dict of the attributes, where it is found faster than by its own name.
     __slots__ = ("_book", "_dict", "_frame", "_trace")
 
-    _is_node: ClassVar[bool] = True
     _revision: ClassVar[int] = 0
     # The fields of the class by name, and those of them that need a value before `__init__` runs.
     _fields: ClassVar[dict[str, Any]] = {}
@@ -182,6 +180,7 @@ class Node(_HasDict, metaclass=NodeType):
                     fields.pop(name, None)
         set_on_class(cls, "_fields", fields)
         set_on_class(cls, "_defaults", tuple(f for f in fields.values() if f.has_default))
+        WITH_IDENTITY.add(cls)
         for register in on_subclass:
             register(cls)
 
@@ -208,7 +207,7 @@ class Node(_HasDict, metaclass=NodeType):
         if name in _SLOTS:
             raise StructureError(f"The attribute name {name!r} is taken by refx; choose another.")
         old = attributes(self).get(name, _NOTHING)
-        if type(old) is Ref and isinstance(value, _ARRAYS):
+        if type(old) is Ref and isinstance(value, VALUES):
             raise StructureError(
                 f"Attribute {name!r} of a {type(self).__name__} is a Ref, which an array cannot "
                 f"replace unnoticed: write self.{name}.value = ... to give it a value. To have a "
@@ -239,7 +238,7 @@ class Node(_HasDict, metaclass=NodeType):
     def __dict__(self) -> dict[str, Any]:  # pyright: ignore
         # Whoever holds this dict can change it, and the Node is not asked.
         if self._book is None or not self._book.exposed:
-            expose(self)
+            mark_exposed(self)
         return attributes(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -251,7 +250,10 @@ class Node(_HasDict, metaclass=NodeType):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         marks = None if self._book is None else self._book.marks
-        return _blank, (type(self), marks), self.__getstate__()
+        return _restore, (type(self), marks), self.__getstate__()
+
+
+WITH_IDENTITY.add(Node)
 
 
 def _field_in_instance(node: Node, name: str, field: Any) -> ValueTypeError:
@@ -271,44 +273,41 @@ def _field_in_instance(node: Node, name: str, field: Any) -> ValueTypeError:
 
 
 _NOTHING: Any = object()
-_EXACT = frozenset({int, bool, str, bytes, type(None)})
 
 
 def _are_alike(old: Any, new: Any) -> bool:
     """Whether an attribute that was `old` and is `new` leaves the structure as it was."""
-    if old is new or (isinstance(old, LEAVES) and isinstance(new, LEAVES)):
+    if old is new or (is_array(old) and is_array(new)):
         return True
-    kind = type(old)
-    if kind is float:
-        return type(new) is float and float.hex(old) == float.hex(new)  # pyright: ignore
-    return kind is type(new) and kind in _EXACT and old == new
-
-
-LEAVES = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
-"""What an attribute that holds one is a value: arrays, and what stands for one in `eval_shape`."""
+    return type(old) in SIMPLE and Static(old) == Static(new)
 
 
 def is_array(x: Any) -> bool:
     """Whether `x` is an array attribute, a value; ShapeDtypeStructs stand for one in `eval_shape`."""
-    return isinstance(x, LEAVES)
+    return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
 
 
 _SLOTS = frozenset(Node.__slots__)
 
 
-def make(cls: type, frame: Any, trace: Any, _new: Any = object.__new__) -> Any:
+def make(cls: type, frame: Any, trace: Any) -> Any:
     """A Node without attributes, at a given level: `__init__` has not run and will not."""
+    node = blank(cls, frame, trace)
+    note_made(node)
+    return node
+
+
+def blank(cls: type, frame: Any, trace: Any, _new: Any = object.__new__) -> Any:
+    """`make`, for `build`, which notes what it has made all at once."""
     node = _new(cls)
     _set_dict(node, _own_dict(node))
     _set_frame(node, frame)
     _set_trace(node, trace)
     _set_book(node, None)
-    for made in local.made:
-        made[id(node)] = node
     return node
 
 
-def _blank(cls: type, marks: dict[Any, Any] | None = None) -> Any:
+def _restore(cls: type, marks: dict[Any, Any] | None = None) -> Any:
     node = make(cls, local.frame, trace_ref())
     if marks is not None:
         book(node).marks = marks
@@ -344,7 +343,7 @@ def tell(node: Node) -> None:
         node._book.tell()
 
 
-def expose(node: Node) -> None:
+def mark_exposed(node: Node) -> None:
     """Have every tree that holds `node` compare it item by item from now on."""
     book(node).exposed = True
     tell(node)
@@ -358,11 +357,6 @@ def is_exposed(node: Node) -> bool:
         or cls.__setattr__ is not Node.__setattr__
         or cls.__delattr__ is not Node.__delattr__
     )
-
-
-def is_identity(x: Any) -> bool:
-    """Whether `x` is a Ref or a Node: a thing with an identity that a pytree walk must not enter."""
-    return isinstance(x, (Ref, Node))
 
 
 def _flatten_method(method: types.MethodType) -> tuple[tuple[Any, ...], Any]:

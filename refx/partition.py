@@ -12,7 +12,7 @@ import jax.export
 
 from refx.buffers import dead_error, is_dead
 from refx.errors import StructureError, UnknownPathError
-from refx.text import array_text
+from refx.text import array_text, is_arraylike
 
 __all__ = ["Partition"]
 
@@ -204,7 +204,7 @@ class Partition(Mapping[Path, Any]):
     def __repr__(self) -> str:
         lines = [
             f"  {'.'.join(p)!r}: {_short(v)},"
-            for p, v in itertools.islice(self._items.items(), _MOST)
+            for p, v in itertools.islice(self._items.items(), _SHOWN)
         ]
         rest = len(self._items) - len(lines)
         if rest:
@@ -237,7 +237,7 @@ def listed(paths: Any, most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-_MOST = 200
+_SHOWN = 200
 
 
 class _Text:
@@ -251,11 +251,7 @@ class _Text:
 
 
 def _short(value: Any) -> str:
-    return repr(jax.tree.map(lambda x: _Text(x) if _is_array(x) else x, value))
-
-
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
+    return repr(jax.tree.map(lambda x: _Text(x) if is_arraylike(x) else x, value))
 
 
 def _flatten(p: Partition) -> tuple[tuple[Any, ...], Hashable]:

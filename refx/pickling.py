@@ -15,7 +15,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-from refx.dagdef import DagDef, NodeDef, RefDef, Tree
+from refx.dagdef import DagDef, RefDef, parts
 from refx.errors import UnpicklableStaticError
 from refx.partition import Path, dotted
 from refx.static import Static
@@ -52,15 +52,15 @@ def _reduce_dagdef(dagdef: DagDef) -> tuple[Any, ...]:
     pickler = sys._getframe(1).f_locals.get("self")
     kinds = (pickle.Pickler, pickle._Pickler)  # pyright: ignore[reportAttributeAccessIssue]
     if not isinstance(pickler, kinds) or type(pickler) in kinds:
-        for link, static in _statics(dagdef):
-            _check(link, static)
+        for path, static in _statics(dagdef):
+            _check(path, static)
     return dagdef.__reduce__()
 
 
 _PICKLABLE = frozenset({int, float, bool, str, complex, bytes, type(None)})
 
 
-def _check(link: Any, static: Static) -> None:
+def _check(path: Path, static: Static) -> None:
     value = static.value
     if type(value) in _PICKLABLE:
         return
@@ -68,7 +68,6 @@ def _check(link: Any, static: Static) -> None:
         pickle.dumps(static)
     except Exception as error:
         what = getattr(value, "__qualname__", None) or type(value).__qualname__
-        path = _path(link)
         where = f"Attribute {dotted(path)!r}" if path else "The tree"
         raise UnpicklableStaticError(
             f"{where} is {what}, which pickle cannot write ({error}). Define a function with `def` "
@@ -77,32 +76,15 @@ def _check(link: Any, static: Static) -> None:
         ) from error
 
 
-def _statics(dagdef: DagDef) -> Iterator[tuple[Any, Static]]:
-    """Every static value with its path, a linked list, since a tree may be deep."""
-    seen: set[int] = set()
-    todo: list[tuple[Any, Any]] = [(dagdef.root, None)]
-    while todo:
-        child, link = todo.pop()
-        if type(child) is int:
-            if child in seen:
-                continue
-            seen.add(child)
-            child = dagdef.nodes[child]
-        if isinstance(child, Static):
-            yield link, child
-        elif isinstance(child, RefDef):
-            yield link, child.collection
-            yield from (((link, name), fact) for name, fact in child.metadata)
-        elif isinstance(child, NodeDef | Tree):
-            todo += [(c, (link, name)) for name, c in zip(child.names, child.children, strict=True)]
-
-
-def _path(link: Any) -> Path:
-    parts: list[str] = []
-    while link is not None:
-        link, name = link
-        parts.append(str(name))
-    return tuple(reversed(parts))
+def _statics(dagdef: DagDef) -> Iterator[tuple[Path, Static]]:
+    """Every static value with its path."""
+    for part, path in parts(dagdef):
+        node = dagdef.nodes[part] if type(part) is int else part
+        if isinstance(node, Static):
+            yield path, node
+        elif isinstance(node, RefDef):
+            yield path, node.collection
+            yield from (((*path, name), fact) for name, fact in node.metadata)
 
 
 copyreg.pickle(Static, _reduce_static)  # pyright: ignore

@@ -1,7 +1,7 @@
 """Nodes as plain JAX pytrees: a Node is the tuple of its values, each shared Ref once.
 
-That is value semantics: what JAX rebuilds is another Node with Refs of its own, and JAX has no way
-to write into the caller's. So a Node that is rebuilt around tracers may be read but not written.
+That is value semantics: what JAX rebuilds is another Node with other Refs, and JAX has no way to
+write into the caller's. So a Node that is rebuilt around tracers may be read but not written.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from refx.access import label
 from refx.buffers import CONCRETE
 from refx.build import build
 from refx.dagdef import DagDef
+from refx.describe import copies
 from refx.node import Node, is_array, on_subclass
 from refx.partition import dotted
 from refx.ref import Ref, is_value_copy
@@ -31,8 +32,8 @@ class _PathKey(jax.tree_util.GetAttrKey):
 
 
 def _flatten(node: Node) -> tuple[list[Any], DagDef]:
-    kept = snapshot(node)
-    return kept.values() + kept.leaves(), kept.dagdef
+    snap = snapshot(node)
+    return snap.values() + snap.leaves(), snap.dagdef
 
 
 def _flatten_with_keys(node: Node) -> tuple[list[tuple[Any, Any]], DagDef]:
@@ -41,7 +42,8 @@ def _flatten_with_keys(node: Node) -> tuple[list[tuple[Any, Any]], DagDef]:
     return list(zip(keys, values, strict=True)), dagdef
 
 
-def _unflatten(dagdef: DagDef, children: Any) -> Any:
+def unflatten(dagdef: DagDef, children: Any) -> Any:
+    """A Node around what JAX puts in the place of its values."""
     children = list(children)
     # Nearly always all of them are arrays, and no program is traced.
     arrays = CONCRETE.issuperset(map(type, children)) and current_trace(()) is EVAL
@@ -49,14 +51,16 @@ def _unflatten(dagdef: DagDef, children: Any) -> Any:
     trace = READ_ONLY if copied else None
     count = len(dagdef.ref_paths)
     root, objects = build(dagdef, children, children[count:], trace=trace)
-    if not arrays and not copied and not all(map(is_array, children[:count])):
+    if copied:
+        copies[root] = dagdef, [x for x in objects if type(x) is Ref]
+    elif not arrays and not all(map(is_array, children[:count])):
         label(x for x in objects if type(x) is Ref)
     return root
 
 
 def register(cls: type[Node]) -> None:
     """Make a subclass of Node known to JAX."""
-    jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, _unflatten, _flatten)
+    jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, unflatten, _flatten)
 
 
 on_subclass.append(register)

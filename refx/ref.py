@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, final
 
@@ -12,10 +12,9 @@ from jax.core import Tracer
 from refx.access import check_value, is_label, label, read, write
 from refx.buffers import CONCRETE
 from refx.describe import summary
-from refx.errors import UnhashableStaticError, ValueTypeError
-from refx.frame import Frame, local
-from refx.static import Static
-from refx.text import ours
+from refx.errors import UnhashableStaticError
+from refx.frame import Frame, local, note_made
+from refx.static import WITH_IDENTITY, Static
 from refx.trace import EVAL, LABEL, READ_ONLY, current_trace, trace_ref
 
 __all__ = ["Ref"]
@@ -23,6 +22,12 @@ __all__ = ["Ref"]
 T = TypeVar("T")
 
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
+
+
+def metadata_of(facts: Iterable[tuple[str, Any]]) -> Mapping[str, Any]:
+    """Facts about a Ref, as it keeps them: nobody changes them."""
+    found = dict(facts)
+    return MappingProxyType(found) if found else _NO_METADATA
 
 
 # What a library does with the value of a new Ref that has metadata, such as a sharding.
@@ -67,17 +72,15 @@ class Ref(Generic[T]):
         _check_hashable("collection", collection)
         for name, fact in metadata.items():
             _check_hashable(f"metadata {name!r}", fact)
-        check_type(value)
         check_value(None, value)
         if metadata and at_birth is not None:
             value = at_birth(value, collection, metadata)
         self._value = value
         self._collection = collection
-        self._metadata = MappingProxyType(metadata) if metadata else _NO_METADATA
+        self._metadata = metadata_of(metadata.items())
         self._frame = local.frame
         self._trace = trace_ref()
-        for made in local.made:
-            made[id(self)] = self
+        note_made(self)
 
     @property
     def value(self) -> T:
@@ -95,7 +98,6 @@ class Ref(Generic[T]):
 
     @value.setter
     def value(self, value: T) -> None:
-        check_type(value)
         write(self, value)
 
     @property
@@ -120,6 +122,9 @@ class Ref(Generic[T]):
         return _restore, (self.value, self._collection, dict(self._metadata))
 
 
+WITH_IDENTITY.add(Ref)
+
+
 def _no_arithmetic(self: Ref[Any], *others: Any, **options: Any) -> Any:
     raise TypeError(
         f"{self!r} is a cell that holds a value, not the value: use .value, as in ref.value + 1."
@@ -136,12 +141,10 @@ setattr(Ref, "__jax_array__", property(_no_arithmetic))  # noqa: B010
 
 
 def _restore(value: Any, collection: Hashable, metadata: Any) -> Ref[Any]:
-    facts = MappingProxyType(metadata) if metadata else _NO_METADATA
     # Also of what JAX puts in the place of an array and no `Ref(...)` takes.
     at = LABEL if is_label(value) else trace_ref()
-    ref = make(value, collection, facts, local.frame, at)
-    for made in local.made:
-        made[id(ref)] = ref
+    ref = make(value, collection, metadata_of(metadata.items()), local.frame, at)
+    note_made(ref)
     return ref
 
 
@@ -173,27 +176,6 @@ def _check_hashable(what: str, fact: Any) -> None:
         ) from None
 
 
-def check_type(value: Any) -> None:
-    """Raise if `value` is or holds a Ref or a module: a cell holds values only."""
-    if isinstance(value, jax.Array):
-        return
-    if isinstance(value, Ref) or getattr(type(value), "_is_node", False):
-        found: Any = value
-    else:
-        leaves = jax.tree.leaves(value, is_leaf=_is_identity)
-        found = next((x for x in leaves if _is_identity(x)), None)
-    if found is not None:
-        raise ValueTypeError(
-            f"The value of a Ref must be a pytree of arrays and scalars, but it holds a "
-            f"{type(found).__name__}. Put that in an attribute, a list or a dict of the module; to "
-            f"tie two fields, assign the Ref to the field: decoder.w = {ours('get_ref')}(encoder, 'w')."
-        )
-
-
-def _is_identity(x: Any) -> bool:
-    return isinstance(x, Ref) or getattr(type(x), "_is_node", False)
-
-
 def is_value_copy(leaves: Any) -> bool:
     """Whether what JAX rebuilds from `leaves` here is a copy whose updates could reach nobody."""
     return current_trace(()) is not EVAL or any(isinstance(x, Tracer) for x in leaves)
@@ -212,10 +194,10 @@ def _flatten_with_keys(ref: Ref[Any]) -> tuple[tuple[tuple[Any, Any]], Any]:
 def _unflatten(aux: Any, children: Any) -> Ref[Any]:
     collection, metadata = aux
     copied = is_value_copy(jax.tree.leaves(children[0]))
-    facts = MappingProxyType({k: v.value for k, v in metadata})
-    ref = make(
-        children[0], collection.value, facts, local.frame, READ_ONLY if copied else trace_ref()
-    )
+    facts = metadata_of((name, fact.value) for name, fact in metadata)
+    at = READ_ONLY if copied else trace_ref()
+    ref = make(children[0], collection.value, facts, local.frame, at)
+    note_made(ref)
     if not copied:
         label([ref])
     return ref

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,7 @@ def mistake(filter: Filter, *trees: Any) -> str | None:
         parts = filter if isinstance(filter, tuple) else filter.filters
         return next((text for part in parts if (text := mistake(part, *trees))), None)
     if isinstance(filter, OfType):
-        kinds = filter.kind if isinstance(filter.kind, tuple) else (filter.kind,)
-        module = next((kind for kind in kinds if getattr(kind, "_is_node", False)), None)
+        module = next((kind for kind in filter.kinds if issubclass(kind, Node)), None)
         return None if module is None else f"{filter!r} selects nothing. {by_module(module)}"
     if isinstance(filter, InModule) and trees and all(isinstance(t, Partition) for t in trees):
         return (
@@ -108,16 +108,15 @@ def _matches_any(glob: str, paths: tuple[Path, ...]) -> bool:
     return any(matches(path, None) for path in paths)
 
 
-def follow(tree: Any, path: Path) -> Any:
-    """What a tree holds at a path, or None."""
-    at = tree
+def follow(tree: Any, path: Iterable[str]) -> Any:
+    """What a path leads to, be it the first path of that or another; None where it leads nowhere."""
     for name in path:
-        if isinstance(at, list | tuple) and name.isdecimal() and int(name) < len(at):
-            at = at[int(name)]
-        elif isinstance(at, dict):
-            at = {str(key): value for key, value in at.items()}.get(name)
-        elif isinstance(at, Node):
-            at = attributes(at).get(name)
+        if isinstance(tree, Node):
+            tree = attributes(tree).get(name)
+        elif isinstance(tree, dict):
+            tree = next((x for key, x in tree.items() if str(key) == name), None)
+        elif isinstance(tree, list | tuple) and name.isdecimal() and int(name) < len(tree):
+            tree = tree[int(name)]
         else:
             return None
-    return at
+    return tree

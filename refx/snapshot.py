@@ -18,10 +18,10 @@ import jax
 
 from refx.access import read
 from refx.dagdef import DagDef
-from refx.frame import local
+from refx.frame import local, trace_of
 from refx.node import Node, book, class_changes, is_array, is_exposed
 from refx.ref import Ref
-from refx.trace import EVAL, LABEL, current_trace, trace_ref
+from refx.trace import LABEL, current_trace, trace_ref
 from refx.walk import Walk, contents, walk
 
 __all__: list[str] = []
@@ -67,11 +67,11 @@ class Snapshot:
         # By id, all that another tree could share with this one.
         self.identities = frozenset(map(id, found.objects))
         self._places = found.places
-        # An array in a tuple cannot be replaced without the tuple, so those are kept as they are.
+        # An array in a tuple cannot be replaced without replacing the tuple, so the array is enough.
         self._leaves = [
             x if p[0] is None else None for x, p in zip(found.leaves, found.places, strict=True)
         ]
-        # Where all Refs were made; False is no frame, so Refs of several levels compare with none.
+        # The frame that all Refs were made in. Refs of several levels have False, which is no frame.
         self.frame: Any = _common(found.refs, "_frame", False)
         self.trace: Any = _common(found.refs, "_trace", None)
         self.has_labels = any([r._trace is LABEL for r in found.refs])
@@ -100,7 +100,7 @@ class Snapshot:
     def values(self, tree: Any = None) -> list[Any]:
         """The values of the Refs, as seen from here; `tree` is what they are read of."""
         frame = local.frame
-        if self.frame is frame and current_trace(()) is (EVAL if frame is None else frame.trace()):
+        if self.frame is frame and current_trace(()) is trace_of(frame):
             return [r._value for r in self.refs]
         owner = tree if isinstance(tree, Node) else None
         return [read(r, owner) for r in self.refs]
@@ -109,7 +109,7 @@ class Snapshot:
         """Whether all Refs may be written here, without asking each of them."""
         return (
             self.frame is local.frame
-            and local.allowed is None
+            and local.limit is None
             and (self.frame is None or not self.frame.captured_as_constant)
             and self.trace is not None
             and self.trace() is current_trace(())
@@ -146,7 +146,7 @@ def _common(refs: list[Ref[Any]], name: str, otherwise: Any) -> Any:
 def _comparisons(found: Walk) -> tuple[Any, ...]:
     """What has to be compared to see whether a tree is as it was."""
     plain: list[Any] = list(found.contents)
-    parts: list[Any] = [_Opaque(*o) for o in found.opaque]
+    parts: list[Any] = [_PytreeObject(*o) for o in found.opaque]
     for container in found.containers:
         if isinstance(container, Node) and not is_exposed(container):
             continue
@@ -221,7 +221,7 @@ class _WithArrays:
         )
 
 
-class _Opaque:
+class _PytreeObject:
     """An instance of a registered pytree class, which may change in ways that only it knows."""
 
     __slots__ = ("_children", "_obj", "_treedef")

@@ -21,6 +21,8 @@ __all__: list[str] = []
 
 # Of these, `==` between two values of one type is right.
 _PLAIN = frozenset({int, bool, str, bytes, type(None), type, type(len), types.FunctionType})
+# These cannot change, and hold nothing.
+SIMPLE = frozenset({int, float, bool, str, complex, bytes, type(None), type(len), type})
 _CONTAINERS = (list, dict, set, bytearray, collections.deque, np.ndarray, jax.Array)
 # Packages whose objects count by their `==`: they are not changed in place, or keep caches beside
 # their content. Every installed package is one; a package under development adds its name.
@@ -29,6 +31,10 @@ TRUSTED = set(sys.stdlib_module_names) | {"jax", "jaxlib", "numpy", "ml_dtypes",
 _DEPTH = 4
 # The depth at which `exact` reads lists and dicts, too, as those inside of a static value.
 NESTED = _DEPTH - 1
+
+
+WITH_IDENTITY: set[type] = set()
+"""The classes whose instances are what they are, whatever they hold: Ref, and each class of Nodes."""
 
 
 class Static:
@@ -102,7 +108,7 @@ def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
     hashable = kind.__hash__ is not None
     if hashable and _is_trusted(kind.__module__):
         return (kind, Same(value)) if by_identity else (kind, value)
-    if isinstance(value, type | types.ModuleType) or getattr(kind, "_is_node", False):
+    if isinstance(value, type | types.ModuleType) or kind in WITH_IDENTITY:
         return kind, Same(value)
     if isinstance(value, _CONTAINERS):
         # It has no hash, which whoever asks for one has to explain.

@@ -26,9 +26,26 @@ ALTERNATIVES = {
 """What messages advise, by what it does. A library on top of this one puts its own names here."""
 
 
+def is_arraylike(x: Any) -> bool:
+    """Whether `x` has a shape and a dtype, so that its data need not be looked at."""
+    return not isinstance(x, type) and hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+ADVICE: dict[Any, str] = {}
+"""By collection, what a message of a write that is not allowed adds. A library on top puts its own here."""
+
+
 def array_text(x: Any, dtype: Any = None) -> str:
     """`float32[8,128]`, of anything with a shape and a dtype; no data is read."""
     return f"{x.dtype if dtype is None else dtype}[{','.join(map(str, x.shape))}]"
+
+
+def key_name(key: Any) -> str:
+    """What JAX's key of a part of a pytree is called: `kernel`, `0`."""
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
 
 
 def ours(name: str) -> str:

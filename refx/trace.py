@@ -54,10 +54,10 @@ class Marker:
 
 READ_ONLY = Marker("read-only")
 CONSTANT = Marker("constant")
-# Of a Ref that JAX rebuilt around what is no array: a bool of a mask, an axis, a shape, a sharding.
-# It may be read anywhere, as a constant of the program, and written where no program runs.
+# For a Ref that JAX rebuilt around something that is not an array: a bool of a mask, an axis, a
+# shape, a sharding. Any program may read it, as a constant. It is written where no program runs.
 LABEL = Marker("label")
-# Of a Ref of a frozen tree: any program may read it as a constant, and nobody may write it.
+# For a Ref of a frozen tree: any program may read it as a constant, and nobody may write it.
 FROZEN = Marker("frozen")
 
 
@@ -70,7 +70,7 @@ def runs(trace: Any) -> bool:
 
 
 def program_between(home: Any, trace: Any) -> Any:
-    """The trace between `trace` and `home` that becomes a program, and is kept; None without one."""
+    """The trace from `trace` out to `home` whose program JAX keeps; None if there is none."""
     while trace is not None and trace is not home:
         if type(trace).__name__ == "DynamicJaxprTrace":
             return trace

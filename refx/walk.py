@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from refx.dagdef import DagDef, Leaf, NodeDef, PathName, RefDef, Tree, intern, parts_of
 from refx.errors import StructureError, UnhashableStaticError
-from refx.frame import local
-from refx.node import LEAVES, Node, attributes, is_array, is_identity
+from refx.node import Node, attributes, is_array, is_identity
+from refx.opened import hides, opened
 from refx.partition import Name, Partition, Path, dotted
 from refx.ref import Ref
-from refx.static import Static
-from refx.text import ALTERNATIVES
+from refx.static import SIMPLE, WITH_IDENTITY, Static
+from refx.text import ALTERNATIVES, key_name
 from refx.trace import FROZEN
 
 __all__: list[str] = []
@@ -42,7 +43,7 @@ class Walk(NamedTuple):
     functions: list[tuple[str, Any]]
 
 
-_STATIC = frozenset({int, float, bool, str, complex, bytes, type(None), type(len), type})
+_NO_ARRAYS = SIMPLE | {list, dict, tuple}
 
 
 def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) -> Walk:
@@ -69,13 +70,18 @@ def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
         if alias is not None:
             obj = alias.get(id(obj), obj)
         kind = type(obj)
-        if mark is True:
+        known = kind in WITH_IDENTITY
+        if mark is True or (not known and kind not in _NO_ARRAYS and is_array(obj)):
             place[position] = Leaf(len(found.leaves))
             found.leaves.append(obj)
             found.places.append((holder, link[1] if link is not None else None))
-        elif kind in _STATIC:
+            continue
+        if kind in SIMPLE:
             place[position] = Static(obj)
-        elif kind is Ref or kind is list or kind is dict or isinstance(obj, Node) or _hides(obj):
+            continue
+        fields: Mapping[str, Any] = {}
+        content = None
+        if known or kind is list or kind is dict or hides(obj):
             number = numbers.get(id(obj))
             if number is not None:
                 place[position] = number
@@ -84,45 +90,37 @@ def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             found.objects.append(obj)
             if kind is Ref:
                 found.refs.append(obj)  # pyright: ignore[reportArgumentType]
-                definition = ref_def(obj._collection, obj._metadata.items())  # pyright: ignore
-                frozen = obj._trace is FROZEN
-                nodes.append(definition._replace(frozen=True) if frozen else definition)
+                nodes.append(_ref_def(obj))  # pyright: ignore[reportArgumentType]
                 continue
-            is_node = isinstance(obj, Node)
-            content = contents(obj)
             found.containers.append(obj)
+            content = contents(obj)
             names = tuple(range(len(content))) if kind is list else tuple(content)
             values = list(content) if kind is list else list(content.values())
-            fields = obj._fields if is_node else {}
-            if is_node:
-                mark = obj._book.marks if obj._book is not None else None
             children: list[Any] = [None] * len(names)
-            frozen = is_node and obj._trace is FROZEN
-            nodes.append((kind, names, children, obj._revision if is_node else 0, frozen))
-            for i in range(len(names) - 1, -1, -1):
-                field = fields.get(names[i])  # pyright: ignore
-                if field is not None and not field.is_ref:
-                    children[i] = _static(values[i], (link, names[i]), skip, found)
-                else:
-                    inner = mark.get(names[i]) if type(mark) is dict else None
-                    todo.append((values[i], (link, names[i]), children, i, content, inner))
-        elif is_array(obj):
-            place[position] = Leaf(len(found.leaves))
-            found.leaves.append(obj)
-            found.places.append((holder, link[1] if link is not None else None))
+            if known:
+                fields = obj._fields
+                mark = obj._book.marks if obj._book is not None else None
+                nodes.append((kind, names, children, obj._revision, obj._trace is FROZEN))
+            else:
+                nodes.append((kind, names, children))
         else:
             keyed, treedef = _one_level(obj)
-            if len(keyed) == 1 and keyed[0][1] is obj:
+            values = [x for _, x in keyed]
+            if len(values) == 1 and values[0] is obj:
                 place[position] = _static(obj, link, skip, found)
                 continue
             names = _names(obj, keyed)
-            children = [None] * len(keyed)
+            children = [None] * len(names)
             place[position] = (treedef, names, children)
             if not isinstance(obj, tuple):
-                found.opaque.append((obj, treedef, [x for _, x in keyed]))
-            for i in range(len(keyed) - 1, -1, -1):
+                found.opaque.append((obj, treedef, values))
+        for i in range(len(names) - 1, -1, -1):
+            field = fields.get(names[i])  # pyright: ignore[reportArgumentType]
+            if field is not None and not field.is_ref:
+                children[i] = _static(values[i], (link, names[i]), skip, found)
+            else:
                 inner = mark.get(names[i]) if type(mark) is dict else None
-                todo.append((keyed[i][1], (link, names[i]), children, i, None, inner))
+                todo.append((values[i], (link, names[i]), children, i, content, inner))
     # Of several trees together, one may close over another: it is an input, too.
     for where, x in found.functions if not skip else ():
         if id(x) in numbers:
@@ -148,69 +146,25 @@ def contents(container: Any) -> Any:
     return container if isinstance(container, list | dict) else vars(container)
 
 
-def _hides(obj: Any) -> bool:
-    """Whether `obj` is a pytree whose class takes apart the modules or Refs that it holds.
-
-    Its leaves would be the values of their Refs, so a copy of it would have Refs of its own, that
-    nobody trains. So it is walked as an object: by its attributes.
-    """
-    if not _has_attributes(obj):
-        return False
-    outer, local.peeking = local.peeking, True
-    try:
-        leaves = jax.tree.leaves(obj, is_leaf=is_identity)
-        if len(leaves) == 1 and leaves[0] is obj:
-            return False
-        seen = set(map(id, leaves))
-        return any(id(x) not in seen for x in _held_by_attributes(obj))
-    finally:
-        local.peeking = outer
-
-
-def _has_attributes(obj: Any) -> bool:
-    """Whether `obj` may be a pytree of a class of its own, with a dict of attributes."""
-    kind = type(obj)
-    if isinstance(obj, tuple) or kind in _STATIC or kind in _NO_PYTREES or is_array(obj):
-        return False
-    if isinstance(obj, type | types.ModuleType) or is_identity(obj):
-        return False
-    held = getattr(obj, "__dict__", None)
-    return type(held) is dict and bool(held)
-
-
-def _held_by_attributes(obj: Any) -> Iterator[Any]:
-    """The Refs and Nodes that an object and the pytrees in it hold in their attributes."""
-    todo, seen = [obj], {id(obj)}
-    while todo:
-        at = todo.pop()
-        for x in jax.tree.leaves(vars(at), is_leaf=lambda x: is_identity(x) or _has_attributes(x)):
-            if is_identity(x):
-                yield x
-            elif id(x) not in seen and _has_attributes(x) and not jax.tree_util.all_leaves([x]):
-                seen.add(id(x))
-                todo.append(x)
-
-
-_NO_PYTREES = frozenset({types.FunctionType, types.MethodType, functools.partial})
-
-
 def _identities(items: Iterable[Any]) -> list[Any]:
     """The Refs and Nodes in some objects and in their lists, tuples and dicts."""
     return [x for x in jax.tree.leaves(list(items), is_leaf=is_identity) if is_identity(x)]
 
 
-_plain_refs: dict[str, RefDef] = {}
+_known_refs: dict[tuple[str, bool], RefDef] = {}
 
 
-def ref_def(collection: Any, metadata: Collection[tuple[str, Any]]) -> RefDef:
+def _ref_def(ref: Ref[Any]) -> RefDef:
     """What the structure says of a Ref."""
-    if not metadata and type(collection) is str:
-        # As nearly all are.
-        known = _plain_refs.get(collection)
-        if known is None:
-            known = _plain_refs[collection] = RefDef(Static(collection), ())
-        return known
-    return RefDef(Static(collection), tuple((k, Static(v)) for k, v in metadata))
+    collection, frozen = ref._collection, ref._trace is FROZEN
+    if ref._metadata or type(collection) is not str:
+        facts = tuple((k, Static(v)) for k, v in ref._metadata.items())
+        return RefDef(Static(collection), facts, frozen)
+    # As nearly all are.
+    known = _known_refs.get((collection, frozen))
+    if known is None:
+        known = _known_refs[collection, frozen] = RefDef(Static(collection), (), frozen)
+    return known
 
 
 def _types(kind: type, names: tuple[Any, ...]) -> tuple[type, ...]:
@@ -226,11 +180,12 @@ def _one_level(obj: Any) -> Any:
 def _names(obj: Any, keyed: Any) -> tuple[Any, ...]:
     if isinstance(obj, Partition):
         return tuple(map(PathName, obj))
-    return tuple(_name(path[0]) for path, _ in keyed)
+    return tuple(key_name(path[0]) for path, _ in keyed)
 
 
 def leaves_by_path(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """The leaves of a pytree, where Refs and Nodes are leaves, with the paths that a DagDef has."""
+    tree = tree if path else opened(tree)
     keyed = [] if is_identity(tree) else _one_level(tree)[0]
     if is_identity(tree) or (len(keyed) == 1 and keyed[0][1] is tree):
         yield path, tree
@@ -244,13 +199,6 @@ def _freeze(child: Any) -> Any:
         treedef, names, children = child
         return Tree(treedef, names, tuple(map(_freeze, children)))
     return child
-
-
-def _name(key: Any) -> str:
-    for attribute in ("name", "key", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 def _path(link: Any) -> Path:
@@ -282,23 +230,32 @@ def _static(obj: Any, link: Any, skip: int, found: Walk) -> Static:
             f"{where} is a {type(obj).__name__}, an iterator, which may hold Refs or modules that "
             f"cannot be seen, and is used up when it is read. Use a list or a tuple."
         )
-    held: Any = obj if isinstance(obj, frozenset) else jax.tree.leaves(obj, is_leaf=is_identity)
-    if isinstance(obj, functools.partial):
-        parts = (obj.func, obj.args, obj.keywords)
-        held = [*held, *jax.tree.leaves(parts, is_leaf=is_identity)]
-    if not isinstance(obj, type | types.FunctionType | types.ModuleType):
-        held = [*held, *getattr(obj, "__dict__", {}).values()]
     if isinstance(obj, types.FunctionType):
         found.functions.extend((where, x) for x in _identities(_closed_over(obj)))
-    if hasattr(obj, "__wrapped__") and not isinstance(obj, type):
-        held = [*held, *jax.tree.leaves(_wrapped(obj), is_leaf=is_identity)]
-    if any(map(is_identity, held)):
+    if _holds_identities(obj):
         raise StructureError(
             f"{where} is a {type(obj).__name__} that holds Refs or modules, but it is static, so "
             f"their updates would not be seen, and a copy would go on with the old ones. Use a list, "
             f"a tuple or a dict in an ordinary attribute; {ALTERNATIVES['holder']}."
         )
     return static
+
+
+def _holds_identities(obj: Any) -> bool:
+    """Whether a static object has Refs or Nodes where a look at it finds them."""
+    direct: list[Any] = list(obj) if isinstance(obj, frozenset) else []
+    inside: list[Any] = [obj]
+    if isinstance(obj, functools.partial):
+        inside += [obj.func, obj.args, obj.keywords]
+    if not isinstance(obj, type | types.FunctionType | types.ModuleType):
+        direct += getattr(obj, "__dict__", {}).values()
+    at: Any = None if isinstance(obj, type) else obj
+    while hasattr(at, "__wrapped__"):
+        # A decorated function: what its wrappers hold, and what they go on to.
+        inside += _cells(at)
+        at = at.__wrapped__
+        inside.append(at)
+    return any(map(is_identity, direct)) or bool(_identities(inside))
 
 
 def _closed_over(fn: types.FunctionType) -> list[Any]:
@@ -310,8 +267,7 @@ def _closed_over(fn: types.FunctionType) -> list[Any]:
         if id(at) in seen:
             continue
         seen.add(id(at))
-        cells = [getattr(c, "cell_contents", None) for c in at.__closure__ or ()]
-        for x in (*cells, *(at.__defaults__ or ()), *(at.__kwdefaults__ or {}).values()):
+        for x in (*_cells(at), *(at.__defaults__ or ()), *(at.__kwdefaults__ or {}).values()):
             if isinstance(x, types.FunctionType):
                 todo.append(x)
             else:
@@ -319,24 +275,20 @@ def _closed_over(fn: types.FunctionType) -> list[Any]:
     return found
 
 
+def _cells(fn: Any) -> list[Any]:
+    """What the variables hold that a function has from the functions around it."""
+    found: list[Any] = []
+    for cell in getattr(fn, "__closure__", None) or ():
+        # A variable that is not bound yet has nothing.
+        with contextlib.suppress(ValueError):
+            found.append(cell.cell_contents)
+    return found
+
+
 def _holds_arrays(static: Static) -> bool:
     """Whether an object that counts by its attributes has arrays among them."""
     parts = [x for c in static.contents for x in (c.values() if isinstance(c, dict) else c)]
-    return any(isinstance(x, LEAVES) for x in parts)
-
-
-def _wrapped(obj: Any) -> list[Any]:
-    """What a decorated function goes on to, and what its wrappers hold."""
-    found: list[Any] = []
-    while hasattr(obj, "__wrapped__"):
-        for cell in getattr(obj, "__closure__", None) or ():
-            try:
-                found.append(cell.cell_contents)
-            except ValueError:
-                continue  # a variable that is not bound yet
-        obj = obj.__wrapped__
-        found.append(obj)
-    return found
+    return any(is_array(x) for x in parts)
 
 
 def _clip(obj: Any) -> str:

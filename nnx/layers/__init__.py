@@ -32,6 +32,7 @@ from jax.nn import (
 )
 from jax.numpy import tanh
 
+from nnx.layers._cell import RNNCellBase
 from nnx.layers.adaptive_pooling import adaptive_avg_pool, adaptive_max_pool
 from nnx.layers.attention import MultiHeadAttention
 from nnx.layers.attention_functions import dot_product_attention, dot_product_attention_weights
@@ -71,7 +72,6 @@ from nnx.layers.recurrent import (
     GRUCell,
     LSTMCell,
     OptimizedLSTMCell,
-    RNNCellBase,
     SimpleCell,
 )
 from nnx.layers.rnn import RNN, Bidirectional, flip_sequences

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nnx.fields import param
 from nnx.layers._common import (
     Dtype,
     Initializer,
@@ -20,7 +21,7 @@ from nnx.layers._common import (
 from nnx.layers._moments import mean_square, moments
 from nnx.layers._numerics import result_dtype, wide
 from nnx.layers._sharding import fitted
-from nnx.module import Module, param
+from nnx.module import Module
 
 Axes = int | Sequence[int]
 

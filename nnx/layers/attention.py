@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nnx.fields import ref
 from nnx.layers._attention_parts import (
     check_inputs,
     check_mask,
@@ -32,7 +33,7 @@ from nnx.layers._out_sharding import OutSharding, explain_sharding, fewer_heads
 from nnx.layers.attention_functions import dot_product_attention
 from nnx.layers.linear_general import LinearGeneral
 from nnx.layers.positions import RotaryEmbedding
-from nnx.module import Module, ref
+from nnx.module import Module
 
 __all__ = ["MultiHeadAttention"]
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nnx.fields import param
 from nnx.layers._common import (
     Dtype,
     Initializer,
@@ -29,7 +30,7 @@ from nnx.layers._out_sharding import (
     wanted_sharding,
 )
 from nnx.layers._sharding import gathered, merged, unmerged
-from nnx.module import Module, param
+from nnx.module import Module
 
 __all__ = ["Conv"]
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import auto_axes
 
+from nnx.fields import param
 from nnx.layers._common import (
     Dtype,
     Initializer,
@@ -25,7 +26,7 @@ from nnx.layers._numerics import add_bias
 from nnx.layers._out_sharding import OutSharding, explain_sharding, wanted_sharding
 from nnx.layers._sharding import gathered, merged, unmerged
 from nnx.layers.conv import Padding, Sizes, checked_padding, each_axis
-from nnx.module import Module, param
+from nnx.module import Module
 
 __all__ = ["ConvTranspose"]
 

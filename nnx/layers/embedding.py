@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
+from nnx.fields import param
 from nnx.layers._common import (
     Dtype,
     Initializer,
@@ -20,7 +21,7 @@ from nnx.layers._common import (
 )
 from nnx.layers._numerics import rows, wide
 from nnx.layers._out_sharding import OutSharding, explain_sharding, wanted_sharding
-from nnx.module import Module, param
+from nnx.module import Module
 
 __all__ = ["Embed"]
 

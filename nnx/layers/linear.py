@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nnx.fields import param
 from nnx.layers._common import (
     Dtype,
     Initializer,
@@ -22,7 +23,7 @@ from nnx.layers._common import (
 )
 from nnx.layers._numerics import add_bias
 from nnx.layers._out_sharding import OutSharding, explain_sharding, wanted_sharding
-from nnx.module import Module, param
+from nnx.module import Module
 
 __all__ = ["Linear"]
 

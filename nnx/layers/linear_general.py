@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nnx.fields import param, static
 from nnx.layers._common import (
     Dtype,
     Initializer,
@@ -25,7 +26,7 @@ from nnx.layers._common import (
 from nnx.layers._numerics import add_bias, is_half, wide
 from nnx.layers._out_sharding import OutSharding, explain_sharding, wanted_sharding
 from nnx.layers._sharding import fitted
-from nnx.module import Module, param, static
+from nnx.module import Module
 
 __all__ = ["Einsum", "LinearGeneral"]
 

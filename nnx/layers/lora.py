@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 from jax.sharding import NamedSharding, PartitionSpec
 
+from nnx.fields import ref
 from nnx.layers._common import Dtype, Initializer, Metadata, promote_dtype, shape_error, zeros
 from nnx.layers._matrices import matrix_of
 from nnx.layers._numerics import is_half
@@ -18,7 +19,7 @@ from nnx.layers._out_sharding import OutSharding, explain_sharding, wanted_shard
 from nnx.layers._sharding import merged_spec, placed_as, placement
 from nnx.layers.linear import Linear
 from nnx.layers.linear_general import LinearGeneral
-from nnx.module import Module, ref
+from nnx.module import Module
 from nnx.scope import make_rng
 from refx import Ref
 

@@ -19,8 +19,7 @@ from nnx.layers.weight_norm import SpectralNorm, WeightNorm
 from nnx.module import Module
 from nnx.scope import scope
 from nnx.surgery import modules, replace, selector
-from refx import Filter, Ref, get_ref, refs
-from refx.node import is_identity
+from refx import Filter, Ref, get_ref, opened, refs
 
 __all__ = ["apply_lora", "merge_lora"]
 
@@ -235,7 +234,7 @@ def _check_merge(
 def _direct(module: Any) -> list[Any]:
     """What a module holds itself, in lists and tuples too, but not by another module."""
     held = list(module.__getstate__().values())
-    return jax.tree.leaves(held, is_leaf=is_identity)
+    return opened.leaves(held)
 
 
 def _kinds(layers: Mapping[Path, Any]) -> str:

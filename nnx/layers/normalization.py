@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nnx.fields import param, ref
 from nnx.layers._common import (
     Dtype,
     Initializer,
@@ -24,7 +25,7 @@ from nnx.layers._common import (
 from nnx.layers._moments import Moments, moments
 from nnx.layers._numerics import result_dtype, wide
 from nnx.layers._sharding import as_placed, fitted
-from nnx.module import Module, param, ref
+from nnx.module import Module
 
 __all__ = ["BatchNorm"]
 

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nnx.fields import param
 from nnx.layers._common import Dtype, Metadata, as_array, promote_dtype
 from nnx.layers._numerics import broadcast
-from nnx.module import Module, param
+from nnx.module import Module
 from refx import Ref
 
 __all__ = ["PReLU"]

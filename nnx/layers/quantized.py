@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
+from nnx.fields import param, ref
 from nnx.layers._common import (
     Dtype,
     Initializer,
@@ -25,7 +26,7 @@ from nnx.layers._numerics import add_bias, wide
 from nnx.layers._out_sharding import OutSharding, wanted_sharding
 from nnx.layers.linear import Linear
 from nnx.layers.linear_general import LinearGeneral
-from nnx.module import Module, param, ref
+from nnx.module import Module
 from refx import Ref, get_ref
 
 __all__ = ["QuantizedLinear"]

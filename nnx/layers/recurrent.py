@@ -7,174 +7,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.nn import initializers
-from jax.sharding import NamedSharding, PartitionSpec
 
+from nnx.layers._cell import Cell, carried, cast, orthogonal, products
 from nnx.layers._common import (
     Dtype,
     Initializer,
     Metadata,
     default_kernel_init,
-    ones,
     promote_dtype,
-    shape_error,
     zeros,
 )
-from nnx.layers._numerics import wide
-from nnx.layers._sharding import explicit_mesh, spec_of
 from nnx.layers.linear import Linear
-from nnx.module import Module
-from nnx.scope import make_rng
 
-__all__ = ["GRUCell", "LSTMCell", "OptimizedLSTMCell", "RNNCellBase", "SimpleCell"]
+__all__ = ["GRUCell", "LSTMCell", "OptimizedLSTMCell", "SimpleCell"]
 
 LSTMCarry = tuple[jax.Array, jax.Array]
 
 
-def orthogonal(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
-    """An orthogonal matrix. It is made in float32, as QR decomposition has no half precision."""
-    return _orthogonal(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
-
-
-_orthogonal = initializers.orthogonal()
-
-
-class RNNCellBase(Module):
-    """What `nnx.RNN` needs of a cell: `initialize_carry`, a call, and `num_feature_axes`.
-
-    Attributes: `sums_in_float32`, False by default: whether the cell computes the same, but for
-    rounding, if a carry in half precision comes in float32. Then `nnx.RNN` adds up the steps, and
-    the gradients of parameters, in float32.
-
-    >>> import jax, jax.numpy as jnp, nnx
-    >>> class Sum(nnx.RNNCellBase):
-    ...     num_feature_axes = 1
-    ...     def initialize_carry(self, input_shape, carry_init=None):
-    ...         return jnp.zeros(input_shape)
-    ...     def __call__(self, carry, inputs):
-    ...         return carry + inputs, carry + inputs
-    >>> nnx.RNN(Sum())(jnp.ones((1, 4, 1)))[0, :, 0].tolist()
-    [1.0, 2.0, 3.0, 4.0]
-    """
-
-    sums_in_float32 = False
-
-    def initialize_carry(
-        self, input_shape: tuple[int, ...], carry_init: Initializer | None = None
-    ) -> Any:
-        """The carry before the first step.
-
-        Args:
-          input_shape: shape of the input of one step: `(*batch, *features)`.
-          carry_init: initializer of its arrays.
-        """
-        raise NotImplementedError(
-            f"{type(self).__name__} must define initialize_carry(input_shape, carry_init=None)."
-        )
-
-    def __call__(self, carry: Any, inputs: jax.Array) -> tuple[Any, Any]:
-        """One step: the new carry and the output."""
-        raise NotImplementedError(
-            f"{type(self).__name__} must define __call__(carry, inputs) -> (carry, output)."
-        )
-
-    @property
-    def num_feature_axes(self) -> int:
-        """The number of axes of an input that are features; all before are batch axes."""
-        raise NotImplementedError(f"{type(self).__name__} must define num_feature_axes.")
-
-
-class _Cell(RNNCellBase):
-    """What the cells here share: their settings, and a carry of arrays `(*batch, hidden)`."""
-
-    in_features: int
-    hidden_features: int
-    dtype: Dtype
-    param_dtype: Dtype
-    carry_init: Initializer | None
-
-    sums_in_float32 = True
-    # A layer of the hidden state, whose dtype is that of the first carry.
-    _of_hidden = "dense_h"
-
-    def _linears(
-        self,
-        kernel_init: Initializer,
-        recurrent_kernel_init: Initializer,
-        bias_init: Initializer,
-        promote_dtype: Callable[..., Any],
-        metadata: tuple[Metadata, Metadata, Metadata],
-        *,
-        gates: int,
-        input_bias: bool,
-    ) -> tuple[Callable[[], Linear], Callable[[], Linear]]:
-        """Functions that make a layer for the input and one for the hidden state."""
-        # The two are added, so one bias is enough.
-        options: dict[str, Any] = {
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-            "promote_dtype": promote_dtype,
-            "bias_init": bias_init,
-            "bias_metadata": metadata[2],
-        }
-        out = gates * self.hidden_features
-
-        def dense_i() -> Linear:
-            return Linear(
-                self.in_features,
-                out,
-                use_bias=input_bias,
-                kernel_init=kernel_init,
-                kernel_metadata=metadata[0],
-                **options,
-            )
-
-        def dense_h() -> Linear:
-            return Linear(
-                self.hidden_features,
-                out,
-                use_bias=not input_bias,
-                kernel_init=recurrent_kernel_init,
-                kernel_metadata=metadata[1],
-                **options,
-            )
-
-        return dense_i, dense_h
-
-    def _check(self, inputs: Any, *carry: Any) -> None:
-        if not jnp.ndim(inputs) or jnp.shape(inputs)[-1] != self.in_features:
-            raise shape_error(self, "inputs", f"(..., {self.in_features})", jnp.shape(inputs))
-        for hidden in carry:
-            if not jnp.ndim(hidden) or jnp.shape(hidden)[-1] != self.hidden_features:
-                expected = f"(..., {self.hidden_features})"
-                raise shape_error(self, "a carry", expected, jnp.shape(hidden))
-
-    def _first(self, input_shape: tuple[int, ...], carry_init: Initializer | None) -> jax.Array:
-        init = carry_init or self.carry_init or zeros
-        key = None if init in (zeros, ones) else make_rng("carry")
-        kernel = getattr(getattr(self, self._of_hidden), "kernel", None)
-        dtype = self.param_dtype if kernel is None else kernel.dtype
-        return init(key, (*input_shape[:-1], self.hidden_features), dtype)
-
-    def initialize_carry(
-        self, input_shape: tuple[int, ...], carry_init: Initializer | None = None
-    ) -> Any:
-        """The carry before the first step, of shape `(*batch, hidden_features)`.
-
-        Args:
-          input_shape: shape of the input of one step: `(*batch, in_features)`.
-          carry_init: initializer; without it, the cell's own, and without that, zeros. Others draw
-            from the stream `"carry"`.
-        """
-        return self._first(input_shape, carry_init)
-
-    @property
-    def num_feature_axes(self) -> int:
-        """One: the inputs have the shape `(*batch, in_features)`."""
-        return 1
-
-
-class LSTMCell(_Cell):
+class LSTMCell(Cell):
     """Long short-term memory (Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735).
 
     With the carry `(c, h)` and the input `x`, and `*` elementwise::
@@ -254,7 +104,7 @@ class LSTMCell(_Cell):
 
     def _gates(self, x: jax.Array, h: jax.Array) -> Any:
         pairs = (self.ii, self.hi), (self.if_, self.hf), (self.ig, self.hg), (self.io, self.ho)
-        found = [_products(*pair, x, h) for pair in pairs]
+        found = [products(*pair, x, h) for pair in pairs]
         return found[0][0], [a + b for _, a, b in found]
 
     def __call__(self, carry: LSTMCarry, inputs: jax.Array) -> tuple[LSTMCarry, jax.Array]:
@@ -272,7 +122,7 @@ class LSTMCell(_Cell):
         dtype, (i, f, g, o) = self._gates(inputs, h)
         new_c = self.gate_fn(f) * c + self.gate_fn(i) * self.activation_fn(g)
         new_h = self.gate_fn(o) * self.activation_fn(new_c)
-        return (_carried(new_c, c, dtype), _carried(new_h, h, dtype)), _cast(new_h, dtype)
+        return (carried(new_c, c, dtype), carried(new_h, h, dtype)), cast(new_h, dtype)
 
     def initialize_carry(
         self, input_shape: tuple[int, ...], carry_init: Initializer | None = None
@@ -305,11 +155,11 @@ class OptimizedLSTMCell(LSTMCell):
         self.dense_i, self.dense_h = dense_i(), dense_h()
 
     def _gates(self, x: jax.Array, h: jax.Array) -> Any:
-        dtype, a, b = _products(self.dense_i, self.dense_h, x, h)
+        dtype, a, b = products(self.dense_i, self.dense_h, x, h)
         return dtype, jnp.split(a + b, 4, axis=-1)
 
 
-class GRUCell(_Cell):
+class GRUCell(Cell):
     """Gated recurrent unit (Cho et al. 2014, https://arxiv.org/abs/1406.1078).
 
     With the carry `h` and the input `x`, and `*` elementwise, where `i` and `h` of each gate are
@@ -372,16 +222,16 @@ class GRUCell(_Cell):
     def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One step: `(h, x) -> (h', h')`, with shapes and errors as for `LSTMCell`."""
         self._check(inputs, carry)
-        dtype, a, b = _products(self.dense_i, self.dense_h, inputs, carry)
+        dtype, a, b = products(self.dense_i, self.dense_h, inputs, carry)
         i_r, i_z, i_n = jnp.split(a, 3, axis=-1)
         h_r, h_z, h_n = jnp.split(b, 3, axis=-1)
         r, z = self.gate_fn(i_r + h_r), self.gate_fn(i_z + h_z)
         n = self.activation_fn(i_n + r * h_n)
         new = (1 - z) * n + z * carry
-        return _carried(new, carry, dtype), _cast(new, dtype)
+        return carried(new, carry, dtype), cast(new, dtype)
 
 
-class SimpleCell(_Cell):
+class SimpleCell(Cell):
     """The cell of Elman (1990, doi:10.1016/0364-0213(90)90002-E).
 
     With the carry `h` and the input `x`: `h' = activation_fn(dense_i(x) + dense_h(h))`, and with
@@ -444,43 +294,9 @@ class SimpleCell(_Cell):
     def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One step: `(h, x) -> (h', h')`, with shapes and errors as for `LSTMCell`."""
         self._check(inputs, carry)
-        dtype, a, b = _products(self.dense_i, self.dense_h, inputs, carry)
+        dtype, a, b = products(self.dense_i, self.dense_h, inputs, carry)
         new = a + b
         if self.residual:
             new = new + carry
         new = self.activation_fn(new)
-        return _carried(new, carry, dtype), _cast(new, dtype)
-
-
-def _products(
-    dense_i: Callable[..., Any], dense_h: Callable[..., Any], x: jax.Array, h: Any
-) -> tuple[Dtype, jax.Array, jax.Array]:
-    """What two layers make of input and hidden state, in float32 at least.
-
-    The dtype is that of the product with the input: a carry in float32, which is there to sum in,
-    does not make the products so.
-    """
-    mesh = explicit_mesh(h)
-    if mesh is not None and isinstance(dense_i, Linear) and isinstance(dense_h, Linear):
-        # A carry stays as it is sharded, so the products are too.
-        wanted = NamedSharding(mesh, PartitionSpec(*spec_of(h)))
-        a = dense_i(x, wanted)
-        b = dense_h(_cast(h, a.dtype), wanted)
-    else:
-        a = dense_i(x)
-        b = dense_h(_cast(h, a.dtype))
-    sum_in = wide(a.dtype)
-    return a.dtype, _cast(a, sum_in), _cast(b, sum_in)
-
-
-def _cast(x: Any, dtype: Dtype) -> Any:
-    """In another floating dtype; what is no floating-point number stays."""
-    own = jnp.result_type(x)
-    if own == dtype or not all(jnp.issubdtype(d, jnp.floating) for d in (own, dtype)):
-        return x
-    return jnp.asarray(x, dtype)
-
-
-def _carried(new: jax.Array, old: Any, dtype: Dtype) -> jax.Array:
-    """In the dtype of the carry before, or that of the products if it has more digits."""
-    return _cast(new, jnp.promote_types(jnp.result_type(old), dtype))
+        return carried(new, carry, dtype), cast(new, dtype)

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nnx.layers._cell import RNNCellBase
 from nnx.layers._common import as_array, shape_error
 from nnx.layers._numerics import is_half, wide
 from nnx.layers._sharding import gathered, placed_as
 from nnx.layers._stand_in import call_with
-from nnx.layers.recurrent import RNNCellBase
 from nnx.module import Module
 from nnx.scope import MissingStreamError, make_rng, scope
 from nnx.transforms import CARRY, scan

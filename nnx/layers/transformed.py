@@ -11,7 +11,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from nnx import transforms
-from nnx.module import Module, static
+from nnx.fields import static
+from nnx.module import Module
 from nnx.transforms.callables import unbound
 from refx import Filter, to_predicate
 

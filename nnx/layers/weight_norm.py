@@ -11,6 +11,7 @@ from jax.nn import initializers
 
 from nnx.layers._common import Dtype, Initializer, evaluates, ones, promote_dtype
 from nnx.layers._numerics import result_dtype, wide
+from nnx.layers._sharding import as_placed, fitted, gathered, merged
 from nnx.layers._stand_in import call_with
 from nnx.module import Module
 from nnx.scope import make_rng
@@ -129,9 +130,8 @@ class WeightNorm(Module):
         # Squares of half-precision numbers vanish below 1e-4 and overflow above 255.
         unit = _unit(weight.astype(wide(weight.dtype)), others, self.epsilon)
         if scale is not None:
-            unit = unit * scale.reshape(
-                [n if i in features else 1 for i, n in enumerate(unit.shape)]
-            )
+            shape = [n if i in features else 1 for i, n in enumerate(unit.shape)]
+            unit = unit * fitted(scale, shape, unit)
         return self.promote_dtype((unit,), dtype=dtype)[0]
 
 
@@ -233,18 +233,20 @@ class SpectralNorm(Module):
     def _normalized(self, path: Path, weight: jax.Array, update_stats: bool) -> jax.Array:
         u_ref = _get(self, self.batch_stats, (*path, "u"))
         sigma_ref = _get(self, self.batch_stats, (*path, "sigma"))
-        matrix = weight.reshape(-1, weight.shape[-1]).astype(wide(weight.dtype))
-        u = v = u_ref.value.astype(wide(u_ref.value.dtype, weight.dtype))
+        wide_weight = weight.astype(wide(weight.dtype))
+        matrix = merged(wide_weight, weight.ndim - 1)
+        # The vectors are whole on every device: the matrix alone says how a product is sharded.
+        u = v = gathered(u_ref.value.astype(wide(u_ref.value.dtype, weight.dtype)), [0, 1])
         for _ in range(self.n_steps):
-            v = _unit(u @ matrix.T, None, self.epsilon)
-            u = _unit(v @ matrix, None, self.epsilon)
+            v = gathered(_unit(u @ matrix.T, None, self.epsilon), [1])
+            u = gathered(_unit(v @ matrix, None, self.epsilon), [1])
         # The singular vectors are constants: the gradient is that of u and v at the optimum.
         u, v = jax.lax.stop_gradient(u), jax.lax.stop_gradient(v)
         sigma = (v @ matrix @ u.T)[0, 0]
         if update_stats:
-            u_ref.value = u.astype(u_ref.value.dtype)
+            u_ref.value = as_placed(u.astype(u_ref.value.dtype), u_ref.value)
             sigma_ref.value = jax.lax.stop_gradient(sigma).astype(sigma_ref.value.dtype)
-        unit = (matrix / jnp.where(sigma != 0, sigma, 1)).reshape(weight.shape)
+        unit = wide_weight / jnp.where(sigma != 0, sigma, 1)
         # The statistics are in float32, and do not make the weights so.
         return unit.astype(weight.dtype if self.dtype is None else self.dtype)
 

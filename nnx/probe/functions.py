@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from refx import opened
 from refx.node import is_identity
 from refx.static import Same, Static
 
@@ -78,7 +79,7 @@ def _take(x: Any, arrays: list[Any]) -> tuple[Any, Callable[[Any], Any]]:
         return (tuple, tuple(k for k, _ in parts)), lambda given: tuple(
             [m(given) for _, m in parts]
         )
-    leaves, treedef = jax.tree.flatten(x, is_leaf=is_identity)
+    leaves, treedef = opened.flatten(x)
     if any(map(is_value, leaves)):
         key, make = _take(tuple(leaves), arrays)
         return (treedef, key), lambda given: jax.tree.unflatten(treedef, make(given))

@@ -16,7 +16,7 @@ from nnx.transforms.loops import scan, while_loop
 from nnx.transforms.sharded import shard_map
 from nnx.transforms.simple import eval_shape
 from nnx.transforms.vmap import vmap
-from refx import refs, to_predicate
+from refx import opened, refs, to_predicate
 from refx.node import is_identity
 
 __all__: list[str] = []
@@ -223,7 +223,7 @@ def _length(xs: Any, length: int | None, axes: dict[Any, Any]) -> int | None:
     if length is not None:
         return length
     rules = [(to_predicate(f), axis) for f, axis in axes.items()]
-    for x in jax.tree.leaves(xs, is_leaf=is_identity):
+    for x in opened.leaves(xs):
         # The rules are for Refs; arrays are sliced always.
         values = [x]
         if is_identity(x):

@@ -19,9 +19,10 @@ from nnx.probe.records import Group, Hook, Mark, Probe, Record, count
 from nnx.probe.stand_in import StandIn
 from nnx.scope import entered
 from nnx.transforms.callables import unbound
-from refx import clone, refs
+from refx import clone, opened, refs
 from refx.node import is_identity
 from refx.partition import Path, dotted
+from refx.text import key_name
 
 __all__ = ["NonFinite", "find_nonfinite"]
 
@@ -125,9 +126,9 @@ class _Search:
             # Paths of a module's own call begin at the module.
             given = {"": bound[0], **dict(list(given.items())[1:])}
         flat = [
-            (_joined(name, tuple(map(_key, keys))), x)
+            (_joined(name, tuple(map(key_name, keys))), x)
             for name, arg in given.items()
-            for keys, x in jax.tree_util.tree_flatten_with_path(arg, is_leaf=is_identity)[0]
+            for keys, x in opened.flatten_with_path(arg)[0]
         ]
         found = reached(fn) if not bound else {}
         # Every module and Ref once, by its name.
@@ -156,10 +157,8 @@ class _Search:
         stand_in = StandIn(copies, mark, around)
         self._classes = {p: type(m).__name__ for p, m in stand_in.modules.items()}
         new = {id(x): y for x, y in zip(roots.values(), stand_in.root, strict=True)}
-        args, kwargs = jax.tree.map(
-            lambda x: new[id(x)] if is_identity(x) else x,
-            (bound + args, kwargs),
-            is_leaf=is_identity,
+        args, kwargs = opened.map(
+            lambda x: new[id(x)] if is_identity(x) else x, (bound + args, kwargs)
         )
         called = substituted(inner, new)
         probe = Probe(counts=True, quiet=True)
@@ -206,7 +205,7 @@ class _Search:
         for name, value in self._values():
             if any(n := _count(value)) and name not in bad_before:
                 return NonFinite("written", name, None, (), *n, None, before)
-        for keys, x in jax.tree_util.tree_flatten_with_path(self._out, is_leaf=is_identity)[0]:
+        for keys, x in opened.flatten_with_path(self._out)[0]:
             if not is_identity(x) and any(n := _count(x)):
                 where = jax.tree_util.keystr(keys)
                 return NonFinite("result", where and f" at {where}", None, (), *n, None, before)
@@ -226,10 +225,6 @@ def _names(fn: Any, args: tuple[Any, ...]) -> dict[str, Any]:
         else:
             named[name] = x
     return named
-
-
-def _key(key: Any) -> str:
-    return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
 
 
 def _joined(name: str, path: Path) -> str:

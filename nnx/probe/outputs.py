@@ -35,7 +35,7 @@ from nnx.transforms.callables import function_name
 from nnx.transforms.grad import value_and_grad
 from nnx.transforms.jit import BoundJit
 from nnx.transforms.simple import eval_shape
-from refx import Partition
+from refx import Partition, opened
 from refx.node import attributes, is_identity
 from refx.partition import Path
 
@@ -338,7 +338,7 @@ def output_grad(
         selected = select(name, where, found)
         hooks = _recording(selected)
         # Numbers, strings and so on are settings, as in an ordinary call.
-        leaves, treedef = jax.tree.flatten((rest, kwargs), is_leaf=is_identity)
+        leaves, treedef = opened.flatten((rest, kwargs))
         dynamic = [is_identity(x) or isinstance(x, jax.Array | np.ndarray) for x in leaves]
 
         def called(arrays: Any) -> tuple[Any, Any]:

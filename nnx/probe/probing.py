@@ -31,10 +31,10 @@ from nnx.probe.records import (
 from nnx.probe.stand_in import MARK
 from nnx.surgery import modules
 from nnx.transforms.branches import cond
-from refx import Node, refs
+from refx import Node, opened, refs
 from refx.describe import transformation
 from refx.frame import local
-from refx.node import attributes, is_identity
+from refx.node import attributes
 from refx.partition import Path
 from refx.trace import current_trace, program_between, trace_ref
 
@@ -310,7 +310,7 @@ def suspended(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def sliced_modules(args: Any, before: tuple[frozenset[Any], ...]) -> frozenset[tuple[int, Path]]:
     """The marked modules in the arguments of a loop's body that are slices, by level and path."""
     found: dict[tuple[int, Path], bool] = {}
-    for root in jax.tree.leaves(args, is_leaf=is_identity):
+    for root in opened.leaves(args):
         for module in modules(root).values() if isinstance(root, Node) else ():
             for mark in attributes(module).get(MARK, ()):
                 place = (mark.level, mark.path)

@@ -11,7 +11,7 @@ import jax
 
 from nnx.transforms.filtered.jit import _JitFilter
 from nnx.transforms.jitted import Jit
-from refx import Node, Ref
+from refx import Node, Ref, opened
 from refx.node import is_identity
 
 __all__: list[str] = []
@@ -77,7 +77,7 @@ class _Walk:
                 **{k: self.value(k, v) for k, v in keywords.items()},
             )
         if isinstance(x, list | tuple | dict):
-            leaves, treedef = jax.tree.flatten(x, is_leaf=is_identity)
+            leaves, treedef = opened.flatten(x)
             if any(isinstance(leaf, Node | Ref) for leaf in leaves):
                 return jax.tree.unflatten(treedef, [self.value(name, leaf) for leaf in leaves])
         return x

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from nnx.module import Module
 from nnx.probe.records import Group, ProbeError, Record, output_of, unwrapped
-from nnx.surgery import Where, followed, listed_modules, selector
+from nnx.surgery import Where, listed_modules, selector
 from refx import Partition, PathMatches
 from refx.partition import Path
+from refx.selection import follow
 
 __all__: list[str] = []
 
@@ -79,7 +80,7 @@ def _select_part(
 def _match(parts: list[str], found: dict[Path, Module]) -> list[tuple[Path, str]]:
     # A shared module has other paths than its first.
     for size in {len(parts), len(parts) - 1} if parts else ():
-        other = followed(found[()], parts[:size]) if () in found else None
+        other = follow(found[()], parts[:size]) if () in found else None
         if isinstance(other, Module) and tuple(parts[:size]) not in found:
             first = next(path for path, module in found.items() if module is other)
             return _match([*first, *parts[size:]], found)

@@ -12,14 +12,13 @@ import types
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import jax
-
+from nnx._layer_names import layer_call
 from nnx.module import Module
-from refx import Node, Ref
+from refx import Node, Ref, opened
 from refx.access import check_structure
 from refx.build import build
 from refx.dagdef import NodeDef, intern, node_paths, revision_of
-from refx.node import attributes, expose, is_identity, set_on_class
+from refx.node import attributes, is_identity, mark_exposed, set_on_class
 from refx.partition import Path
 from refx.snapshot import snapshot
 from refx.static import Static
@@ -73,7 +72,9 @@ def _wrapped(kind: Any, name: str, around: Around) -> Any:
         # The class may have been given another one since.
         return around(name, getattr(kind, name), self, args, kwargs)
 
-    return functools.wraps(getattr(kind, name), updated=())(call)
+    call = functools.wraps(getattr(kind, name), updated=())(call)
+    # Operations in it have the name of the layer, as without a mark.
+    return layer_call(call) if name == "__call__" else call
 
 
 class StandIn:
@@ -108,7 +109,7 @@ class StandIn:
             [],
             found.leaves,
             existing={i: x for i, x in enumerate(found.objects) if isinstance(x, Ref)},
-            refill=False,
+            rewritten=(),
         )
         self.modules: dict[Path, Module] = {
             paths[i]: x for i, x in enumerate(objects) if isinstance(x, Module)
@@ -131,13 +132,9 @@ class StandIn:
 
     def originals(self, out: Any) -> Any:
         """An output with the modules of the tree in the place of those that stand for them."""
-        if not any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity))):
+        if not opened.holds_identity(out):
             return out
-        return jax.tree.map(
-            lambda x: self._originals.get(id(x), x) if is_identity(x) else x,
-            out,
-            is_leaf=is_identity,
-        )
+        return opened.map(lambda x: self._originals.get(id(x), x) if is_identity(x) else x, out)
 
     def _take_back(self, after: Walk) -> None:
         existing: dict[int, Any] = {}
@@ -153,7 +150,7 @@ class StandIn:
         build(intern(after.dagdef.root, tuple(nodes)), [], after.leaves, existing=existing)
         for original in existing.values():
             if isinstance(original, Node):
-                expose(original)
+                mark_exposed(original)
 
     def _unmarked(self, node: Any, x: Any) -> Any:
         if not isinstance(node, NodeDef):

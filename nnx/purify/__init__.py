@@ -26,7 +26,10 @@ that kind, number and shape would have to be written into it, and policies of `j
 save by name would meet our names.
 """
 
-from nnx.purify import custom, distributions, equations, errors, markers  # noqa: F401
+import importlib
+from typing import TYPE_CHECKING
+
+from nnx.purify import distributions, errors, markers  # noqa: F401
 from nnx.purify.distributions import (
     log_normal,
     log_normal_variable,
@@ -52,7 +55,9 @@ from nnx.purify.markers import (
     trivialize,
 )
 from nnx.purify.namespace import purify
-from nnx.purify.pure import Purified
+
+if TYPE_CHECKING:
+    from nnx.purify.pure import Purified
 
 __all__ = [
     "DuplicateNameError",
@@ -76,3 +81,11 @@ __all__ = [
     "uniform_variable",
     "zeros_like",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        # Loaded when it is first used, so that an import of nnx is quick.
+        if name == "Purified":
+            return importlib.import_module("nnx.purify.pure").Purified
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)

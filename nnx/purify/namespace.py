@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from nnx.purify import distributions, errors, markers
-from nnx.purify.pure import Purified
+
+if TYPE_CHECKING:
+    from nnx.purify.pure import Purified
 
 __all__ = ["purify"]
 
@@ -84,7 +87,11 @@ class Purify:
     normal_variable = staticmethod(distributions.normal_variable)
     log_normal_variable = staticmethod(distributions.log_normal_variable)
     uniform_variable = staticmethod(distributions.uniform_variable)
-    Purified = Purified
+    if TYPE_CHECKING:
+        Purified = Purified
+    else:
+        # Loaded with the first function that is purified, so that an import of nnx is quick.
+        Purified = property(lambda self: importlib.import_module("nnx.purify.pure").Purified)
     PurifyError = errors.PurifyError
     MissingNameError = errors.MissingNameError
     UnexpectedNameError = errors.UnexpectedNameError
@@ -108,7 +115,7 @@ class Purify:
             return functools.partial(self, ravel=ravel, jit=jit)
         if not callable(f):
             raise TypeError(f"purify takes a function, not {f!r}.")
-        return Purified(f, ravel=ravel, jit=jit)
+        return self.Purified(f, ravel=ravel, jit=jit)
 
     def __repr__(self) -> str:
         return "nnx.purify"

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import jaxpr_as_fun
 
+from nnx.purify import custom, equations  # noqa: F401 — they tell `rewrite` about equations
 from nnx.purify.distributions import normal_like, zeros_like
 from nnx.purify.errors import (
     DuplicateNameError,

@@ -29,11 +29,11 @@ from nnx.serialize.grammar import Check, Damaged, check, check_distinct, check_h
 from nnx.serialize.paths import check_paths
 from nnx.serialize.registry import Classes, find, is_config, registered_name
 from refx import Node, Partition, Ref
+from refx.access import leaves_of
 from refx.frame import local
 from refx.node import attributes, tell
 from refx.node import make as make_node
 from refx.partition import Path, listed
-from refx.ref import check_type
 from refx.ref import make as make_ref
 from refx.trace import trace_ref
 from refx.walk import walk
@@ -149,7 +149,7 @@ class _Decoder:
                 continue
             if kind == "ref":
                 value = self.value(content["value"])
-                check_type(value)
+                leaves_of(value)
                 obj._value = value
             elif kind == "list":
                 obj.extend(map(self.value, content))

@@ -43,6 +43,7 @@ from nnx.serialize.grammar import (
     entered,
 )
 from nnx.serialize.registry import is_config, name_of, registered
+from nnx.serialize.unsaveable import at, unsaveable
 from refx import EndedTraceError, Node, Partition, Ref
 from refx.access import peek
 from refx.node import attributes, is_array
@@ -116,7 +117,7 @@ class _Encoder:
         for path, x in self._leaves:
             if not is_array(x):
                 raise SaveError(
-                    f"{_at(path)} is a {type(x).__name__} in the place of an array, as jax.tree.map puts "
+                    f"{at(path)} is a {type(x).__name__} in the place of an array, as jax.tree.map puts "
                     f"it there. Save the model that it was made of, or a dict of what it says."
                 )
         # For those who want the values by path and not the tree.
@@ -146,7 +147,7 @@ class _Encoder:
             reason = why_not(type(obj), name)
             if reason is not None:
                 raise SaveError(
-                    f"{_at(path)} has the attribute {name!r}, {reason}. Give it another name."
+                    f"{at(path)} has the attribute {name!r}, {reason}. Give it another name."
                 )
         name = self._class(type(obj), path)
         named = [[k, self._code(v, (*path, k))] for k, v in attributes(obj).items()]
@@ -155,11 +156,11 @@ class _Encoder:
     def _ref(self, ref: Ref[Any], path: Path) -> dict[str, Any]:
         path = self._canonical.get(id(ref), path)
         if id(ref) not in self._canonical:
-            raise SaveError(f"{_at(path)} holds a Ref that is no part of the tree.")
+            raise SaveError(f"{at(path)} holds a Ref that is no part of the tree.")
         try:
             value = peek(ref)
         except EndedTraceError as error:
-            raise SaveError(f"{_at(path)} cannot be saved. {error}") from error
+            raise SaveError(f"{at(path)} cannot be saved. {error}") from error
         facts = ref.metadata.items()
         return {
             "path": list(map(str, path)),
@@ -181,7 +182,7 @@ class _Encoder:
         try:
             check_distinct(mapping, "it")
         except Damaged as error:
-            raise SaveError(f"{_at(path)} cannot be saved: {error}.") from None
+            raise SaveError(f"{at(path)} cannot be saved: {error}.") from None
         return [
             [self._within("key", k, path), self._code(v, (*path, str(k)))]
             for k, v in mapping.items()
@@ -206,18 +207,18 @@ class _Encoder:
             return x
         if kind is int:
             if x.bit_length() > 3 * DIGITS:
-                raise SaveError(f"{_at(path)} is an integer of more than {DIGITS} digits.")
+                raise SaveError(f"{at(path)} is an integer of more than {DIGITS} digits.")
             return x
         if kind is str:
             # Two halves of one character, side by side, are that character when they are read.
             if not x.isascii() and json.loads(json.dumps(x)) != x:
-                raise SaveError(f"{_at(path)} is a text that is not valid Unicode: {x!r:.80}.")
+                raise SaveError(f"{at(path)} is a text that is not valid Unicode: {x!r:.80}.")
             return x
         if kind is float:
             return x if math.isfinite(x) else {"float": repr(x)}
         if self._depth > DEPTH:
             raise SaveError(
-                f"{_at(path)[:200]} is in values that are nested more than {DEPTH} deep. Use a list in "
+                f"{at(path)[:200]} is in values that are nested more than {DEPTH} deep. Use a list in "
                 f"the place of some of the tuples."
             )
         self._depth += 1
@@ -245,7 +246,7 @@ class _Encoder:
         )
         if f"object {kind}" not in CONTEXTS[self._context]:
             raise SaveError(
-                f"{_at(path)} holds a {type(x).__name__} in a key, in metadata or in the value of a "
+                f"{at(path)} holds a {type(x).__name__} in a key, in metadata or in the value of a "
                 f"Ref, which can be saved only in an attribute, a list, a tuple or a dict."
             )
         number = self._numbers.get(id(x))
@@ -274,7 +275,7 @@ class _Encoder:
             return {"class": self._class(x, path)}
         name = name_of(x if callable(x) else kind)
         if name is None:
-            raise _unsaveable(x, path)
+            raise unsaveable(x, path)
         if callable(x):
             return {"named": name}
         if isinstance(x, enum.Enum) and _has_names(x):
@@ -283,7 +284,7 @@ class _Encoder:
             return {"namedtuple": [name, self._all(x, path)]}
         if is_config(kind):
             return {"saved": [name, self._within("inner", _fields(x, path), path)]}
-        raise _unsaveable(x, path)
+        raise unsaveable(x, path)
 
     def _partition(self, x: Partition, path: Path) -> Any:
         # Like the value of a Ref, one of a Partition has no identity inside it.
@@ -297,30 +298,30 @@ class _Encoder:
         name = x.__func__.__name__
         if method_of(type(x.__self__), name) is not x.__func__:
             raise SaveError(
-                f"{_at(path)} is a method {name!r} that its class {type(x.__self__).__name__} does not "
+                f"{at(path)} is a method {name!r} that its class {type(x.__self__).__name__} does not "
                 f"have by that name. Define it in the class."
             )
         return [self._within("node", x.__self__, path), name]
 
     def _dtype(self, dtype: np.dtype, path: Path) -> str:
         if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None:
-            raise SaveError(f"{_at(path)} has a dtype with parts or of Python objects: {dtype}.")
+            raise SaveError(f"{at(path)} has a dtype with parts or of Python objects: {dtype}.")
         return dtype_name(dtype)
 
     def _array(self, x: Any, path: Path) -> Any:
         if isinstance(x, Tracer) and current_trace(()) is EVAL:
             raise SaveError(
-                f"{_at(path)} is a tracer of a transformation that has ended, and means nothing any "
+                f"{at(path)} is a tracer of a transformation that has ended, and means nothing any "
                 f"more. Return the value, or its module, from the function that was transformed."
             )
         if isinstance(x, Tracer):
             raise SaveError(
-                f"{_at(path)} is a tracer: nnx.save was called inside a transformation. Call it "
+                f"{at(path)} is a tracer: nnx.save was called inside a transformation. Call it "
                 f"outside, after the step."
             )
         if isinstance(x, jax.Array) and x.is_deleted():
             raise SaveError(
-                f"{_at(path)} is an array that was deleted, as arrays are that were donated to a "
+                f"{at(path)} is an array that was deleted, as arrays are that were donated to a "
                 f"compiled function. Save the model that came out of it."
             )
         name = self._array_names.get(id(x))
@@ -329,27 +330,25 @@ class _Encoder:
             self._arrays[name] = x
         if not self._spread and isinstance(x, jax.Array) and not _is_whole(x):
             raise SaveError(
-                f"{_at(path)} is spread over the devices of several processes, so no process can write it "
+                f"{at(path)} is spread over the devices of several processes, so no process can write it "
                 f"into one file. Save into a directory, in every process: nnx.save('run/', tree)."
             )
         code: dict[str, Any] = {"array": name, "shape": list(x.shape)}
         if isinstance(x, np.ndarray):
             if x.dtype.hasobject:
                 raise SaveError(
-                    f"{_at(path)} is a NumPy array of Python objects. Make it a tuple, or an array "
+                    f"{at(path)} is a NumPy array of Python objects. Make it a tuple, or an array "
                     f"of numbers or strings."
                 )
             if type(x) is not np.ndarray:
-                raise SaveError(f"{_at(path)} is a {type(x).__name__}; np.asarray(x) can be saved.")
+                raise SaveError(f"{at(path)} is a {type(x).__name__}; np.asarray(x) can be saved.")
             if x.dtype.names is not None:
                 raise SaveError(
-                    f"{_at(path)} is a NumPy array with named fields. Save a dict of its fields."
+                    f"{at(path)} is a NumPy array with named fields. Save a dict of its fields."
                 )
             self._check_bits(x, path)
             if x.dtype.itemsize == 0:
-                raise SaveError(
-                    f"{_at(path)} is a NumPy array of empty texts; save a list of them."
-                )
+                raise SaveError(f"{at(path)} is a NumPy array of empty texts; save a list of them.")
             return code | {"dtype": dtype_name(x.dtype), "numpy": True}
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return code | {"key": str(jax.random.key_impl(x))}
@@ -360,7 +359,7 @@ class _Encoder:
         if isinstance(x, jax.Array) and not _is_whole(x):
             return
         if np.dtype(x.dtype).kind in "bUV" and has_bad_bits(np.asarray(x)):
-            raise SaveError(f"{_at(path)} has bits that are no {x.dtype}. Make the array anew.")
+            raise SaveError(f"{at(path)} has bits that are no {x.dtype}. Make the array anew.")
 
     def _member(self, path: Path) -> str:
         # A name that every file system takes, should somebody unpack the file.
@@ -411,7 +410,7 @@ def _fields(x: Any, path: Path) -> dict[str, Any]:
         cached = inspect.getattr_static(type(x), name, None)
         if name not in names and not isinstance(cached, functools.cached_property):
             raise SaveError(
-                f"{_at(path)} is a {type(x).__qualname__}, a dataclass that holds {name!r}, which is "
+                f"{at(path)} is a {type(x).__qualname__}, a dataclass that holds {name!r}, which is "
                 f"none of its fields and would be lost. Make it one: field(init=False)."
             )
     return {name: getattr(x, name) for name in names}
@@ -419,33 +418,3 @@ def _fields(x: Any, path: Path) -> dict[str, Any]:
 
 def _text(data: bytes) -> str:
     return base64.b64encode(data).decode()
-
-
-def _at(path: Path) -> str:
-    return f"The value at {dotted(path)!r}" if path else "What was to be saved"
-
-
-def _unsaveable(x: Any, path: Path) -> SaveError:
-    kind = type(x)
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return SaveError(
-            f"{_at(path)} is a shape without values, as nnx.eval_shape gives. Make the model itself."
-        )
-    if callable(x) and not isinstance(x, type):
-        what = getattr(x, "__qualname__", repr(x))
-        return SaveError(
-            f"{_at(path)} is {what}, a function that has no name in a file, which holds no code. "
-            f"Register it with @nnx.saveable where it is defined, use one of jax.nn, or save the "
-            f"values alone: nnx.save(path, nnx.get_partition(tree, ...)), to be read with "
-            f"nnx.load_state(path, into=tree)."
-        )
-    if is_config(kind):
-        return SaveError(
-            f"{_at(path)} is a {kind.__qualname__}, a dataclass that no other program could find by "
-            f"its name. Define it at the top of a Python module, or register it with @nnx.saveable(name=...)."
-        )
-    what = f"the class {x.__qualname__}" if isinstance(x, type) else f"a {kind.__qualname__}"
-    return SaveError(
-        f"{_at(path)} is {what}, which nnx.save does not know. Register the class with "
-        f"@nnx.saveable (with save= and load= if it is no dataclass)."
-    )

@@ -1,9 +1,22 @@
 """What a person sees of a model: text, tables, pages and pictures.
 
-`text` is what modules print as, so `nnx.module` is built on it; `tabulate` is built on modules. So
-nothing but `text` is imported here.
+Modules print by `tree_repr`, `tree_html` and `show_node`, and `tabulate` is built on modules. So these
+three are loaded when something is printed, which also keeps an import of nnx quick.
 """
 
-from nnx.show.text import tree_repr
+import importlib
+from typing import TYPE_CHECKING
 
-__all__ = ["tree_repr"]
+__all__ = ["show_node", "tree_html", "tree_repr"]
+
+if TYPE_CHECKING:
+    from nnx.show.folding import tree_html
+    from nnx.show.html import show_node
+    from nnx.show.text import tree_repr
+else:
+    _WHERE = {"show_node": "html", "tree_html": "folding", "tree_repr": "text"}
+
+    def __getattr__(name):
+        if name not in _WHERE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)

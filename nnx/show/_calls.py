@@ -14,12 +14,12 @@ import refx
 from nnx._ambient import ambient
 from nnx.probe.stand_in import MARK, StandIn
 from nnx.scope import Scope, entered, make_scope
-from nnx.show._format import is_arraylike
 from nnx.transforms.simple import eval_shape
 from refx import Node, Ref
 from refx.frame import local
 from refx.node import attributes
 from refx.partition import Path
+from refx.text import is_arraylike
 from refx.trace import current_trace, trace_ref
 
 __all__ = ["Arguments", "Call", "abstract", "record"]

@@ -14,8 +14,8 @@ from nnx._ambient import ambient
 from nnx.rng import RngStream
 from nnx.scope import Scope, entered
 from nnx.show._calls import Call
-from nnx.show._format import is_arraylike
 from refx import Node, Partition, Ref, get_partition
+from refx.text import is_arraylike
 
 __all__ = ["Costs"]
 

@@ -7,34 +7,17 @@ import re
 import types
 from typing import Any
 
-import jax
 import numpy as np
 
 from refx import Node, Ref
+from refx.text import array_text, is_arraylike
 
-__all__ = ["array_text", "bytes_text", "clip", "count_text", "dtype_text", "short"]
+__all__ = ["bytes_text", "clip", "count_text", "dtype_text", "short"]
 
 
 def dtype_text(x: Any) -> str:
     """The dtype of anything that is like an array, by its name."""
     return str(x.dtype)
-
-
-def array_text(x: Any) -> str:
-    """`float32[784,128]`, from the dtype and the shape alone."""
-    return _array_text(x.dtype, x.shape)
-
-
-@functools.lru_cache(maxsize=1024)
-def _array_text(dtype: Any, shape: tuple[Any, ...]) -> str:
-    return f"{dtype}[{','.join(map(str, shape))}]"
-
-
-def is_arraylike(x: Any) -> bool:
-    """Whether `x` has a shape and a dtype, so that its data need not be looked at."""
-    if isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct | np.generic):
-        return True
-    return not isinstance(x, type) and hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def count_text(n: float) -> str:

@@ -16,12 +16,13 @@ from typing import Any
 
 import jax
 
-from nnx.show._format import array_text, is_arraylike, short
+from nnx.show._format import short
 from nnx.show._placed import placement_text
 from refx import Node, Ref
 from refx.field import RefField
 from refx.node import attributes
 from refx.static import Static
+from refx.text import array_text, is_arraylike, key_name
 
 __all__ = ["ARRAY", "BACK", "LIST", "MAP", "NODE", "REF", "STATIC", "TREE", "Item", "Walk"]
 
@@ -139,7 +140,7 @@ class Walk:
             self._add(STATIC, name, obj, parent, short(obj), _static(obj))
             return None
         keyed = jax.tree_util.tree_flatten_with_path(obj, lambda x: x is not obj)[0]
-        children = [(_key_name(path[0]), value, None) for path, value in keyed if path]
+        children = [(key_name(path[0]), value, None) for path, value in keyed if path]
         if not children or self._is_plain([v for _, v, _ in children]):
             self._add(STATIC, name, obj, parent, short(obj), _static(obj))
             return None
@@ -281,13 +282,6 @@ def value_text(value: Any) -> str:
     if is_arraylike(value):
         return array_text(value) + placement_text(value)
     return short(value, 80)
-
-
-def _key_name(key: Any) -> str:
-    for attribute in ("name", "key", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 _known_defaults: weakref.WeakKeyDictionary[type, dict[str, Any]] = weakref.WeakKeyDictionary()

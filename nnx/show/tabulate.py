@@ -14,12 +14,13 @@ import jax
 
 from nnx.show._calls import Arguments, Call, abstract, record
 from nnx.show._cost import Costs
-from nnx.show._format import array_text, bytes_text, clip, count_text, is_arraylike
+from nnx.show._format import bytes_text, clip, count_text
 from nnx.show._placed import Placement
 from nnx.show._walk import NODE, Walk
 from nnx.show.text import collection_sizes, device_bytes
 from refx import Node, Ref
 from refx.partition import dotted
+from refx.text import array_text, is_arraylike
 
 __all__ = ["Row", "Table", "tabulate"]
 

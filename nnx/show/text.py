@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 
-from nnx.show._format import bytes_text, count_text, is_arraylike, short
+from nnx.show._format import bytes_text, count_text, short
 from nnx.show._placed import Placement
 from nnx.show._walk import ARRAY, BACK, LIST, MAP, NODE, REF, STATIC, Item, Walk, has_ended
 from refx import Node
 from refx.buffers import CONCRETE
+from refx.text import is_arraylike
 
 __all__ = ["collection_sizes", "device_bytes", "tree_repr"]
 
@@ -93,7 +94,10 @@ def _print(walk: Walk, run: list[int], depth: int, out: list[str], todo: list[An
         out.append(f"{line}{item.text}{_times(run)}")
     else:
         head, tail = _ends(item, run)
-        inner = list(_inner(walk, run[0]))
+        # What a class of ours, such as an optimizer, shows in place of its parts.
+        nested = item.kind == NODE and depth > 0
+        summary = getattr(type(item.obj), "__nnx_summary__", None) if nested else None
+        inner = (summary(item.obj) if summary else None) or list(_inner(walk, run[0]))
         if not inner:
             out.append(line + head + tail)
         elif item.kind == NODE and len(inner) == 1 and isinstance(inner[0], str):

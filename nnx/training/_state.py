@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from nnx.transforms.boundary import write_back
 from refx import Ref, RefError
 from refx.partition import Path, dotted
+from refx.text import key_name
 
 __all__ = ["HyperparameterError", "OptimizerError"]
 
@@ -290,9 +291,3 @@ def _one_level(x: Any, fn: Callable[[str, Any], Any]) -> Any:
     if len(keyed) == 1 and keyed[0][1] is x:
         return x
     return jax.tree.unflatten(treedef, [fn(key_name(keys[0]), y) for keys, y in keyed])
-
-
-def key_name(key: Any) -> str:
-    """What a key of a pytree is called."""
-    names = (str(getattr(key, a)) for a in ("name", "key", "idx") if hasattr(key, a))
-    return next(names, str(key))

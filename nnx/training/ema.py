@@ -10,7 +10,11 @@ import jax
 import jax.numpy as jnp
 
 import refx
-from nnx.module import Module, ref
+from nnx.fields import ref
+from nnx.module import Module
+from nnx.show._format import bytes_text, count_text, short
+from nnx.show._walk import Walk
+from nnx.show.text import collection_sizes, number_text
 from nnx.training._cells import (
     dtype_of,
     fresh,
@@ -23,6 +27,7 @@ from nnx.training._cells import (
 )
 from nnx.transforms.boundary import write_back
 from refx import Filter, Partition, Ref, RefError
+from refx.node import attributes
 from refx.partition import Path
 
 __all__ = ["EMA", "EMAError"]
@@ -98,6 +103,22 @@ class EMA(Module):
         self.decay = decay
         self.filter = filter
         self.debias = debias
+
+    def __repr__(self) -> str:
+        lines = self.__nnx_summary__()
+        return "\n  ".join(["EMA(", *lines]) + "\n)" if lines else super().__repr__()
+
+    def __nnx_summary__(self) -> list[str] | None:
+        """What is shown of it: the average has the paths of the model."""
+        if not {"step", "average", "decay", "filter"} <= attributes(self).keys():
+            return None
+        walk = Walk(self)
+        n, size = collection_sizes(walk).get("ema", (0, 0))
+        lines = [f"decay = {short(self.decay)}", f"filter = {short(self.filter)}"]
+        if (now := number_text(self.step)) is not None:
+            lines.append(f"step = {now}")
+        count = len(refx.refs(self.average))
+        return [*lines, f"average = {count} values  # ema: {count_text(n)} ({bytes_text(size)})"]
 
     def update(self, model: Any) -> None:
         """Move the average towards the values that the model has now.

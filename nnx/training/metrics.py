@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nnx.module import ref
+from nnx.fields import ref
 from nnx.training._metric import (
     Accumulator,
     Metric,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 import refx
-from nnx.module import Module, ref
-from nnx.sharding.rules import removed
+from nnx.fields import ref
+from nnx.module import Module
 from nnx.show._format import bytes_text, count_text, short
 from nnx.show._walk import Walk
 from nnx.show.text import collection_sizes, number_text
@@ -26,57 +26,21 @@ from nnx.training._cells import (
     values_of,
     widens,
 )
+from nnx.training._layout import Layout, facts_of_state, shapes_of, state_path
 from nnx.training._state import (
     Hyperparams,
     OptimizerError,
-    Place,
-    find_hyperparameters,
     guard,
-    key_name,
     unguard,
 )
 from nnx.training._text import transformation_text
+from nnx.training.masks import by_filter
 from nnx.transforms.boundary import write_back
-from refx import Filter, Node, Partition, Ref, UnmatchedPathError
-from refx.filters import to_predicates
+from refx import Filter, Node, Partition, Ref
 from refx.node import attributes
-from refx.partition import Path, dotted, listed
-from refx.selection import check_selection
+from refx.partition import Path, dotted
 
-__all__ = ["Optimizer", "mask"]
-
-
-class Layout:
-    """How the Refs of the state and the optax state belong together; static.
-
-    `targets` are the parameters that the optimizer was made for, with their shapes.
-    """
-
-    __slots__ = ("_hyperparams", "paths", "targets", "treedef")
-
-    def __init__(self, treedef: Any, paths: tuple[Path, ...], targets: tuple[Any, ...]):
-        self.treedef = treedef
-        self.paths = paths
-        self.targets = targets
-        self._hyperparams: dict[str, Place] | None = None
-
-    def hyperparams(self) -> dict[str, Place]:
-        """The hyperparameters in the state, by name."""
-        if self._hyperparams is None:
-            self._hyperparams = find_hyperparameters(self.treedef, self.paths)
-        return self._hyperparams
-
-    def _key(self) -> tuple[Any, ...]:
-        return self.treedef, self.paths, self.targets
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Layout) and self._key() == other._key())
-
-    def __hash__(self) -> int:
-        return hash(self._key())
-
-    def __repr__(self) -> str:
-        return f"{len(self.paths)} arrays for {len(self.targets)} parameters"
+__all__ = ["Optimizer"]
 
 
 class Optimizer(Module):
@@ -144,7 +108,7 @@ class Optimizer(Module):
                 f"rename one of the keys."
             )
         if isinstance(tx, Mapping):
-            tx = _by_filter(tx, cells)
+            tx = by_filter(tx, cells)
         if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
             raise TypeError(
                 f"Optimizer takes an optax transformation, such as optax.adam(1e-3), or a dict "
@@ -165,12 +129,12 @@ class Optimizer(Module):
                 "params)."
             ) from error
         flat, treedef = jax.tree_util.tree_flatten_with_path(initial)
-        facts = {path: (_shapes(x), cells[path].metadata) for path, x in params.items()}
+        facts = {path: (shapes_of(x), cells[path].metadata) for path, x in params.items()}
         state: dict[Path, Ref[Any]] = {}
         for keys, x in flat:
-            path, param = _state_path(keys, names)
+            path, param = state_path(keys, names)
             shapes, metadata = facts[param] if param is not None else ((), {})
-            facts_here = _facts_of_state(path, jnp.shape(x), shapes, metadata)
+            facts_here = facts_of_state(path, jnp.shape(x), shapes, metadata)
             state[path] = Ref(fresh(x), "opt_state", **facts_here)
         self.step = jnp.zeros((), jnp.int32)
         self.state = nest(state)
@@ -179,15 +143,20 @@ class Optimizer(Module):
         self.layout = Layout(treedef, tuple(state), tuple((p, s) for p, (s, _) in facts.items()))
 
     def __repr__(self) -> str:
+        lines = self.__nnx_summary__()
+        return "\n  ".join(["Optimizer(", *lines]) + "\n)" if lines else super().__repr__()
+
+    def __nnx_summary__(self) -> list[str] | None:
+        """What is shown of it, by itself and in a module: the state of each parameter would be long."""
         if not {"step", "state", "tx", "layout"} <= attributes(self).keys():
-            return super().__repr__()
+            return None
         walk = Walk(self)
         n, size = collection_sizes(walk).get("opt_state", (0, 0))
         lines = [f"tx = {transformation_text(self.tx)}", f"wrt = {short(self.wrt)}"]
         if (now := number_text(self.step)) is not None:
             lines.append(f"step = {now}")
         lines.append(f"state = {self.layout!r}  # opt_state: {count_text(n)} ({bytes_text(size)})")
-        return "\n  ".join(["Optimizer(", *lines]) + "\n)"
+        return lines
 
     def update(self, model: Any, grads: Mapping[Path, Any], **extra: Any) -> None:
         """Apply gradients: write the model's parameters, the optimizer's state, and `step`.
@@ -406,7 +375,7 @@ class Optimizer(Module):
 
     def _reshaped(self, params: Partition) -> str | None:
         for path, shapes in self.layout.targets:
-            now = _shapes(params[path])
+            now = shapes_of(params[path])
             if now != shapes:
                 new, old = ("".join(map(str, x)) for x in (now, shapes))
                 return (
@@ -427,97 +396,3 @@ def _per_example(grads: Partition, params: Partition) -> str | None:
         f"single examples first, as with jax.tree.map(lambda g: g.mean(0), grads); "
         f"optax.contrib.dpsgd takes them as they are."
     )
-
-
-def _shapes(value: Any) -> tuple[tuple[int, ...], ...]:
-    return tuple(map(jnp.shape, jax.tree.leaves(value)))
-
-
-def _facts_of_state(
-    path: Path,
-    shape: tuple[int, ...],
-    shapes: Collection[tuple[int, ...]],
-    facts: Mapping[str, Any],
-) -> Mapping[str, Any]:
-    """The metadata of an array of the state: that of its parameter, as far as it has its dimensions.
-
-    Factored states, such as adafactor's, lack one dimension of the parameter. Of two that are as long,
-    optax leaves out the last in `v_row` and the first in `v_col`.
-    """
-    if shape in shapes:
-        return facts
-    said = facts.get("sharding")
-    if said is None or len(shapes) != 1:
-        return {}
-    (whole,) = shapes
-    lacking = [i for i in range(len(whole)) if shape == (*whole[:i], *whole[i + 1 :])]
-    if not lacking:
-        return {}
-    return {**facts, "sharding": removed(said, lacking[0 if "v_col" in path else -1])}
-
-
-def _state_path(keys: Any, params: Mapping[str, Path]) -> tuple[Path, Path | None]:
-    """The path of an array of the state, and the parameter that it is for, if there is one."""
-    path: Path = ()
-    param: Path | None = None
-    for key in keys:
-        name = key_name(key)
-        # A Partition's key is the whole path of the parameter, dotted.
-        if isinstance(key, jax.tree_util.DictKey) and name in params:
-            param = params[name]
-            path += param or ("value",)
-        else:
-            path += (name,)
-    return path or ("value",), param
-
-
-def _by_filter(rules: Mapping[Any, Any], cells: Mapping[Path, Ref[Any]]) -> Any:
-    """One transformation of several, each for the parameters that its filter selects."""
-    predicates = to_predicates(rules)
-    labels = {
-        path: next((i for i, p in enumerate(predicates) if p(path, cell)), None)
-        for path, cell in cells.items()
-    }
-    unmatched = [path for path, label in labels.items() if label is None]
-    if unmatched:
-        raise UnmatchedPathError(
-            f"No filter of the transformations selects {listed(unmatched)}. Add ... as the last "
-            f"filter to take the rest; optax.set_to_zero() leaves parameters as they are."
-        )
-    # The labels are part of paths, so they are the numbers of the filters and not their texts.
-    named = Partition({path: str(label) for path, label in labels.items()})
-    transformations: dict[Any, Any] = {str(i): tx for i, tx in enumerate(rules.values())}
-    return optax.multi_transform(transformations, named)
-
-
-def mask(tree: Any, filter: Filter, wrt: Filter = "params") -> Partition:
-    """Bools by path, true where a filter selects: a mask for `optax.masked` and its like.
-
-    Args:
-      tree: a model; or a Partition, of which a filter sees the path and the array only.
-      filter: where the mask is true.
-      wrt: the filter of the Optimizer: which Refs of a model the mask is for.
-
-    Raises:
-      FilterError: nothing is selected, and the filter is a mistake: a misspelled collection, or a
-        collection for a Partition, whose values have none.
-
-    >>> import jax, nnx, optax
-    >>> model = nnx.Linear.init(jax.random.key(0))(2, 1)
-    >>> decayed = nnx.training.mask(model, nnx.Not(nnx.PathContains("bias")))
-    >>> decayed
-    Partition({
-      'kernel': True,
-      'bias': False,
-    })
-    >>> optimizer = nnx.Optimizer(model, optax.adamw(1e-3, mask=decayed))
-    """
-    selects = refx.to_predicate(filter)
-    if isinstance(tree, Partition):
-        cells: Mapping[Path, Any] = tree
-    elif not (cells := selected(tree, wrt)):
-        raise OptimizerError(nothing_selected("A mask would be empty", tree, wrt))
-    found = Partition({path: bool(selects(path, x)) for path, x in cells.items()})
-    if not any(found.values()):
-        check_selection(filter, tree)
-    return found

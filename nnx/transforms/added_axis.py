@@ -60,4 +60,4 @@ def of_slices(name: str, call: Call, axes: Sequence[int | None]) -> Layout:
       ShardingError: the `sharding` of a Ref is not for its value.
     """
     dagdef = call.layout.dagdef
-    return call.layout.sliced(without_axes(name, dagdef, call.values, axes, skip=1))
+    return call.layout.sliced(without_axes(name, dagdef, call.values.refs, axes, skip=1))

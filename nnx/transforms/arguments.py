@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from refx import Node, Ref, RefError
+from refx import Node, Ref, RefError, opened
 from refx.node import is_identity
 
 __all__ = ["ArgumentError"]
@@ -56,7 +56,7 @@ def _check_others(others: list[Any], args: Any, kwargs: Any) -> None:
             raise ArgumentError(f"An argument is {what}.")
         if _is_single(type(x)) or hasattr(x, "dtype") or hasattr(x, "__jax_array__"):
             continue
-        flat = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_identity)[0]
+        flat = opened.flatten_with_path((args, kwargs))[0]
         path = next(path for path, leaf in flat if leaf is x)[1:]
         where = jax.tree_util.keystr(path)
         raise ArgumentError(
@@ -75,7 +75,7 @@ def take_roots(
     if known is not None:
         form, count = known
         return form, list(args[:count]), list(args[count:])
-    flat, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_identity)
+    flat, treedef = opened.flatten((args, kwargs))
     where = tuple(i for i, x in enumerate(flat) if is_identity(x))
     rest = tuple(i for i, x in enumerate(flat) if not is_identity(x))
     form = _forms.get((treedef, where)) or _forms.setdefault((treedef, where), Form(treedef, where))

@@ -7,14 +7,17 @@ or a Ref it may be a dict from filter to specification; the first filter that se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
 
-from nnx.transforms.boundary import Outline, Packed
-from nnx.transforms.call import Call
-from refx import Ref, RefError
+from nnx.transforms.boundary import Outline, Packed, run
+from nnx.transforms.call import Call, Values
+from nnx.transforms.layout import Layout
+from nnx.transforms.naming import named
+from refx import Ref, RefError, opened
 from refx.filters import to_predicate, to_predicates
 from refx.node import is_array, is_identity
 from refx.partition import Partition, Path, dotted
@@ -30,14 +33,9 @@ class AxisError(RefError, ValueError):
 
 
 class Specs(NamedTuple):
-    """A specification for each value of a call, in the order of its flat lists.
+    """A specification for each value of a call, and for each argument that is a module or a Ref."""
 
-    `roots` has what was said for each argument that is a module or a Ref.
-    """
-
-    refs: list[Any]
-    leaves: list[Any]
-    others: list[Any]
+    values: Values
     roots: list[Any]
 
 
@@ -91,14 +89,16 @@ def assign(
         flat += along(arg, spec, name, f"argument {i}")
     for key in sorted(kwargs):
         flat += along(kwargs[key], keyword, name, f"argument {key!r}")
-    result = Specs([UNSET] * len(call.refs), [UNSET] * len(call.leaves), [], [])
+    refs, arrays, _ = call.values
+    result = Specs(Values([UNSET] * len(refs), [UNSET] * len(arrays), []), [])
     by_root = places(call)
     roots = iter(by_root)
     for x, spec, where in flat:
         if is_identity(x):
             result.roots.append(spec)
             used: set[int] = set()
-            _assign_root(result, next(roots), _chooser(spec, name, where, used), name, where)
+            choose = _chooser(spec, name, where, used)
+            _assign_root(result.values, next(roots), choose, name, where)
             rules = spec.rules if isinstance(spec, ByFilter) else spec
             for i, filter in enumerate(rules if isinstance(rules, dict) else ()):
                 if i not in used:
@@ -109,9 +109,9 @@ def assign(
                 f"are for modules and Refs; give an array its specification directly."
             )
         else:
-            result.others.append(spec.default if isinstance(spec, ByFilter) else spec)
+            result.values.arguments.append(spec.default if isinstance(spec, ByFilter) else spec)
     for root in roots:
-        _assign_root(result, root, ambient, name, "what the function closes over")
+        _assign_root(result.values, root, ambient, name, "what the function closes over")
     return result
 
 
@@ -143,10 +143,9 @@ def places(call: Call) -> list[Root]:
 
 
 def _assign_root(
-    result: Specs, root: Root, choose: Callable[[Path, Any], Any], name: str, where: str
+    result: Values, root: Root, choose: Callable[[Path, Any], Any], name: str, where: str
 ) -> None:
-    pairs = [(result.refs, root.refs), (result.leaves, root.leaves)]
-    for specs, items in pairs:
+    for specs, items in zip(result, root, strict=False):
         for path, x, i in items:
             spec = choose(path, x)
             if specs[i] is not UNSET and specs[i] != spec:
@@ -227,7 +226,7 @@ def along(arg: Any, spec: Any, name: str, where: str) -> list[tuple[Any, Any, st
     # A dict is a prefix of a dict with the same keys; anywhere else its keys are filters.
     filters = isinstance(spec, dict) and not (isinstance(arg, dict) and set(arg) == set(spec))
     if whole or filters:
-        return [(x, spec, where) for x in jax.tree.leaves(arg, is_leaf=is_identity)]
+        return [(x, spec, where) for x in opened.leaves(arg)]
     children, treedef = jax.tree.flatten(arg, is_leaf=lambda x: x is not arg)
     parts, spec_def = jax.tree.flatten(spec, is_leaf=lambda x: x is not spec)
     if treedef != spec_def:
@@ -275,15 +274,14 @@ def length(
       AxisError: two sizes, an axis that an array does not have, or nothing that is mapped.
     """
     sizes: dict[int, str] = {} if given is None else {given: "axis_size"}
-    names = [dotted(p[1:]) or "a Ref" for p in call.layout.dagdef.ref_paths]
-    leaf_names = [dotted(p[1:]) for p in call.layout.dagdef.leaf_paths]
-    other_names = ["an array argument"] * len(call.others)
-    triples: Iterable[tuple[Any, Any, str]] = [
-        *zip(call.values, specs.refs, names, strict=True),
-        *zip(call.leaves, specs.leaves, leaf_names, strict=True),
-        *zip(call.others, specs.others, other_names, strict=True),
-    ]
-    for value, spec, what in triples:
+    names = Values(
+        [dotted(p[1:]) or "a Ref" for p in call.layout.dagdef.ref_paths],
+        [dotted(p[1:]) for p in call.layout.dagdef.leaf_paths],
+        ["an array argument"] * len(call.values.arguments),
+    )
+    for value, spec, what in zip(
+        *map(chain.from_iterable, (call.values, specs.values, names)), strict=True
+    ):
         axis = axis_of(spec)
         if axis is None:
             continue
@@ -306,24 +304,51 @@ def length(
     return next(iter(sizes))
 
 
-class Sorted:
-    """Sorts what a body returns by its specification, since what it writes is known only afterwards.
+class GroupedOutput:
+    """Groups what a body returns by its specification, since what it writes is known only afterwards.
 
-    `keys` is known before: every specification that was said, and a default. `sort` gives a list of
+    `keys` is known before: every specification that was said, and a default. `pure` returns a list of
     arrays for each of them, so `keys` is a prefix of its result; `packed` puts those together again.
     """
 
     def __init__(
-        self, name: str, call: Call, specs: Specs, out_specs: Any, default: Any, kind: type
+        self,
+        name: str,
+        call: Call,
+        specs: Specs,
+        out_specs: Any,
+        default: Any,
+        kind: type,
+        *,
+        layout: Layout | None = None,
     ):
+        """`layout` is the static part of the call as the body sees it; that of `call` without it."""
         self._name = name
+        self._call = call
+        self._layout = layout
         self._specs = specs
         self._out_specs = out_specs
         self.keys = tuple(dict.fromkeys([default, *_said([*specs, out_specs], kind)]))
         # What was said of each new Ref.
         self.of_new: list[Any] = []
 
-    def sort(self, packed: Packed, outline: Outline) -> tuple[list[Any], ...]:
+    def pure(
+        self, fn: Callable[..., Any], check: Callable[[Packed, tuple[list[Any], ...]], None]
+    ) -> Callable[[Values], tuple[list[Any], ...]]:
+        """The pure function of `fn`; `check` may look at what it leaves behind."""
+
+        def finish(packed: Packed, outline: Outline) -> tuple[list[Any], ...]:
+            groups = self._grouped(packed, outline)
+            check(packed, groups)
+            return groups
+
+        def pure(values: Values) -> tuple[list[Any], ...]:
+            options = {"layout": self._layout, "mode": "read", "finish": finish}
+            return run(fn, self._name, self._call, values, **options)
+
+        return named(pure, fn, self._call)
+
+    def _grouped(self, packed: Packed, outline: Outline) -> tuple[list[Any], ...]:
         if packed.spec.graph is None:
             specs = along_output(packed.out, self._out_specs, self._name)
         else:
@@ -334,7 +359,7 @@ class Sorted:
             ]
         self.of_new = [self._of_new(path, x) for path, x in outline.new]
         for i, value in zip(packed.spec.written, packed.written, strict=True):
-            specs += [self._specs.refs[i]] * len(jax.tree.leaves(value))
+            specs += [self._specs.values.refs[i]] * len(jax.tree.leaves(value))
         leaves, self._treedef = jax.tree.flatten(packed)
         self._order = [self.keys.index(spec) for spec in specs]
         groups: tuple[list[Any], ...] = tuple([] for _ in self.keys)

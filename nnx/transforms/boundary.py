@@ -29,20 +29,20 @@ import jax
 import refx.ref as ref_module
 from nnx._layer_names import RootNames
 from nnx.scope import entered
-from nnx.transforms.call import Call, Roots, unlabelled
+from nnx.transforms.call import Call, Roots, Values, unlabelled
 from nnx.transforms.donation import explain_deleted
 from nnx.transforms.homes import kept
 from nnx.transforms.layout import Layout
 from nnx.transforms.tracebacks import shortened
 from nnx.transforms.untouched import Untouched, check_arguments, check_found, reachable
-from refx import Node, Ref
+from refx import Node, Ref, RefError, opened
 from refx.access import check_structure, label, put, writable
 from refx.build import build
-from refx.dagdef import DagDef, RefDef
+from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree
 from refx.frame import Frame, Original, StandIn, copy_containers, local
 from refx.node import is_identity
 from refx.partition import Path, dotted
-from refx.walk import walk
+from refx.walk import Walk, walk
 
 __all__: list[str] = []
 
@@ -54,7 +54,7 @@ class Lift(Exception):
 class Graph(NamedTuple):
     """The structure that a call left behind, where it is more than new values.
 
-    `dagdef` is that of `(roots, output)`. `known` maps its numbers to those of the call's DagDef
+    `dagdef` is that of `(roots, output, let go)`. `known` maps its numbers to those of the call's DagDef
     for what the caller has already; `new` counts the Refs that are new; `leaves` says for each
     plain array whether it is the i-th that came in, or (None) one that was returned.
     """
@@ -62,8 +62,8 @@ class Graph(NamedTuple):
     dagdef: DagDef
     known: dict[int, int]
     leaves: tuple[int | None, ...]
-    # Whether the caller's containers have to be filled again.
-    refill: bool
+    # The caller's containers that hold something else now, by their numbers in `dagdef`.
+    rewritten: frozenset[int]
     # The numbers of the new Refs that the body put on devices itself.
     placed: frozenset[int] = frozenset()
 
@@ -92,6 +92,15 @@ class Packed:
         self.spec = spec
         self.out = out
         self.written = written
+
+    def values(self) -> dict[int, Any]:
+        """What was written, by the number of the Ref."""
+        return dict(zip(self.spec.written, self.written, strict=True))
+
+    def united(self, numbers: Iterable[int], before: Values) -> list[Any]:
+        """The values of these Refs afterwards, whether or not they were written."""
+        written = self.values()
+        return [written[i] if i in written else before.refs[i] for i in numbers]
 
 
 class _Key:
@@ -125,9 +134,7 @@ def run(
     fn: Callable[..., Any],
     name: str,
     call: Call,
-    values: Any,
-    leaves: Any,
-    others: Any,
+    values: Values,
     *,
     layout: Layout | None = None,
     mode: str = "lift",
@@ -143,9 +150,7 @@ def run(
       fn: the user's function.
       name: the transformation and the function, for messages.
       call: the caller's side, for the closed-over Refs.
-      values: a value for each Ref.
-      leaves: a value for each plain array.
-      others: the arguments that hold no Refs.
+      values: what JAX gives for the values of the call.
       layout: the static part of the call; that of `call` without it.
       mode: what reading a closed-over Ref means. `"lift"`: it must become a root. `"read"`: its
         value is taken as it is, since the trace is not kept, and only a written one becomes a
@@ -168,8 +173,9 @@ def run(
     )
     with frame:
         if layout.labels:
-            values, leaves = unlabelled(layout, values, leaves)
-        roots, objects = build(layout.dagdef, map(copy_containers, values), leaves)
+            values = unlabelled(layout, values)
+        leaves = values.plain_arrays
+        roots, objects = build(layout.dagdef, map(copy_containers, values.refs), leaves)
         label_stand_ins(layout, objects)
         outer = call.objects()
         inner_refs = [x for x in objects if type(x) is Ref]
@@ -181,7 +187,7 @@ def run(
         frame.describe = _namer(layout.dagdef, outer, objects)
         frame.roots = RootNames(roots, call.roots)
         try:
-            args, kwargs = _arguments(layout, roots, others)
+            args, kwargs = _arguments(layout, roots, values.arguments)
             scope = roots[-1] if layout.has_scope else None
             with entered(scope):
                 out = fn(*args, **kwargs)
@@ -196,10 +202,14 @@ def run(
                 # The body runs again, and does then what it has done to the caller's containers.
                 closed.restore()
             result = packed if finish is None else finish(packed, outline)
-        except Exception:
+        except Exception as error:
+            twice = closed.changed_by_two_names(frame)
             closed.restore()
             _note_found(frame, mode, call)
-            raise
+            if twice is None or isinstance(error, RefError):
+                raise
+            # What the body read by the other name was not there, or was what it had been.
+            raise twice from error
         finally:
             # What escaped must not keep a tracer alive, and says so when it is used.
             for ref in inner_refs:
@@ -294,7 +304,7 @@ def _pack(
         and all(map(is_, after.objects, objects))
         and all(map(is_, after.leaves, leaves))
     )
-    holds = any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity)))
+    holds = opened.holds_identity(out)
     if same and not holds:
         return Packed(Spec(written, None), out, new_values), Outline([], [])
     alias = {id(o): i for o, i in zip(outer, objects, strict=True)}
@@ -302,7 +312,7 @@ def _pack(
     ours = set(map(id, objects))
     names = frame.stand_ins.values()
     alias.update((id(s.ref), s.inner) for s in names if id(s.inner) in ours)
-    both = walk((roots, out), alias, skip=2)
+    both = walk((roots, out, _let_go(layout, after, objects)), alias, skip=2)
     strangers = [x for x in both.objects if is_identity(x) and x._frame is not frame]
     if strangers:
         roots_of = [x for x in strangers if isinstance(x, Node)] or strangers
@@ -310,14 +320,15 @@ def _pack(
         return Packed(Spec((), None), None, []), Outline([], [])
     numbers = {id(x): i for i, x in enumerate(objects)}
     came = {id(x): i for i, x in enumerate(leaves)}
-    graph = Graph(
-        both.dagdef,
-        {n: numbers[id(x)] for n, x in enumerate(both.objects) if id(x) in numbers},
-        tuple(came.get(id(x)) for x in both.leaves),
-        not same,
-        _numbers_of(frame.placed, both.objects),
+    known = {n: numbers[id(x)] for n, x in enumerate(both.objects) if id(x) in numbers}
+    positions = tuple(came.get(id(x)) for x in both.leaves)
+    rewritten = frozenset() if same else _rewritten(both.dagdef, layout.dagdef, known, positions)
+    placed = frozenset(
+        n for n, x in enumerate(both.objects) if type(x) is Ref and x in frame.placed
     )
-    # The canonical paths begin with "0" for what hangs on a root and with "1" for the output.
+    graph = Graph(both.dagdef, known, positions, rewritten, placed)
+    # The canonical paths begin with "0" for what hangs on a root, with "1" for the output, and with
+    # "2" for what a root has let go.
     paths = dict(zip(map(id, both.refs), both.dagdef.ref_paths, strict=True))
     new = [(paths[id(r)], r) for r in both.refs if id(r) not in numbers]
     arrays = [
@@ -329,8 +340,45 @@ def _pack(
     return Packed(Spec(written, graph), values, new_values), Outline(new, arrays)
 
 
-def _numbers_of(refs: set[Ref[Any]], objects: list[Any]) -> frozenset[int]:
-    return frozenset(n for n, x in enumerate(objects) if type(x) is Ref and x in refs)
+def _let_go(layout: Layout, after: Walk, objects: list[Any]) -> tuple[list[Any], ...]:
+    """For each root, the containers that it held and that no root holds now.
+
+    The caller may hold them, too, so what the body changed in them counts.
+    """
+    still = set(map(id, after.objects))
+    gone = {n for n, x in enumerate(objects) if type(x) is not Ref and id(x) not in still}
+    lost: list[list[Any]] = []
+    for root in range(len(layout.dagdef.root.children)):
+        mine = gone and gone & reachable(layout.dagdef, [root])
+        lost.append([objects[n] for n in sorted(mine)])
+        gone = gone - mine
+    return tuple(lost)
+
+
+def _rewritten(
+    after: DagDef, before: DagDef, known: dict[int, int], leaves: tuple[int | None, ...]
+) -> frozenset[int]:
+    """The objects that a body was given and that hold something else now, by their numbers after."""
+
+    def then(child: Any) -> Any:
+        """A child in the numbers before; None where it is new."""
+        if type(child) is int:
+            return known.get(child)
+        if type(child) is Leaf:
+            number = leaves[child.number]
+            return None if number is None else Leaf(number)
+        if type(child) is Tree:
+            return child._replace(children=tuple(map(then, child.children)))
+        return child
+
+    found = []
+    for n, i in known.items():
+        node = after.nodes[n]
+        if type(node) is NodeDef:
+            node = node._replace(children=tuple(map(then, node.children)))
+        if node != before.nodes[i]:
+            found.append(n)
+    return frozenset(found)
 
 
 def until_lifted(attempt: Callable[[Roots], Any]) -> Any:
@@ -385,15 +433,24 @@ def close_call(call: Call, packed: Packed) -> Any:
     if call.found:
         raise Lift
     spec = packed.spec
-    if spec.graph is not None and spec.graph.refill:
-        for root in call.roots:
-            if isinstance(root, Node):
-                check_structure(root, "The structure")
+    if spec.graph is not None and spec.graph.rewritten:
+        objects = call.objects()
+        for n in spec.graph.rewritten:
+            number = spec.graph.known[n]
+            holders = [objects[number]]
+            if not isinstance(holders[0], Node):
+                # A list or a dict may change where the modules that it is a part of may.
+                every = enumerate(call.roots)
+                holders = [x for i, x in every if number in reachable(call.layout.dagdef, [i])]
+            for holder in holders:
+                if isinstance(holder, Node):
+                    check_structure(holder, "The structure")
     if spec.written:
         if call.at_once:
             # The old values are let go here, while the program that read them has hardly begun:
             # a few microseconds later it costs a third more.
-            refs, call.values = call.refs, []
+            refs = call.refs
+            call.values.refs.clear()
             for i, value in zip(spec.written, packed.written):
                 refs[i]._value = value
             if local.frame is not None:
@@ -419,9 +476,11 @@ def _apply(call: Call, graph: Graph, new: list[Any], arrays: list[Any]) -> Any:
     objects = call.objects()
     existing = {n: objects[i] for n, i in graph.known.items()}
     given = iter(arrays)
-    leaves = [call.leaves[i] if i is not None else next(given) for i in graph.leaves]
+    leaves = [call.values.plain_arrays[i] if i is not None else next(given) for i in graph.leaves]
     new = _born(graph, new)
-    (_, out), built = build(graph.dagdef, new, leaves, existing=existing, refill=graph.refill)
+    (_, out, _), built = build(
+        graph.dagdef, new, leaves, existing=existing, rewritten=graph.rewritten
+    )
     if local.frame is not None:
         local.frame.placed.update(built[n] for n in graph.placed)
     return out
@@ -441,25 +500,26 @@ def _born(graph: Graph, values: Iterable[Any]) -> list[Any]:
     return born
 
 
-def fresh_output(call: Call, packed: Packed, values: list[Any], leaves: list[Any]) -> Any:
+def fresh_output(call: Call, packed: Packed, values: Values) -> Any:
     """The output with value semantics: what came in comes out as a copy, with what was written.
 
-    `values` and `leaves` are those that came in, or `ShapeDtypeStruct`s for them.
+    `values` are those that came in, or `ShapeDtypeStruct`s for them.
     """
     graph = packed.spec.graph
     if graph is None:
         return packed.out
-    values, leaves = unlabelled(call.layout, values, leaves)
+    values = unlabelled(call.layout, values)
     for i, value in zip(packed.spec.written, packed.written, strict=True):
-        values[i] = value
+        values.refs[i] = value
     numbers = [n for n, node in enumerate(call.layout.dagdef.nodes) if type(node) is RefDef]
     ref_at = {n: i for i, n in enumerate(numbers)}
     new, more = map(iter, packed.out)
     new = iter(_born(graph, new))
     refs = [
-        values[ref_at[graph.known[n]]] if n in graph.known else next(new)
+        values.refs[ref_at[graph.known[n]]] if n in graph.known else next(new)
         for n, node in enumerate(graph.dagdef.nodes)
         if type(node) is RefDef
     ]
-    arrays = [leaves[i] if i is not None else next(more) for i in graph.leaves]
+    given = values.plain_arrays
+    arrays = [given[i] if i is not None else next(more) for i in graph.leaves]
     return build(graph.dagdef, refs, arrays)[0][1]

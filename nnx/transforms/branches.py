@@ -20,7 +20,7 @@ from nnx.transforms.boundary import (
     run,
     until_lifted,
 )
-from nnx.transforms.call import Call, Roots, open_call
+from nnx.transforms.call import Call, Roots, Values, open_call
 from nnx.transforms.callables import function_name
 from nnx.transforms.eager import compiled_once
 from nnx.transforms.naming import named
@@ -108,10 +108,11 @@ def _branch(
 ) -> Any:
     def attempt(roots: Roots) -> Any:
         call = open_call(operands, {}, roots)
-        inputs = (call.values, call.leaves, call.others)
 
         def body(fn: Callable[..., Any], **options: Any) -> Callable[..., Packed]:
-            return lambda *flat: run(fn, name, call, *flat, mode="read", runs_once=False, **options)
+            return lambda values: run(
+                fn, name, call, values, mode="read", runs_once=False, **options
+            )
 
         # Which Refs each branch writes is known after an abstract evaluation; what one of them
         # writes, all of them return.
@@ -122,21 +123,20 @@ def _branch(
         # So that what follows draws the same keys whichever branch was taken, each stream moves on
         # by the most that one of them draws, where that is known before.
         moved = {
-            i: call.values[i] + max(d.get(i, 0) for d in drawn)
+            i: call.values.refs[i] + max(d.get(i, 0) for d in drawn)
             for i in union
             if all(i in d or i not in p.spec.written for d, p in zip(drawn, found, strict=True))
         }
         returned = [i for i in union if i not in moved]
 
         def flat(fn: Callable[..., Any]) -> Callable[..., Any]:
-            def branch(values: Any, leaves: Any, others: Any) -> Any:
-                packed = body(fn)(values, leaves, others)
-                written = dict(zip(packed.spec.written, packed.written, strict=True))
-                return packed.out, [written.get(i, values[i]) for i in returned]
+            def branch(values: Values) -> Any:
+                packed = body(fn)(values)
+                return packed.out, packed.united(returned, values)
 
             return named(branch, fn, call)
 
-        out, written = choose([flat(fn) for fn in branches], *inputs)
+        out, written = choose([flat(fn) for fn in branches], call.values)
         after = {**moved, **dict(zip(returned, written, strict=True))}
         packed = Packed(Spec(union, found[0].spec.graph), out, [after[i] for i in union])
         return close_call(call, packed)
@@ -157,12 +157,12 @@ def _learn(
                 drawn[i] = value
         return packed
 
-    def counted(values: list[Any], leaves: list[Any], others: list[Any]) -> Packed:
+    def counted(values: Values) -> Packed:
         # With a number to begin with, a count is a number as long as no compiled code counts.
-        values = [0 if i in streams else x for i, x in enumerate(values)]
-        return body(fn, finish=note)(values, leaves, others)
+        refs = [0 if i in streams else x for i, x in enumerate(values.refs)]
+        return body(fn, finish=note)(values._replace(refs=refs))
 
-    packed = abstractly(named(counted, fn, call), call.values, call.leaves, call.others)
+    packed = abstractly(named(counted, fn, call), call.values)
     return packed, drawn
 
 
@@ -174,8 +174,8 @@ def _check(
     union: tuple[int, ...],
 ) -> None:
     first, label = found[0], function_name(branches[0])
-    shapes = [dict(zip(p.spec.written, p.written, strict=True)) for p in found]
-    before = jax.eval_shape(lambda: call.values)
+    shapes = [p.values() for p in found]
+    before = jax.eval_shape(lambda: call.values.refs)
     for packed, fn, written in zip(found[1:], branches[1:], shapes[1:], strict=True):
         if packed.spec.graph != first.spec.graph:
             raise BranchError(

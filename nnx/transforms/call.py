@@ -6,7 +6,7 @@ is remembered (`refx.snapshot`), and so is how the structures of several roots g
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from nnx._ambient import ambient
 from nnx.scope import COMPILED
@@ -26,12 +26,38 @@ from refx.walk import walk
 __all__: list[str] = []
 
 
+class Values(NamedTuple):
+    """One thing for each input of a call: its value, its axis, its position.
+
+    There are three kinds of input: Refs and the plain arrays of modules, in the order of the DagDef,
+    and the arguments that hold no Refs. Most transformations give JAX a `Values` and get one.
+    """
+
+    refs: list[Any]
+    plain_arrays: list[Any]
+    arguments: list[Any]
+
+    def copied(self) -> Values:
+        """The same in other lists."""
+        return Values(*map(list, self))
+
+    def chosen(self, at: Values) -> Values:
+        """What is at these positions."""
+        return Values(*[[x[i] for i in numbers] for x, numbers in zip(self, at, strict=True)])
+
+    def put(self, at: Values, new: Values) -> None:
+        """Put something else at these positions."""
+        for x, numbers, items in zip(self, at, new, strict=True):
+            for i, item in zip(numbers, items, strict=True):
+                x[i] = item
+
+
 class Call:
     """The caller's side of one call.
 
-    `refs`, `values` and `leaves` are in the order of `layout.dagdef`; `others` are the arguments
-    that hold no Refs. `roots` are the argument roots, the closed-over ones, and the scope, if any.
-    `found` are pairs of a closed-over Ref that was met and the root to take for it.
+    `refs` and `values` are in the order of `layout.dagdef`. `roots` are the argument roots, the
+    closed-over ones, and the scope, if any. `found` are pairs of a closed-over Ref that was met and
+    the root to take for it.
     """
 
     __slots__ = (
@@ -41,9 +67,7 @@ class Call:
         "filtered",
         "found",
         "layout",
-        "leaves",
         "loose",
-        "others",
         "refs",
         "repeats",
         "roots",
@@ -58,18 +82,14 @@ class Call:
         roots: list[Any],
         snapshots: list[Snapshot],
         refs: list[Ref[Any]],
-        values: list[Any],
-        leaves: list[Any],
-        others: list[Any],
+        values: Values,
     ):
         self.layout = layout
         self.roots = roots
         self.snapshots = snapshots
         self.refs = refs
         self.values = values
-        self.leaves = leaves
-        self.others = others
-        # The numbers of the values for which nobody has chosen a place; see `homes`.
+        # The numbers of the Refs for whose values nobody has chosen a place; see `homes`.
         self.loose: tuple[int, ...] = ()
         self.found: list[tuple[Any, Any]] = []
         # Whether every Ref may be written where the call was opened, with no need to ask each.
@@ -99,7 +119,7 @@ class Call:
 
     def without_values(self) -> Call:
         """The same call for a body that JAX may keep: it must not keep the call's tracers alive."""
-        bare = Call(self.layout, self.roots, self.snapshots, self.refs, [], [], [])
+        bare = Call(self.layout, self.roots, self.snapshots, self.refs, Values([], [], []))
         bare.found = self.found
         bare.entry = self.entry
         bare.repeats = self.repeats
@@ -173,7 +193,7 @@ def open_call(
     layout = plan.layout
     if any([s.has_labels for s in snapshots]) or not (not leaves or all(map(is_array, leaves))):
         layout, values, leaves = _labelled(layout, plans, refs, values, leaves)
-    call = Call(layout, roots, snapshots, refs, values, leaves, others)
+    call = Call(layout, roots, snapshots, refs, Values(values, leaves, others))
     call.at_once = at_once
     call.stand_ins = stand_ins
     if type(closure) is Roots:
@@ -205,15 +225,15 @@ def _labelled(
     return plans.layout(layout.dagdef, parts), values, leaves
 
 
-def unlabelled(layout: Layout, values: Any, leaves: Any) -> tuple[list[Any], list[Any]]:
-    """The lists of values and of plain leaves with the constants of the program put back."""
-    values, leaves = list(values), list(leaves)
+def unlabelled(layout: Layout, values: Values) -> Values:
+    """The values with the constants of the program put back."""
+    values = values.copied()
     for i, label in layout.labels:
         if i >= 0:
-            values[i] = label.value
+            values.refs[i] = label.value
         else:
-            leaves[-1 - i] = label.value
-    return values, leaves
+            values.plain_arrays[-1 - i] = label.value
+    return values
 
 
 def _chosen(items: list[Any], positions: tuple[int, ...] | None) -> list[Any]:

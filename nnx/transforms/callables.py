@@ -31,7 +31,7 @@ def unbound(fn: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]
     if isinstance(fn, Node):
         call = inspect.getattr_static(type(fn), "__call__")
         # Operations in it have the name of the layer, in whatever it is transformed.
-        return call.scoped if isinstance(call, LayerCall) else type(fn).__call__, (fn,)  # pyright: ignore
+        return call.scoped if type(call) is LayerCall else type(fn).__call__, (fn,)  # pyright: ignore
     return fn, ()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,10 @@ import jax.numpy as jnp
 from nnx.sharding.putting import spec_in_type
 from nnx.transforms.added_axis import of_slices
 from nnx.transforms.axes import Specs, places
-from nnx.transforms.boundary import Packed, Spec, check_lifted, run, until_lifted
-from nnx.transforms.call import Call, Roots
-from nnx.transforms.naming import named
-from refx import RefError, StructureError, clone, merge, split
+from nnx.transforms.boundary import Packed, Spec, abstractly, check_lifted, run, until_lifted
+from nnx.transforms.call import Call, Roots, Values
+from nnx.transforms.naming import inputs_of, named
+from refx import RefError, StructureError, clone, merge, opened, split
 from refx.access import write
 from refx.frame import local
 from refx.node import is_identity
@@ -36,14 +37,6 @@ class _Carry:
 
 CARRY: Any = _Carry()
 """In `nnx.scan(..., axes={filter: nnx.CARRY})`: carried from step to step and not sliced."""
-
-
-class Carried(NamedTuple):
-    """What goes from step to step: plain values, values of Refs, and arrays of renewed modules."""
-
-    others: list[Any]
-    refs: list[Any]
-    leaves: list[Any]
 
 
 class Renewed(Exception):
@@ -87,18 +80,20 @@ class Loop:
         self._position = position
         self._steps = steps
         self._renewed = renewed
-        self._slices = [[i for i, s in enumerate(at) if s is not CARRY] for at in specs[:3]]
-        self._others = [i for i, s in enumerate(specs.others) if s is CARRY]
-        self._is_carried = [s is CARRY for s in specs.refs]
-        self._refs: list[int] = []
+        self._is_carried = [s is CARRY for s in specs.values.refs]
+        self._sliced = Values(*[_where(s is not CARRY for s in at) for at in specs.values])
+        # What goes from step to step: Refs that a step writes, arrays of renewed modules, values.
+        self._carried = Values([], [], _where(s is CARRY for s in specs.values.arguments))
         self._spec = Spec((), None)
         self._seen: frozenset[int] | None = None
-        self._leaves = self._leaves_of(renewed) if renewed else []
-        self._slice_layout = of_slices(name, call, [None if s is CARRY else s for s in specs.refs])
+        axes = [None if s is CARRY else s for s in specs.values.refs]
+        self._slice_layout = of_slices(name, call, axes)
+        if renewed:
+            self._carried.plain_arrays.extend(self._arrays_of(renewed))
 
-    def _leaves_of(self, renewed: frozenset[int]) -> list[int]:
+    def _arrays_of(self, renewed: frozenset[int]) -> list[int]:
         """The numbers of the plain arrays of the renewed modules, in the order of their structure."""
-        parts = jax.tree.leaves(self._init, is_leaf=is_identity)
+        parts = opened.leaves(self._init)
         modules = [i for i, x in enumerate(parts) if is_identity(x)]
         # The first roots of the call are the modules of the carry.
         roots = [place for i, place in zip(modules, places(self.call)) if i in renewed]
@@ -106,63 +101,51 @@ class Loop:
         joint = walk(tuple(parts[i] for i in modules if i in renewed))
         return [numbers[int(path[0])][path[1:]] for path in joint.dagdef.leaf_paths]
 
-    def sliced(self) -> tuple[list[Any], ...]:
-        lists = (self.call.values, self.call.leaves, self.call.others)
-        return tuple([x[i] for i in at] for x, at in zip(lists, self._slices, strict=True))
+    def sliced(self) -> Values:
+        """What is sliced, all steps together."""
+        return self.call.values.chosen(self._sliced)
 
-    def spread(self, arguments: dict[str, Any], call: Call) -> Iterator[tuple[str, int, Any]]:
-        """The inputs of one step, for their names."""
-        for name, given in arguments.items():
-            if name == "carry":
-                lists = (given.refs, given.leaves, given.others)
-                numbers: Any = (self._refs, self._leaves, self._others)
-            elif name == "x":
-                lists, numbers = given, self._slices
-            else:
-                yield name, 0, given
-                continue
-            for kind, at, values in zip(
-                ("values", "leaves", "others"), numbers, lists, strict=True
-            ):
-                yield from ((kind, i, x) for i, x in zip(at, values, strict=True))
-
-    def pure_step(self) -> Callable[..., Any]:
-        """`step` by the user's names."""
-
-        def pure(carry: Carried, x: Any) -> Any:
-            return self.step(carry, x)
-
-        return named(pure, self._fn, self.call, self.spread)
-
-    def first(self) -> Carried:
+    def first(self) -> Values:
         """What the first step gets."""
-        return Carried(
-            [self.call.others[i] for i in self._others],
-            [self.call.values[i] for i in self._refs],
-            [self.call.leaves[i] for i in self._leaves],
-        )
+        return self.call.values.chosen(self._carried)
 
-    def place(self, carry: Carried, sliced: Any) -> tuple[list[Any], list[Any], list[Any]]:
-        """The full lists of values, plain arrays and other arguments for one step."""
-        lists = [list(self.call.values), list(self.call.leaves), list(self.call.others)]
-        for x, at, new in zip(lists, self._slices, sliced, strict=True):
-            for i, value in zip(at, new, strict=True):
-                x[i] = value
-        numbers = (self._refs, self._leaves, self._others)
-        for x, at, new in zip(
-            lists, numbers, (carry.refs, carry.leaves, carry.others), strict=True
-        ):
-            for i, value in zip(at, new, strict=True):
-                x[i] = value
-        return lists[0], lists[1], lists[2]
+    def labels(self, call: Call) -> tuple[Any, ...]:
+        """The inputs of one step, for their names; see `naming`."""
+        inputs = inputs_of(call)
+        return inputs.chosen(self._carried), inputs.chosen(self._sliced)
 
-    def step(self, carry: Carried, sliced: Any) -> tuple[Carried, Packed]:
+    def carry_labels(self, call: Call) -> tuple[Any, ...]:
+        """The same, of a step that has nothing but the carry."""
+        return self.labels(call)[:1]
+
+    def index_labels(self, call: Call) -> tuple[Any, ...]:
+        """The same, of a step that has a number and the carry."""
+        carry, sliced = self.labels(call)
+        return sliced.arguments[0], carry
+
+    def abstract_step(self, sliced: Values) -> None:
+        """Take one step abstractly, to learn what it writes."""
+
+        def pure(carry: Values, sliced: Values) -> Any:
+            return self.step(carry, sliced)
+
+        pure = named(pure, self._fn, self.call, self.labels)
+        self._learn(*abstractly(pure, self.first(), sliced))
+
+    def place(self, carry: Values, sliced: Values) -> Values:
+        """All values of the call for one step."""
+        values = self.call.values.copied()
+        values.put(self._sliced, sliced)
+        values.put(self._carried, carry)
+        return values
+
+    def step(self, carry: Values, sliced: Values) -> tuple[Values, Packed]:
         """Run the body once: the next carry, but for its Refs, and what the body left behind."""
-        (others, leaves), packed = run(
+        (others, arrays), packed = run(
             self._body,
             self._name,
             self.call,
-            *self.place(carry, sliced),
+            self.place(carry, sliced),
             layout=self._slice_layout,
             mode="read",
             assigned=True,
@@ -170,7 +153,8 @@ class Loop:
             runs_once=False,
             split_out=lambda out: out,
         )
-        return Carried(others, self.carried_of(packed), leaves), packed
+        written = packed.values()
+        return Values([written[i] for i in self._carried.refs], arrays, others), packed
 
     def _body(self, *args: Any) -> tuple[Any, Any]:
         carry = args[self._position]
@@ -185,8 +169,8 @@ class Loop:
 
     def _match(self, carry: Any, new: Any, came: set[int]) -> tuple[list[Any], list[Any]]:
         """The plain values and the arrays of renewed modules of the next carry."""
-        olds, old_def = jax.tree.flatten(carry, is_leaf=is_identity)
-        news, new_def = jax.tree.flatten(new, is_leaf=is_identity)
+        olds, old_def = opened.flatten(carry)
+        news, new_def = opened.flatten(new)
         if old_def != new_def:
             raise CarryError(
                 f"The carry of {self._name} changes its structure: it comes in as {old_def} and "
@@ -260,32 +244,34 @@ class Loop:
             write(ref, value)
         return after.leaves()
 
-    def learn(self, found: tuple[Carried, Packed]) -> None:
+    def _learn(self, carry: Values, packed: Packed) -> None:
         """Take from one abstract step which Refs are written, and check that they may be carried."""
         check_lifted(self.call)
         if self._seen is not None and self._seen != self._renewed:
             raise Renewed(self._seen)
-        carry, packed = found
         self._spec = packed.spec
         graph = packed.spec.graph
-        if graph is not None and graph.refill:
+        if graph is not None and graph.rewritten:
             raise StructureError(
                 f"The body of {self._name} changes the structure of a module that comes from "
                 f"outside (an attribute, a list or a Ref was added, removed or replaced), and the "
                 f"steps of a compiled loop cannot have different structures. Make the change "
                 f"before the loop."
             )
-        self._refs = [i for i in packed.spec.written if self._is_carried[i]]
-        written = dict(zip(packed.spec.written, packed.written, strict=True))
-        for i in self._refs:
-            self._check(self.call.layout.name_of(i), self.call.values[i], written[i])
-        flat = jax.tree_util.tree_flatten_with_path(self._init, is_leaf=is_identity)[0]
-        names = [jax.tree_util.keystr(path) for path, x in flat if not is_identity(x)]
-        for where, i, new in zip(names, self._others, carry.others, strict=True):
-            self._check(f"The carry{where}", self.call.others[i], new)
-        paths = self.call.layout.dagdef.leaf_paths
-        for i, new in zip(self._leaves, carry.leaves, strict=True):
-            self._check(f"The array {dotted(paths[i][1:])!r}", self.call.leaves[i], new)
+        written = packed.values()
+        refs = [i for i in packed.spec.written if self._is_carried[i]]
+        self._carried.refs.extend(refs)
+        after = carry._replace(refs=[written[i] for i in refs])
+        flat = opened.flatten_with_path(self._init)[0]
+        paths = [jax.tree_util.keystr(path) for path, x in flat if not is_identity(x)]
+        arrays = self.call.layout.dagdef.leaf_paths
+        names = Values(
+            [self.call.layout.name_of(i) for i in refs],
+            [f"The array {dotted(arrays[i][1:])!r}" for i in self._carried.plain_arrays],
+            [f"The carry{path}" for path in paths],
+        )
+        for what, old, new in zip(*map(chain.from_iterable, (names, self.first(), after))):
+            self._check(what, old, new)
 
     def _check(self, what: str, old: Any, new: Any) -> None:
         before, after = jax.eval_shape(lambda: (old, new)) if _concrete(new) else (old, new)
@@ -312,29 +298,25 @@ class Loop:
                     f"what the body gives it, or on its first value."
                 )
 
-    def carried_of(self, packed: Packed) -> list[Any]:
-        written = dict(zip(packed.spec.written, packed.written, strict=True))
-        return [written[i] for i in self._refs]
-
     def sliced_of(self, packed: Packed) -> list[Any]:
-        pairs = zip(packed.spec.written, packed.written, strict=True)
-        return [value for i, value in pairs if not self._is_carried[i]]
+        """What a step wrote to Refs that are sliced."""
+        return [value for i, value in packed.values().items() if not self._is_carried[i]]
 
-    def packed(self, out: Any, carry: Carried, sliced: list[Any]) -> Packed:
+    def packed(self, out: Any, carry: Values, sliced: list[Any]) -> Packed:
         """What all steps together left behind."""
         todo, slices = iter(carry.refs), iter(sliced)
         written = [next(todo if self._is_carried[i] else slices) for i in self._spec.written]
         return Packed(self._spec, out, written)
 
-    def last(self, carry: Carried) -> Any:
+    def last(self, carry: Values) -> Any:
         """The last carry, with the caller's own modules where they are kept."""
-        flat, treedef = jax.tree.flatten(self._init, is_leaf=is_identity)
-        todo = iter(carry.others)
+        flat, treedef = opened.flatten(self._init)
+        todo = iter(carry.arguments)
         flat = [x if is_identity(x) else next(todo) for x in flat]
-        if self._leaves:
+        if self._carried.plain_arrays:
             at = sorted(self._renewed)
             dagdef, values = split(tuple(flat[i] for i in at))
-            new: dict[Path, Any] = {**values, **dict(zip(dagdef.leaf_paths, carry.leaves))}
+            new: dict[Path, Any] = {**values, **dict(zip(dagdef.leaf_paths, carry.plain_arrays))}
             for i, module in zip(at, merge(dagdef, new), strict=True):
                 flat[i] = module
         return jax.tree.unflatten(treedef, flat)
@@ -351,13 +333,17 @@ def run_loop(init: Any, attempt: Callable[[Roots, Any, frozenset[int]], Any]) ->
         except Renewed as found:
             renewed = found.at
         at = sorted(renewed)
-        flat, treedef = jax.tree.flatten(init, is_leaf=is_identity)
+        flat, treedef = opened.flatten(init)
         for i, module in zip(at, clone(tuple(flat[i] for i in at)), strict=True):
             flat[i] = module
         init = jax.tree.unflatten(treedef, flat)
         return attempt(roots, init, renewed)
 
     return until_lifted(with_clones)
+
+
+def _where(chosen: Iterable[bool]) -> list[int]:
+    return [i for i, is_chosen in enumerate(chosen) if is_chosen]
 
 
 def _concrete(x: Any) -> bool:

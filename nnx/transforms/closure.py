@@ -9,7 +9,6 @@ the next call. What is read and cannot be found by looking is an error.
 
 from __future__ import annotations
 
-import enum
 import functools
 import threading
 import types
@@ -27,6 +26,7 @@ from nnx.transforms.looking import (
     DEFAULTS,
     SCALARS,
     SMALL,
+    VALUES,
     Edge,
     Graph,
     attribute_dicts,
@@ -337,7 +337,7 @@ class Closure:
             counts = n not in selected and _counts(edge, source, graph, self._noted)
             if edge.candidate is not None and n not in selected and _names(edge, source, graph):
                 # Its Refs were never read, but its settings may have been.
-                structure = functools.partial(_structure, _reference(edge.candidate))
+                structure = _Structure(edge.candidate)
                 state.calls.append(structure)
                 state.results.append(structure())
                 state.call_roots.append(-1)
@@ -401,13 +401,13 @@ class Closure:
     def _constant(self, edge: Edge) -> Any:
         """What the value of a step that leads to no module counts as."""
         value = edge.value
-        if value is ABSENT or type(value) in SCALARS or isinstance(value, enum.Enum | type):
+        if value is ABSENT or type(value) in SCALARS or issubclass(type(value), (*VALUES, type)):
             return Static(value)
         held = data_in(value)
         parts = [x for c in held or () for x in content(c) if isinstance(x, ARRAYS)]
         if held is not None and not parts:
             return exact(value, [], NESTED)
-        if is_user_object(value):
+        if is_user_object(value) and not is_data(value):
             # Its class, since steps of its own say what it holds.
             return type(value)
         # By a number, so that nothing of an earlier call is kept.
@@ -491,10 +491,9 @@ def _reference(x: Any) -> Callable[[], Any]:
 def _counts(edge: Edge, source: Any, graph: Graph, noted: set[tuple[Any, ...]]) -> bool:
     """Whether a program depends on what this step leads to, though it leads to no module.
 
-    Functions, classes and objects count wherever they are bound; numbers, texts and arrays where
-    code does not bind them while it runs: as defaults, in partials, and as attributes that no
-    reached code sets. As variables they are constants of the program, as they are to `jax.jit`.
-    Containers of data count wherever they are bound, unless reached code notes something in them.
+    Functions, classes and objects count wherever they are bound. Numbers, texts and arrays count as
+    defaults, in partials, and as variables and attributes that no reached code sets. Containers of
+    data count wherever they are bound, unless reached code notes something in them.
     """
     default = type(edge.key) is tuple and edge.key[0] == "default"
     if edge.candidate is not None:
@@ -509,18 +508,21 @@ def _counts(edge: Edge, source: Any, graph: Graph, noted: set[tuple[Any, ...]]) 
     if is_container(edge.value) and not default and edge.key not in DEFAULTS:
         known = name in graph.names or kind is types.FunctionType
         held = known and name not in graph.filled | graph.stored and edge.path not in noted
-        return held and data_in(edge.value) is not None
+        return held and (len(edge.value) > SMALL or data_in(edge.value) is not None)
     leads = edge.target is not None and not is_container(edge.value)
+    set_by_no_code = edge.data and name not in graph.stored
     if kind is types.FunctionType:
-        return leads or edge.key in DEFAULTS or (edge.data and default)
-    if edge.key == "type" or kind is types.ModuleType:
+        return leads or edge.key in DEFAULTS or (edge.data and default) or set_by_no_code
+    if edge.key == "type":
         return leads
+    if kind is types.ModuleType:
+        return leads or set_by_no_code
     if issubclass(kind, type) and _tells(source, edge.key):
         return False
     # What Python calls by itself, such as `__call__` and `__getitem__`, no code names.
     if name not in graph.names and not (leads and _is_special(name)):
         return False
-    return leads or (edge.data and name not in graph.stored)
+    return leads or set_by_no_code
 
 
 def _names(edge: Edge, source: Any, graph: Graph) -> bool:
@@ -529,15 +531,29 @@ def _names(edge: Edge, source: Any, graph: Graph) -> bool:
     return is_container(source) or name in graph.names
 
 
-def _structure(get: Callable[[], Any]) -> Any:
-    """What a module that is far looks like, without its values."""
-    x = get()
-    if not isinstance(x, Node):
-        return None
-    try:
-        return snapshot(x).dagdef
-    except RefError:
-        return None
+class _Structure:
+    """What a far module looks like without its Refs: called, it gives one object until that changes."""
+
+    def __init__(self, module: Any):
+        self._get = _reference(module)
+        self._now: Any = None
+        self._dagdef: Any = None
+        self._arrays: list[Callable[[], Any]] = []
+
+    def __call__(self) -> Any:
+        module = self._get()
+        if not isinstance(module, Node):
+            return None
+        try:
+            snap = snapshot(module)
+        except RefError:
+            return None
+        arrays = snap.leaves()
+        known = self._dagdef is snap.dagdef and len(arrays) == len(self._arrays)
+        if not (known and all(map(is_, map(call_it, self._arrays), arrays))):
+            self._dagdef, self._arrays = snap.dagdef, list(map(_reference, arrays))
+            self._now = object() if arrays else snap.dagdef
+        return self._now
 
 
 def _is_special(name: Any) -> bool:

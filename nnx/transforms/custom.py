@@ -22,18 +22,18 @@ import jax.numpy as jnp
 
 from nnx._ambient import ambient
 from nnx.transforms.boundary import Packed, Spec, check_lifted, close_call, run, until_lifted
-from nnx.transforms.call import Call, Roots, open_call
+from nnx.transforms.call import Call, Roots, Values, open_call
 from nnx.transforms.callables import function_name
 from nnx.transforms.custom_arguments import (
     CustomRuleError,
     Fixed,
-    Form,
-    Place,
     closed_positions,
+    cotangents_of,
     forms_of,
-    tangents_of,
+    moving,
 )
-from nnx.transforms.targets import shapes, text, zero_tangent
+from nnx.transforms.targets import Place, Target, shapes, text, zero_tangent
+from refx import opened
 from refx.node import is_identity
 from refx.partition import dotted
 
@@ -107,7 +107,7 @@ class _Custom:
 
         def attempt(roots: Roots) -> Any:
             call = open_call(args, {}, roots)
-            flat = call.values, call.leaves, call.others, fixed.traced
+            flat = call.values, fixed.traced
             return self._call(call, args, fixed.without_values(), flat)
 
         return until_lifted(attempt)
@@ -117,11 +117,11 @@ class _Custom:
 
     def _plain(self, call: Call, fixed: Fixed) -> Callable[..., Packed]:
         fn, bare = self._fn, call.without_values()
-        return lambda *flat: run(
-            lambda *args: fn(*self._whole(args, fixed.whole(flat[3]))),
+        return lambda values, traced: run(
+            lambda *args: fn(*self._whole(args, fixed.whole(traced))),
             self._name,
             bare,
-            *flat[:3],
+            values,
             runs_once=False,
         )
 
@@ -142,9 +142,8 @@ class _Custom:
         )
 
 
-def _united(packed: Packed, spec: Spec, values: list[Any]) -> tuple[Any, list[Any]]:
-    written = dict(zip(packed.spec.written, packed.written, strict=True))
-    return packed.out, [written.get(i, values[i]) for i in spec.written]
+def _united(packed: Packed, spec: Spec, values: Values) -> tuple[Any, list[Any]]:
+    return packed.out, packed.united(spec.written, values)
 
 
 class custom_vjp(_Custom):
@@ -193,33 +192,32 @@ class custom_vjp(_Custom):
         fwd, bwd = self._rules
         plain, bare = self._plain(call, fixed), call.without_values()
         forms = forms_of(call, args)
-        counts = len(call.values), len(call.leaves), len(call.others)
+        counts = tuple(map(len, call.values))
         closed = closed_positions(call)
 
-        def forward(*flat: Any) -> tuple[Any, Packed]:
+        def forward(values: Values, traced: list[Any]) -> tuple[Any, Packed]:
             rest, packed = run(
-                lambda *args: fwd(*self._whole(args, fixed.whole(flat[3]))),
+                lambda *args: fwd(*self._whole(args, fixed.whole(traced))),
                 self._name,
                 bare,
-                *flat[:3],
+                values,
                 runs_once=False,
                 split_out=self._split,
             )
-            return (rest, [flat[0][i] for i in closed], flat[1], flat[3]), packed
+            known = [values.refs[i] for i in closed]
+            return (rest, known, values.plain_arrays, traced), packed
 
-        def backward(residuals: Any, cotangent: Any) -> tuple[list[Any], ...]:
-            rest, known, leaves, traced = residuals
-            values: list[Any] = [None] * counts[0]
+        def backward(residuals: Any, cotangent: Any) -> tuple[Values, list[Any]]:
+            rest, known, arrays, traced = residuals
+            refs: list[Any] = [None] * counts[0]
             for i, value in zip(closed, known, strict=True):
-                values[i] = value
+                refs[i] = value
             # The arguments are not there any more, only what the rule closes over.
             packed = run(
                 lambda *_: bwd(*fixed.whole(traced), rest, cotangent),
                 self._name,
                 bare,
-                values,
-                leaves,
-                [None] * counts[2],
+                Values(refs, arrays, [None] * counts[2]),
                 runs_once=False,
             )
             if packed.spec.written or packed.spec.graph is not None:
@@ -228,7 +226,7 @@ class custom_vjp(_Custom):
                     f"one. It runs as often as JAX needs it, or never: write in the forward rule, "
                     f"and return cotangents."
                 )
-            return *self._cotangents(forms, counts, packed.out), [None] * len(traced)
+            return self._cotangents(forms, counts, packed.out), [None] * len(traced)
 
         def gradient(*flat: Any) -> Packed:
             residuals, packed = forward(*flat)
@@ -258,7 +256,7 @@ class custom_vjp(_Custom):
                 f"The forward rule of {self._name} must return (out, residuals), but it returned "
                 f"{type(out).__name__}."
             )
-        held = jax.tree.leaves(out[1], is_leaf=is_identity)
+        held = opened.leaves(out[1])
         if any(map(is_identity, held)):
             raise CustomRuleError(
                 f"The residuals of {self._name} hold a module or a Ref, which would be gone when "
@@ -266,20 +264,18 @@ class custom_vjp(_Custom):
             )
         return out[1], out[0]
 
-    def _cotangents(
-        self, forms: list[Form], counts: tuple[int, int, int], given: Any
-    ) -> tuple[list[Any], ...]:
-        """A cotangent for each value, in the order of the flat lists; None is zero."""
+    def _cotangents(self, forms: list[Target], counts: tuple[int, ...], given: Any) -> Values:
+        """A cotangent for each value of the call; None is zero."""
         if not isinstance(given, tuple | list) or len(given) != len(forms):
             count = len(given) if isinstance(given, tuple | list) else type(given).__name__
             raise CustomRuleError(
                 f"The backward rule of {self._name} must return a tuple of {len(forms)} "
                 f"cotangents, one for each differentiable argument, but it returned {count}."
             )
-        flat: tuple[list[Any], ...] = tuple([None] * n for n in counts)
+        flat = Values(*[[None] * n for n in counts])
         for number, (form, cotangent) in enumerate(zip(forms, given, strict=True)):
             what = f"The backward rule of {self._name} returned a cotangent for argument {number}"
-            for place, value in form.matched(cotangent, what):
+            for place, value in zip(form.places, cotangents_of(form, cotangent, what), strict=True):
                 if value is None:
                     continue
                 self._check(what, place, value, form.treedef is None)
@@ -291,11 +287,11 @@ class custom_vjp(_Custom):
         return flat
 
     def _check(self, what: str, place: Place, cotangent: Any, named: bool) -> None:
-        if shapes(cotangent) != shapes(place.zero):
+        zero = jax.tree.map(zero_tangent, place.value)
+        if shapes(cotangent) != shapes(zero):
             where = f" at {dotted(place.path)!r}" if named else ""
             raise CustomRuleError(
-                f"{what}{where} of {text(cotangent)}, but it must be {text(place.zero)}, as the "
-                f"value is."
+                f"{what}{where} of {text(cotangent)}, but it must be {text(zero)}, as the value is."
             )
 
 
@@ -342,15 +338,16 @@ class custom_jvp(_Custom):
         if rule is None:
             raise self._missing("defjvp(rule)")
         plain, bare = self._plain(call, fixed), call.without_values()
-        forms = forms_of(call, args)
+        forms = list(map(moving, forms_of(call, args)))
 
         def both(flat: Any, tangents: Any) -> tuple[Any, Packed]:
-            given = tuple(tangents_of(form, tangents) for form in forms)
+            values, traced = flat
+            given = tuple(form.named(form.take(tangents[0])) for form in forms)
             return run(
-                lambda *primals: rule(*fixed.whole(flat[3]), primals, given),
+                lambda *primals: rule(*fixed.whole(traced), primals, given),
                 self._name,
                 bare,
-                *flat[:3],
+                values,
                 runs_once=False,
                 split_out=self._split,
             )

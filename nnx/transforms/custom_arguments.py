@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.core import Tracer
 
 from nnx.transforms.call import Call
-from nnx.transforms.targets import by_path, locate, moves
-from refx import Partition, RefError
-from refx.node import is_identity
-from refx.partition import Path, listed
+from nnx.transforms.targets import Target, by_path, locate, moves
+from refx import RefError, opened
+from refx.partition import listed
 
 __all__ = ["CustomRuleError"]
 
@@ -44,7 +42,7 @@ class Fixed:
     """The arguments that are not differentiated; what is traced of them is an input of its own."""
 
     def __init__(self, args: list[Any], name: str):
-        leaves, self._treedef = jax.tree.flatten(args, is_leaf=is_identity)
+        leaves, self._treedef = opened.flatten(args)
         self._where = [i for i, x in enumerate(leaves) if isinstance(x, Tracer)]
         # Given to JAX and not kept: JAX keeps the rules after the tracers have ended.
         self.traced = [_constant(leaves[i], name) for i in self._where]
@@ -66,64 +64,41 @@ class Fixed:
         return bare
 
 
-class Place(NamedTuple):
-    """A value of an argument: its path, where it is in the flat lists, and the shape of a zero."""
-
-    path: Path
-    kind: int
-    position: int
-    zero: Any
+def forms_of(call: Call, args: tuple[Any, ...]) -> list[Target]:
+    """What a rule needs to know of the arguments; it must not hold values of the call."""
+    return [locate(call, args, number).without_values() for number in range(len(args))]
 
 
-class Form(NamedTuple):
-    """What a rule needs to know of an argument; it must not hold values of the call.
-
-    `treedef` is that of an argument without Refs.
-    """
-
-    treedef: Any
-    places: list[Place]
-
-    def matched(self, given: Any, what: str) -> list[tuple[Place, Any]]:
-        """The places with what `given` has for each: a mapping by path, or the argument's pytree."""
-        if given is None:
-            return []
-        if self.treedef is not None:
-            leaves, treedef = jax.tree.flatten(given)
-            if treedef != self.treedef:
-                leaves, treedef = jax.tree.flatten(given, is_leaf=lambda x: x is None)
-            if treedef != self.treedef:
-                raise CustomRuleError(
-                    f"{what} that has the structure {treedef}, but the argument has "
-                    f"{self.treedef}. Return None for an array without one."
-                )
-            return list(zip(self.places, leaves, strict=True))
-        values = by_path(given, what, CustomRuleError)
-        known = {place.path for place in self.places}
-        unknown = [path for path in values if path not in known]
-        if unknown:
+def cotangents_of(form: Target, given: Any, what: str) -> list[Any]:
+    """A cotangent for each value of an argument, or None: given by path, or as the argument's pytree."""
+    if given is None:
+        return [None] * len(form.places)
+    if form.treedef is not None:
+        leaves, treedef = jax.tree.flatten(given)
+        if treedef != form.treedef:
+            leaves, treedef = jax.tree.flatten(given, is_leaf=lambda x: x is None)
+        if treedef != form.treedef:
             raise CustomRuleError(
-                f"{what} at {listed(unknown)}, which it does not have; it has "
-                f"{listed([place.path for place in self.places])}."
+                f"{what} that has the structure {treedef}, but the argument has "
+                f"{form.treedef}. Return None for an array without one."
             )
-        return [(place, values.get(place.path)) for place in self.places]
+        return leaves
+    values = by_path(given, what, CustomRuleError)
+    known = [place.path for place in form.places]
+    unknown = [path for path in values if path not in set(known)]
+    if unknown:
+        raise CustomRuleError(
+            f"{what} at {listed(unknown)}, which it does not have; it has {listed(known)}."
+        )
+    return [values.get(path) for path in known]
 
 
-def forms_of(call: Call, args: tuple[Any, ...]) -> list[Form]:
-    forms = []
-    for number in range(len(args)):
-        located = locate(call, args, number)
-        places = [
-            Place(p.path, p.kind, p.position, jax.tree.map(_zero_shape, p.value))
-            for p in located.places
-        ]
-        forms.append(Form(located.treedef, places))
-    return forms
-
-
-def _zero_shape(x: Any) -> jax.ShapeDtypeStruct:
-    dtype = jnp.result_type(x) if moves(x) else jax.dtypes.float0
-    return jax.ShapeDtypeStruct(jnp.shape(x), dtype)
+def moving(form: Target) -> Target:
+    """What of an argument has tangents other than zero; of one without Refs, everything."""
+    if form.treedef is not None:
+        return form
+    places = [p for p in form.places if all(map(moves, jax.tree.leaves(p.value)))]
+    return form._replace(places=places)
 
 
 def closed_positions(call: Call) -> list[int]:
@@ -132,11 +107,3 @@ def closed_positions(call: Call) -> list[int]:
     alias = call.alias
     given |= {id(alias[i]) for i in given if i in alias}
     return [i for i, ref in enumerate(call.refs) if id(ref) not in given]
-
-
-def tangents_of(form: Form, tangents: Any) -> Any:
-    given = [tangents[p.kind][p.position] for p in form.places]
-    if form.treedef is not None:
-        return jax.tree.unflatten(form.treedef, given)
-    pairs = zip(form.places, given, strict=True)
-    return Partition((p.path, t) for p, t in pairs if all(map(moves, jax.tree.leaves(t))))

@@ -110,7 +110,7 @@ def jvp(
 
     def transform(pure: Any, parts: Any, targets: list[Target], name: str) -> Any:
         given = (*({} for _ in bound), *tangents)
-        moved = [t.parts(name, d, p) for t, d, p in zip(targets, given, parts, strict=True)]
+        moved = [t.parts(name, d) for t, d in zip(targets, given, strict=True)]
         out, tangent, packed = jax.jvp(pure, (parts,), (moved,), has_aux=True)
         return (out, tangent), packed
 
@@ -120,16 +120,13 @@ def jvp(
     )
 
 
-def _push(
-    name: str, targets: list[Target], like: list[Parts], linear: Callable[..., Any], *given: Any
-) -> Any:
+def _push(name: str, targets: list[Target], linear: Callable[..., Any], *given: Any) -> Any:
     if len(given) != len(targets):
         raise DifferentiationError(
             f"The function that {name} gave takes {len(targets)} tangents, one for each primal, but "
             f"it got {len(given)}. A module that does not move has the tangent {{}}."
         )
-    moved = zip(targets, given, like, strict=True)
-    return linear([t.parts(name, tangent, primal) for t, tangent, primal in moved])
+    return linear([t.parts(name, tangent) for t, tangent in zip(targets, given, strict=True)])
 
 
 def linearize(
@@ -164,8 +161,7 @@ def linearize(
 
     def transform(pure: Any, parts: Any, targets: list[Target], name: str) -> Any:
         out, linear, packed = jax.linearize(pure, parts, has_aux=True)
-        bare = [t.without_values() for t in targets]
-        push = functools.partial(_push, name, bare, jax.eval_shape(lambda: parts))
+        push = functools.partial(_push, name, [t.without_values() for t in targets])
         return (out, jax.tree_util.Partial(push, linear)), packed
 
     return _own(

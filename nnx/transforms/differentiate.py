@@ -13,7 +13,7 @@ from nnx.transforms.call import Roots, open_call
 from nnx.transforms.callables import function_name, unbound
 from nnx.transforms.naming import named
 from nnx.transforms.targets import DifferentiationError, Parts, moves, targets_of
-from refx import Filter, Ref, get_partition
+from refx import Filter, Ref, get_partition, opened
 from refx.node import is_identity
 
 __all__: list[str] = []
@@ -63,16 +63,16 @@ def differentiate(
             out, aux = split_aux(name, out, what) if has_aux else (out, None)
             if check is not None:
                 check(name, out)
-            holds.append(any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity))))
+            holds.append(opened.holds_identity(out))
             return (pure_of(out), (out, aux)) if holds[-1] else (out, aux)
 
         def pure(parts: list[Parts]) -> Any:
-            flat = list(call.values), list(call.leaves), list(call.others)
+            values = call.values.copied()
             for t, part in zip(targets, parts, strict=True):
-                t.put(part, *flat)
-            return run(inner, name, call, *flat, mode="constant", split_out=split_out)
+                t.put(part, values)
+            return run(inner, name, call, values, mode="constant", split_out=split_out)
 
-        parts = [t.take(call.values, call.leaves, call.others) for t in targets]
+        parts = [t.take(call.values) for t in targets]
         result, packed = transform(named(pure, inner, call), parts, targets, name)
         closed = close_call(call, packed)
         if holds[-1]:
@@ -98,6 +98,4 @@ def pure_of(tree: Any) -> Any:
     def selects(path: Any, cell: Any) -> bool:
         return all(map(moves, jax.tree.leaves(cell.value if isinstance(cell, Ref) else cell)))
 
-    return jax.tree.map(
-        lambda x: get_partition(x, selects) if is_identity(x) else x, tree, is_leaf=is_identity
-    )
+    return opened.map(lambda x: get_partition(x, selects) if is_identity(x) else x, tree)

@@ -40,9 +40,10 @@ def explain_donation(error: Exception, name: str, call: Call) -> None:
     owner: dict[Any, tuple[int, str]] = {}
     donated = set(call.layout.donated)
     # What is donated comes first, so that a clash with anything else is found too.
-    order = [*donated, *(i for i in range(len(call.values)) if i not in donated)]
-    items = [(_name(call, i), call.values[i]) for i in order]
-    items += [(f"array argument {k}", x) for k, x in enumerate([*call.leaves, *call.others])]
+    values, arrays, arguments = call.values
+    order = [*donated, *(i for i in range(len(values)) if i not in donated)]
+    items = [(_name(call, i), values[i]) for i in order]
+    items += [(f"array argument {k}", x) for k, x in enumerate([*arrays, *arguments])]
     for k, (what, value) in enumerate(items):
         for x in jax.tree.leaves(value):
             buffer = _buffer(x)
@@ -72,14 +73,15 @@ def check_alive(
 ) -> None:
     """Raise if the buffer of a value of a call is gone: of all, or of these Refs and arrays."""
     everything = refs is None
-    for i in range(len(call.values)) if refs is None else refs:
-        if is_dead(call.values[i]):
+    values, arrays, arguments = call.values
+    for i in range(len(values)) if refs is None else refs:
+        if is_dead(values[i]):
             raise dead_error(f"{name} was called with {_name(call, i)}, whose buffer")
-    for i in range(len(call.leaves)) if everything else leaves:
-        if i is not None and is_dead(call.leaves[i]):
+    for i in range(len(arrays)) if everything else leaves:
+        if i is not None and is_dead(arrays[i]):
             path = dotted(call.layout.dagdef.leaf_paths[i][1:])
             raise dead_error(f"{name} was called with the array {path!r}, whose buffer")
-    for i, x in enumerate(call.others if everything else ()):
+    for i, x in enumerate(arguments if everything else ()):
         if is_dead(x):
             raise dead_error(f"{name} was called with array argument {i}, whose buffer")
 

@@ -26,7 +26,7 @@ from nnx.transforms.closure import Closure
 from nnx.transforms.jitted import Jit
 from nnx.transforms.looking import ARRAYS, SCALARS, content, data_in, is_plain
 from nnx.transforms.names import names_of
-from refx import StructureError
+from refx import StructureError, opened
 from refx.node import is_identity
 from refx.static import NESTED, Same, Static, exact
 from refx.trace import in_program, without_jit
@@ -264,7 +264,7 @@ _EMPTY: Any = object()
 
 
 def _is_opaque(x: Any) -> bool:
-    return isinstance(x, types.MethodType | functools.partial)
+    return isinstance(x, types.MethodType | functools.partial) or opened.hides(x)
 
 
 def _holds_dynamic(x: Any) -> bool:

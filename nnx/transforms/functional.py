@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from nnx.transforms.callables import function_name, unbound
-from refx import DagDef, Partition, StructureError, TraceLevelError, merge, split
+from refx import DagDef, Partition, StructureError, TraceLevelError, merge, opened, split
 from refx.dag import refs
 from refx.describe import describe
 from refx.frame import Frame, StandIn
-from refx.node import is_identity
 
 __all__ = ["functional"]
 
@@ -94,7 +91,7 @@ def _check(name: str, frame: Frame, out: Any) -> None:
                 f"{describe(met.ref, met.owner)} was written in {name}, but it is not part of the state. "
                 f"Give its module to nnx.functional, too: nnx.functional(fn, model, other)."
             )
-    if any(map(is_identity, jax.tree.leaves(out, is_leaf=is_identity))):
+    if opened.holds_identity(out):
         raise StructureError(
             f"{name} returns a module or a Ref, which a pure function cannot. Return the values: "
             f"nnx.get_partition(model), or model['params']."

@@ -30,7 +30,7 @@ _MOST = 32
 def at_home(call: Call) -> Layout:
     """The layout of a call for the places that its values have."""
     layout = call.layout
-    places = [v.sharding if type(v) in CONCRETE else None for v in call.values]
+    places = [v.sharding if type(v) in CONCRETE else None for v in call.values.refs]
     # Outputs of one program share their sharding objects, so this compares identities.
     for known, moved, loose in layout.elsewhere:
         if known == places:
@@ -44,7 +44,9 @@ def at_home(call: Call) -> Layout:
         moved = layout
     else:
         if jax.process_count() == 1:
-            loose = tuple(i for i, v in enumerate(call.values) if not homes[i] and _is_loose(v))
+            loose = tuple(
+                i for i, v in enumerate(call.values.refs) if not homes[i] and _is_loose(v)
+            )
         whole = NamedSharding(next(filter(None, homes)).mesh, PartitionSpec())
         homes = tuple(whole if i in loose else home for i, home in enumerate(homes))
         same = (x for _, x, _ in layout.elsewhere if x.homes == homes)
@@ -72,7 +74,7 @@ def settle(call: Call) -> None:
     assert homes is not None
     for i in call.loose:
         if i in layout.written and not _is_said(layout, i):
-            call.values[i] = move(call.values[i], homes[i])
+            call.values.refs[i] = move(call.values.refs[i], homes[i])
     call.loose = ()
 
 
@@ -94,7 +96,7 @@ def kept(
 
 def _is_said(layout: Layout, i: int) -> bool:
     """Whether the `in_shardings` of a compiled function say where a Ref is."""
-    return layout.shardings is not None and layout.shardings.refs[i] is not None
+    return layout.shardings is not None and layout.shardings.values.refs[i] is not None
 
 
 def _home(home: NamedSharding | None, value: Any) -> Any:

@@ -25,14 +25,15 @@ import jax
 
 from nnx._ambient import ambient
 from nnx.transforms.boundary import Outline, Packed, Spec, close_call, run
-from nnx.transforms.call import Call, open_call
+from nnx.transforms.call import Call, Values, open_call
 from nnx.transforms.callables import function_name
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import explain_deleted, explain_donation, selected
 from nnx.transforms.explain import Explanation, explain, note
+from nnx.transforms.exported import exportable
 from nnx.transforms.homes import at_home, settle
 from nnx.transforms.layout import Layout, Plans
-from nnx.transforms.naming import named
+from nnx.transforms.naming import inputs_of, named
 from nnx.transforms.shardings import Shardings
 from nnx.transforms.simple import eval_shape
 from nnx.transforms.stages import Lowered, Traced
@@ -91,7 +92,7 @@ class Jit(Generic[P, R]):
         self.reason: str | None = None
         # The last program; the float that alone made the last ones new, and how many.
         self.last_program: Any = None
-        self.float_changes = "", 0
+        self.number_changes = "", 0
         self._static = Statics(self._name, self._fn, *statics, bound=bound)
         self._donate = donate
         self._options = options
@@ -103,7 +104,7 @@ class Jit(Generic[P, R]):
         self._spread: bool | None = None
         # One function: JAX knows a trace again by it.
         self._pure = self._named_run()
-        self._compiled = jax.jit(self._pure, static_argnums=0, **options)
+        self._compiled = self._compile(options)
         # A function that is itself a Jit has attributes that must not become those of this one.
         functools.update_wrapper(self, fn, updated=())
 
@@ -142,48 +143,34 @@ class Jit(Generic[P, R]):
         return (jitted_method, self._given[:5]) if len(self._given) > 5 else (Jit, self._given)
 
     def _named_run(self) -> Callable[..., Packed]:
-        def pure(layout: Any, values: Any, leaves: Any, others: Any) -> Packed:
-            return self._run(layout, values, leaves, others)
+        def pure(layout: Layout, donated: list[Any], values: Values) -> Packed:
+            return self._run(layout, donated, values)
 
-        return named(pure, self._fn)
+        return named(pure, self._fn, labels=_labels)
 
-    def _named_run_donating(self) -> Callable[..., Packed]:
-        def pure(layout: Any, donated: Any, values: Any, leaves: Any, others: Any) -> Packed:
-            return self._run_donating(layout, donated, values, leaves, others)
-
-        return named(pure, self._fn)
-
-    def _run(self, layout: Any, values: Any, leaves: Any, others: Any) -> Packed:
+    def _run(self, layout: Layout, donated: list[Any], values: Values) -> Packed:
         call: Call = ambient.call
-        fn = self._static.restore(self._fn, layout.statics)
-        finish = self._shardings.of_output(layout)
-        packed = run(fn, self._name, call, values, leaves, others, layout=layout, finish=finish)
-        if layout.traced:
-            note(self, layout, call)
-        return packed
-
-    def _run_donating(
-        self, layout: Any, donated: Any, values: Any, leaves: Any, others: Any
-    ) -> Packed:
-        call: Call = ambient.call
-        full = list(values)
-        for i, value in zip(layout.donated, donated, strict=True):
-            full[i] = value
+        if donated:
+            values = values.copied()
+            for i, value in zip(layout.donated, donated, strict=True):
+                values.refs[i] = value
 
         said = self._shardings.of_output(layout)
 
         def finish(packed: Packed, outline: Outline) -> Packed:
             packed = packed if said is None else said(packed, outline)
             # What is donated is gone, so it has to come back even where it was not written.
-            written = dict(zip(packed.spec.written, packed.written, strict=True))
+            written = packed.values()
             for i, value in zip(layout.donated, donated, strict=True):
                 written.setdefault(i, value)
             order = tuple(sorted(written))
             return Packed(Spec(order, packed.spec.graph), packed.out, [written[i] for i in order])
 
         fn = self._static.restore(self._fn, layout.statics)
-        packed = run(fn, self._name, call, full, leaves, others, layout=layout, finish=finish)
-        note(self, layout, call)
+        after = finish if donated or said is not None else None
+        packed = run(fn, self._name, call, values, layout=layout, finish=after)
+        if layout.traced:
+            note(self, layout, call)
         return packed
 
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -199,69 +186,62 @@ class Jit(Generic[P, R]):
             self._shardings.learn(call, args, kwargs)
         return call
 
-    def _trace(self, call: Call) -> None:
-        """Find out what the function closes over and what it writes, and prepare for it."""
+    def _trace(self, call: Call) -> Any:
+        """Find out what the function closes over and what it writes, and prepare for it.
+
+        Returns:
+          What `jax.jit(f).trace` gives, where that is the program.
+        """
         layout = call.layout
-        traced = self._compiled.trace(layout, call.values, call.leaves, call.others)
+        traced = self._compiled.trace(layout, [], call.values)
         if call.found:
-            return
-        spec = traced.out_info.spec
-        options = dict(self._options)
+            return None
         if len(self._programs) > len(self._plans.layouts):
             known = set(self._plans.every())
             self._programs = {k: v for k, v in self._programs.items() if k in known}
-        if self._shardings.active:
-            options |= self._shardings.options(layout, traced.out_info)
         if self._donate is not None and self._donate is not False:
-            layout.donated = selected(self._donate, call, spec.written)
-        if layout.donated:
-            if self._shardings.active:
-                inputs = options["in_shardings"]
-                options["in_shardings"] = ([inputs[0][i] for i in layout.donated], *inputs)
-            self._programs[layout] = jax.jit(
-                self._named_run_donating(), static_argnums=0, donate_argnums=1, **options
-            )
-        elif self._shardings.active:
-            self._programs[layout] = jax.jit(self._pure, static_argnums=0, **options)
-        layout.written = frozenset(spec.written)
+            layout.donated = selected(self._donate, call, traced.out_info.spec.written)
+        if self._shardings.active:
+            options = self._options | self._shardings.options(layout, traced.out_info)
+            self._programs[layout] = self._compile(options)
+        layout.written = frozenset(traced.out_info.spec.written)
         if call.loose:
             settle(call)
         layout.traced = True
         self._closure.traced()
-        if not layout.donated:
-            note(self, layout, call)
+        if layout.donated:
+            return None
+        note(self, layout, call)
+        return None if self._shardings.active else traced
 
-    def _inputs(self, call: Call) -> tuple[Any, ...]:
-        if not call.layout.donated:
-            return (call.values, call.leaves, call.others)
-        kept: list[Any] = list(call.values)
-        donated = []
-        for i in call.layout.donated:
-            donated.append(kept[i])
-            kept[i] = None
-        return (donated, kept, call.leaves, call.others)
+    def _compile(self, options: dict[str, Any]) -> Any:
+        return jax.jit(self._pure, static_argnums=0, donate_argnums=1, **options)
 
-    def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """An opened call whose layout is traced, with all that it closes over."""
+    def _inputs(self, call: Call) -> tuple[list[Any], Values]:
+        return call.layout.divided(call.values) if call.layout.donated else ([], call.values)
+
+    def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any]:
+        """An opened call whose layout is traced, with all that it closes over; and its trace, if new."""
         outer = ambient.call
         while True:
             call = self._open(args, kwargs)
             if not call.layout.traced and self._closure.meet(call.layout):
                 call = self._open(args, kwargs)
+            traced = None
             ambient.call = call
             try:
                 if not call.layout.traced:
-                    self._trace(call)
+                    traced = self._trace(call)
             except Exception:
                 if not call.found:
                     raise
             finally:
                 ambient.call = outer
             if not call.found:
-                return call
+                return call, traced
             if _starts_again(call):
                 self._plans.drop(call.layout)
-                return call
+                return call, None
             self._closure.add(call, self._name)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -277,17 +257,20 @@ class Jit(Generic[P, R]):
                 if not call.layout.traced:
                     if without_jit():
                         return self._uncompiled(args, kwargs)
-                    call = self._prepared(args, kwargs)
+                    call = self._prepared(args, kwargs)[0]
                 layout = call.layout
                 # The function may be traced for new shapes, and then needs to know its call.
                 ambient.call = call
                 if call.loose:
                     settle(call)
                 try:
-                    if self._programs and layout in self._programs:
-                        packed = self._programs[layout](layout, *self._inputs(call))
+                    program = self._compiled
+                    if self._programs:
+                        program = self._programs.get(layout, program)
+                    if layout.donated:
+                        packed = program(layout, *layout.divided(call.values))
                     else:
-                        packed = self._compiled(layout, call.values, call.leaves, call.others)
+                        packed = program(layout, [], call.values)
                 except (RuntimeError, ValueError) as error:
                     explain_donation(error, self._name, call)
                     explain_deleted(error, self._name, call)
@@ -312,7 +295,7 @@ class Jit(Generic[P, R]):
             call = self._open(args, kwargs)
             ambient.call = call
             try:
-                packed = self._run(call.layout, call.values, call.leaves, call.others)
+                packed = self._run(call.layout, [], call.values)
             except Exception:
                 if not call.found:
                     raise
@@ -330,18 +313,26 @@ class Jit(Generic[P, R]):
     def _stages(
         self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Traced:
-        call = self._prepared(bound + args, kwargs)
-        compiled = self._programs.get(call.layout, self._compiled)
-        outer, ambient.call = ambient.call, call
-        try:
-            traced = compiled.trace(call.layout, *self._inputs(call))
-        finally:
-            ambient.call = outer
+        call, traced = self._prepared(bound + args, kwargs)
+        if traced is None:
+            program = self._programs.get(call.layout, self._compiled)
+            outer, ambient.call = ambient.call, call
+            try:
+                traced = program.trace(call.layout, *self._inputs(call))
+            finally:
+                ambient.call = outer
 
         def open_(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
             return self._open(bound + args, kwargs)
 
-        return Traced(traced, self._name, call.layout, open_, self._inputs)
+        def exported(spec: Spec) -> Any:
+            left, named, fn = args, kwargs, self._fn
+            if self._static.active:
+                left, named, statics = self._static.take(bound + args, kwargs)
+                left, fn = left[len(bound) :], self._static.restore(fn, statics)
+            return exportable(fn, self._name, call, spec, len(bound), left, named)
+
+        return Traced(traced, self._name, call.layout, open_, self._inputs, exported)
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered:
         """Lower for these arguments, as `jax.jit(f).lower`: has `.compile()` and `.as_text()`."""
@@ -395,6 +386,10 @@ def jitted_method(fn: Callable[..., Any], *given: Any) -> Jit:
     except TypeError:
         return Jit(fn, *given, 1)  # pyright: ignore
     return known or _methods.setdefault(key, Jit(fn, *given, 1))  # pyright: ignore
+
+
+def _labels(call: Call) -> tuple[Any, ...]:
+    return ("layout", *call.layout.divided(inputs_of(call)))
 
 
 def _starts_again(call: Call) -> bool:

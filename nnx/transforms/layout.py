@@ -101,6 +101,14 @@ class Layout:
         parts = (self.form, self.closed, self.constants, self.has_scope)
         return Layout(dagdef, *parts, self.statics, self.rules, self.labels)
 
+    def divided(self, values: Any) -> tuple[list[Any], Any]:
+        """What is donated of the values of a call, and the values without it."""
+        refs = list(values.refs)
+        donated = [refs[i] for i in self.donated]
+        for i in self.donated:
+            refs[i] = None
+        return donated, values._replace(refs=refs)
+
     def name_of(self, i: int) -> str:
         """How a message calls the i-th Ref."""
         path = self.dagdef.ref_paths[i][1:]

@@ -364,11 +364,14 @@ def is_data(x: Any) -> bool:
     kind = type(x)
     return (
         kind in SCALARS
-        or issubclass(kind, (*ARRAYS, enum.Enum))
+        or issubclass(kind, (*ARRAYS, *VALUES))
+        or ((kind is type(len) or issubclass(kind, type)) and is_plain(x))
         or (is_container(x) and _all_plain(x))
     )
 
 
+# Classes of what counts by its type and its value, whichever class of a user's it is of.
+VALUES = (enum.Enum, int, float, complex, str, bytes)
 SCALARS = frozenset(
     {int, float, complex, bool, str, bytes, bytearray, type(None), type(...), range, slice}
 )
@@ -475,6 +478,9 @@ def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
     kind = type(x)
     home = _home(kind)
     own = _own_dict(x)
+    if kind is LayerCall:
+        yield "fn", None, x.fn, False
+        return
     if own is not None and "__wrapped__" in own:
         yield "__wrapped__", (own, "__wrapped__"), own["__wrapped__"], False
         if home.partition(".")[0] == "nnx":

@@ -20,13 +20,13 @@ from nnx.transforms import plain
 from nnx.transforms.added_axis import of_steps
 from nnx.transforms.axes import AxisError, ByFilter, Specs, assign, length
 from nnx.transforms.boundary import abstractly, close_call, run
-from nnx.transforms.call import Call, Roots, open_call
+from nnx.transforms.call import Call, Roots, Values, open_call
 from nnx.transforms.callables import function_name
 from nnx.transforms.carry import CARRY, Loop, run_loop
 from nnx.transforms.eager import compiled_once
 from nnx.transforms.naming import named
 from nnx.transforms.vmap import vmap
-from refx import Filter, StructureError
+from refx import Filter, StructureError, opened
 from refx.node import is_identity
 
 __all__ = ["fori_loop", "map", "scan", "while_loop"]
@@ -90,7 +90,7 @@ def scan(
                 f"{name} got the axis {axis!r}; Refs of xs are sliced along axis 0, or carried "
                 f"with nnx.CARRY."
             )
-    if axes and not any(is_identity(x) for x in jax.tree.leaves(xs, is_leaf=is_identity)):
+    if axes and not opened.holds_identity(xs):
         raise AxisError(
             f"{name} got axes, which say what is sliced of the Refs in xs, but xs holds no module or "
             f"Ref. Those in init, and closed-over ones, are always carried: leave axes out."
@@ -132,14 +132,14 @@ def _scan(
         loop = Loop(name, f, call, specs, init, steps=size, renewed=renewed)
         sliced = loop.sliced()
         one = jax.tree.map(lambda x: _slice_of(name, x), jax.eval_shape(lambda: sliced))
-        loop.learn(abstractly(loop.pure_step(), loop.first(), one))
+        loop.abstract_step(one)
 
         def body(carry: Any, x: Any) -> Any:
             carry, packed = loop.step(carry, x)
             return carry, (packed.out, loop.sliced_of(packed))
 
         last, (out, sliced) = jax.lax.scan(
-            named(body, f, call, loop.spread),
+            named(body, f, call, loop.labels),
             loop.first(),
             sliced,
             size,
@@ -230,14 +230,14 @@ def _while_loop(
         body_of_val = lambda val: (body_fun(val), None)  # noqa: E731
         loop = Loop(name, body_of_val, call, specs, init, renewed=renewed)
         nothing = loop.sliced()
-        loop.learn(abstractly(loop.pure_step(), loop.first(), nothing))
+        loop.abstract_step(nothing)
 
         def condition(carry: Any) -> Any:
             packed = run(
                 cond_fun,
                 name,
                 call,
-                *loop.place(carry, nothing),
+                loop.place(carry, nothing),
                 mode="constant",
                 runs_once=False,
             )
@@ -254,8 +254,8 @@ def _while_loop(
 
         abstractly(condition, loop.first())
         last = jax.lax.while_loop(
-            named(condition, cond_fun, call, loop.spread),
-            named(body, body_fun, call, loop.spread),
+            named(condition, cond_fun, call, loop.carry_labels),
+            named(body, body_fun, call, loop.carry_labels),
             loop.first(),
         )
         close_call(call, loop.packed(None, last, []))
@@ -323,7 +323,7 @@ def _fori_loop(
         call = open_call((index, init), {}, roots)
         specs = _all_carried(call)
         # The index is an input of each step, and nothing that is carried.
-        specs.others[0] = 0
+        specs.values.arguments[0] = 0
         call.repeats = 1 if count is None else count
         loop = Loop(
             name,
@@ -335,12 +335,12 @@ def _fori_loop(
             steps=count,
             renewed=renewed,
         )
-        loop.learn(abstractly(loop.pure_step(), loop.first(), ([], [], [index])))
+        loop.abstract_step(Values([], [], [index]))
 
         def body(i: Any, carry: Any) -> Any:
-            return loop.step(carry, ([], [], [i]))[0]
+            return loop.step(carry, Values([], [], [i]))[0]
 
-        body = named(body, body_fun, call, loop.spread)
+        body = named(body, body_fun, call, loop.index_labels)
         last = jax.lax.fori_loop(lower, upper, body, loop.first(), unroll=unroll)
         close_call(call, loop.packed(None, last, []))
         return loop.last(last)
@@ -376,7 +376,7 @@ def map(f: Callable[[X], Y], xs: X, *, batch_size: int | None = None) -> Y:
         return _mapped(name, f, xs)
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise AxisError(f"{name} got batch_size={batch_size!r}, but it must be a positive int.")
-    if any(is_identity(x) for x in jax.tree.leaves(xs, is_leaf=is_identity)):
+    if opened.holds_identity(xs):
         raise AxisError(
             f"{name} with batch_size= takes no modules or Refs in xs. Leave batch_size out, or "
             f"let f close over the module."
@@ -408,7 +408,7 @@ def _mapped(name: str, f: Callable[[Any], Any], xs: Any) -> Any:
 def _sizes(name: str, xs: Any) -> set[int]:
     """The size of the leading axis, which all arrays have; that of modules is looked at later."""
     sizes: dict[int, str] = {}
-    for path, x in jax.tree_util.tree_flatten_with_path(xs, is_leaf=is_identity)[0]:
+    for path, x in opened.flatten_with_path(xs)[0]:
         if is_identity(x):
             continue
         where = "xs" + jax.tree_util.keystr(path)
@@ -420,12 +420,10 @@ def _sizes(name: str, xs: Any) -> set[int]:
         sizes.setdefault(shape[0], f"{shape[0]} of {where}")
     if len(sizes) > 1:
         raise AxisError(f"{name} got two sizes to map over: {' and '.join(sizes.values())}.")
-    if not sizes and not jax.tree.leaves(xs, is_leaf=is_identity):
+    if not sizes and not opened.leaves(xs):
         raise AxisError(f"{name} has nothing to map over: xs has no arrays.")
     return set(sizes)
 
 
 def _all_carried(call: Call) -> Specs:
-    return Specs(
-        [CARRY] * len(call.refs), [CARRY] * len(call.leaves), [CARRY] * len(call.others), []
-    )
+    return Specs(Values(*[[CARRY] * len(values) for values in call.values]), [])

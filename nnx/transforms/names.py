@@ -100,6 +100,9 @@ _NAMING = frozenset(
 _LOADS = frozenset({"LOAD_DEREF", "LOAD_GLOBAL", "LOAD_CLASSDEREF", "LOAD_NAME", "LOAD_ATTR"})
 
 
+_STORES = frozenset({"STORE_ATTR", "DELETE_ATTR", "STORE_DEREF", "STORE_GLOBAL", "DELETE_GLOBAL"})
+
+
 @functools.lru_cache(maxsize=4096)
 def names_of(code: types.CodeType) -> Names:
     """The names that some code loads: globals, attributes, those in strings, imports."""
@@ -122,7 +125,7 @@ def names_of(code: types.CodeType) -> Names:
                 imported[step.argval] = None
             if step.opname in _NAMING and step.argval in at.co_names:
                 attributes.add(step.argval)
-            elif step.opname in ("STORE_ATTR", "DELETE_ATTR", "STORE_DEREF"):
+            elif step.opname in _STORES:
                 stored.add(step.argval)
         for total, found in zip((puts, reads, others), _used_variables(at), strict=True):
             total |= found

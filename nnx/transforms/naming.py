@@ -11,20 +11,18 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 from nnx._ambient import ambient
-from refx import Node, Ref
-from refx.node import is_identity
+from nnx.transforms.call import Values
+from nnx.transforms.layout import Layout
+from refx import Node, opened
 
 __all__: list[str] = []
 
 P = TypeVar("P", bound=Callable[..., Any])
-
-# The parameters of pure functions that are lists of inputs, and what is in each.
-_LISTS = frozenset({"donated", "values", "leaves", "others"})
 
 
 def program_name(fn: Callable[..., Any]) -> str:
@@ -37,17 +35,30 @@ def program_name(fn: Callable[..., Any]) -> str:
     return name if isinstance(name, str) else type(fn).__name__
 
 
-Spread = Callable[[dict[str, Any], Any], Iterable[tuple[str, int, Any]]]
+class Input(NamedTuple):
+    """An input of a call: the number of its list in `Values`, and its place there."""
+
+    kind: int
+    number: int
 
 
-def named(pure: P, fn: Callable[..., Any], call: Any = None, spread: Spread | None = None) -> P:
+Labels = Callable[[Any], tuple[Any, ...]]
+
+
+def inputs_of(call: Any) -> Values:
+    """An `Input` for each value of a call."""
+    lists = enumerate(call.values)
+    return Values(*[[Input(kind, i) for i in range(len(values))] for kind, values in lists])
+
+
+def named(pure: P, fn: Callable[..., Any], call: Any = None, labels: Labels | None = None) -> P:
     """Have JAX call `pure`, which is traced for a call of `fn`, and its inputs by the user's names.
 
     Args:
-      pure: a function of the lists `values`, `leaves`, `others`, or of what `spread` knows.
+      pure: a function of the `Values` of the call, or of what `labels` knows.
       fn: the user's function.
       call: the call that it is traced for; the ambient one without it.
-      spread: gives `(list, position, value)` for each input, of the arguments and the call.
+      labels: gives for a call the arguments of `pure`, with an `Input` or a name for each value.
     """
     made: Any = pure
     made.__name__ = made.__qualname__ = program_name(fn)
@@ -57,8 +68,12 @@ def named(pure: P, fn: Callable[..., Any], call: Any = None, spread: Spread | No
         fn = fn.__func__
     if hasattr(inspect.unwrap(fn) if callable(fn) else fn, "__code__"):
         made.__wrapped__ = fn
-    made.__signature__ = _Inputs(pure, fn, call, spread or _lists)
+    made.__signature__ = _Inputs(pure, fn, call, labels or _all_values)
     return pure
+
+
+def _all_values(call: Any) -> tuple[Any, ...]:
+    return (inputs_of(call),)
 
 
 def _weakly(x: Any) -> Callable[[], Any]:
@@ -72,87 +87,88 @@ def _weakly(x: Any) -> Callable[[], Any]:
 
 
 class _Inputs(inspect.Signature):
-    """The signature of a pure function; bound to arguments, each input in the lists has a name."""
+    """The signature of a pure function; bound to arguments, each input of the call has a name."""
 
-    __slots__ = ("_call", "_fn", "_spread")
+    __slots__ = ("_call", "_fn", "_labels")
 
-    def __init__(self, pure: Callable[..., Any], fn: Any, call: Any, spread: Spread):
+    def __init__(self, pure: Callable[..., Any], fn: Any, call: Any, labels: Labels):
         super().__init__(list(inspect.signature(pure, follow_wrapped=False).parameters.values()))
         self._fn = _weakly(fn)
         self._call = None if call is None else _weakly(call)
-        self._spread = _weakly(spread)
+        self._labels = _weakly(labels)
 
     def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
         bound = super().bind(*args, **kwargs)
         call = ambient.call if self._call is None else self._call()
-        spread = self._spread()
-        if call is None or spread is None:
+        labels = self._labels()
+        if call is None or labels is None:
             return bound
-        names = InputNames(self._fn(), call)
+        names = CallNames(self._fn(), call.layout, _others(self._fn(), call))
+        flat, treedef = jax.tree.flatten(labels(call), is_leaf=lambda x: type(x) is Input)
         found: dict[str, Any] = {}
-        for kind, i, x in spread(bound.arguments, call):
-            name = names.name(kind, i) if kind in _LISTS else kind
+        for label, x in zip(flat, treedef.flatten_up_to(args), strict=True):
+            name = names.python(label) if type(label) is Input else label
             found[name if name not in found else f"{name} ({len(found)})"] = x
         # JAX puts what this maps to after its name.
         bound.arguments = found
         return bound
 
 
-def _lists(arguments: dict[str, Any], call: Any) -> Iterable[tuple[str, int, Any]]:
-    for name, given in arguments.items():
-        yield from ((name, i, x) for i, x in enumerate(given if name in _LISTS else [given]))
+class CallNames:
+    """The user's names for what a call is given: a path each, of a variable and the keys below it.
 
+    `roots` and `arguments` are in the order of the call.
+    """
 
-class InputNames:
-    """The user's names for the inputs of a pure function, for one call."""
-
-    def __init__(self, fn: Any, call: Any):
-        self._fn = fn
-        self._layout = call.layout
-        self._roots = call.roots
-        self._paths = _argument_paths(call.layout.form)
+    def __init__(self, fn: Any, layout: Layout, others: Iterable[tuple[Any, ...]]):
+        """`others` are the names of the roots that are no arguments."""
+        form = layout.form
+        count, fixed, _ = layout.statics or (0, (), ())
+        self._layout = layout
         self._parameters = parameters(fn)
+        # The positions of the arguments that are not static.
+        self._positions = [n for n in range(count) if n not in dict(fixed)]
+        paths = _argument_paths(form)
+        given = [self._argument(i, paths) for i in range(form.treedef.num_leaves)]
+        self.arguments = [path for i, path in enumerate(given) if i not in form.where]
+        self.roots = [*(given[i] for i in form.where), *others]
+        self._prefixes = [path[0] + jax.tree_util.keystr(path[1:]) for path in self.roots]
 
-    def name(self, kind: str, i: int) -> str:
-        """The name of the i-th of the `values`, the `leaves`, the `others` or the `donated`."""
-        layout, form = self._layout, self._layout.form
-        if kind == "others":
-            numbers = [n for n in range(form.treedef.num_leaves) if n not in form.where]
-            return self._argument(numbers[i])
-        if kind == "donated":
-            i = layout.donated[i]
-        paths = layout.dagdef.leaf_paths if kind == "leaves" else layout.dagdef.ref_paths
-        root, *path = paths[i]
-        owner = self._roots[int(root)]
-        below = ".value" if isinstance(owner, Ref) else attribute_path(path)
-        return f"{self._root(int(root), owner)}{below}"
+    def python(self, at: Input) -> str:
+        """The name of an input as Python writes it: `model.blocks[0].kernel`."""
+        dagdef = self._layout.dagdef
+        if at.kind == 2:
+            first, *keys = self.arguments[at.number]
+            return first + jax.tree_util.keystr(tuple(keys))
+        root, *path = (dagdef.leaf_paths if at.kind else dagdef.ref_paths)[at.number]
+        below = attribute_path(path) if path else ".value"
+        return self._prefixes[int(root)] + below
 
-    def _root(self, i: int, owner: Any) -> str:
-        layout = self._layout
-        given = len(layout.form.where)
-        if i < given:
-            return self._argument(layout.form.where[i])
-        if i >= given + layout.closed:
-            return "scope"
-        return _variable(self._fn, owner) or type(owner).__name__
-
-    def _argument(self, number: int) -> str:
-        """The name of an argument, given the number of a leaf of the arguments."""
-        if number >= len(self._paths):
-            return f"argument {number}"
-        kind, key, *rest = self._paths[number]
-        where = jax.tree_util.keystr(tuple(rest))
+    def _argument(self, number: int, paths: list[Any]) -> tuple[Any, ...]:
+        if not paths:
+            return (f"argument {number}",)
+        kind, key, *rest = paths[number]
         if kind.idx == 1:
-            return f"{key.key}{where}"
-        count, fixed, _ = self._layout.statics or (0, (), ())
-        positions = [n for n in range(count) if n not in dict(fixed)]
-        position = positions[key.idx] if positions else key.idx
+            return (key.key, *rest)
+        position = self._positions[key.idx] if self._positions else key.idx
+        return (self.parameter(position), *rest)
+
+    def parameter(self, position: int) -> str:
+        """The name of a positional argument."""
         for i, parameter in enumerate(self._parameters):
             if parameter.kind is parameter.VAR_POSITIONAL:
-                return f"{parameter.name}[{position - i}]{where}"
+                return f"{parameter.name}[{position - i}]"
             if i == position:
-                return f"{parameter.name}{where}"
-        return f"args[{position}]{where}"
+                return parameter.name
+        return f"args[{position}]"
+
+
+def _others(fn: Any, call: Any) -> list[tuple[Any, ...]]:
+    """The names of the roots of a call that are no arguments."""
+    given, layout = len(call.layout.form.where), call.layout
+    closed = call.roots[given : given + layout.closed]
+    names = [(_variable(fn, root) or type(root).__name__,) for root in closed]
+    return [*names, ("scope",)] if layout.has_scope else names
 
 
 def attribute_path(path: Any) -> str:
@@ -163,12 +179,12 @@ def attribute_path(path: Any) -> str:
 
 def _argument_paths(form: Any) -> list[Any]:
     """The key path of each leaf in `(args, kwargs)`; none where a pytree takes no stand-ins."""
-    stand_ins: list[Any] = [object()] * form.treedef.num_leaves
+    stand_ins: list[Any] = [jax.ShapeDtypeStruct((), bool)] * form.treedef.num_leaves
     for i in form.where:
         stand_ins[i] = Node()
     try:
         tree = form.treedef.unflatten(stand_ins)
-        paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_identity)[0]
+        paths = opened.flatten_with_path(tree)[0]
     except Exception:
         return []
     return [path for path, _ in paths]

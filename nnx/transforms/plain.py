@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx.sharding.structure import stacked, without_axes
-from refx import Partition, Ref, get_partition, merge, split, to_predicate, update
+from refx import Partition, Ref, get_partition, merge, opened, split, to_predicate, update
 from refx.dag import refs
 from refx.node import is_identity
 
@@ -40,7 +40,7 @@ def scan(
     carried: Callable[[Any, Ref[Any]], bool],
 ) -> tuple[Any, Any]:
     """`nnx.scan` without a program; `carried` says which Refs of `xs` are not sliced."""
-    flat, treedef = jax.tree.flatten(xs, is_leaf=is_identity)
+    flat, treedef = opened.flatten(xs)
     modules = tuple([x for x in flat if is_identity(x)])
     dagdef, values = split(modules)
     cells = refs(modules)

@@ -10,11 +10,10 @@ import jax
 from jax.sharding import PartitionSpec
 
 from nnx._ambient import ambient
-from nnx.transforms.axes import AxisError, Sorted, assign
-from nnx.transforms.boundary import Outline, Packed, close_call, run, until_lifted
+from nnx.transforms.axes import AxisError, GroupedOutput, assign
+from nnx.transforms.boundary import Packed, close_call, until_lifted
 from nnx.transforms.call import Roots, open_call
 from nnx.transforms.callables import function_name, unbound
-from nnx.transforms.naming import named
 from refx.partition import dotted
 
 __all__ = ["shard_map"]
@@ -88,34 +87,29 @@ def shard_map(
                 keyword=PartitionSpec(),
                 ambient=lambda path, ref: PartitionSpec(),
             )
-            layout = Sorted(name, call, where, out_specs, PartitionSpec(), PartitionSpec)
+            output = GroupedOutput(name, call, where, out_specs, PartitionSpec(), PartitionSpec)
             differing: dict[str, set[Any]] = {}
 
-            def finish(packed: Packed, outline: Outline) -> Any:
+            def check(packed: Packed, groups: tuple[list[Any], ...]) -> None:
                 paths = call.layout.dagdef.ref_paths
                 for i, value in zip(packed.spec.written, packed.written, strict=True):
-                    if axes := _varying(value) - _axes(where.refs[i]):
+                    if axes := _varying(value) - _axes(where.values.refs[i]):
                         differing[dotted(paths[i][1:]) or "a Ref"] = axes
-                return layout.sort(packed, outline)
-
-            def pure(values: Any, leaves: Any, others: Any) -> Any:
-                flat = (values, leaves, others)
-                return run(inner, name, call, *flat, mode="read", finish=finish)
 
             try:
                 results = jax.shard_map(
-                    named(pure, inner, call),
-                    in_specs=(where.refs, where.leaves, where.others),
-                    out_specs=layout.keys,
+                    output.pure(inner, check),
+                    in_specs=(where.values,),
+                    out_specs=output.keys,
                     **given,
                     **options,
-                )(call.values, call.leaves, call.others)
+                )(call.values)
             except ValueError:
                 # JAX refuses too, but speaks of functions and outputs that are not the user's.
                 if differing:
                     raise _differs(name, differing) from None
                 raise
-            return close_call(call, layout.packed(results))
+            return close_call(call, output.packed(results))
 
         return until_lifted(attempt)
 

@@ -15,7 +15,6 @@ from nnx.transforms.axes import along_output, assign, of_new
 from nnx.transforms.boundary import Outline, Packed, Spec
 from nnx.transforms.call import Call
 from nnx.transforms.layout import Layout
-from refx import Ref
 from refx.partition import Path, dotted
 
 __all__: list[str] = []
@@ -47,11 +46,9 @@ class Shardings:
             ambient=lambda path, ref: None,
         )
         paths = layout.dagdef.ref_paths, layout.dagdef.leaf_paths
-        pairs = (specs.refs, call.refs, paths[0]), (specs.leaves, call.leaves, paths[1])
-        for at, cells, names in pairs:
-            for i, (cell, path) in enumerate(zip(cells, names, strict=True)):
+        for at, values, names in zip(specs.values, call.values, paths):
+            for i, (value, path) in enumerate(zip(values, names, strict=True)):
                 where = f"{self._name}: the input {dotted(path[1:])!r}"
-                value = call.values[i] if isinstance(cell, Ref) else cell
                 at[i] = _said(at[i], value, where)
         layout.shardings = specs
 
@@ -94,9 +91,10 @@ class Shardings:
         packed = Packed(
             out.spec,
             jax.tree.unflatten(treedef, outputs),
-            [specs.refs[i] for i in out.spec.written],
+            [specs.values.refs[i] for i in out.spec.written],
         )
-        return {"in_shardings": tuple(specs[:3]), "out_shardings": packed}
+        inputs = layout.divided(specs.values)
+        return {"in_shardings": inputs, "out_shardings": packed}
 
 
 def _spread(said: list[Any], values: list[Any]) -> list[Any]:

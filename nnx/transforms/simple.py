@@ -19,7 +19,7 @@ from nnx.transforms.boundary import (
     to_its_end,
     until_lifted,
 )
-from nnx.transforms.call import Call, Roots, open_call
+from nnx.transforms.call import Call, Roots, Values, open_call
 from nnx.transforms.callables import function_name, unbound
 from nnx.transforms.naming import named
 
@@ -41,8 +41,8 @@ def _transformed(
         def attempt(roots: Roots) -> Any:
             call = open_call(bound + args, kwargs, roots)
 
-            def pure(values: Any, leaves: Any, others: Any) -> Packed:
-                return run(inner, name, call, values, leaves, others, mode="read")
+            def pure(values: Values) -> Packed:
+                return run(inner, name, call, values, mode="read")
 
             return transform(call, named(pure, inner, call))
 
@@ -95,7 +95,7 @@ def remat(
     def transform(call: Call, pure: Callable[..., Packed]) -> Any:
         def again(pure: Callable[..., Packed]) -> Packed:
             checkpointed = jax.checkpoint(pure, prevent_cse=prevent_cse, policy=policy)
-            return checkpointed(call.values, call.leaves, call.others)
+            return checkpointed(call.values)
 
         return close_call(call, to_its_end(again, pure))
 
@@ -120,11 +120,10 @@ def eval_shape(fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """
 
     def transform(call: Call, pure: Callable[..., Packed]) -> Any:
-        packed = abstractly(pure, call.values, call.leaves, call.others)
+        packed = abstractly(pure, call.values)
         if packed.spec.graph is None:
             return packed.out
-        before = jax.eval_shape(lambda: (call.values, call.leaves))
-        return fresh_output(call, packed, *before)
+        return fresh_output(call, packed, jax.eval_shape(lambda: call.values))
 
     return _transformed("nnx.eval_shape", fn, transform)(*args, **kwargs)
 
@@ -144,7 +143,7 @@ def make_jaxpr(fn: Callable[P, Any]) -> Callable[P, Any]:
     """
 
     def transform(call: Call, pure: Callable[..., Packed]) -> Any:
-        return jax.make_jaxpr(pure)(call.values, call.leaves, call.others)
+        return jax.make_jaxpr(pure)(call.values)
 
     return _transformed("nnx.make_jaxpr", fn, transform)
 
@@ -174,7 +173,7 @@ def checkify(
 
     def transform(call: Call, pure: Callable[..., Packed]) -> Any:
         def checked(pure: Callable[..., Packed]) -> Any:
-            return jax_checkify.checkify(pure, errors)(call.values, call.leaves, call.others)
+            return jax_checkify.checkify(pure, errors)(call.values)
 
         error, packed = to_its_end(checked, pure)
         return error, close_call(call, packed)

@@ -23,12 +23,14 @@ class _Stage:
         layout: Layout,
         open_: Callable[[Any, Any], Call],
         inputs: Callable[[Call], tuple[Any, ...]],
+        exported: Callable[[Any], Any] | None = None,
     ):
         self._stage = stage
         self._name = name
         self._layout = layout
         self._open = open_
         self._inputs = inputs
+        self._exported = exported
 
     def _next(self, cls: type, stage: Any) -> Any:
         return cls(stage, self._name, self._layout, self._open, self._inputs)
@@ -45,6 +47,10 @@ class Traced(_Stage):
 
     def lower(self, **options: Any) -> Lowered:
         """Lower to the compiler's language."""
+        if "_private_parameters" in options and self._exported is not None:
+            # That is `jax.export`, which reads the rest of the trace, too.
+            self._stage = self._exported(self._stage.out_info.spec)
+            return self._stage.lower(**options)
         return self._next(Lowered, self._stage.lower(**options))
 
 

@@ -6,11 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from nnx.transforms.arguments import ArgumentError
-from refx import StructureError, UnhashableStaticError
-from refx.node import is_identity
+from refx import StructureError, UnhashableStaticError, opened
 from refx.static import Static
 
 __all__: list[str] = []
@@ -117,7 +114,7 @@ class Statics:
 
 def _check_static(name: str, where: Any, value: Any) -> None:
     which = f"argument {where}" if isinstance(where, int) else f"argument {where!r}"
-    if any(map(is_identity, jax.tree.leaves(value, is_leaf=is_identity))):
+    if opened.holds_identity(value):
         raise StructureError(
             f"Static {which} of {name} holds a module or a Ref, whose updates would not be seen. "
             f"Pass it as an ordinary argument: its structure is static there by itself."

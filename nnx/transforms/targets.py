@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx.transforms.call import Call
-from refx import Filter, Partition, RefError, ShapeError, UnknownPathError, to_predicate
+from nnx.transforms.call import Call, Values
+from refx import Filter, Partition, RefError, ShapeError, UnknownPathError, opened, to_predicate
 from refx.node import is_identity
 from refx.partition import Path, dotted, listed
 from refx.selection import mistake
@@ -25,7 +25,7 @@ class DifferentiationError(RefError, TypeError):
 
 
 class Place(NamedTuple):
-    """Where one value of an argument is in the lists of a call: Refs (0), arrays (1), others (2)."""
+    """Where one value of an argument is in the `Values` of a call: the number of the list, and there."""
 
     path: Path
     # The Ref, or the array itself.
@@ -35,24 +35,17 @@ class Place(NamedTuple):
     position: int
 
 
-class Located(NamedTuple):
-    """The values of one argument. `treedef` is that of an argument without Refs."""
-
-    treedef: Any
-    places: list[Place]
-
-
-def locate(call: Call, args: tuple[Any, ...], number: int) -> Located:
-    """Find the values of one positional argument in the flat lists of its call.
+def locate(call: Call, args: tuple[Any, ...], number: int) -> Target:
+    """Find the values of one positional argument in those of its call.
 
     Places are found by path, not by identity: one array may be in several of them.
     """
-    flat, treedef = jax.tree.flatten(args[number], is_leaf=is_identity)
-    before = jax.tree.leaves(args[:number], is_leaf=is_identity)
+    flat, treedef = opened.flatten(args[number])
+    before = opened.leaves(args[:number])
     root = sum(map(is_identity, before))
     other = len(before) - root
     if not any(map(is_identity, flat)):
-        return Located(treedef, [Place((), x, x, 2, other + i) for i, x in enumerate(flat)])
+        return Target(number, treedef, [Place((), x, x, 2, other + i) for i, x in enumerate(flat)])
     # The path of each root and of each other leaf in the argument, with its number.
     roots: list[tuple[Path, int]] = []
     others: dict[Path, int] = {}
@@ -76,50 +69,53 @@ def locate(call: Call, args: tuple[Any, ...], number: int) -> Located:
         prefix, n = next((q, n) for q, n in roots if path[: len(q)] == q)
         # What another root holds too is there under the path that it has in that one.
         i = joint.get((str(n), *path[len(prefix) :]))
-        i = next(k for k, y in enumerate(call.leaves) if y is x) if i is None else i
+        i = next(k for k, y in enumerate(call.values.plain_arrays) if y is x) if i is None else i
         places.append(Place(path, x, x, 1, i))
-    return Located(None, places)
+    return Target(number, None, places)
 
 
-class Target:
-    """What is differentiated of one argument."""
+class Target(NamedTuple):
+    """The values of one argument that are differentiated.
 
-    def __init__(self, number: int, located: Located, places: list[Place]):
-        self._number = number
-        # The structure of an argument without Refs.
-        self._treedef = located.treedef
-        self.places = places
+    `treedef` is the structure of an argument without Refs; of one with Refs the values are known by
+    path.
+    """
+
+    number: int
+    treedef: Any
+    places: list[Place]
 
     def without_values(self) -> Target:
-        """The same, to be kept: it holds no array of the call."""
-        places = [p._replace(cell=None, value=None) for p in self.places]
-        return Target(self._number, Located(self._treedef, []), places)
+        """The same, to be kept: it holds the shapes of the values, and no array of the call."""
+        shapes = jax.eval_shape(lambda: [p.value for p in self.places])
+        pairs = zip(self.places, shapes, strict=True)
+        return self._replace(places=[p._replace(cell=None, value=shape) for p, shape in pairs])
 
-    def take(self, *lists: list[Any]) -> Parts:
+    def take(self, values: Values) -> Parts:
         """The values of the argument that are differentiated."""
-        return Parts([lists[p.kind][p.position] for p in self.places])
+        return Parts([values[p.kind][p.position] for p in self.places])
 
-    def put(self, parts: Parts, *lists: list[Any]) -> None:
+    def put(self, parts: Parts, values: Values) -> None:
         """Put other values in their place."""
         for p, value in zip(self.places, parts.values, strict=True):
-            lists[p.kind][p.position] = value
+            values[p.kind][p.position] = value
 
     def named(self, parts: Parts) -> Any:
         """What the user gets: a Partition, or the argument's own structure."""
-        if self._treedef is not None:
-            return jax.tree.unflatten(self._treedef, parts.values)
+        if self.treedef is not None:
+            return jax.tree.unflatten(self.treedef, parts.values)
         pairs = zip(self.places, parts.values, strict=True)
         return Partition((p.path, value) for p, value in pairs)
 
-    def parts(self, name: str, given: Any, like: Parts) -> Parts:
+    def parts(self, name: str, given: Any) -> Parts:
         """The inverse of `named`, for a tangent: what is missing is zero."""
-        what = f"{name} got a tangent for argument {self._number}"
-        if self._treedef is not None:
+        what = f"{name} got a tangent for argument {self.number}"
+        if self.treedef is not None:
             leaves, treedef = jax.tree.flatten(given)
-            if treedef != self._treedef:
+            if treedef != self.treedef:
                 raise DifferentiationError(
                     f"{what} that has the structure {treedef}, but the argument has "
-                    f"{self._treedef}. Give a zero for each array that does not move."
+                    f"{self.treedef}. Give a zero for each array that does not move."
                 )
             values: dict[Path, Any] = {(str(i),): x for i, x in enumerate(leaves)}
             paths: list[Path] = list(values)
@@ -133,10 +129,10 @@ class Target:
                 f"{listed(paths)}."
             )
         result = []
-        for path, primal in zip(paths, like.values, strict=True):
+        for path, primal in zip(paths, [p.value for p in self.places], strict=True):
             zero = jax.tree.map(zero_tangent, primal)
             if path in values and shapes(values[path]) != shapes(zero):
-                where = f" at {dotted(path)!r}" if self._treedef is None else ""
+                where = f" at {dotted(path)!r}" if self.treedef is None else ""
                 raise ShapeError(
                     f"{what}{where} of {text(values[path])}; the value is {text(primal)}, so it "
                     f"must be {text(zero)}."
@@ -220,25 +216,25 @@ def targets_of(
                 f"{name} was to differentiate argument {number}, but it was called with "
                 f"{len(args)} positional arguments."
             )
-        located = locate(call, args, number % len(args))
-        places = located.places
-        if located.treedef is None:
-            places = [p for p in places if predicate(p.path, p.cell)]
-            for p in places:
+        target = locate(call, args, number % len(args))
+        if target.treedef is None:
+            chosen = [p for p in target.places if predicate(p.path, p.cell)]
+            for p in chosen:
                 _check_differentiable(name, p.path, p.value, allow_int)
-            if places:
+            if chosen:
                 selected = True
             else:
-                empty.append((number, located))
-        targets.append(Target(number, located, places))
+                empty.append((number, target))
+            target = target._replace(places=chosen)
+        targets.append(target._replace(number=number))
     if empty and not (all_args and selected):
-        number, located = empty[0]
-        there = {repr(p.cell.collection) for p in located.places if p.kind == 0}
+        number, whole = empty[0]
+        there = {repr(p.cell.collection) for p in whole.places if p.kind == 0}
         text = (
             f"{name} with wrt={wrt!r} has nothing to differentiate in argument {number}: its "
             f"collections are {', '.join(sorted(there)) or 'none'}. {mistake(wrt, args[number]) or ''}"
         )
-        if not there and any(p.kind == 1 for p in located.places):
+        if not there and any(p.kind == 1 for p in whole.places):
             text = (
                 f"{text.rstrip()} Its arrays are plain attributes, which no filter selects and no "
                 f"training changes: declare them in the class, `w: jax.Array = nnx.param()`."

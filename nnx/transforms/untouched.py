@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterable
 from operator import is_
 from typing import Any
 
-import jax
 from jax.core import Tracer
 
 from nnx.transforms.call import Call
 from nnx.transforms.layout import Layout
 from nnx.transforms.looking import Graph, containers
-from refx import Node, Ref, RefError
+from refx import Node, Ref, RefError, opened
 from refx.access import writable
 from refx.dagdef import DagDef
 from refx.errors import StructureError
@@ -68,6 +67,8 @@ class Untouched:
         self._outer = outer
         # What stands for closed-over roots, where the caller passes one of them as an argument, too.
         self._closed = reachable(layout.dagdef, range(closed.start, closed.stop))
+        self._given = reachable(layout.dagdef, range(start))
+        self._objects = objects
         self._numbers = [n for n, x in enumerate(objects) if type(x) is not Ref]
         self._inner = Contents([contents(objects[n]) for n in self._numbers])
         self._roots = call.roots[closed]
@@ -104,8 +105,10 @@ class Untouched:
 
     def check(self, frame: Frame) -> None:
         """Raise if something was changed that is seen by two names, after putting it back."""
-        if not self._inner.same():
-            self._check_arguments(frame)
+        twice = self.changed_by_two_names(frame)
+        if twice is not None:
+            self.restore()
+            raise twice
         if not self._caller.same():
             self._check_caller(frame)
         if self._runs_once:
@@ -117,30 +120,29 @@ class Untouched:
                 self.restore()
                 raise _changed(root, frame)
 
-    def _check_arguments(self, frame: Frame) -> None:
+    def changed_by_two_names(self, frame: Frame) -> StructureError | None:
+        """The error for a module that the body reaches by two names and that it changed by one."""
+        if self._inner.same():
+            return None
         changed = [self._numbers[i] for i in self._inner.changed()]
+        # In the body those are two objects, so whatever visits each object once would count it twice.
+        theirs = {id(self._outer[n]) for n in self._given}
+        for n in changed:
+            again = next((x for x in _objects_of(self._objects[n]) if id(x) in theirs), None)
+            if again is not None:
+                return _given_again(again, self._objects[n], frame)
         both = [n for n in changed if n in self._closed]
         if not both:
             # What is far is looked for only here, where there is a reason.
             seen = {id(x) for root in closed_over(self._fn) for x in _objects_of(root)}
             both = [n for n in changed if id(self._outer[n]) in seen]
-        if both:
-            self.restore()
-            raise _both(self._outer[both[0]], frame)
+        return _both(self._outer[both[0]], frame) if both else None
 
     def _check_caller(self, frame: Frame) -> None:
         changed = self._caller.changed()
         given = [i for i in changed if self._owners[i] is None]
         # What belongs to the body may not stay in what is older than it.
-        mine = any(
-            _is_of(x, frame)
-            for i in changed
-            for content in [self._kept[i]]
-            for x in jax.tree.leaves(
-                list(content.values() if isinstance(content, dict) else content),
-                is_leaf=is_identity,
-            )
-        )
+        mine = any(_is_of(x, frame) for i in changed for x in _held(self._kept[i]))
         if given or mine or not self._runs_once:
             self.restore()
             at = (given or list(changed))[0]
@@ -171,8 +173,18 @@ def _containers_of(root: Any) -> list[tuple[Any, list[Any]]]:
             # It can be no argument either, and whoever uses it will be told why.
             return []
     own = [(root, containers(root))]
-    nodes = [x for x in jax.tree.leaves(root, is_leaf=is_identity) if isinstance(x, Node)]
+    nodes = [x for x in opened.leaves(root) if isinstance(x, Node)]
     return [*own, *(pair for x in nodes for pair in _containers_of(x))]
+
+
+def _held(content: Any) -> list[Any]:
+    """The modules, the Refs and the arrays in a list or a dict."""
+    try:
+        # A list may hold itself, which a walk of JAX's does not survive.
+        found = walk(content)
+        return [*found.objects, *found.leaves]
+    except RefError:
+        return opened.leaves(content)
 
 
 def _objects_of(root: Any) -> list[Any]:
@@ -182,12 +194,25 @@ def _objects_of(root: Any) -> list[Any]:
         return [root]
 
 
+def _a(x: Any) -> str:
+    name = type(x).__name__
+    return f"a {name}" if isinstance(x, Node | Ref) else f"a {name} of a module"
+
+
 def _both(x: Any, frame: Frame) -> StructureError:
-    what = f"A {type(x).__name__}" if isinstance(x, Node) else f"A {type(x).__name__} of a module"
+    what = _a(x)
     return StructureError(
-        f"{what} was changed in {frame.name}: an attribute, a list or a dict of it. It is an "
-        f"argument and the function closes over it, too, where the change is not seen. Use it under "
+        f"{what[0].upper()}{what[1:]} was changed in {frame.name}: an attribute, a list or a dict of it. "
+        f"It is an argument and the function closes over it, too, where the change is not seen. Use it under "
         f"one of the two names: the argument."
+    )
+
+
+def _given_again(x: Any, holder: Any, frame: Frame) -> StructureError:
+    return StructureError(
+        f"In {frame.name} {_a(holder)} that is an argument was given {_a(x)} that the function "
+        f"closes over. The arguments hold it already, and inside the two are different objects, so "
+        f"it would count twice. Take it from the argument."
     )
 
 
@@ -231,7 +256,7 @@ def check_found(frame: Frame) -> None:
 def check_arguments(frame: Frame, arguments: Any, roots: tuple[Any, ...]) -> None:
     """Raise if a list or a dict of modules among the arguments was changed."""
     # It is a value to JAX, and the body had a copy of it.
-    now = [x for x in jax.tree.leaves(arguments, is_leaf=is_identity) if is_identity(x)]
+    now = [x for x in opened.leaves(arguments) if is_identity(x)]
     if len(now) != len(roots) or not all(map(is_, now, roots)):
         raise StructureError(
             f"A list, dict or tuple of modules or Refs that is an argument of {frame.name} was "

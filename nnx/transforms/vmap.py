@@ -13,17 +13,10 @@ from nnx._ambient import ambient
 from nnx.scope import Scope, entered
 from nnx.sharding.structure import check_entry
 from nnx.transforms.added_axis import of_slices, with_axes
-from nnx.transforms.axes import (
-    AxisError,
-    Sorted,
-    Specs,
-    assign,
-    length,
-)
-from nnx.transforms.boundary import Outline, Packed, close_call, run, until_lifted
+from nnx.transforms.axes import AxisError, GroupedOutput, Specs, assign, length
+from nnx.transforms.boundary import Packed, close_call, until_lifted
 from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.callables import function_name, unbound
-from nnx.transforms.naming import named
 from refx.partition import Path
 from refx.text import array_text
 from refx.trace import is_batched
@@ -116,28 +109,22 @@ def vmap(
             with _lanes(size):
                 call, specs = opened()
                 call.repeats = size
-                sliced = of_slices(name, call, specs.refs)
-                layout = Sorted(name, call, specs, out_axes, None, int)
+                sliced = of_slices(name, call, specs.values.refs)
+                output = GroupedOutput(name, call, specs, out_axes, None, int, layout=sliced)
 
-                def finish(packed: Packed, outline: Outline) -> Any:
+                def check(packed: Packed, groups: tuple[list[Any], ...]) -> None:
                     _check_expressible(name, call, specs, packed)
-                    groups = layout.sort(packed, outline)
-                    _check_output(name, groups[layout.keys.index(None)])
-                    return groups
-
-                def pure(values: Any, leaves: Any, others: Any) -> Any:
-                    flat = (values, leaves, others)
-                    return run(inner, name, call, *flat, layout=sliced, mode="read", finish=finish)
+                    _check_output(name, groups[output.keys.index(None)])
 
                 results = jax.vmap(
-                    named(pure, inner, call),
-                    in_axes=(specs.refs, specs.leaves, specs.others),
-                    out_axes=layout.keys,
+                    output.pure(inner, check),
+                    in_axes=(specs.values,),
+                    out_axes=output.keys,
                     axis_name=axis_name,  # pyright: ignore[reportArgumentType]
                     axis_size=size,
                     spmd_axis_name=spmd_axis_name,
-                )(call.values, call.leaves, call.others)
-                packed = with_axes(name, layout.packed(results), layout.of_new, entry)
+                )(call.values)
+                packed = with_axes(name, output.packed(results), output.of_new, entry)
                 return close_call(call, packed)
 
         return until_lifted(attempt)
@@ -169,7 +156,7 @@ def _lanes(size: int) -> Iterator[None]:
 
 def _check_expressible(name: str, call: Call, specs: Specs, packed: Packed) -> None:
     for i, value in zip(packed.spec.written, packed.written, strict=True):
-        if specs.refs[i] is None and is_batched(value):
+        if specs.values.refs[i] is None and is_batched(value):
             raise AxisError(
                 f"{call.layout.name_of(i)} was written in {name} with a value that differs between "
                 f"the lanes, but has the axis None: it is one value for all of them. Give it an axis, as in "

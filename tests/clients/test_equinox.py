@@ -156,5 +156,8 @@ def test_an_equinox_module_as_an_attribute_and_as_a_parameter_with_functions():
         def __init__(self):
             self.mlp = mlp
 
-    with pytest.raises(nnx.RefError, match=r"holds a custom_jvp.*[Kk]eep a setting or a function"):
+    with pytest.raises(
+        nnx.RefError,
+        match=r"Ref Wrong\.mlp was given.*holds a custom_jvp.*[Kk]eep a setting or a function",
+    ):
         nnx.grad(lambda m: jax.vmap(m.mlp)(X).sum())(Wrong())

@@ -29,7 +29,6 @@ def test_beartype_on_a_class_of_modules():
         def double(self, x: jax.Array) -> jax.Array:
             return 2 * x
 
-        @beartype  # that of the class does not see what is behind a call
         def __call__(self, x: jax.Array) -> jax.Array:
             self.mean = self.mean + 1
             return x * self.w
@@ -38,12 +37,54 @@ def test_beartype_on_a_class_of_modules():
     assert list(scale["params"]) == [("w",)] and scale.power == 1
     assert jnp.allclose(nnx.jit(scale)(X), X) and scale.mean == 1
     assert jnp.allclose(nnx.grad(lambda m: m(X).sum())(scale)["w"], 4)
+    wrong = X.tolist()
+    calls = (scale, scale.__call__, scale.apply(rngs=0), lambda x: nnx.frozen(scale)(x))
+    for call in (*calls, lambda x: jax.jit(lambda m: m(x))(nnx.clone(scale))):
+        with pytest.raises(BeartypeCallHintParamViolation):
+            call(wrong)
     with pytest.raises(BeartypeCallHintParamViolation):
-        scale(3)
+        nnx.jit(lambda m: m(wrong))(scale)
     with pytest.raises(BeartypeCallHintParamViolation):
         scale.double(3)
     with pytest.raises(BeartypeCallHintParamViolation):
         Scale("2")
+
+
+def test_a_checked_class_has_subclasses_and_the_names_of_its_layers():
+    @beartype
+    class Block(nnx.Module):
+        def __init__(self, size: int):
+            self.linear = nnx.Linear(size, size)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.linear(x)
+
+    class Double(Block):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    @beartype
+    class Net(nnx.Module):
+        def __init__(self):
+            self.blocks = [Block(2), Double(2)]
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    net = Net.init(0)()
+    program = nnx.jit(lambda m, x: m(x)).lower(net, X).as_text(debug_info=True)
+    assert "/blocks.0/linear/" in program and "/blocks.1/linear/" in program
+    with pytest.raises(BeartypeCallHintParamViolation):
+        net.blocks[1](None)
+    assert nnx.capture(net, "blocks.0")(X)[1]["blocks.0"].shape == (4, 2)
+    # As may any decorator of the class, or a patch, set it.
+    call = Block.__call__
+    Block.__call__ = lambda self, x: call(self, x) + 1
+    again = nnx.jit(lambda m, x: m(x)).lower(net, X).as_text(debug_info=True)
+    assert "/blocks.0/linear/" in again and again != program
+    assert jnp.allclose(nnx.jit(net.blocks[0])(X), net.blocks[0].linear(X) + 1)
 
 
 @pytest.mark.parametrize("order", ["outside", "inside"])
@@ -81,6 +122,21 @@ def test_jaxtyping_checks_the_shapes_of_a_call():
         assert call(X).shape == (4, 3)
         with pytest.raises(TypeCheckError):
             call(X[0])
+
+
+def test_jaxtyped_on_a_dataclass_checks_what_it_is_made_of():
+    @jaxtyped(typechecker=beartype)
+    @nnx.dataclass
+    class Linear(nnx.Module):
+        kernel: Float[Array, "in out"] = nnx.param()
+        bias: Float[Array, " out"] = nnx.param()
+
+        def __call__(self, x):
+            return x @ self.kernel + self.bias
+
+    assert nnx.jit(Linear(jnp.ones((2, 3)), jnp.ones(3)))(X).shape == (4, 3)
+    with pytest.raises(TypeCheckError):
+        Linear(jnp.ones((2, 3)), jnp.ones(2))
 
 
 def test_the_import_hook(tmp_path, monkeypatch):

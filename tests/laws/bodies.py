@@ -189,7 +189,7 @@ class Bodies:
             second = rng.choice([m for m, w in scope.modules if w in self.world.leaves])
             return [Line(f'{name}.w = cell({second}, "w")')]
         new = f"array({number(rng, self.real)})"
-        kind = rng.randrange(10)
+        kind = rng.randrange(16)
         if kind == 0:
             return [Line(f"{name}.extra = Ref({new})")]
         if kind == 1:
@@ -210,7 +210,68 @@ class Bodies:
             return [Line(f"{name}.arr = {self.expression(scope)}")]
         if kind == 8:
             return [Line(f"{name}.late = {rng.choice(['None', f'Leaf({new}, {new})', other])}")]
-        return [Line(f"{name}.kids = [{other}, {name}]")]
+        if kind == 9:
+            return [Line(f"{name}.kids = [{other}, {name}]")]
+        # What is let go counts as well: another name may hold it.
+        if kind == 10:
+            head = (Line(f"{name}.head.level = 3"), Line(f"{name}.head = None"))
+            return [Block(f'if getattr({name}, "head", None) is not None:', head)]
+        if kind > 11:
+            return self.rearrangement(name, other, new)
+        kids = self.name("k")
+        lines = (f"{kids} = {name}.kids", f"{name}.kids = []", f"{kids}.append({other})")
+        return [Block(f'if hasattr({name}, "kids"):', tuple(map(Line, lines)))]
+
+    def rearrangement(self, name: str, other: str, new: str) -> list[Node]:
+        """A change of what two names share: lists, dicts, Refs and modules that move or are tied."""
+        kids = f'hasattr({name}, "kids") and hasattr({other}, "kids")'
+        table = f'hasattr({name}, "table")'
+        ref = self.name("r")
+        ways = {
+            kids: [
+                f"{name}.kids, {other}.kids = {other}.kids, {name}.kids",
+                f"{other}.kids = {name}.kids",
+                f"{name}.kids[:] = {other}.kids",
+                f"{name}.kids.insert(0, {other})",
+            ],
+            f'hasattr({name}, "kids")': [
+                f"{name}.kids = {name}.kids[::-1]",
+                f"{name}.kids.reverse()",
+                f"del {name}.kids[:1]",
+                f"{name}.late = {name}.kids",
+                f"{name}.kids[:1] = [{{'n': {other}, 'l': [{name}]}}]",
+            ],
+            table: [
+                f'{name}.table["z"] = {other}',
+                f'{name}.table["a"] = {new}',
+                f'{name}.table.pop("a", None)',
+                f"{name}.table = dict({name}.table)",
+                f"{name}.late = {name}.table",
+                f'{name}.table["b"] = Ref({new})',
+            ],
+            f'hasattr({name}, "pair")': [
+                f"{name}.pair = {name}.pair[::-1]",
+                f"{name}.pair = ({other}, *{name}.pair)",
+                f"{name}.late = {name}.pair",
+            ],
+            f'hasattr({name}, "head")': [
+                f"{name}.head, {name}.late = getattr({name}, 'late', None), {name}.head",
+                f"{name}.head = clone({name}.head)",
+                f"{name}.extra = {name}.head",
+            ],
+            f'hasattr({name}, "x")': [
+                f"{name}.x = Ref({new})",
+                f"{name}.extra = {name}.x",
+                f"{name}.x, {name}.extra = {name}.extra, {name}.x"
+                if self.rng.random() < 0.2
+                else f"{name}.y = {name}.x",
+            ],
+        }
+        condition = self.rng.choice(list(ways))
+        if self.rng.random() < 0.2:
+            lines = (f"{ref} = Ref({new})", f"{name}.extra = {ref}", f"{other}.late = [{ref}]")
+            return [Line(line) for line in lines]
+        return [Block(f"if {condition}:", (Line(self.rng.choice(ways[condition])),))]
 
     def closed_surgery(self, scope: Scope) -> list[Node]:
         """A change of a list of a module that is closed over, or that a variable holds, too."""

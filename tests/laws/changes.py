@@ -74,12 +74,15 @@ def fresh(bodies: Bodies) -> tuple[list[Node], list[Node]]:
     if rng.random() < 0.5:
         write = _nested(rng, write)
     prelude = list(routes.prelude)
+    seen = f"total({net})"
+    if rng.random() < 0.35:
+        seen = _with_variable(bodies, routes, prelude, seen)
     if rng.random() < 0.4:
         given, call = rng.choice(_EAGER)
         own = "x" if "x" in given else "c"
-        result = f"mix(total({net}), {own})"
+        result = f"mix({seen}, {own})"
         if given == "c, x":
-            result = f"mix(total({net}), c), None"
+            result = f"mix({seen}, c), None"
         call = call.format(made)
         if "vmap" not in call and rng.random() < 0.8:
             body += _lines(write)
@@ -90,7 +93,7 @@ def fresh(bodies: Bodies) -> tuple[list[Node], list[Node]]:
         if rng.random() < 0.3:
             body += bodies.simple(inner)
         other = bodies.expression(inner) if rng.random() < 0.3 else 1
-        result = f"mix(total({net}), {other})"
+        result = f"mix({seen}, {other})"
         if rng.random() < 0.25:
             given, arguments = "x", rng.choice(bodies.world.modules)
         call = f"y = {compiled}({arguments})"
@@ -115,6 +118,22 @@ def fresh(bodies: Bodies) -> tuple[list[Node], list[Node]]:
             steps.append(Line(call))
     steps.append(Line(call))
     return prelude, steps
+
+
+def _with_variable(bodies: Bodies, routes: Routes, prelude: list[Node], seen: str) -> str:
+    """Let a function read a number, a text or an array from a variable, and that variable change."""
+    rng = bodies.rng
+    variable, helper = bodies.name("d"), bodies.name("h")
+    if rng.random() < 0.3:
+        values, read = [f"array({n})" for n in (1, 2, 1)], variable
+    else:
+        values, read = rng.choice(TWINS), f"tag({variable})"
+    prelude.append(Line(f"{variable} = {rng.choice(values)}"))
+    if rng.random() < 0.3:
+        prelude.append(Block(f"def {helper}():", (Line(f"return {read}"),)))
+        read = f"{helper}()"
+    routes.changes += [f"{variable} = {rng.choice(values)}" for _ in range(4)]
+    return f"mix({seen}, {read})"
 
 
 def _lines(text: str) -> list[Node]:

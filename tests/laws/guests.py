@@ -286,6 +286,46 @@ def held_in_a_record(tree: Any, rng: random.Random) -> str | None:
     return None
 
 
+def record_as_an_argument(tree: Any, rng: random.Random) -> str | None:
+    """A pytree that takes a module apart itself, beside the module: what is written by one name is read by the other."""
+    if not _only_numbers(tree) or not all(_is_number(r.value) for r in NNX.refs(tree)):
+        return None
+    tree = _one(_floating(tree), rng)
+    refs = NNX.refs(tree)
+    if not refs:
+        return None
+    record = Record(net=tree, scale=jnp.float32(2))
+    record = rng.choice([record, [record], {"a": record}, Record(net=[record])])
+
+    def body(a: Any, b: Any) -> Any:
+        _raise_by_one(a)
+        return _sum(b)
+
+    arguments = (tree, record)
+    if rng.random() < 0.5:
+        body, arguments = (lambda b, a, body=body: body(a, b)), (record, tree)
+    before = [r.value for r in refs]
+    name = rng.choice(list(_OWN))
+    got = _OWN[name](body, arguments)
+    after = [x + 1 for x in before]
+    if not all(map(np.allclose, [r.value for r in refs], after)):
+        return f"{name}: expected {after} in the module, got {[r.value for r in refs]}"
+    expected = _sum(record)
+    return None if np.allclose(got, expected, 1e-4) else f"{name}: expected {expected}, got {got}"
+
+
+_OWN: dict[str, Callable[..., Any]] = {
+    "jit": lambda f, args: nnx.jit(f)(*args),
+    "jit twice": lambda f, args: nnx.jit(lambda *a: nnx.jit(f)(*a))(*args),
+    "remat": lambda f, args: nnx.remat(f)(*args),
+    "cond": lambda f, args: nnx.cond(jnp.array(True), f, lambda *a: jnp.float32(0), *args),
+    "scan": lambda f, args: nnx.scan(lambda c, _: (c, f(*c)), args, None, length=1)[1][0],
+    "fori_loop": lambda f, args: nnx.fori_loop(
+        0, 1, lambda i, c: (c[0], f(*c[0])), (args, jnp.float32(0))
+    )[1],
+}
+
+
 def _net(outer: Any) -> Any:
     held = outer.head
     held = held[0] if isinstance(held, list) else held["a"] if isinstance(held, dict) else held
@@ -346,5 +386,6 @@ GUESTS = (
     mapped_and_back,
     kept_and_changed,
     held_in_a_record,
+    record_as_an_argument,
     ref_without_arrays,
 )

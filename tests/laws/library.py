@@ -201,8 +201,19 @@ class Nnx(Library):
         return {k if isinstance(k, str) else ".".join(k): v for k, v in partition.items()}
 
 
+class Stop(Exception):
+    """A program was told to end where it calls a transformation."""
+
+
 class Python(Library):
-    """What a program means."""
+    """What a program means.
+
+    `turn` (1 to 7) chooses other branches than the program does, and `stop` ends it at one of the calls of
+    transformations that are in no other: both to find out what an error may have come from.
+    """
+
+    turn = 0
+    stop: int | None = None
 
     Ref = reference.Ref
     Module = reference.Module
@@ -210,13 +221,47 @@ class Python(Library):
     jit = staticmethod(lambda f, **_: f)
     remat = staticmethod(lambda f: f)
     checkify = staticmethod(lambda f: f)
-    cond = staticmethod(reference.cond)
-    switch = staticmethod(reference.switch)
     while_loop = staticmethod(reference.while_loop)
     as_dict = staticmethod(lambda x: x)
 
     param = staticmethod(lambda: reference.Field("params"))
     ref = staticmethod(reference.Field)
+
+    def namespace(self) -> dict[str, Any]:
+        """The names; with `stop`, each transformation counts the calls of it."""
+        names = super().namespace()
+        if self.stop is None:
+            return names
+        self._calls = self._depth = 0
+        for name in ("cond", "switch", "scan", "fori_loop", "while_loop", "map_"):
+            names[name] = self._counted(names[name])
+        for name in ("jit", "remat", "checkify", "vmap", "grad"):
+            names[name] = self._counting(names[name])
+        return names
+
+    def _counting(self, transformation: Any) -> Any:
+        return lambda *args, **kwargs: self._counted(transformation(*args, **kwargs))
+
+    def _counted(self, fn: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not self._depth:
+                self._calls += 1
+                if self._calls > (self.stop or 0):
+                    raise Stop
+            self._depth += 1
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                self._depth -= 1
+
+        return call
+
+    def cond(self, pred: Any, f: Any, g: Any, *operands: Any) -> Any:
+        return reference.cond(bool(pred) != (self.turn >= 4), f, g, *operands)
+
+    def switch(self, index: Any, branches: Any, *operands: Any) -> Any:
+        index = min(max(int(index), 0), len(branches) - 1)
+        return reference.switch((index + self.turn % 4) % len(branches), branches, *operands)
 
     def fail(self) -> None:
         raise Boom

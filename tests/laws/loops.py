@@ -122,7 +122,8 @@ def fori(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
     inner = scope.inner()
     start, parts, carry, targets = _carry(bodies, scope, inner)
     i = bodies.name("i")
-    inner.numbers.append(i)
+    # A whole number has no derivative.
+    inner.numbers.append(f"{i} / 10" if bodies.real else i)
     nodes, back = _loop_body(bodies, inner, depth, parts, carry, "c")
     nodes.append(Line(f"return {back}"))
     fn = bodies.name("f")

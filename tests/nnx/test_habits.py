@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import nnx
-from nnx._class_checks import HINTS
+from nnx._hints import MODULE
 
 
 class Net(nnx.Module):
@@ -77,7 +77,7 @@ def test_a_mistake_is_explained(call, text):
     assert text in str(info.value)
 
 
-@pytest.mark.parametrize("name", HINTS)
+@pytest.mark.parametrize("name", MODULE)
 def test_attributes_of_other_libraries_lead_to_ours(name):
     model = Plain()
     if hasattr(Plain, name):
@@ -86,7 +86,7 @@ def test_attributes_of_other_libraries_lead_to_ours(name):
         AttributeError, match=f"^'Plain' object has no attribute '{name}': "
     ) as info:
         getattr(model, name)
-    assert HINTS[name] in str(info.value) and (info.value.name, info.value.obj) == (name, model)
+    assert MODULE[name] in str(info.value) and (info.value.name, info.value.obj) == (name, model)
 
 
 def test_other_attributes_are_missing_as_ever():
@@ -173,6 +173,16 @@ def test_check_init_runs_after_the_last_init_and_cannot_be_forgotten():
     assert (Larger(3, 4).size, Larger(3, 4).more) == (3, 4)
     with pytest.raises(ValueError, match="no size"):
         Larger(-1)
+
+    @nnx.dataclass
+    class OwnInit(Data):
+        def __init__(self):
+            self.size = 5
+
+        def __check_init__(self):
+            self.size += 1
+
+    assert OwnInit().size == 6
 
 
 def test_a_converter_sees_each_value_and_no_ref():

@@ -5,17 +5,17 @@ import re
 import pytest
 
 import nnx
-from nnx._hints import HINTS
+from nnx._hints import NNX
 
 
-@pytest.mark.parametrize("name", HINTS)
+@pytest.mark.parametrize("name", NNX)
 def test_a_name_from_elsewhere_says_what_to_use(name):
     with pytest.raises(
         AttributeError, match=f"^module 'nnx' has no attribute '{name}'; use "
     ) as info:
         getattr(nnx, name)
-    assert HINTS[name] in str(info.value)
-    for path in re.findall(r"nnx\.([\w.]*\w)", HINTS[name]):
+    assert NNX[name] in str(info.value)
+    for path in re.findall(r"nnx\.([\w.]*\w)", NNX[name]):
         found = nnx
         for part in path.split("."):
             found = getattr(found, part)

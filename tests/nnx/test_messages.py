@@ -107,3 +107,80 @@ def test_what_a_plain_program_closes_over(name):
     assert name in text and ("compile" in text) is not abstract
     assert (f"nnx.{name[4:]}" if abstract else "nnx.jit, nnx.scan") in text
     assert nnx.eval_shape(lambda: net(x)).shape == (3, 2)
+
+
+class TestAdviceByCollection:
+    """A write that is not allowed says what people want there, by the collection that is written."""
+
+    def step(self, gradient, deterministic, use_running_average=False):
+        class Net(nnx.Module):
+            def __init__(self):
+                self.linear = nnx.Linear(2, 2)
+                self.norm = nnx.BatchNorm(2, use_running_average=use_running_average)
+                self.drop = nnx.Dropout(0.5, deterministic=deterministic)
+
+            def __call__(self, x):
+                return self.drop(self.norm(self.linear(x))).sum()
+
+        model = Net.init(0)()
+        loss = lambda m, x: (gradient(lambda x: m(x))(x) ** 2).sum()
+        return model, nnx.jit(lambda m, x: nnx.grad(lambda m: loss(m, x))(m))
+
+    @pytest.mark.parametrize("gradient", [jax.grad, nnx.grad])
+    def test_a_norm_in_the_gradient_of_a_penalty(self, gradient):
+        model, step = self.step(gradient, True)
+        advice = r"keep the statistics as they are: model\.apply\(use_running_average=True\)\(x\)\."
+        with pytest.raises(nnx.TraceLevelError, match=rf"'norm\.mean'.*{advice}"):
+            step(model, jnp.ones((3, 2)))
+        model, step = self.step(gradient, True, use_running_average=True)
+        assert step(model, jnp.ones((3, 2)))
+        with pytest.raises(nnx.ReadOnlyError, match=advice):
+            jax.jit(lambda m: m(jnp.ones((3, 2))))(nnx.BatchNorm(2))
+
+    def test_a_dropout_in_a_solver(self):
+        drop = nnx.Dropout(0.5)
+        solve = lambda f: jax.lax.while_loop(lambda y: y.sum() < 9, lambda y: y + f(y), jnp.ones(3))
+        advice = r"or draw with a key of its own: model\.apply\(rngs=key\)\(x\)\."
+        with nnx.scope(0), pytest.raises(nnx.TraceLevelError, match=advice):
+            nnx.jit(lambda m: solve(m))(drop)
+        key = jax.random.key(0)
+        assert nnx.jit(lambda m: solve(lambda y: m.apply(rngs=key)(y)))(drop).sum() >= 9
+
+
+def test_a_write_on_a_copy_names_the_path_of_a_ref_in_an_ordinary_attribute():
+    class Counter(nnx.Module):
+        def __init__(self):
+            self.count = nnx.Ref(jnp.zeros(()), "counters")
+            self.many = [nnx.Ref(jnp.zeros(2))]
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.blocks = [Counter(), Counter()]
+
+    net = Net()
+    for transform in (jax.jit, jax.grad, jax.linearize):
+        for find, path in (
+            (lambda m: m.blocks[1].count, "blocks.1.count"),
+            (lambda m: m.blocks[0].many[0], "blocks.0.many.0"),
+        ):
+            wrong = lambda m, find=find: setattr(find(m), "value", find(m).value + 1)
+            arguments = (net,) if transform is jax.linearize else ()
+            with pytest.raises(nnx.ReadOnlyError, match=f"^Ref '{path}' of a Net .*was written"):
+                transform(wrong, *arguments)(net)
+
+
+def test_a_parameter_of_functions_is_refused_by_the_name_of_its_attribute():
+    class Layer(nnx.Module):
+        inner: object = nnx.param()
+
+        def __init__(self, value):
+            self.inner = value
+
+    for value in (jnp.tanh, {"w": jnp.ones(2), "act": [jax.nn.relu]}, "text"):
+        with pytest.raises(
+            nnx.ValueTypeError, match=r"^Ref Layer\.inner was given a value that holds"
+        ):
+            Layer(value)
+    layer = Layer(jnp.ones(2))
+    with pytest.raises(nnx.ValueTypeError, match=r"^Ref Layer\.inner \(collection 'params'"):
+        layer.inner = {"act": jnp.tanh}

@@ -95,6 +95,22 @@ def test_a_mask_is_a_constant_that_is_never_stale(net, transform):
     assert jnp.array_equal(jax.tree.leaves(f(net))[2], net.table * 2)
 
 
+def test_a_mask_becomes_a_model_where_it_is_given_values(net):
+    mask = jax.tree.map(lambda x: x.ndim == 2, net)
+    mask.linear.kernel = net.linear.kernel
+
+    @nnx.jit
+    def double(mask):
+        mask.linear.kernel = mask.linear.kernel * 2
+
+    double(mask)
+    assert jnp.array_equal(mask.linear.kernel, net.linear.kernel * 2)
+    # What was the bool of a plain array, a leaf, is a part of the tree now.
+    mask.table = nnx.Linear.init(0)(2, 2)
+    assert nnx.refs(mask)["table", "kernel"].value is mask.table.kernel
+    assert any(x is mask.table.kernel for x in jax.tree.leaves(mask))
+
+
 @pytest.mark.parametrize("transform", [nnx.jit, jax.jit])
 def test_axes_shapes_labels_and_shardings_made_of_a_module(net, transform):
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), net)
@@ -172,6 +188,115 @@ def test_a_pytree_that_flattens_a_module_itself(wrap):
     step(flow)
     flow.bijector.net = wrap(nnx.Linear.init(1)(2, 2))
     assert jnp.allclose(step(flow), flow(X))
+
+
+def _both(m, held):
+    """Writes by one name and reads by the other."""
+    m.bias = m.bias + 1
+    return held(X).sum()
+
+
+OWN_ARGUMENT = {
+    "jit": lambda net, held: nnx.jit(_both)(net, held),
+    "keywords": lambda net, held: nnx.jit(_both)(m=net, held=held),
+    "remat": lambda net, held: nnx.remat(_both)(net, held),
+    "cond": lambda net, held: nnx.cond(True, _both, lambda m, held: 0.0, net, held),
+    "switch": lambda net, held: nnx.switch(0, [_both, lambda m, held: 0.0], net, held),
+    "scan": lambda net, held: nnx.scan(lambda c, _: (c, _both(*c)), (net, held), None, length=1)[1][
+        0
+    ],
+    "fori_loop": lambda net, held: nnx.fori_loop(
+        0, 1, lambda i, c: (c[0], c[1], _both(c[0], c[1])), (net, held, jnp.zeros(()))
+    )[2],
+    "while_loop": lambda net, held: nnx.while_loop(
+        lambda c: c[2] == 0, lambda c: (c[0], c[1], _both(c[0], c[1])), (net, held, jnp.zeros(()))
+    )[2],
+    "map": lambda net, held: nnx.map(lambda x: _both(net, held), jnp.zeros(1))[0],
+    "checkify": lambda net, held: nnx.checkify(_both)(net, held)[1],
+    "value_and_grad": lambda net, held: nnx.value_and_grad(_both)(net, held)[0],
+    "functional": lambda net, held: nnx.functional(lambda: _both(net, held), net)[0](
+        nnx.get_partition(net)
+    )[0],
+    "jit_filter": lambda net, held: nnx.jit_filter(_both)(net, held),
+}
+
+
+@pytest.mark.parametrize("name", OWN_ARGUMENT)
+@pytest.mark.parametrize("around", [lambda a: a, lambda a: Affine(a)], ids=["alone", "nested"])
+def test_it_shares_with_another_argument(name, around):
+    net = nnx.Linear.init(0)(2, 2)
+    copy = nnx.clone(net)
+    expected = _both(copy, around(Affine(copy)))
+    assert jnp.allclose(OWN_ARGUMENT[name](net, around(Affine(net))), expected, atol=1e-5)
+    assert net.bias.tolist() == ([0, 0] if name in ("functional", "jit_filter") else [1, 1])
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [lambda f: f, nnx.jit, nnx.jit_filter, nnx.remat, lambda f: nnx.jit(nnx.jit(f))],
+    ids=["grad", "jit", "jit_filter", "remat", "jit twice"],
+)
+def test_its_gradient_is_that_of_the_module(transform):
+    net = nnx.Linear.init(0)(2, 2)
+    held = Affine([net])
+    call = lambda held: (X * held.net[0](X)).sum()
+    loss = transform(lambda m, held: call(held))
+    assert (nnx.grad(loss)(net, held)["kernel"] == 3).all()
+    assert (nnx.grad(loss, argnums=1)(net, held)["net.0.kernel"] == 3).all()
+    assert (nnx.grad(lambda m: call(held))(net)["kernel"] == 3).all()
+    tangent = jax.tree.map(jnp.ones_like, net["params"])
+    assert nnx.jvp(lambda m: call(Affine([m])), (net,), (tangent,))[1] == 18
+    out = nnx.vmap(lambda held, x: held.net[0](x), in_axes=({"params": None}, 0))(held, X)
+    assert jnp.allclose(out, net(X))
+    with pytest.raises(nnx.DifferentiationError, match="arguments 0 and 1 share it"):
+        nnx.grad(loss, argnums=(0, 1))(net, held)
+
+
+def test_it_comes_out_and_goes_round():
+    net = nnx.Linear.init(0)(2, 2)
+    held = nnx.jit(lambda m: Affine([m]))(net)
+    assert type(held) is Affine and held.net[0] is net
+    held.scale, held.fn, held.power = jnp.array(2.0), jnp.tanh, 2
+
+    @nnx.jit
+    def step(held):
+        assert held.power == 2 and held.fn is jnp.tanh
+        held.net[0].bias = held.net[0].bias + held.scale
+        return held
+
+    again = step(held)
+    assert again is not held and again.net[0] is net and again.scale == 2 and again.power == 2
+    assert net.bias.tolist() == [2, 2]
+    calls = [step(held) for _ in range(2)]
+    assert calls[1].net[0] is net and nnx.jit(step).explain(held).reasons
+    assert step.explain(held).compiled
+    layers = [held]  # in a container that a loop closes over
+
+    def body(i, total):
+        net.bias = net.bias + 1
+        return total + layers[0].net[0].bias.sum()
+
+    assert nnx.fori_loop(0, 2, body, 0.0) == 14 + 16
+    with pytest.raises(nnx.StructureError, match="is an argument of nnx.jit.*was changed inside"):
+        nnx.jit(lambda held: held.net.append(nnx.Linear.init(0)(2, 2)))(held)
+
+
+def test_one_that_keeps_its_module_in_a_slot_is_an_error():
+    class Slotted:
+        __slots__ = ("net",)
+
+        def __init__(self, net):
+            self.net = net
+
+    jax.tree_util.register_pytree_node(
+        Slotted,
+        lambda a: jax.tree.flatten(a.net),
+        lambda treedef, leaves: Slotted(jax.tree.unflatten(treedef, leaves)),
+    )
+    net = nnx.Linear.init(0)(2, 2)
+    for use in (nnx.split, nnx.jit(lambda a: a.net(X)), nnx.grad(lambda a: a.net(X).sum())):
+        with pytest.raises(nnx.StructureError, match=r"(?s)holds a Linear in a slot.*__slots__"):
+            use(Slotted(net))
 
 
 def test_a_function_that_closes_over_its_module_is_an_error():

@@ -28,6 +28,7 @@ W, S, N = Ref(1.0, "params"), Ref(2, "stats"), Ref(3.0)
         (PathContains("bn.s.more"), []),
         (OfType(int), [S]),
         (OfType((int, float)), [W, S, N]),
+        (OfType(int | float), [W, S, N]),
         (Not(("params", "stats")), [N]),
     ],
 )
@@ -54,6 +55,10 @@ def test_a_class_is_no_filter():
         to_predicate(int)
     with pytest.raises(refx.FilterError, match="one component of a path"):
         PathContains(3)
+    with pytest.raises(
+        refx.FilterError, match="OfType takes a class, or a tuple of classes.*'int'"
+    ):
+        OfType("int")
 
 
 def test_combinators_compare_and_print():

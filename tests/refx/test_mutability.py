@@ -1,5 +1,7 @@
 """Where nothing is mutable, modules do not change either."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -147,3 +149,30 @@ def test_nothing_is_kept():
             return net.w
 
         f(jnp.ones(2))
+
+
+def test_what_is_made_within_may_be_changed_however_it_is_made():
+    class Counter(refx.Node):
+        def __init__(self):
+            self.n = refx.Ref(1, "counters")
+
+    def count(counter):
+        counter.n.value += 1
+
+    old = Counter()
+    with refx.mutable(None):
+        made = [
+            Counter(),
+            refx.clone(old),
+            copy.deepcopy(old),
+            jax.tree.map(lambda x: x, old),
+            refx.merge(*refx.split(old)),
+            nnx.jit(Counter)(),
+        ]
+        for counter in made:
+            count(counter)
+            nnx.jit(count)(counter)
+        for use in (count, nnx.jit(count)):
+            with pytest.raises(refx.NotMutableError, match="was written, but the surrounding"):
+                use(old)
+    assert [int(counter.n.value) for counter in [old, *made]] == [1, 3, 3, 3, 3, 3, 3]

@@ -45,6 +45,14 @@ class Pair(NamedTuple):
     scale: Any
 
 
+class Degrees(float):
+    """A number with a unit, which its == does not look at."""
+
+
+class Kelvin(Degrees):
+    pass
+
+
 @dataclasses.dataclass(frozen=True)
 class ByName:
     """Its own == and hash, whatever else it holds."""
@@ -83,6 +91,8 @@ EQUAL_BUT_DIFFERENT = {
     "in a frozen dataclass": (Config(1), Config(1.0)),
     "in a tuple in a dataclass": (Config((0.0, "a")), Config((-0.0, "a"))),
     "in a NamedTuple in a dataclass": (Config(Pair(1)), Config(Pair(1.0))),
+    "subclasses of float": (Degrees(1.0), Kelvin(1.0)),
+    "a float and a subclass": (1.0, Degrees(1.0)),
     "in a dataclass in a dataclass": (Config(Config(1)), Config(Config(True))),
 }
 
@@ -292,3 +302,18 @@ def test_what_cannot_be_hashed_is_named_with_its_path(value):
 def test_a_static_field_must_be_hashable(value):
     with pytest.raises(refx.UnhashableStaticError, match="'value'"):
         refx.split(_setting(value))
+
+
+def test_a_function_may_close_over_a_variable_that_is_not_bound_yet():
+    class Holder(refx.Node):
+        pass
+
+    def make():
+        holder = Holder()
+        holder.fn = lambda x: later(x)
+        dagdef, _ = refx.split(holder)
+        later = abs
+        assert refx.split(holder)[0] is dagdef
+        return holder
+
+    assert make().fn(-1) == 1

@@ -16,9 +16,11 @@ import jax
 from nnx._ambient import ambient
 from nnx.transforms.call import Call
 from nnx.transforms.explain.differences import (
+    ANOTHER,
+    CLOSED_OVER,
     Program,
     View,
-    aval,
+    avals_of,
     differences,
     placed_elsewhere,
     placement,
@@ -91,27 +93,38 @@ def note(jitted: Any, layout: Layout, call: Call) -> None:
         listener(jitted, explanation)
 
 
-# So many new programs in a row for nothing but another float are a mistake.
+# So many new programs in a row for nothing but another number are a mistake.
 WARN_AFTER = 5
-_FLOAT = re.compile(r"(.*): (-?\d[^ ]*[.e][^ ]*) → (-?\d[^ ]*[.e][^ ]*)")
+_FLOATS = re.compile(r"-?\d[^ ]*[.e][^ ]* → -?\d[^ ]*[.e][^ ]*")
+_INTS = re.compile(r"-?\d+ → -?\d+")
 
 
 def _warn_of_numbers(jitted: Any, reasons: list[str]) -> None:
-    """Warn of a float that is part of the structure and is another one in each call."""
-    found = _FLOAT.fullmatch(reasons[0]) if len(reasons) == 1 else None
-    name, count = jitted.float_changes
-    if found is None:
-        jitted.float_changes = "", 0
+    """Warn of a number that is part of the program and is another one in each call."""
+    what, _, change = reasons[0].partition(": ") if len(reasons) == 1 else ("", "", "")
+    variable = what.removesuffix(CLOSED_OVER)
+    closed = variable != what
+    if not (
+        _FLOATS.fullmatch(change) or (closed and (change == ANOTHER or _INTS.fullmatch(change)))
+    ):
+        jitted.number_changes = "", 0
         return
-    jitted.float_changes = found[1], count + 1 if found[1] == name else 1
-    if jitted.float_changes[1] == WARN_AFTER:
-        warnings.warn(
-            f"{jitted._name} was compiled again {WARN_AFTER} times in a row for another value of "
-            f"{found[1]} alone, the last time {found[2]} → {found[3]}. A float is part of the program. "
-            f"Make it an array or a Ref, as in self.{found[1].rpartition('.')[2]} = nnx.Ref(...), or "
-            f"pass it as an argument.",
-            stacklevel=2,
-        )
+    name, count = jitted.number_changes
+    jitted.number_changes = what, count + 1 if what == name else 1
+    if jitted.number_changes[1] != WARN_AFTER:
+        return
+    if not closed:
+        why = "A float is part of the program"
+        how = f"Make it an array or a Ref, as in self.{what.rpartition('.')[2]} = nnx.Ref(...)"
+    else:
+        why = "A value that the function reads from a variable is part of the program"
+        how = "Keep it in a Ref (nnx.Ref)"
+    last = "" if change == ANOTHER else f", the last time {change}"
+    warnings.warn(
+        f"{jitted._name} was compiled again {WARN_AFTER} times in a row for another value of "
+        f"{variable} alone{last}. {why}. {how}, or pass it as an argument.",
+        stacklevel=2,
+    )
 
 
 def explain(jitted: Any, call: Call) -> Explanation:
@@ -131,7 +144,7 @@ def note_compiled(event: str, duration_secs: float, **_: Any) -> None:
     call: Call | None = ambient.call
     if call is None or not event.endswith("backend_compile_duration") or not call.layout.programs:
         return
-    avals = tuple(list(map(aval, x)) for x in (call.values, call.leaves, call.others))
+    avals = avals_of(call)
     for program in call.layout.programs:
         if program.avals == avals and (now := placement(call)) not in program.placements:
             program.placements.append(now)

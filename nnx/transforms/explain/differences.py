@@ -12,12 +12,12 @@ from jax.core import Tracer
 from nnx.sharding.rules import canonical
 from nnx.transforms.call import Call
 from nnx.transforms.layout import Layout
-from nnx.transforms.naming import parameters
+from nnx.transforms.naming import CallNames
 from refx import Node
 from refx.dagdef import Leaf, NodeDef, RefDef, Tree
 from refx.partition import Path, dotted
 from refx.static import Static
-from refx.text import array_text
+from refx.text import array_text, key_name
 
 __all__: list[str] = []
 
@@ -64,8 +64,7 @@ class Program:
 
     def __init__(self, jitted: Any, layout: Layout, call: Call):
         self.layout = layout
-        lists = (call.values, call.leaves, call.others)
-        self.avals = tuple(list(map(aval, values)) for values in lists)
+        self.avals = avals_of(call)
         self.options = {name: getattr(jax.config, name, None) for name in OPTIONS}
         self.options["the mesh"] = jax.sharding.get_abstract_mesh()
         self.read, self.paths = jitted._closure.found()
@@ -78,13 +77,18 @@ class Program:
         )
 
 
-def aval(x: Any) -> Any:
+def avals_of(call: Call) -> tuple[list[Any], ...]:
+    """The shapes and dtypes of all values of a call."""
+    return tuple(list(map(_aval, values)) for values in call.values)
+
+
+def _aval(x: Any) -> Any:
     """Shape, dtype and weak type; of a pytree, a tuple of these."""
     if isinstance(x, jax.Array):
         return jax.typeof(x)
     leaves = jax.tree.leaves(x)
     if len(leaves) != 1 or leaves[0] is not x:
-        return tuple(map(aval, leaves))
+        return tuple(map(_aval, leaves))
     try:
         return jax.typeof(x)
     except TypeError:
@@ -93,7 +97,7 @@ def aval(x: Any) -> Any:
 
 def placement(call: Call) -> dict[int, Any]:
     """Where the inputs are that are on a device by the user's will, by their numbers."""
-    inputs = itertools.chain(call.values, call.leaves, call.others)
+    inputs = itertools.chain(*call.values)
     return {
         i: canonical(x.sharding)
         for i, x in enumerate(inputs)
@@ -111,35 +115,20 @@ class View:
     def __init__(self, jitted: Any, program: Program):
         self.program = program
         layout = self._layout = program.layout
-        treedef = layout.form.treedef
-        flat = jax.tree.unflatten(treedef, range(treedef.num_leaves))
-        keyed = jax.tree_util.tree_flatten_with_path(flat)[0]
-        self.parameters = [p.name for p in parameters(jitted._fn)]
-        fixed = {i for i, _ in layout.statics[1]} if layout.statics is not None else set()
-        left = [i for i in range(len(flat[0]) + len(fixed)) if i not in fixed]
-
-        def named(path: Any) -> Path:
-            first, *rest = path[1:]
-            name = self.parameter(left[first.idx]) if path[0].idx == 0 else str(first.key)
-            return (name, *map(_part, rest))
-
-        names = [named(path) for path, _ in keyed]
-        self.others = [name for i, name in enumerate(names) if i not in layout.form.where]
         # After the closed-over modules comes a number for the steps that lead to them.
         closed = [
             _variable(program.paths[n]) if n < len(program.paths) else _STEPS
             for n in range(layout.closed)
         ]
-        self.roots = [*(names[i] for i in layout.form.where), *closed]
-        if layout.has_scope:
-            self.roots.append(_SCOPE)
+        others = [*closed, _SCOPE] if layout.has_scope else closed
+        self.names = CallNames(jitted._fn, layout, others)
+        self.roots, self.arguments = [
+            [tuple(map(key_name, path)) for path in paths]
+            for paths in (self.names.roots, self.names.arguments)
+        ]
         self.values = dict(zip(self._names(), itertools.chain(*program.avals), strict=True))
         self.facts = _facts(layout, self)
         self.read = {dotted(_variable(path)): value for path, value in program.read}
-
-    def parameter(self, i: int) -> str:
-        """The name of the i-th positional argument."""
-        return self.parameters[i] if i < len(self.parameters) else f"argument {i}"
 
     def path(self, path: Path) -> Path:
         """A path in the structure of the call, with the name of its root."""
@@ -149,14 +138,10 @@ class View:
         dagdef = self._layout.dagdef
         for path in (*dagdef.ref_paths, *dagdef.leaf_paths):
             yield dotted(self.path(path))
-        yield from map(dotted, self.others)
+        yield from map(dotted, self.arguments)
 
 
 _SCOPE, _STEPS = ("the scope",), ("the steps to closed-over modules",)
-
-
-def _part(key: Any) -> str:
-    return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
 
 
 def _variable(path: tuple[Any, ...]) -> Path:
@@ -218,15 +203,18 @@ def _facts(layout: Layout, names: View) -> dict[Path, Any]:
     if layout.statics is not None:
         _, fixed, named = layout.statics
         for i, static in fixed:
-            facts[("static", names.parameter(i))] = Thing("static", static)
+            facts[("static", names.names.parameter(i))] = Thing("static", static)
         for name, static in named:
             facts[("static", name)] = Thing("static", static)
-    for path in names.others:
+    for path in names.arguments:
         facts[path] = Thing("argument")
     return facts
 
 
 # ---- differences
+
+CLOSED_OVER = ", which the function closes over"
+ANOTHER = "another one"
 
 
 def differences(old: View, new: View) -> list[str]:
@@ -240,7 +228,7 @@ def differences(old: View, new: View) -> list[str]:
     for name in sorted(names):
         was, now = old.read.get(name), new.read.get(name)
         if was != now:
-            reasons.append(f"{name}, which the function closes over: {_replaced(was, now)}")
+            reasons.append(f"{name}{CLOSED_OVER}: {_replaced(was, now)}")
     options = old.program.options
     for name, now in new.program.options.items():
         if str(options[name]) != str(now):
@@ -327,7 +315,7 @@ def _fact(path: Path, was: Any, now: Any) -> str:
 def _replaced(was: Any, now: Any) -> str:
     # What counts by identity has a number here.
     if type(was) is int or type(now) is int or was is None or now is None:
-        return "another one"
+        return ANOTHER
     return _change(was, now)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from nnx.transforms.call import open_call
 from nnx.transforms.callables import function_name, unbound
 from nnx.transforms.filtered.jit import is_inexact_array, says
 from nnx.transforms.targets import DifferentiationError
-from refx import clone, split
+from refx import clone, opened, split
 from refx.buffers import dead_error, is_dead
 from refx.node import is_identity
 
@@ -164,7 +165,7 @@ def _gradient(
 
 def _copies(tree: Any) -> Any:
     """The tree with copies of its modules, so that writes stay inside; sharing is kept."""
-    flat, treedef = jax.tree.flatten(tree, is_leaf=is_identity)
+    flat, treedef = opened.flatten(tree)
     cells = clone([x for x in flat if is_identity(x)])
     todo = iter(cells)
     return jax.tree.unflatten(treedef, [next(todo) if is_identity(x) else x for x in flat])
@@ -195,7 +196,7 @@ def _broadcast(prefix: Any, tree: Any, name: str) -> list[bool]:
         mask.extend(says(spec, leaf, name) for leaf in jax.tree.leaves(x))
 
     # Only where a module is do dicts have another meaning than JAX's.
-    holds = any(map(is_identity, jax.tree.leaves(tree, is_leaf=is_identity)))
+    holds = opened.holds_identity(tree)
     try:
         parts = along(tree, prefix, name, "its argument") if holds else [(tree, prefix, "")]
         for x, spec, _ in parts:
@@ -216,4 +217,4 @@ def _by_filter(rules: dict[Any, Any], module: Any, name: str) -> Iterator[tuple[
     specs = assign(
         call, (module,), {}, (rules,), name=name, keyword=True, ambient=lambda path, ref: True
     )
-    return zip((*specs.refs, *specs.leaves), (*call.values, *call.leaves), strict=False)
+    return zip(chain(*specs.values[:2]), chain(*call.values[:2]), strict=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import jax
@@ -26,12 +27,12 @@ from nnx.transforms.boundary import (
     run,
     write_back,
 )
-from nnx.transforms.call import Call, open_call
+from nnx.transforms.call import Call, Values, open_call
 from nnx.transforms.callables import function_name, unbound
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import check_alive, explain_deleted
 from nnx.transforms.layout import Plans
-from nnx.transforms.naming import named
+from nnx.transforms.naming import inputs_of, named
 from nnx.transforms.statics import Statics, select_arguments
 from nnx.transforms.targets import locate
 from refx import FilterError, TraceLevelError, UnhashableStaticError
@@ -128,23 +129,18 @@ def jit_filter(
 _DONATED = Static("donated")
 
 
-def _inputs(arguments: dict[str, Any], call: Call) -> Iterator[tuple[str, int, Any]]:
-    """The inputs of a program, for their names: leaves of what the call's lists hold."""
-    treedef, fixed = call.filtered
-    lists = jax.tree.unflatten(treedef, range(len(fixed)))
-    at = {
-        n: (kind, i)
-        for kind, items in zip(_LISTS, lists, strict=True)
-        for i, x in enumerate(items)
-        for n in jax.tree.leaves(x)
-    }
-    gone, todo = iter(arguments["donated"]), iter(arguments["dynamic"])
-    for n, x in enumerate(fixed):
-        if x is None or x is _DONATED:
-            yield *at[n], next(todo if x is None else gone)
-
-
-_LISTS = ("values", "leaves", "others")
+def _labels(call: Call) -> tuple[Any, ...]:
+    """The inputs of a program, for their names: leaves of the values of the call."""
+    fixed = call.filtered[1]
+    items = zip(inputs_of(call), call.values, strict=True)
+    inputs = [
+        x
+        for at, value in chain.from_iterable(zip(*pair, strict=True) for pair in items)
+        for x in [at] * len(jax.tree.leaves(value))
+    ]
+    donated = [at for at, x in zip(inputs, fixed, strict=True) if x is _DONATED]
+    dynamic = [at for at, x in zip(inputs, fixed, strict=True) if x is None]
+    return "layout", "static", donated, dynamic
 
 
 class _JitFilter:
@@ -190,7 +186,7 @@ class _JitFilter:
         def pure(layout: Any, static: Any, donated: Any, dynamic: Any) -> Packed:
             return self._run(layout, static, donated, dynamic)
 
-        pure = named(pure, self._fn, spread=_inputs)
+        pure = named(pure, self._fn, labels=_labels)
         self._compiled = jax.jit(pure, static_argnums=(0, 1), donate_argnums=2, **options)
         functools.update_wrapper(self, self._fn, updated=())
 
@@ -201,37 +197,36 @@ class _JitFilter:
         flat = [
             next(todo) if x is None else next(gone) if x is _DONATED else x.value for x in fixed
         ]
-        lists = jax.tree.unflatten(treedef, flat)
+        values = jax.tree.unflatten(treedef, flat)
         marks = jax.tree.unflatten(treedef, fixed) if donated else None
         return run(
             self._static.restore(self._fn, layout.statics),
             self._name,
             call,
-            *lists,
+            values,
             layout=layout,
-            finish=functools.partial(self._finish, layout, lists, marks),
+            finish=functools.partial(self._finish, layout, values, marks),
         )
 
     def _finish(
-        self, layout: Any, lists: Any, marks: Any, packed: Packed, outline: Outline
+        self, layout: Any, values: Values, marks: Any, packed: Packed, outline: Outline
     ) -> Packed:
         self._check_closed(layout, packed)
         if marks is None:
             return packed
         # What is donated is gone, so it has to come back where the output holds it.
-        values, leaves, _ = lists
         gone = [
             {i for i, mark in enumerate(marks[kind]) if _DONATED in jax.tree.leaves(mark)}
             for kind in (0, 1)
         ]
-        written = dict(zip(packed.spec.written, packed.written, strict=True))
-        written |= {i: values[i] for i in gone[0] if i not in written}
+        written = packed.values()
+        written |= {i: values.refs[i] for i in gone[0] if i not in written}
         order, graph, out = tuple(sorted(written)), packed.spec.graph, packed.out
         if graph is not None:
             fresh, arrays = out
             todo = iter(arrays)
             arrays = [
-                next(todo) if i is None else leaves[i]
+                next(todo) if i is None else values.plain_arrays[i]
                 for i in graph.leaves
                 if i is None or i in gone[1]
             ]
@@ -258,8 +253,7 @@ class _JitFilter:
 
     def _masked(self, call: Call, args: Any, kwargs: Any, tree: Any) -> list[bool]:
         """Whether each leaf of the flat lists is traced."""
-        lists = (call.values, call.leaves, call.others)
-        said: Any = ([True] * len(items) for items in lists)
+        said: Any = ([True] * len(items) for items in call.values)
         if tree is not None:
             said = assign(
                 call,
@@ -269,10 +263,10 @@ class _JitFilter:
                 name=self._name,
                 keyword=True,
                 ambient=lambda path, ref: True,
-            )[:3]
+            ).values
         given = self._numbers(call.layout, 0, len(call.layout.form.where))
         mask = []
-        for kind, (specs, items) in enumerate(zip(said, lists, strict=True)):
+        for kind, (specs, items) in enumerate(zip(said, call.values, strict=True)):
             for i, (spec, x) in enumerate(zip(specs, items, strict=True)):
                 by_fn = self._filter_fn
                 if kind == 0 and i not in given:
@@ -286,8 +280,7 @@ class _JitFilter:
 
     def _donates(self, call: Call, args: Any, kwargs: Any, statics: Any) -> list[bool]:
         """Whether each leaf of the flat lists is of an argument that is donated."""
-        lists = (call.values, call.leaves, call.others)
-        marks = [[False] * len(items) for items in lists]
+        marks = [[False] * len(items) for items in call.values]
         fixed = {i for i, _ in statics[1]} if statics is not None else set()
         count = len(args) + len(fixed)
         free = [i for i in range(count) if i not in fixed]
@@ -300,7 +293,7 @@ class _JitFilter:
                 marks[place.kind][place.position] = True
         return [
             mark
-            for at, items in zip(marks, lists, strict=True)
+            for at, items in zip(marks, call.values, strict=True)
             for mark, x in zip(at, items, strict=True)
             for _ in jax.tree.leaves(x)
         ]
@@ -348,15 +341,15 @@ class _JitFilter:
             assert packed is not None
             if packed.spec.graph is not None:
                 # What comes out as it came in, and not from the program.
-                passed = set(range(len(call.values))) - set(packed.spec.written)
+                passed = set(range(len(call.refs))) - set(packed.spec.written)
                 check_alive(self._name, call, passed, packed.spec.graph.leaves)
             self._advance_streams(call, packed)
-            return fresh_output(call, packed, call.values, call.leaves)
+            return fresh_output(call, packed, call.values)
 
     def _inputs(
         self, call: Call, args: Any, kwargs: Any, tree: Any, statics: Any
     ) -> tuple[Any, list[Any], list[Any]]:
-        flat, treedef = jax.tree.flatten((call.values, call.leaves, call.others))
+        flat, treedef = jax.tree.flatten(call.values)
         mask = self._masked(call, args, kwargs, tree)
         donated = [False] * len(flat)
         if any(self._donate):

@@ -8,7 +8,8 @@ import pytest
 from flax.nnx.nn.recurrent import flip_sequences as their_flip
 
 import nnx
-from nnx.layers.recurrent import GRUCell, LSTMCell, OptimizedLSTMCell, RNNCellBase, SimpleCell
+from nnx.layers._cell import RNNCellBase
+from nnx.layers.recurrent import GRUCell, LSTMCell, OptimizedLSTMCell, SimpleCell
 from nnx.layers.rnn import RNN, Bidirectional, flip_sequences
 from tests.nnx.layers.test_layer_norm import cheap
 from tests.nnx.layers.test_layers import draw, from_flax

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import nnx
 from nnx.layers.weight_norm import SpectralNorm, WeightNorm
@@ -213,3 +214,47 @@ def test_a_change_that_would_be_lost_is_an_error(kind):
         wrapped = nnx.WeightNorm(Layer())
     with pytest.raises(nnx.StructureError, match="Layer changed an attribute that is no Ref"):
         wrapped(jnp.ones(2))
+
+
+PLACES = {
+    "Linear": (lambda: nnx.Linear(8, 8), (4, 8), P("data", "model")),
+    "Linear, rows": (lambda: nnx.Linear(8, 8), (4, 8), P("model")),
+    "Conv": (lambda: nnx.Conv(8, 8, (3,)), (4, 4, 8), P(None, "data", "model")),
+    "LinearGeneral": (lambda: nnx.LinearGeneral(8, (4, 2)), (4, 8), P("model", None, "data")),
+}
+
+
+@pytest.mark.parametrize("wrap", [WeightNorm, SpectralNorm])
+@pytest.mark.parametrize("name", PLACES)
+def test_a_kernel_that_is_sharded_along_explicit_axes(name, wrap):
+    make, shape, of_kernel = PLACES[name]
+    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    with nnx.scope(0):
+        alone = wrap(make()).train()
+    placed = nnx.clone(alone, copy=True)
+    x = jax.random.normal(jax.random.key(1), shape)
+
+    @nnx.jit(static_argnums=2)
+    def step(model, x, out_sharding):
+        y = model(x, out_sharding=out_sharding)
+        grads = nnx.grad(lambda m: jnp.mean(m(x, out_sharding=out_sharding) ** 2))(model)
+        model["params"] = jax.tree.map(lambda w, g: w - 0.1 * g, model["params"], grads)
+        return y
+
+    def place(path, ref):
+        if path[-2:] == ("layer_instance", "kernel"):
+            return of_kernel
+        return P("data") if path[0] == "scales" else P()
+
+    expected = step(alone, x, None)
+    rows = P("data", *[None] * (expected.ndim - 1))
+    with jax.set_mesh(mesh):
+        nnx.shard(placed, place)
+        before = nnx.shardings(placed, place)
+        y = step(placed, jax.device_put(x, P("data")), rows)
+        placed(jax.device_put(x, P("data")), out_sharding=rows)
+    alone(x)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    for path, value in nnx.get_partition(placed).items():
+        np.testing.assert_allclose(value, nnx.get_partition(alone)[path], atol=1e-5)
+        assert value.sharding.is_equivalent_to(before[path], value.ndim)

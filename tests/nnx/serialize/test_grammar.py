@@ -67,7 +67,7 @@ IMPOSSIBLE = [
     *(
         "_book",
         "_frame",
-        "_is_node",
+        "_revision",
         "__class__",
         "__dict__",
         "__init__",

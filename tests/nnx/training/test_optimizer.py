@@ -637,3 +637,27 @@ def test_it_prints_its_transformation_and_the_size_of_its_state():
         ")"
     )
     assert "scale_by_adam" in optimizer._repr_html_()
+
+
+def test_in_a_module_it_prints_the_same_as_by_itself():
+    class Trainer(nnx.Module):
+        def __init__(self):
+            self.model = nnx.Linear(2, 3)
+            self.optimizers = [nnx.Optimizer(self.model, optax.adam(0.1))]
+            self.average = nnx.EMA(self.model, 0.99)
+
+    trainer = Trainer.init(0)()
+    jax.block_until_ready(trainer.optimizers[0].step)
+    alone = repr(trainer.optimizers[0]).splitlines()
+    assert "\n".join(["    0: " + alone[0], *("    " + line for line in alone[1:])]) in repr(
+        trainer
+    )
+    assert (
+        "  average = EMA(\n"
+        "    decay = 0.99\n"
+        "    filter = 'params'\n"
+        "    step = 0\n"
+        "    average = 2 values  # ema: 11 (44 B)\n"
+        "  )\n"
+    ) in repr(trainer)
+    assert "Cells" not in repr(trainer) + trainer._repr_html_() + repr(trainer.average)

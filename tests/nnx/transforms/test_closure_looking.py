@@ -563,16 +563,36 @@ def test_a_global_that_is_not_bound_yet():
     assert f(1.0) == 5
 
 
-def test_plain_values_that_change_cost_nothing():
+def test_a_number_in_a_variable_is_a_part_of_the_program():
     debug, step = False, 0
     f = Traced(lambda x: x + (1 if debug else 0) * step)
-    f(1.0)
-    state = f.jitted._closure._state
-    for debug in (True, False, True, False):  # noqa: B007
-        step += 1
+    results, traces = [], []
+    for debug, step in [(False, 1), (True, 1), (True, 1), (True, 2), (False, 1)]:  # noqa: B007
+        results.append(int(f(1.0)))
+        traces.append(f.count)
+    assert results == [1, 2, 2, 3, 1]
+    # What was there before has a program.
+    assert traces == [1, 2, 2, 3, 3]
+    assert f.jitted._closure._state.roots == ()
+
+
+def test_a_variable_that_the_code_sets_costs_no_trace():
+    calls = 0
+
+    def count(x):
+        nonlocal calls
+        calls += 1
+        return x
+
+    f = nnx.jit(count)
+    for _ in range(3):
         f(1.0)
-    assert f.count == 1
-    assert state.roots == ()
+    assert calls == 1
+    scope = {"calls": 0, "nnx": nnx}
+    exec("def count(x):\n    global calls\n    calls += 1\n    return x\nf = nnx.jit(count)", scope)
+    for _ in range(3):
+        scope["f"](1.0)
+    assert scope["calls"] == 1
 
 
 # ---- an error for the rest
@@ -700,3 +720,13 @@ def test_threads_that_rebind_and_call():
     for t in threads:
         t.join()
     assert errors == []
+
+
+def test_a_plain_array_of_a_module_in_another_file(lib):
+    lib.model.table = jnp.ones(2)
+    f = Traced(lambda x: x + lib.model.table.sum())
+    assert f(1.0) == f(1.0) == 3 and f.count == 1
+    lib.model.table = jnp.zeros(2)
+    assert f(1.0) == f(1.0) == 1 and f.count == 2
+    lib.model.head.w = jnp.array(7.0)
+    assert f(1.0) == 1 and f.count == 2

@@ -3,11 +3,13 @@
 import collections
 import enum
 import functools
+import math
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import nnx
@@ -605,3 +607,88 @@ def test_a_method_by_a_name_that_is_put_together():
 
 
 SPEED = {"k": 1}
+
+
+# ---- a variable, whatever it holds
+
+
+class Text(str):
+    """A text of a class of a user's."""
+
+    __slots__ = ()
+
+
+VALUES = {
+    "number": (2.0, 3.0, "w * V"),
+    "text": ("a", "bb", "w * len(V)"),
+    "text of a class": (Text("a"), Text("bb"), "w * len(V)"),
+    "nothing": (None, 3, "w * (2 if V is None else V)"),
+    "array": (jnp.ones(2), jnp.zeros(2), "(w * V).sum()"),
+    "NumPy array": (np.ones(2), np.zeros(2), "(w * V).sum()"),
+    "key": (jax.random.key(0), jax.random.key(1), "w * jax.random.uniform(V)"),
+    "dtype": (jnp.float32, jnp.int32, "(w * 1.5).astype(V)"),
+    "NumPy dtype": (np.dtype("float32"), np.dtype("int32"), "(w * 1.5).astype(V)"),
+    "function": (jnp.sin, jnp.cos, "V(w)"),
+    "jitted function": (jax.nn.relu, jax.nn.gelu, "V(-w)"),
+    "function in C": (math.sin, math.cos, "w * V(1.0)"),
+    "partial": (functools.partial(jnp.add, 1), functools.partial(jnp.add, 2), "V(w)"),
+    "dict": ({"a": 1}, {"a": 2}, "w * V['a']"),
+    "dict of arrays": ({"a": jnp.ones(())}, {"a": jnp.zeros(())}, "w * V['a']"),
+    "long list": (list(range(2000)), list(range(1, 2001)), "w * V[0]"),
+    "set": ({1}, {2}, "w * (1 in V)"),
+    "Partition": (nnx.Partition({"a": jnp.ones(())}), nnx.Partition({"a": jnp.zeros(())}), "w * V['a']"),
+    "optimizer": (optax.sgd(0.5), optax.sgd(0.25), "V.update(w, V.init(w))[0]"),
+}  # fmt: skip
+
+WAYS = {
+    "global": "def f(w): return {}\ndef put(x):\n    global V\n    V = x",
+    "helper": "def h(w): return {}\ndef f(w): return h(w)\ndef put(x):\n    global V\n    V = x",
+    "cell": "def make(V):\n    f = lambda w: {}\n    def put(x):\n        nonlocal V\n        V = x\n"
+    "    return f, put\nf, put = make(V)",
+    "module": "def f(w): return {module}\ndef put(x): settings.V = x",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("what", VALUES)
+def test_a_variable(what, way):
+    first, second, code = VALUES[what]
+    settings = types.ModuleType("settings_of_a_test")
+    settings.V = first
+    scope = {"jax": jax, "V": first, "settings": settings, "__name__": "user"}
+    text = WAYS[way].replace("{module}", code.replace("V", "settings.V")).replace("{}", code)
+    exec(text, scope)
+    f, put, w = scope["f"], scope["put"], jnp.array(2.0)
+    jitted = nnx.jit(f)
+    for _ in range(2):
+        assert_same(jitted(w), f(w))
+        assert_same(nnx.cond(w > 0, f, f, w), f(w))
+        before = jitted(w)
+        put(second)
+        assert_same(jitted(w), f(w))
+        assert_same(nnx.cond(w > 0, f, f, w), f(w))
+        assert before.dtype != jitted(w).dtype or before != jitted(w)
+        put(first)
+
+
+def assert_same(a, b):
+    a, b = jnp.asarray(a), jnp.asarray(b)
+    assert a.dtype == b.dtype
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_a_number_in_a_variable_that_is_new_in_each_call_is_warned_of():
+    rate, step = 0.1, 0
+    by_rate = nnx.jit(lambda w: w * rate)
+    by_step = nnx.jit(lambda w: w + step)
+    message = (
+        r"5 times in a row for another value of {} alone, the last time {}\. A value that the "
+    )
+    message += r"function reads from a variable is part of the program\. Keep it in a Ref"
+    with pytest.warns(UserWarning, match=message.format("rate", r"0\.5 → 0\.6")):
+        for i in range(6):
+            rate = (i + 1) / 10
+            by_rate(1.0)
+    with pytest.warns(UserWarning, match=message.format("step", "4 → 5")):
+        for step in range(6):
+            by_step(1.0)

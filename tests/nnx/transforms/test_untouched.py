@@ -294,3 +294,96 @@ def test_a_closed_over_list_changed_where_the_body_runs_more_often_or_never(loop
     with pytest.raises(nnx.StructureError, match="A Two that .* closes over was changed inside it"):
         loop(add)
     assert m.kids == []
+
+
+class Holder(nnx.Module):
+    def __init__(self, head):
+        self.head = head
+        self.kids = []
+
+
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.remat, lambda f: nnx.jit(nnx.remat(f))])
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda m, leaf: setattr(m, "kids", [leaf, m]),
+        lambda m, leaf: m.kids.append(leaf),
+        lambda m, leaf: setattr(m, "again", Holder(leaf)),
+        lambda m, leaf: setattr(m, "again", (leaf, {"a": m})),
+    ],
+)
+def test_an_argument_that_is_given_what_it_holds_by_its_name_outside(transform, give):
+    leaf = Cached()
+    model = Holder(leaf)
+
+    def count(m):
+        give(m, leaf)
+        return len({id(x) for x in nnx.modules(m).values()})
+
+    message = (
+        r"In nnx\.\w+\(.*count\) a (Holder|list of a module) that is an argument was given a Cached "
+        r"that the function closes over.*Take it from the argument"
+    )
+    with pytest.raises(nnx.StructureError, match=message):
+        transform(count)(model)
+    assert vars(model).keys() == {"head", "kids"} and model.kids == [] and model.head is leaf
+
+
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.remat, nnx.checkify, nnx.eval_shape])
+def test_what_was_set_by_one_name_is_not_there_by_the_other(transform):
+    model = Holder(Cached())
+
+    def body(m):
+        m.mode = "fast"
+        return len(model.mode)
+
+    message = r"A Holder was changed in nnx\.\w+\(.*body\): .* Use it under one of the two names"
+    with pytest.raises(nnx.StructureError, match=message) as caught:
+        transform(body)(model) if transform is not nnx.eval_shape else transform(body, model)
+    assert isinstance(caught.value.__cause__, AttributeError)
+    assert not hasattr(model, "mode")
+
+
+CALLS = [
+    lambda f, m: nnx.jit(f)(m),
+    lambda f, m: nnx.remat(f)(m),
+    lambda f, m: nnx.jit(nnx.jit(f))(m),
+    lambda f, m: nnx.jit(nnx.remat(f))(m),
+    lambda f, m: nnx.cond(True, f, f, m),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_a_body_changes_and_lets_go_has_changed(call):
+    leaf = Cached()
+    model = Holder(leaf)
+    kids = model.kids
+
+    def body(m):
+        m.head.mode = "fast"
+        m.head.array = m.head.w * jnp.ones(2)
+        m.head.extra = nnx.Ref(m.head.w + 1)
+        m.head.w += 1
+        m.head = None
+        old, m.kids = m.kids, []
+        old.append(Holder(None))
+
+    call(body, model)
+    assert model.head is None and model.kids == [] and [k.head for k in kids] == [None]
+    assert (leaf.mode, leaf.w, leaf.array.tolist(), leaf.extra.value) == ("fast", 3, [2, 2], 3)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_module_that_only_the_function_knows_becomes_a_part_of_an_argument(call):
+    leaf, model = Cached(), Holder(None)
+    call(lambda m: m.kids.append(leaf), model)
+    assert model.kids == [leaf]
+
+
+def test_a_list_that_is_put_into_itself():
+    model = Holder(None)
+    nnx.jit(lambda m: m.kids.append(m.kids))(model)
+    assert len(model.kids) == 1 and model.kids[0] is model.kids
+    with pytest.raises(nnx.StructureError, match="A Holder that nnx.jit.* closes over was changed"):
+        nnx.jit(lambda: model.kids.append(model.kids))()
+    assert len(model.kids) == 1

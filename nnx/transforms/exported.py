@@ -1,0 +1,90 @@
+"""What `jax.export` makes of an `nnx.jit` function: a program that is called with the user's arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from nnx._ambient import ambient
+from nnx.transforms.arguments import take_roots
+from nnx.transforms.axes import places
+from nnx.transforms.boundary import Spec, fresh_output, run
+from nnx.transforms.call import Call, Values
+from nnx.transforms.naming import program_name
+from refx import ReadOnlyError
+from refx.partition import listed
+from refx.snapshot import Snapshot, snapshot
+
+__all__: list[str] = []
+
+
+def exportable(
+    fn: Any, name: str, call: Call, spec: Spec, bound: int, args: Any, kwargs: Any
+) -> Any:
+    """Trace a function of modules as a function of pytrees: what it returns is all that comes out.
+
+    Args:
+      fn: the user's function.
+      name: what messages call it.
+      call: a call with these arguments, of which all that is closed over is known.
+      spec: what the call leaves behind.
+      bound: so many of the first roots belong to the function. They are constants of the program, as is
+        what it closes over.
+      args: the arguments, without those that are static.
+      kwargs: the keyword arguments.
+
+    Raises:
+      ReadOnlyError: the function writes Refs, or changes a module.
+    """
+    _check_pure(name, call, spec)
+    given = places(call)[bound : len(call.layout.form.where)]
+    refs = _first([i for root in given for _, _, i in root.refs])
+    arrays = _first([i for root in given for _, _, i in root.leaves])
+
+    def exported(*args: Any, **kwargs: Any) -> Any:
+        _, roots, arguments = take_roots(args, kwargs, False)
+        found: list[Snapshot] = [snapshot(root) for root in roots]
+        values = Values(
+            _placed(call.values.refs, refs, [x for s in found for x in s.values()]),
+            _placed(call.values.plain_arrays, arrays, [x for s in found for x in s.leaves()]),
+            arguments,
+        )
+        outer, ambient.call = ambient.call, call
+        try:
+            packed = run(fn, name, call, values)
+        finally:
+            ambient.call = outer
+        return fresh_output(call, packed, values)
+
+    exported.__name__ = exported.__qualname__ = program_name(fn)
+    return jax.jit(exported).trace(*args, **kwargs)
+
+
+def _first(numbers: list[int]) -> dict[int, int]:
+    """For each number the position where it comes first."""
+    return {n: i for i, n in reversed(list(enumerate(numbers)))}
+
+
+def _placed(constants: list[Any], positions: dict[int, int], given: list[Any]) -> list[Any]:
+    return [given[positions[i]] if i in positions else x for i, x in enumerate(constants)]
+
+
+def _check_pure(name: str, call: Call, spec: Spec) -> None:
+    changed = spec.graph is not None and bool(spec.graph.rewritten)
+    if not spec.written and not changed:
+        return
+    paths = [call.layout.dagdef.ref_paths[i] for i in spec.written]
+    scope = str(len(call.roots) - 1) if call.layout.has_scope else None
+    if any(path[0] == scope for path in paths):
+        raise ReadOnlyError(
+            f"{name} draws keys from the scope around it, which an exported program cannot advance: it "
+            f"would draw the same ones at each call. Pass a key, and use it: in the function, "
+            f"`with nnx.scope(key):`, or model.apply(rngs=key)(x)."
+        )
+    what = f"writes {listed([path[1:] for path in paths])}" if paths else "changes a module"
+    raise ReadOnlyError(
+        f"{name} {what}, but an exported program has no Refs to write to: it gives what the function "
+        f"returns. Export the state, too: pure, state = nnx.functional(fn, model), which takes it and "
+        f"returns it, then jax.export.export(jax.jit(pure))(state, ...); or call model.eval() first."
+    )
