@@ -10,10 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 import refx
 from nnx.layers._alike import difference
+from nnx.layers._sharding import gathered, spec_of
 from nnx.module import Module
+from nnx.sharding.rules import ShardingError
 from nnx.sharding.structure import check_entry, stacked, without_axes
 from nnx.transforms import remat as nnx_remat
 from nnx.transforms import scan, vmap
@@ -161,7 +164,8 @@ class Stack(Module):
 
     Raises:
       CarryError: a layer returns another shape or dtype than it takes.
-      ShardingError: the `sharding` of a Ref is for another number of dimensions than its value has.
+from nnx.sharding.rules import ShardingError
+from nnx.sharding.structure import check_entry, stacked, without_axes
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> stack = nnx.Stack.init(jax.random.key(0))(lambda: nnx.Linear(4, 4), 8)
@@ -293,14 +297,36 @@ class Stack(Module):
             return layer(x, *args, **kwargs)
 
         body = nnx_remat(call, policy=self.policy) if self.remat else call
-        return scan(lambda x, layer: (body(layer, x), None), x, self.layers, unroll=self.unroll)[0]
+
+        def step(x: Any, layer: Any) -> tuple[Any, None]:
+            y = body(layer, x)
+            _check_placed(x, y)
+            return y, None
+
+        return scan(step, x, self.layers, unroll=self.unroll)[0]
 
 
 def _take(x: Any, key: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         lead = np.shape(key)
         return jax.ShapeDtypeStruct(lead + x.shape[1:], x.dtype)
-    return x[key]
+    # The layers may be on different devices.
+    return (gathered(x, [0]) if isinstance(x, jax.Array) else x)[key]
+
+
+def _check_placed(x: Any, y: Any) -> None:
+    """Raise where a layer's output is sharded along other Explicit axes than its input."""
+    if jax.tree.structure(x) != jax.tree.structure(y):
+        return
+    for old, new in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+        if np.shape(old) == np.shape(new) and spec_of(old) != spec_of(new):
+            spec = PartitionSpec(*spec_of(old))
+            raise ShardingError(
+                f"A layer of Stack gets an input {jax.typeof(old)} and returns {jax.typeof(new)}. The "
+                f"layers are one program, so each must return what is sharded along the same Explicit "
+                f"axes: inside it, call the last layer with out_sharding={spec}, or use "
+                f"jax.sharding.reshard(x, {spec})."
+            )
 
 
 def _join(layers: list[Module], entry: Any) -> Any:

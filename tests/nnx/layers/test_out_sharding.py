@@ -287,3 +287,39 @@ def test_a_transformer_on_an_explicit_mesh_has_the_losses_of_one_device(stacked)
     assert axes(model["params"][f"blocks.layers{number}.down.kernel"]) == (*lead, "model", None)
     assert axes(moments[f"blocks.layers{number}.down.kernel"]) == (*lead, "model", None)
     assert axes(moments["embed.embedding"]) == axes(model.embed.embedding) == ("model", None)
+
+
+class Wide(nnx.Module):
+    def __init__(self, out_sharding=None):
+        self.linear = nnx.Linear(8, 8, kernel_metadata={"sharding": (None, "model")})
+        self.out_sharding = out_sharding
+
+    def __call__(self, x):
+        return self.linear(x, out_sharding=self.out_sharding)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_layer_of_a_stack_returns_what_is_sharded_as_its_input(remat):
+    mesh, x = mesh_of(EXPLICIT), draw(4, 8)
+    expected = nnx.Stack.init(0)(lambda: Wide(), 2, remat=remat)(x)
+    with jax.set_mesh(mesh):
+        rows = on(mesh, x, "data")
+        with pytest.raises(nnx.ShardingError) as error:
+            nnx.Stack.init(0)(lambda: Wide(), 2, remat=remat)(rows)
+        y = nnx.Stack.init(0)(lambda: Wide(P("data")), 2, remat=remat)(rows)
+    message = str(error.value)
+    assert message.startswith("A layer of Stack gets an input float32[4@data,8] and returns ")
+    assert "float32[4@data,8@model]. The layers are one program" in message
+    assert "out_sharding=P('data', None), or use jax.sharding.reshard(x, P('data'" in message
+    assert axes(y) == ("data", None)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+def test_layers_of_a_stack_that_are_on_different_devices():
+    stack = nnx.Stack.init(0)(lambda: nnx.Linear(8, 8), 4)
+    expected = [np.asarray(layer.kernel) for layer in stack]
+    with jax.set_mesh(mesh_of(EXPLICIT)):
+        nnx.shard(stack, {...: P("model")})
+        for layer, kernel in zip(stack, expected, strict=True):
+            np.testing.assert_array_equal(layer.kernel, kernel)
+        np.testing.assert_array_equal(stack[1:3].layers.kernel, expected[1:3])

@@ -317,6 +317,42 @@ def test_a_training_run_goes_on_with_the_same_losses(tmp_path):
     assert np.allclose(train(again, 3), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tx", [optax.adam(1e-2), optax.adafactor(1e-2, min_dim_size_to_factor=8)])
+def test_a_run_on_eight_devices_goes_on_on_meshes_of_other_shapes(tmp_path, tx):
+    def make_run():
+        model = nnx.MLP.init(0)(8, [16], 8)
+        return model, nnx.Optimizer(model, tx)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - 1.0) ** 2))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    def rule(path, ref):
+        where = dict(zip(("data", "model"), mesh.axis_sizes, strict=False))
+        divides = zip(ref.value.shape, where, strict=False)
+        return P(*(axis if size % where[axis] == 0 else None for size, axis in divides))
+
+    x = jnp.arange(32.0).reshape(4, 8) / 32
+    mesh = mesh_of(2, 4)
+    run = nnx.shard(make_run(), rule, mesh=mesh)
+    step(*run, x)
+    nnx.save(tmp_path / "run", nnx.get_partition(run))
+    expected = [float(step(*run, x)) for _ in range(2)]
+    for sizes in [(4, 2), (8,), (1, 2)]:
+        mesh = mesh_of(*sizes)
+        shapes = nnx.shard(nnx.eval_shape(make_run), rule, mesh=mesh)
+        again = nnx.shard(make_run(), rule, mesh=mesh)
+        for into in (shapes, again):
+            nnx.load_state(tmp_path / "run", into=into)
+            places = nnx.shardings(into, rule, mesh=mesh)
+            for path, value in nnx.get_partition(into).items():
+                assert value.sharding.is_equivalent_to(places[path], value.ndim), path
+            losses = [float(step(*into, x)) for _ in range(2)]
+            np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
 # ---- in the background
 
 
