@@ -164,8 +164,8 @@ class Stack(Module):
 
     Raises:
       CarryError: a layer returns another shape or dtype than it takes.
-from nnx.sharding.rules import ShardingError
-from nnx.sharding.structure import check_entry, stacked, without_axes
+      ShardingError: a layer returns what is sharded along other Explicit axes than its input; the
+        `sharding` of a Ref is for another number of dimensions than its value has.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> stack = nnx.Stack.init(jax.random.key(0))(lambda: nnx.Linear(4, 4), 8)
