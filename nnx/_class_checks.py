@@ -47,21 +47,26 @@ CHECKED = frozenset({"rngs", "dtype", "param_dtype"})
 """The arguments that `check_arguments` looks at."""
 
 
-def explain_data(cls: type, args: Any, kwargs: Any, error: TypeError) -> None:
-    """Say that a constructor was given data, where that is why its arguments do not fit."""
+def explain_data(cls: type, args: Any, kwargs: Any, error: Exception) -> None:
+    """Say that a constructor was given data, where that is why its arguments do not fit.
+
+    Where they do fit, as where the first has a default, the error gets a note.
+    """
     arrays = (jax.Array, np.ndarray)
     given = next((x for x in (*args, *kwargs.values()) if isinstance(x, arrays)), None)
     if given is None or jnp.issubdtype(given.dtype, jax.dtypes.prng_key):
         return
+    name = cls.__name__
+    advice = (
+        f"{name}.init(key)(...) makes a {name}, with the arguments of its constructor, but "
+        f"it was given data, {array_text(given)}. That comes with the call: "
+        f"model = {name}.init(key)(...), then model(x)."
+    )
     try:
         inspect.signature(cls.__init__).bind(None, *args, **kwargs)
     except TypeError:
-        name = cls.__name__
-        raise TypeError(
-            f"{error}. {name}.init(key)(...) makes a {name}, with the arguments of its constructor, but "
-            f"it was given data, {array_text(given)}. That comes with the call: "
-            f"model = {name}.init(key)(...), then model(x)."
-        ) from None
+        raise TypeError(f"{error}. {advice}") from None
+    error.add_note(advice)
 
 
 def forward_instead(cls: type) -> Any:

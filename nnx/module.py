@@ -166,7 +166,7 @@ class Module(Node, metaclass=_ModuleType):
             with expected(flags, f"{name}.init", advice), entered(inner):
                 try:
                     return cls(*args, **kwargs)
-                except TypeError as error:
+                except (TypeError, ValueError) as error:
                     explain_data(cls, args, kwargs, error)
                     raise
 

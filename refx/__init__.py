@@ -5,36 +5,92 @@ A `Ref` is a cell with an identity. `split` takes a tree that holds Refs apart i
 again. Everything else here follows from those two.
 """
 
-from refx import (  # noqa: F401 — they tell pickle and JAX about trees
-    dag,
-    dagdef,
-    errors,
-    field,
-    filters,
-    mutability,
-    node,
-    partition,
-    pickling,
-    pytree,
-    ref,
+from refx import filters, pickling, pytree  # noqa: F401 — they tell pickle and JAX about trees
+from refx.dag import clone, frozen, get_partition, merge, refs, split, update
+from refx.dagdef import DagDef
+from refx.errors import (
+    ClosureError,
+    DonationError,
+    DtypeError,
+    EndedTraceError,
+    FilterError,
+    ForeignTracerError,
+    MissingPathError,
+    NotMutableError,
+    ReadOnlyError,
+    RefError,
+    ShapeError,
+    StructureError,
+    TraceLevelError,
+    UnhashableStaticError,
+    UnknownPathError,
+    UnmatchedPathError,
+    UnpicklableStaticError,
+    UnsetFieldError,
+    ValueTypeError,
 )
-from refx.dag import *  # noqa: F403
-from refx.dagdef import *  # noqa: F403
-from refx.errors import *  # noqa: F403
-from refx.field import *  # noqa: F403
-from refx.filters import *  # noqa: F403
-from refx.mutability import *  # noqa: F403
-from refx.node import *  # noqa: F403
-from refx.partition import *  # noqa: F403
-from refx.ref import *  # noqa: F403
+from refx.field import MISSING, RefField, StaticField, get_ref
+from refx.filters import (
+    All,
+    Any,
+    Filter,
+    InModule,
+    Not,
+    OfType,
+    PathContains,
+    PathMatches,
+    to_predicate,
+)
+from refx.mutability import mutable
+from refx.node import Node
+from refx.partition import Partition
+from refx.ref import Ref
 
-__all__ = ["filters"]
-__all__ += dag.__all__
-__all__ += dagdef.__all__
-__all__ += errors.__all__
-__all__ += field.__all__
-__all__ += filters.__all__
-__all__ += mutability.__all__
-__all__ += node.__all__
-__all__ += partition.__all__
-__all__ += ref.__all__
+# A plain list, since mypy does not follow those of the files. A test compares them.
+__all__ = [
+    "All",
+    "Any",
+    "ClosureError",
+    "DagDef",
+    "DonationError",
+    "DtypeError",
+    "EndedTraceError",
+    "Filter",
+    "FilterError",
+    "ForeignTracerError",
+    "InModule",
+    "MISSING",
+    "MissingPathError",
+    "Node",
+    "Not",
+    "NotMutableError",
+    "OfType",
+    "Partition",
+    "PathContains",
+    "PathMatches",
+    "ReadOnlyError",
+    "Ref",
+    "RefError",
+    "RefField",
+    "ShapeError",
+    "StaticField",
+    "StructureError",
+    "TraceLevelError",
+    "UnhashableStaticError",
+    "UnknownPathError",
+    "UnmatchedPathError",
+    "UnpicklableStaticError",
+    "UnsetFieldError",
+    "ValueTypeError",
+    "clone",
+    "filters",
+    "frozen",
+    "get_partition",
+    "get_ref",
+    "merge",
+    "mutable",
+    "refs",
+    "split",
+    "to_predicate",
+    "update",
+]

@@ -1,10 +1,12 @@
 """The files around the code agree with each other."""
 
+import importlib
 import re
 import tomllib
 from pathlib import Path
 
 import nnx
+import refx
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -37,3 +39,10 @@ def test_nothing_sends_a_reader_to_the_other_package_of_this_name():
         for line in page.read_text().splitlines():
             if re.search(r"(pip|uv)( add| install)( -\S+)* \"?nnx\b(?!\[)", line):
                 assert "another project" in line or "does not install this one" in line, page
+
+
+def test_every_public_name_of_a_file_of_refx_is_one_of_refx():
+    files = [importlib.import_module(f"refx.{path.stem}") for path in ROOT.glob("refx/[!_]*.py")]
+    names = {name for file in files for name in getattr(file, "__all__", ())}
+    assert names | {"filters"} == set(refx.__all__)
+    assert all(getattr(refx, name) is not None for name in refx.__all__)

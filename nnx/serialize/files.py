@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from refx.filters import Filter
 from refx.partition import Path, listed
 
 __all__ = ["load", "load_state", "save"]
+
+T = TypeVar("T")
 
 
 def _container(path: Any) -> Any:
@@ -145,8 +147,31 @@ def _reading(path: Any, progress: Progress | None, container: Any = None) -> Ite
         yield (container or _container(path)).Reader(file, size, progress)
 
 
+@overload
 def load(
     path: Any,
+    kind: type[T],
+    *,
+    only: Filter = ...,
+    specs: Any = None,
+    axes: Any = None,
+    mesh: Any = None,
+    progress: Progress | None = None,
+) -> T: ...
+@overload
+def load(
+    path: Any,
+    kind: None = None,
+    *,
+    only: Filter = ...,
+    specs: Any = None,
+    axes: Any = None,
+    mesh: Any = None,
+    progress: Progress | None = None,
+) -> Any: ...
+def load(
+    path: Any,
+    kind: Any = None,
     *,
     only: Filter = ...,
     specs: Any = None,
@@ -166,6 +191,8 @@ def load(
 
     Args:
       path: the path of the file or directory, or a file that is open for bytes, read from where it is.
+      kind: the class of what was saved, if it is known: anything else is an error, and editors and type
+        checkers know what comes: `nnx.load("net.npz", Net)` is a `Net`.
       only: a filter for what is read. In the place of the rest are `jax.ShapeDtypeStruct`s; with `None`
         there is nothing else, so no device holds anything.
       specs: a dict from filter to PartitionSpec, or a callable `(path, ref) -> PartitionSpec`, such as
@@ -176,8 +203,8 @@ def load(
 
     Raises:
       LoadError: the file is damaged, cut short, foreign or newer, or a class is not imported or its
-        fields have changed; the message names the file and the part. Where there is no such file,
-        or it may not be read, it is also the `OSError` that it is.
+        fields have changed, or it holds no `kind`; the message names the file and the part. Where
+        there is no such file, or it may not be read, it is also the `OSError` that it is.
 
     >>> import jax, jax.numpy as jnp, nnx, tempfile, os
     >>> shared = nnx.Ref(jnp.ones(3), "params")
@@ -190,7 +217,9 @@ def load(
     ShapeDtypeStruct(shape=(3,), dtype=float32)
     """
     if is_there(path):
-        return _in_directory(path, lambda reader: _load_directory(reader, only, specs, axes, mesh))
+        return _in_directory(
+            path, lambda reader: _of_kind(kind, _load_directory(reader, only, specs, axes, mesh))
+        )
     with _reading(path, progress) as reader:
         structure = reader.structure()
         if structure is None:
@@ -199,7 +228,14 @@ def load(
                 f"Construct the model and use nnx.load_state(path, into=model)"
             )
         plan = plan_tree(structure, reader.array_names, only, specs, axes, mesh)
-        return decode(structure, reader.array_names, plan.from_file(reader.read))
+        return _of_kind(kind, decode(structure, reader.array_names, plan.from_file(reader.read)))
+
+
+def _of_kind(kind: Any, found: Any) -> Any:
+    if kind is None or isinstance(found, kind):
+        return found
+    wanted = getattr(kind, "__name__", repr(kind))
+    raise LoadError(f"it holds a {type(found).__name__}, and not a {wanted}")
 
 
 def load_state(

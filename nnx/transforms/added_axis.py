@@ -11,9 +11,9 @@ from typing import Any
 
 from nnx.sharding.rules import check_rank, inserted
 from nnx.sharding.structure import from_zero, with_shardings, without_axes
-from nnx.transforms.boundary import Packed, Spec
 from nnx.transforms.call import Call
 from nnx.transforms.layout import Layout
+from nnx.transforms.result import Packed, Spec
 
 __all__: list[str] = []
 

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, TypeGuard
 
 import jax
 
-from nnx.transforms.boundary import Outline, Packed, run
+from nnx.transforms.boundary import run
 from nnx.transforms.call import Call, Values
 from nnx.transforms.layout import Layout
 from nnx.transforms.naming import named
+from nnx.transforms.result import NewValues, Packed
 from refx import Ref, RefError, opened
 from refx.filters import to_predicate, to_predicates
 from refx.node import is_array, is_identity
@@ -337,7 +338,7 @@ class GroupedOutput:
     ) -> Callable[[Values], tuple[list[Any], ...]]:
         """The pure function of `fn`; `check` may look at what it leaves behind."""
 
-        def finish(packed: Packed, outline: Outline) -> tuple[list[Any], ...]:
+        def finish(packed: Packed, outline: NewValues) -> tuple[list[Any], ...]:
             groups = self._grouped(packed, outline)
             check(packed, groups)
             return groups
@@ -348,7 +349,7 @@ class GroupedOutput:
 
         return named(pure, fn, self._call)
 
-    def _grouped(self, packed: Packed, outline: Outline) -> tuple[list[Any], ...]:
+    def _grouped(self, packed: Packed, outline: NewValues) -> tuple[list[Any], ...]:
         if packed.spec.graph is None:
             specs = along_output(packed.out, self._out_specs, self._name)
         else:

@@ -10,20 +10,12 @@ import jax.numpy as jnp
 
 from nnx._ambient import ambient
 from nnx.sharding.putting import spec_in_type
-from nnx.transforms.boundary import (
-    Outline,
-    Packed,
-    Spec,
-    abstractly,
-    check_lifted,
-    close_call,
-    run,
-    until_lifted,
-)
+from nnx.transforms.boundary import abstractly, check_lifted, close_call, run, until_lifted
 from nnx.transforms.call import Call, Roots, Values, open_call
 from nnx.transforms.callables import function_name
 from nnx.transforms.eager import compiled_once
 from nnx.transforms.naming import named
+from nnx.transforms.result import NewValues, Packed, Spec
 from nnx.transforms.streams import counts
 from refx import RefError
 from refx.text import array_text
@@ -151,7 +143,7 @@ def _learn(
     streams = counts(call.layout.dagdef)
     drawn: dict[int, int] = {}
 
-    def note(packed: Packed, outline: Outline) -> Packed:
+    def note(packed: Packed, outline: NewValues) -> Packed:
         for i, value in zip(packed.spec.written, packed.written, strict=True):
             if i in streams and type(value) is int:
                 drawn[i] = value

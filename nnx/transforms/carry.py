@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from nnx.sharding.putting import spec_in_type
 from nnx.transforms.added_axis import of_slices
 from nnx.transforms.axes import Specs, places
-from nnx.transforms.boundary import Packed, Spec, abstractly, check_lifted, run, until_lifted
+from nnx.transforms.boundary import abstractly, check_lifted, run, until_lifted
 from nnx.transforms.call import Call, Roots, Values
 from nnx.transforms.naming import inputs_of, named
+from nnx.transforms.result import Packed, Spec
 from refx import RefError, StructureError, clone, merge, opened, split
 from refx.access import write
 from refx.frame import local

@@ -13,27 +13,20 @@ import functools
 import threading
 import types
 import warnings
-import weakref
 from collections.abc import Callable, Set
-from itertools import repeat
-from operator import call as call_it
 from operator import is_
 from typing import Any
 
-from nnx.transforms.looking import (
-    ABSENT,
+from nnx.transforms.guards import FarStructure, Guards, holds, order_of_bases, reference
+from nnx.transforms.looking import ABSENT, DEFAULTS, Edge, Graph, attribute_dicts, insides
+from nnx.transforms.objects import (
     ARRAYS,
-    DEFAULTS,
     SCALARS,
     SMALL,
     VALUES,
-    Edge,
-    Graph,
-    attribute_dicts,
     containers,
     content,
     data_in,
-    insides,
     is_container,
     is_data,
     is_holder,
@@ -58,115 +51,6 @@ _MOST = 512
 _MANY = 16
 
 
-class _State:
-    """The roots as they were found once, and the steps to them. It is replaced, never changed.
-
-    `ways` are parallel lists for `map`: a dict and a key, or a function, and what they gave.
-    `dict_roots` and `call_roots` say which of the roots that was, or -1.
-    """
-
-    def __init__(self, roots: tuple[Any, ...]):
-        self.roots = roots
-        self.dicts: list[dict[Any, Any]] = []
-        self.keys: list[Any] = []
-        self.values: list[Any] = []
-        self.dict_roots: list[int] = []
-        self.calls: list[Callable[[], Any]] = []
-        self.results: list[Any] = []
-        self.call_roots: list[int] = []
-        self.contents: list[tuple[Any, list[Any]]] = []
-        # Containers of data that the program depends on, with the step that leads to them.
-        self.data: list[tuple[tuple[Any, ...], Any, list[Any]]] = []
-        # Dicts of attributes whose names count, since one that is added hides one of the class.
-        self.names: list[tuple[dict[Any, Any], list[Any]]] = []
-        # Whether there is nothing to check.
-        self.idle = False
-        # What was found: its shape, which tells programs apart, and the steps to the roots.
-        self.shape: tuple[Any, Any, tuple[Any, ...]] = ((), (), ())
-        self.paths: tuple[tuple[Any, ...], ...] = ()
-
-    def watch(self, edge: Edge, root: int) -> None:
-        """Watch one step, which led to the root with that number, or to none."""
-        if edge.way is None:
-            return
-        where, how = edge.way
-        if where is None:
-            self.calls.append(how)
-            self.results.append(edge.value)
-            self.call_roots.append(root)
-        else:
-            self.dicts.append(where)
-            self.keys.append(how)
-            self.values.append(edge.value)
-            self.dict_roots.append(root)
-
-    def stands(self) -> bool:
-        """Whether every step still leads where it led."""
-        return (
-            (
-                not self.dicts
-                or all(map(is_, map(_get, self.dicts, self.keys, repeat(ABSENT)), self.values))
-            )
-            and (not self.calls or all(map(is_, map(call_it, self.calls), self.results)))
-            and (not self.contents or all(_same(x, items) for x, items in self.contents))
-            and (not self.data or all(_same(x, items) for _, x, items in self.data))
-            and (not self.names or all(_same_names(x, names) for x, names in self.names))
-        )
-
-    def moved(self) -> _State | None:
-        """The state after names were bound to others of their kind; None if more has changed."""
-        if not all(_same(x, items) for _, x, items in self.data):
-            return None
-        contents = list(self.contents)
-        for i, (x, items) in enumerate(contents):
-            if not _same(x, items):
-                # What is noted in a list of data, by whomever, is nothing that a program reads.
-                if not (is_container(x) and is_data(x) and is_data(items)):
-                    return None
-                contents[i] = x, content(x)
-        if not all(_same_names(x, names) for x, names in self.names):
-            return None
-        roots = list(self.roots)
-        new = _State(())
-        new.__dict__.update(self.__dict__)
-        values = list(map(_get, self.dicts, self.keys, repeat(ABSENT)))
-        results = list(map(call_it, self.calls))
-        for was, now, positions in (
-            (self.values, values, self.dict_roots),
-            (self.results, results, self.call_roots),
-        ):
-            for a, b, i in zip(was, now, positions, strict=True):
-                if a is b:
-                    continue
-                if i < 0 or not _alike(a, b):
-                    return None
-                roots[i] = b
-        new.values, new.results, new.roots = values, results, tuple(roots)
-        new.contents = contents
-        return new
-
-
-_get = dict.get
-
-
-def _same(x: Any, items: list[Any]) -> bool:
-    now = content(x)
-    return len(now) == len(items) and all(map(is_, now, items))
-
-
-def _same_names(x: dict[Any, Any], names: list[Any]) -> bool:
-    return len(x) == len(names) and all(map(is_, x, names))
-
-
-def _alike(a: Any, b: Any) -> bool:
-    if not (is_module(a) and is_module(b)):
-        return False
-    try:
-        return snapshot(a).dagdef is snapshot(b).dagdef
-    except RefError:
-        return False
-
-
 class Closure:
     """The roots that one function closes over.
 
@@ -181,7 +65,7 @@ class Closure:
     ):
         """Look from `fn`, or from what `starts` gives at each call, as for `Graph`."""
         self._origin = starts or (lambda: [("", fn, False)])
-        self._state: _State | None = None
+        self._state: Guards | None = None
         # Classes and static values of arguments, by id: code that the function may come to run.
         self._starts: dict[int, tuple[Any, Any]] = {}
         # Where far roots were read, by path; and the names that were plain and might be modules.
@@ -256,10 +140,10 @@ class Closure:
     def traced(self) -> None:
         """Take note of the containers of data that the trace itself has changed."""
         state = self._state
-        if state is None or all(_same(x, items) for _, x, items in state.data):
+        if state is None or all(holds(x, items) for _, x, items in state.data):
             return
         with _lock:
-            self._noted |= {path for path, x, items in state.data if not _same(x, items)}
+            self._noted |= {path for path, x, items in state.data if not holds(x, items)}
             self._state = None
 
     def add(self, call: Any, name: str) -> None:
@@ -314,7 +198,7 @@ class Closure:
         # Another way to what is an input already is never missed, whichever of the two is taken.
         return [n for n in found if n in sure or not known.isdisjoint(_objects(edges[n].candidate))]
 
-    def _look(self) -> _State:
+    def _look(self) -> Guards:
         graph = self._graph()
         edges = graph.edges
         chosen = self._choose(edges)
@@ -325,7 +209,7 @@ class Closure:
         to_roots = _sources(edges, {edges[n].source for n in selected})
         near = {n for n in range(len(graph.objects)) if not graph.is_far(n)}
         watched = near | to_roots
-        state = _State(tuple(edges[n].candidate for n in selected))
+        state = Guards(tuple(edges[n].candidate for n in selected))
         self._kept = {}
         hopeful = {e.path for e in edges if e.hopeful}
         shape: list[Any] = []
@@ -337,7 +221,7 @@ class Closure:
             counts = n not in selected and _counts(edge, source, graph, self._noted)
             if edge.candidate is not None and n not in selected and _names(edge, source, graph):
                 # Its Refs were never read, but its settings may have been.
-                structure = _Structure(edge.candidate)
+                structure = FarStructure(edge.candidate)
                 state.calls.append(structure)
                 state.results.append(structure())
                 state.call_roots.append(-1)
@@ -371,8 +255,8 @@ class Closure:
         for x in (graph.objects[n] for n in sorted(watched | counted)):
             if issubclass(type(x), type) and not is_plain(x):
                 # `A.__bases__ = ...` makes another order of classes.
-                state.calls.append(functools.partial(_order, x))
-                state.results.append(_order(x))
+                state.calls.append(functools.partial(order_of_bases, x))
+                state.results.append(order_of_bases(x))
                 state.call_roots.append(-1)
         state.idle = not (state.dicts or state.calls or state.contents or state.data or state.names)
         numbers = {n: i for i, n in enumerate(sorted({n for n, *_ in shape}))}
@@ -419,7 +303,7 @@ class Closure:
             if len(self._constants) >= _MOST:
                 self._constants = {}
             known = self._constants[edge.path] = (
-                list(map(_reference, parts)),
+                list(map(reference, parts)),
                 self._next_constant,
             )
         if held is not None:
@@ -480,14 +364,6 @@ def _tells(cls: type, key: Any) -> bool:
     return any(isinstance(b, type(Node)) and b.__qualname__ == key[0] for b in cls.__mro__)
 
 
-def _reference(x: Any) -> Callable[[], Any]:
-    """A weak reference where there is one."""
-    try:
-        return weakref.ref(x)
-    except TypeError:
-        return lambda: x
-
-
 def _counts(edge: Edge, source: Any, graph: Graph, noted: set[tuple[Any, ...]]) -> bool:
     """Whether a program depends on what this step leads to, though it leads to no module.
 
@@ -531,37 +407,9 @@ def _names(edge: Edge, source: Any, graph: Graph) -> bool:
     return is_container(source) or name in graph.names
 
 
-class _Structure:
-    """What a far module looks like without its Refs: called, it gives one object until that changes."""
-
-    def __init__(self, module: Any):
-        self._get = _reference(module)
-        self._now: Any = None
-        self._dagdef: Any = None
-        self._arrays: list[Callable[[], Any]] = []
-
-    def __call__(self) -> Any:
-        module = self._get()
-        if not isinstance(module, Node):
-            return None
-        try:
-            snap = snapshot(module)
-        except RefError:
-            return None
-        arrays = snap.leaves()
-        known = self._dagdef is snap.dagdef and len(arrays) == len(self._arrays)
-        if not (known and all(map(is_, map(call_it, self._arrays), arrays))):
-            self._dagdef, self._arrays = snap.dagdef, list(map(_reference, arrays))
-            self._now = object() if arrays else snap.dagdef
-        return self._now
-
-
 def _is_special(name: Any) -> bool:
     special = type(name) is str and name.startswith("__") and name.endswith("__")
     return special and name != "__wrapped__"
-
-
-_order: Callable[[type], Any] = type.__dict__["__mro__"].__get__
 
 
 def _kind(x: Any) -> Any:

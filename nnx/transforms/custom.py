@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx._ambient import ambient
-from nnx.transforms.boundary import Packed, Spec, check_lifted, close_call, run, until_lifted
+from nnx.transforms.boundary import check_lifted, close_call, run, until_lifted
 from nnx.transforms.call import Call, Roots, Values, open_call
 from nnx.transforms.callables import function_name
 from nnx.transforms.custom_arguments import (
@@ -32,6 +32,7 @@ from nnx.transforms.custom_arguments import (
     forms_of,
     moving,
 )
+from nnx.transforms.result import Packed, Spec
 from nnx.transforms.targets import Place, Target, shapes, text, zero_tangent
 from refx import opened
 from refx.node import is_identity

@@ -24,8 +24,8 @@ from jax.core import Tracer
 
 from nnx.transforms.closure import Closure
 from nnx.transforms.jitted import Jit
-from nnx.transforms.looking import ARRAYS, SCALARS, content, data_in, is_plain
 from nnx.transforms.names import names_of
+from nnx.transforms.objects import ARRAYS, SCALARS, content, data_in, is_plain
 from refx import StructureError, opened
 from refx.node import is_identity
 from refx.static import NESTED, Same, Static, exact

@@ -9,9 +9,10 @@ import jax
 from nnx._ambient import ambient
 from nnx.transforms.arguments import take_roots
 from nnx.transforms.axes import places
-from nnx.transforms.boundary import Spec, fresh_output, run
+from nnx.transforms.boundary import run
 from nnx.transforms.call import Call, Values
 from nnx.transforms.naming import program_name
+from nnx.transforms.result import Spec, fresh_output
 from refx import ReadOnlyError
 from refx.partition import listed
 from refx.snapshot import Snapshot, snapshot

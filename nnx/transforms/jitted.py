@@ -24,7 +24,7 @@ from typing import (
 import jax
 
 from nnx._ambient import ambient
-from nnx.transforms.boundary import Outline, Packed, Spec, close_call, run
+from nnx.transforms.boundary import close_call, run
 from nnx.transforms.call import Call, Values, open_call
 from nnx.transforms.callables import function_name
 from nnx.transforms.closure import Closure
@@ -34,6 +34,7 @@ from nnx.transforms.exported import exportable
 from nnx.transforms.homes import at_home, settle
 from nnx.transforms.layout import Layout, Plans
 from nnx.transforms.naming import inputs_of, named
+from nnx.transforms.result import NewValues, Packed, Spec
 from nnx.transforms.shardings import Shardings
 from nnx.transforms.simple import eval_shape
 from nnx.transforms.stages import Lowered, Traced
@@ -157,7 +158,7 @@ class Jit(Generic[P, R]):
 
         said = self._shardings.of_output(layout)
 
-        def finish(packed: Packed, outline: Outline) -> Packed:
+        def finish(packed: Packed, outline: NewValues) -> Packed:
             packed = packed if said is None else said(packed, outline)
             # What is donated is gone, so it has to come back even where it was not written.
             written = packed.values()

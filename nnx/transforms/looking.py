@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextvars
-import enum
 import functools
 import gc
 import sys
@@ -19,43 +18,31 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.core import Tracer
 
 from nnx._layer_names import LayerCall
 from nnx.transforms.names import names_of
-from refx import Node, Ref, RefError
+from nnx.transforms.objects import (
+    HOLDERS,
+    PLAIN,
+    PYTREES,
+    TAKEN_APART,
+    can_be_walked,
+    content,
+    holds_modules,
+    home_of,
+    is_container,
+    is_data,
+    is_holder,
+    is_library,
+    is_module,
+    is_plain,
+    is_plain_container,
+)
+from refx import Node
 from refx.dagdef import DagDef, NodeDef, Tree
 from refx.static import Static
-from refx.walk import walk
 
 __all__: list[str] = []
-
-# Code of these has no business with a user's modules, and following it would take long.
-_LIBRARIES = sys.stdlib_module_names | frozenset(
-    {"jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "optax", "orbax", "chex", "flax", "equinox"}
-    | {"haiku", "torch", "tensorflow", "keras", "sklearn", "pandas", "matplotlib", "PIL", "tqdm"}
-    | {"nnx", "refx", "pytest", "_pytest", "hypothesis", "IPython", "ipykernel", "wandb"}
-)
-# What these define may hold anything, so it is looked into as a container is.
-_HOLDERS = frozenset(
-    {"builtins", "collections", "functools", "itertools", "types", "weakref", "queue", "nnx"}
-)
-ARRAYS = (np.ndarray, np.generic, np.dtype, Tracer, jax.Array)
-_PLAIN = frozenset(
-    {int, float, complex, bool, str, bytes, bytearray, type(None), type(...), range, slice}
-    | {type(NotImplemented), types.CodeType, types.GetSetDescriptorType, type(len)}
-    | {types.MemberDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType}
-)
-_CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
-# What has steps of its own; every other object of `_HOLDERS` leads to what it refers to.
-_TAKEN_APART = frozenset(
-    {types.FunctionType, types.MethodType, types.SimpleNamespace, functools.partial, staticmethod}
-    | {classmethod, property, functools.cached_property, weakref.ref, type, object}
-)
-_PYTREES = (list, tuple, dict)
-# A container of so much plain data is watched nevertheless: it may come to hold a module.
-SMALL = 1024
 # How many functions and objects a look goes through, at most.
 _MOST = 4000
 
@@ -204,7 +191,7 @@ class Graph:
         if not self.names.isdisjoint(_BY_NAME):
             return True
         bases = type.__dict__["__mro__"].__get__(cls)
-        return any(name in class_dict(b) for b in bases if _is_library(_home(b)))
+        return any(name in class_dict(b) for b in bases if is_library(home_of(b)))
 
     def _edge(self, source: int, key: Any, way: Any, value: Any, far: bool) -> None:
         path = (*self._paths[source], key)
@@ -219,10 +206,10 @@ class Graph:
         hopeful = value is None or type(value) is bool
         if is_module(value):
             candidate = value
-        elif not hopeful and (is_plain(value) or _is_plain_container(value, far)):
+        elif not hopeful and (is_plain(value) or is_plain_container(value, far)):
             if not data:
                 return
-        elif issubclass(type(value), _PYTREES) and _identities(value) and _scans(value):
+        elif issubclass(type(value), PYTREES) and holds_modules(value) and can_be_walked(value):
             # A container is one root, so that its keys and its nesting count.
             candidate = value
         elif not hopeful:
@@ -271,7 +258,7 @@ class Graph:
 
     def _of_function(self, fn: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
         scope = fn.__globals__
-        library = _is_library(scope.get("__name__"))
+        library = is_library(scope.get("__name__"))
         for step in _of_closure(fn):
             # A wrapper of a library leads to the user's function, and its settings do not change.
             if not library or not (step[2] is None or type(step[2]) is bool):
@@ -312,102 +299,6 @@ def _of_closure(fn: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
         yield ("attribute", name), (vars(fn), name), value, True
 
 
-def is_plain(x: Any) -> bool:
-    """Whether nothing can be reached from `x` that would matter."""
-    kind = type(x)
-    if kind in _PLAIN or issubclass(kind, ARRAYS):
-        # A bound method of C code, such as that of a dict, leads to what it is bound to.
-        return kind is not type(len) or type(x.__self__) in _PLAIN | {types.ModuleType}
-    if issubclass(kind, types.ModuleType):
-        return kind is not types.ModuleType or _is_library(vars(x).get("__name__"))
-    return issubclass(kind, type) and _is_library(_home(x))
-
-
-def is_module(x: Any) -> bool:
-    """Whether `x` is a Node or a Ref; by its type alone, since `isinstance` may ask a proxy."""
-    return issubclass(type(x), (Node, Ref))
-
-
-def content(x: Any) -> list[Any]:
-    """The items of a container, or what a C object refers to: compared to see a change."""
-    if issubclass(type(x), collections.OrderedDict):
-        return [part for item in collections.OrderedDict.items(x) for part in item]
-    if issubclass(type(x), dict):
-        return [*dict.keys(x), *dict.values(x)]
-    return _items(x) if is_container(x) else gc.get_referents(x)
-
-
-def _items(x: Any) -> list[Any]:
-    # By the base class: a subclass may have an `__iter__` of its own.
-    if issubclass(type(x), dict):
-        return list(dict.values(x))
-    return list(next(c for c in _CONTAINERS if issubclass(type(x), c)).__iter__(x))
-
-
-def is_holder(x: Any) -> bool:
-    """Whether the steps from `x` are its content and are watched as a whole."""
-    return is_container(x) or (_home(type(x)) in _HOLDERS and type(x) not in _TAKEN_APART)
-
-
-def is_container(x: Any) -> bool:
-    """Whether `x` is a list, a tuple, a dict, a set or the like."""
-    return issubclass(type(x), _CONTAINERS)
-
-
-def _is_plain_container(x: Any, far: bool) -> bool:
-    """Whether `x` is a container of plain data, where no module is to be expected."""
-    return is_container(x) and (far or len(x) > SMALL) and _all_plain(x)
-
-
-def is_data(x: Any) -> bool:
-    """Whether `x` is a number, a text, an array or a container of them: what a program computes with."""
-    kind = type(x)
-    return (
-        kind in SCALARS
-        or issubclass(kind, (*ARRAYS, *VALUES))
-        or ((kind is type(len) or issubclass(kind, type)) and is_plain(x))
-        or (is_container(x) and _all_plain(x))
-    )
-
-
-# Classes of what counts by its type and its value, whichever class of a user's it is of.
-VALUES = (enum.Enum, int, float, complex, str, bytes)
-SCALARS = frozenset(
-    {int, float, complex, bool, str, bytes, bytearray, type(None), type(...), range, slice}
-)
-
-
-def data_in(x: Any, depth: int = 3) -> list[Any] | None:
-    """The containers that hold nothing but data, from `x` on; None if there is anything else."""
-    if not is_container(x) or len(x) > SMALL:
-        return None
-    found = [x]
-    if not _all_plain(x):
-        for part in _items(x):
-            if is_data(part) and not is_container(part):
-                continue
-            inner = data_in(part, depth - 1) if depth else None
-            if inner is None:
-                return None
-            found += inner
-    return found if len(found) <= SMALL else None
-
-
-def containers(x: Any) -> list[Any]:
-    """The lists and dicts in `x`, itself included."""
-    found: list[Any] = []
-    todo, seen = [x], set()
-    while todo:
-        at = todo.pop()
-        if not issubclass(type(at), _PYTREES) or id(at) in seen:
-            continue
-        seen.add(id(at))
-        if not issubclass(type(at), tuple):
-            found.append(at)
-        todo += _items(at)
-    return found
-
-
 def insides(*structures: Any) -> list[tuple[Any, Any]]:
     """The classes and static values of DagDefs, treedefs and tuples of them: code that may run."""
     found: dict[int, tuple[Any, Any]] = {}
@@ -437,10 +328,10 @@ def _title(x: Any) -> Any:
 
 
 def _of_class(cls: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
-    if type(cls) is not type and not _is_library(_home(type(cls))):
+    if type(cls) is not type and not is_library(home_of(type(cls))):
         yield "metaclass", (None, functools.partial(type, cls)), type(cls), True
     for base in type.__dict__["__mro__"].__get__(cls):
-        if _is_library(_home(base)):
+        if is_library(home_of(base)):
             continue
         own = class_dict(base)
         # What a class of Nodes keeps about its fields follows from its attributes.
@@ -455,11 +346,11 @@ def attribute_dicts(x: Any) -> list[dict[str, Any]]:
     kind = type(x)
     if issubclass(kind, type):
         cls, own = x, None
-    elif kind in _TAKEN_APART or is_module(x) or is_plain(x) or is_holder(x):
+    elif kind in TAKEN_APART or is_module(x) or is_plain(x) or is_holder(x):
         return []
     else:
         cls, own = kind, _own_dict(x)
-    bases = [b for b in type.__dict__["__mro__"].__get__(cls) if not _is_library(_home(b))]
+    bases = [b for b in type.__dict__["__mro__"].__get__(cls) if not is_library(home_of(b))]
     return [*([own] if own is not None else []), *map(class_dict, bases)]
 
 
@@ -476,7 +367,7 @@ _CODE = (
 
 def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
     kind = type(x)
-    home = _home(kind)
+    home = home_of(kind)
     own = _own_dict(x)
     if kind is LayerCall:
         yield "fn", None, x.fn, False
@@ -489,7 +380,7 @@ def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
         # An OrderedDict has an order of its own.
         kind_of = collections.OrderedDict if issubclass(kind, collections.OrderedDict) else dict
         for key, value in list(kind_of.items(x)):
-            known = type(key) in _PLAIN
+            known = type(key) in PLAIN
             yield key if known else ("key", id(key)), None, value, False
             if not known:
                 yield ("keys", id(key)), None, key, True
@@ -498,8 +389,8 @@ def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
         in_order = issubclass(kind, (list, tuple, collections.deque))
         for i, value in enumerate(content(x)):
             yield i if in_order else ("held", id(value)), None, value, False
-    if _is_library(home):
-        if own is not None and (home in _HOLDERS or home.partition(".")[0] == "nnx"):
+    if is_library(home):
+        if own is not None and (home in HOLDERS or home.partition(".")[0] == "nnx"):
             for name, value in list(own.items()):
                 yield name, (own, name), value, kind is not types.SimpleNamespace
         return
@@ -541,51 +432,3 @@ def _own_dict(x: Any) -> dict[str, Any] | None:
 
 
 _DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
-
-
-def is_user_object(x: Any) -> bool:
-    """Whether looking goes into the attributes of `x`."""
-    kind = type(x)
-    return kind not in _TAKEN_APART and not is_holder(x) and not _is_library(_home(kind))
-
-
-def _home(cls: type) -> str:
-    name = type.__dict__["__dict__"].__get__(cls).get("__module__", "builtins")
-    return name if type(name) is str else ""
-
-
-def _is_library(name: Any) -> bool:
-    return type(name) is str and name.partition(".")[0] in _LIBRARIES
-
-
-def _identities(x: Any) -> bool:
-    """Whether plain lists, tuples and dicts in `x`, or methods there, hold modules or Refs."""
-    todo, seen = [x], set()
-    while todo and len(seen) < _MOST:
-        at = todo.pop()
-        if is_module(at):
-            return True
-        if issubclass(type(at), _PYTREES):
-            if id(at) not in seen and not _all_plain(at):
-                seen.add(id(at))
-                todo += _items(at)
-        elif type(at) is types.MethodType:
-            todo.append(at.__self__)
-    return False
-
-
-def _all_plain(x: Any) -> bool:
-    """Whether a container holds plain data only; in C, since it may be millions of numbers."""
-    kinds = set(map(type, _items(x))) - _PLAIN_DATA
-    return all(issubclass(kind, jax.Array) for kind in kinds)
-
-
-_PLAIN_DATA = (_PLAIN - {type(len)}) | {np.ndarray}
-
-
-def _scans(x: Any) -> bool:
-    try:
-        walk(x)
-    except RefError:
-        return False
-    return True

@@ -11,9 +11,10 @@ from jax.sharding import PartitionSpec
 
 from nnx._ambient import ambient
 from nnx.transforms.axes import AxisError, GroupedOutput, assign
-from nnx.transforms.boundary import Packed, close_call, until_lifted
+from nnx.transforms.boundary import close_call, until_lifted
 from nnx.transforms.call import Roots, open_call
 from nnx.transforms.callables import function_name, unbound
+from nnx.transforms.result import Packed
 from refx.partition import dotted
 
 __all__ = ["shard_map"]

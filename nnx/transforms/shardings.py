@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec
 from nnx.sharding.placing import rules_for
 from nnx.sharding.rules import ShardingError, current_mesh, resolve
 from nnx.transforms.axes import along_output, assign, of_new
-from nnx.transforms.boundary import Outline, Packed, Spec
 from nnx.transforms.call import Call
 from nnx.transforms.layout import Layout
+from nnx.transforms.result import NewValues, Packed, Spec
 from refx.partition import Path, dotted
 
 __all__: list[str] = []
@@ -52,12 +52,12 @@ class Shardings:
                 at[i] = _said(at[i], value, where)
         layout.shardings = specs
 
-    def of_output(self, layout: Layout) -> Callable[[Packed, Outline], Packed] | None:
+    def of_output(self, layout: Layout) -> Callable[[Packed, NewValues], Packed] | None:
         """What notes, while the function is traced, where the new Refs that it returns go."""
         if self._outputs is None:
             return None
 
-        def finish(packed: Packed, outline: Outline) -> Packed:
+        def finish(packed: Packed, outline: NewValues) -> Packed:
             graph = packed.spec.graph
             if graph is None:
                 return packed

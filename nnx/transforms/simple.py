@@ -10,18 +10,11 @@ import jax
 from jax.experimental import checkify as jax_checkify
 
 from nnx._ambient import ambient
-from nnx.transforms.boundary import (
-    Packed,
-    abstractly,
-    close_call,
-    fresh_output,
-    run,
-    to_its_end,
-    until_lifted,
-)
+from nnx.transforms.boundary import abstractly, close_call, run, to_its_end, until_lifted
 from nnx.transforms.call import Call, Roots, Values, open_call
 from nnx.transforms.callables import function_name, unbound
 from nnx.transforms.naming import named
+from nnx.transforms.result import Packed, fresh_output
 
 __all__ = ["checkify", "eval_shape", "make_jaxpr", "remat"]
 

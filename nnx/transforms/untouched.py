@@ -14,7 +14,8 @@ from jax.core import Tracer
 
 from nnx.transforms.call import Call
 from nnx.transforms.layout import Layout
-from nnx.transforms.looking import Graph, containers
+from nnx.transforms.looking import Graph
+from nnx.transforms.objects import containers
 from refx import Node, Ref, RefError, opened
 from refx.access import writable
 from refx.dagdef import DagDef

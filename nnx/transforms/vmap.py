@@ -14,9 +14,10 @@ from nnx.scope import Scope, entered
 from nnx.sharding.structure import check_entry
 from nnx.transforms.added_axis import of_slices, with_axes
 from nnx.transforms.axes import AxisError, GroupedOutput, Specs, assign, length
-from nnx.transforms.boundary import Packed, close_call, until_lifted
+from nnx.transforms.boundary import close_call, until_lifted
 from nnx.transforms.call import Call, Roots, open_call
 from nnx.transforms.callables import function_name, unbound
+from nnx.transforms.result import Packed
 from refx.partition import Path
 from refx.text import array_text
 from refx.trace import is_batched

@@ -189,7 +189,9 @@ class Bodies:
             second = rng.choice([m for m, w in scope.modules if w in self.world.leaves])
             return [Line(f'{name}.w = cell({second}, "w")')]
         new = f"array({number(rng, self.real)})"
-        kind = rng.randrange(16)
+        if rng.random() < 0.3:
+            return self.let_go(name, other)
+        kind = rng.randrange(13)
         if kind == 0:
             return [Line(f"{name}.extra = Ref({new})")]
         if kind == 1:
@@ -212,15 +214,19 @@ class Bodies:
             return [Line(f"{name}.late = {rng.choice(['None', f'Leaf({new}, {new})', other])}")]
         if kind == 9:
             return [Line(f"{name}.kids = [{other}, {name}]")]
-        # What is let go counts as well: another name may hold it.
-        if kind == 10:
-            head = (Line(f"{name}.head.level = 3"), Line(f"{name}.head = None"))
-            return [Block(f'if getattr({name}, "head", None) is not None:', head)]
-        if kind > 11:
-            return self.rearrangement(name, other, new)
-        kids = self.name("k")
-        lines = (f"{kids} = {name}.kids", f"{name}.kids = []", f"{kids}.append({other})")
-        return [Block(f'if hasattr({name}, "kids"):', tuple(map(Line, lines)))]
+        return self.rearrangement(name, other, new)
+
+    def let_go(self, name: str, other: str) -> list[Node]:
+        """A change of what the module then holds no more: another name may hold it."""
+        kids, rng = self.name("k"), self.rng
+        if rng.random() < 0.25:
+            lines = (f"{kids} = {name}.kids", f"{name}.kids = []", f"{kids}.append({other})")
+            return [Block(f'if hasattr({name}, "kids"):', tuple(map(Line, lines)))]
+        place = rng.choice(["head", "late", "up"])
+        change = rng.choice([f"{name}.{place}.level = 3", f"{name}.{place}.extra = {other}"])
+        lines = (change, rng.choice([f"{name}.{place} = None", f"del {name}.{place}"]))
+        is_module = f'isinstance(getattr({name}, "{place}", None), (Leaf, Plain))'
+        return [Block(f"if {is_module}:", tuple(map(Line, lines)))]
 
     def rearrangement(self, name: str, other: str, new: str) -> list[Node]:
         """A change of what two names share: lists, dicts, Refs and modules that move or are tied."""

@@ -69,7 +69,7 @@ def train(run, steps):
     losses = []
     with nnx.scope(stream):
         for _ in range(steps):
-            x = np.sin(np.arange(64, dtype=np.float32).reshape(8, 8) + float(optimizer.step))
+            x = np.sin(np.arange(192, dtype=np.float32).reshape(24, 8) + float(optimizer.step))
             losses.append(float(step(model, optimizer, nnx.constrain(x, "data", None, mesh=mesh))))
     return losses
 

@@ -212,3 +212,19 @@ def test_a_float_that_changes_at_each_step_is_warned_of_once():
             step(model)
     assert len(seen) == 1
     assert "A float is part of the program. Make it an array or a Ref" in str(seen[0].message)
+
+
+def test_data_in_the_place_of_a_size_that_has_a_default():
+    class Net(nnx.Module):
+        def __init__(self, size=4):
+            self.linear = nnx.Linear(size, size)
+
+    with pytest.raises(TypeError) as raised:
+        Net.init(0)(jnp.ones((3, 4)))
+    assert raised.value.__notes__[-1] == (
+        "Net.init(key)(...) makes a Net, with the arguments of its constructor, but it was given data, "
+        "float32[3,4]. That comes with the call: model = Net.init(key)(...), then model(x)."
+    )
+    with pytest.raises(TypeError) as raised:
+        Net.init(0)("4")
+    assert not getattr(raised.value, "__notes__", [])

@@ -119,6 +119,26 @@ def test_paths_in_loops_branches_and_remat(net):
     assert any("transpose(" in name and "/checkpoint/" in name for name in found)
 
 
+def test_paths_in_captured_and_patched_modules(net):
+    expected = operations(lambda m, x: m(x), net, X)
+    double = {"blocks.*": lambda out: 2 * out, "parts.head": lambda out: out}
+    calls = (
+        lambda m, x: nnx.capture(m, ...)(x),
+        lambda m, x: nnx.capture(m, ("blocks.1", "blocks.*.attention"))(x),
+        lambda m, x: nnx.patch(m, double)(x),
+        lambda m, x: nnx.capture(m, "parts.*")(x),
+    )
+    for call in calls:
+        assert operations(call, net, X) == expected
+    forward = operations(lambda m, x: nnx.grad(loss)(m, x), net, X)
+    captured = lambda m, x: nnx.grad(lambda m, x: (nnx.capture(m, ...)(x)[0] ** 2).mean())(m, x)
+    assert operations(captured, net, X) == forward
+    norm = (
+        jax.jit(lambda m, x: nnx.capture(m, "blocks.0")(x)).lower(net, X).as_text(debug_info=True)
+    )
+    assert "/blocks.0/norm/" in norm and "/blocks.0/add" in norm
+
+
 def test_a_shared_layer_has_the_path_that_was_taken():
     class Pair(nnx.Module):
         def __init__(self):

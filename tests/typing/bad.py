@@ -67,6 +67,7 @@ nnx.grad(loss, has_auxx=True)  # wrong
 nnx.grad(loss)(net)  # wrong
 value, grads, aux = nnx.value_and_grad(loss)(net, x)  # wrong
 nnx.clone(net).weight  # wrong
+nnx.load("model.npz", Net).weight  # wrong
 dagdef, params = nnx.split(net, "params", ...)  # wrong
 nnx.merge(nnx.split(net)[0]).weight  # wrong
 nnx.cond(True, loss, loss, net)  # wrong

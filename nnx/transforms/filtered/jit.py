@@ -18,21 +18,14 @@ import numpy as np
 from nnx._ambient import ambient
 from nnx.transforms.arguments import ArgumentError
 from nnx.transforms.axes import assign
-from nnx.transforms.boundary import (
-    Outline,
-    Packed,
-    Spec,
-    fresh_output,
-    reachable,
-    run,
-    write_back,
-)
+from nnx.transforms.boundary import reachable, run, write_back
 from nnx.transforms.call import Call, Values, open_call
 from nnx.transforms.callables import function_name, unbound
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import check_alive, explain_deleted
 from nnx.transforms.layout import Plans
 from nnx.transforms.naming import inputs_of, named
+from nnx.transforms.result import NewValues, Packed, Spec, fresh_output
 from nnx.transforms.statics import Statics, select_arguments
 from nnx.transforms.targets import locate
 from refx import FilterError, TraceLevelError, UnhashableStaticError
@@ -209,7 +202,7 @@ class _JitFilter:
         )
 
     def _finish(
-        self, layout: Any, values: Values, marks: Any, packed: Packed, outline: Outline
+        self, layout: Any, values: Values, marks: Any, packed: Packed, outline: NewValues
     ) -> Packed:
         self._check_closed(layout, packed)
         if marks is None:

@@ -658,3 +658,15 @@ def test_state_is_read_to_where_a_model_of_shapes_says(tmp_path):
     nnx.load_state(tmp_path / "m.npz", into=shapes)
     assert shapes.kernel.sharding == columns
     assert jnp.array_equal(shapes.kernel, model.kernel)
+
+
+@pytest.mark.parametrize("name", ["model.npz", "run/"])
+def test_the_class_of_what_is_loaded_may_be_said(tmp_path, name):
+    path = str(tmp_path / name)
+    nnx.save(path, nnx.Linear.init(0)(2, 3))
+    assert type(nnx.load(path, nnx.Linear)) is nnx.Linear
+    assert nnx.load(path, kind=nnx.Module, only=None).kernel.shape == (2, 3)
+    with pytest.raises(
+        nnx.LoadError, match=r"cannot be loaded: it holds a Linear, and not a Conv\."
+    ):
+        nnx.load(path, nnx.Conv)

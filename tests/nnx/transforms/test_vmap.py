@@ -224,3 +224,25 @@ def test_shard_map_says_which_refs_would_differ_between_devices():
     # Another mistake keeps its own message.
     with pytest.raises(ValueError, match="replica"):
         nnx.shard_map(lambda x: x, mesh=mesh, in_specs=P("d"), out_specs=P())(x)
+
+
+def test_axes_as_a_tree_that_is_made_of_the_module(data):
+    """As `jax.vmap` takes it: a module with an axis, or None, for each value."""
+    x, _ = data
+    layers = stack()
+    axes = jax.tree.map(lambda v: 0, layers)
+    expected = nnx.vmap(lambda m, x: m(x), in_axes=(0, None))(nnx.clone(layers), x)
+    copies = [nnx.clone(layers) for _ in range(3)]
+    assert jnp.allclose(nnx.vmap(lambda m, x: m(x), in_axes=(axes, None))(copies[0], x), expected)
+    assert copies[0].calls.tolist() == [1, 1, 1]
+    by_jax = jax.vmap(lambda m, x: x @ m.w, in_axes=(axes, None))(copies[1], x)
+    by_nnx = nnx.jit(nnx.vmap(lambda m, x: x @ m.w, in_axes=(axes, None)))(copies[1], x)
+    assert jnp.allclose(by_jax, by_nnx)
+    # Not all of them along one axis, and some not at all.
+    some = nnx.Partition({path: 1 if path == ("w",) else None for path in nnx.refs(layers)})
+    other = nnx.clone(layers)
+    nnx.update(other, {"w": jnp.moveaxis(layers.w, 0, 1)}, strict=False)
+    out = nnx.vmap(lambda m, x: x @ m.w, in_axes=(some, None))(other, x)
+    assert jnp.allclose(out, by_jax)
+    with pytest.raises(nnx.AxisError, match=r"which has none for 'w'\. Make it of the argument"):
+        nnx.vmap(lambda m: m.w, in_axes=(nnx.Partition({"other": 0}),))(layers)

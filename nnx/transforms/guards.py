@@ -1,0 +1,162 @@
+"""Guards: the steps from a function to what it closes over, and whether each still leads where it led."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from itertools import repeat
+from operator import call as call_it
+from operator import is_
+from typing import Any
+
+from nnx.transforms.looking import ABSENT, Edge
+from nnx.transforms.objects import content, is_container, is_data, is_module
+from refx import Node, RefError
+from refx.snapshot import snapshot
+
+__all__: list[str] = []
+
+
+class Guards:
+    """The roots as they were found once, and the steps to them. It is replaced, never changed.
+
+    `ways` are parallel lists for `map`: a dict and a key, or a function, and what they gave.
+    `dict_roots` and `call_roots` say which of the roots that was, or -1.
+    """
+
+    def __init__(self, roots: tuple[Any, ...]):
+        self.roots = roots
+        self.dicts: list[dict[Any, Any]] = []
+        self.keys: list[Any] = []
+        self.values: list[Any] = []
+        self.dict_roots: list[int] = []
+        self.calls: list[Callable[[], Any]] = []
+        self.results: list[Any] = []
+        self.call_roots: list[int] = []
+        self.contents: list[tuple[Any, list[Any]]] = []
+        # Containers of data that the program depends on, with the step that leads to them.
+        self.data: list[tuple[tuple[Any, ...], Any, list[Any]]] = []
+        # Dicts of attributes whose names count, since one that is added hides one of the class.
+        self.names: list[tuple[dict[Any, Any], list[Any]]] = []
+        # Whether there is nothing to check.
+        self.idle = False
+        # What was found: its shape, which tells programs apart, and the steps to the roots.
+        self.shape: tuple[Any, Any, tuple[Any, ...]] = ((), (), ())
+        self.paths: tuple[tuple[Any, ...], ...] = ()
+
+    def watch(self, edge: Edge, root: int) -> None:
+        """Watch one step, which led to the root with that number, or to none."""
+        if edge.way is None:
+            return
+        where, how = edge.way
+        if where is None:
+            self.calls.append(how)
+            self.results.append(edge.value)
+            self.call_roots.append(root)
+        else:
+            self.dicts.append(where)
+            self.keys.append(how)
+            self.values.append(edge.value)
+            self.dict_roots.append(root)
+
+    def stands(self) -> bool:
+        """Whether every step still leads where it led."""
+        return (
+            (
+                not self.dicts
+                or all(map(is_, map(_get, self.dicts, self.keys, repeat(ABSENT)), self.values))
+            )
+            and (not self.calls or all(map(is_, map(call_it, self.calls), self.results)))
+            and (not self.contents or all(holds(x, items) for x, items in self.contents))
+            and (not self.data or all(holds(x, items) for _, x, items in self.data))
+            and (not self.names or all(has_names(x, names) for x, names in self.names))
+        )
+
+    def moved(self) -> Guards | None:
+        """The state after names were bound to others of their kind; None if more has changed."""
+        if not all(holds(x, items) for _, x, items in self.data):
+            return None
+        contents = list(self.contents)
+        for i, (x, items) in enumerate(contents):
+            if not holds(x, items):
+                # What is noted in a list of data, by whomever, is nothing that a program reads.
+                if not (is_container(x) and is_data(x) and is_data(items)):
+                    return None
+                contents[i] = x, content(x)
+        if not all(has_names(x, names) for x, names in self.names):
+            return None
+        roots = list(self.roots)
+        new = Guards(())
+        new.__dict__.update(self.__dict__)
+        values = list(map(_get, self.dicts, self.keys, repeat(ABSENT)))
+        results = list(map(call_it, self.calls))
+        for was, now, positions in (
+            (self.values, values, self.dict_roots),
+            (self.results, results, self.call_roots),
+        ):
+            for a, b, i in zip(was, now, positions, strict=True):
+                if a is b:
+                    continue
+                if i < 0 or not _alike(a, b):
+                    return None
+                roots[i] = b
+        new.values, new.results, new.roots = values, results, tuple(roots)
+        new.contents = contents
+        return new
+
+
+_get = dict.get
+
+
+def holds(x: Any, items: list[Any]) -> bool:
+    now = content(x)
+    return len(now) == len(items) and all(map(is_, now, items))
+
+
+def has_names(x: dict[Any, Any], names: list[Any]) -> bool:
+    return len(x) == len(names) and all(map(is_, x, names))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if not (is_module(a) and is_module(b)):
+        return False
+    try:
+        return snapshot(a).dagdef is snapshot(b).dagdef
+    except RefError:
+        return False
+
+
+def reference(x: Any) -> Callable[[], Any]:
+    """A weak reference where there is one."""
+    try:
+        return weakref.ref(x)
+    except TypeError:
+        return lambda: x
+
+
+class FarStructure:
+    """What a far module looks like without its Refs: called, it gives one object until that changes."""
+
+    def __init__(self, module: Any):
+        self._get = reference(module)
+        self._now: Any = None
+        self._dagdef: Any = None
+        self._arrays: list[Callable[[], Any]] = []
+
+    def __call__(self) -> Any:
+        module = self._get()
+        if not isinstance(module, Node):
+            return None
+        try:
+            snap = snapshot(module)
+        except RefError:
+            return None
+        arrays = snap.leaves()
+        known = self._dagdef is snap.dagdef and len(arrays) == len(self._arrays)
+        if not (known and all(map(is_, map(call_it, self._arrays), arrays))):
+            self._dagdef, self._arrays = snap.dagdef, list(map(reference, arrays))
+            self._now = object() if arrays else snap.dagdef
+        return self._now
+
+
+order_of_bases: Callable[[type], Any] = type.__dict__["__mro__"].__get__

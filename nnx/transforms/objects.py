@@ -1,0 +1,197 @@
+"""What an object is to the search for what a function closes over: data, a container, a module, code.
+
+Nothing here runs code of the object's: it is asked by its type, and a subclass by its base class.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+import functools
+import gc
+import sys
+import types
+import weakref
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from refx import Node, Ref, RefError
+from refx.walk import walk
+
+__all__: list[str] = []
+
+# Code of these has no business with a user's modules, and following it would take long.
+LIBRARIES = sys.stdlib_module_names | frozenset(
+    {"jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "optax", "orbax", "chex", "flax", "equinox"}
+    | {"haiku", "torch", "tensorflow", "keras", "sklearn", "pandas", "matplotlib", "PIL", "tqdm"}
+    | {"nnx", "refx", "pytest", "_pytest", "hypothesis", "IPython", "ipykernel", "wandb"}
+)
+# What these define may hold anything, so it is looked into as a container is.
+HOLDERS = frozenset(
+    {"builtins", "collections", "functools", "itertools", "types", "weakref", "queue", "nnx"}
+)
+ARRAYS = (np.ndarray, np.generic, np.dtype, Tracer, jax.Array)
+# Nothing can be reached from these.
+PLAIN = frozenset(
+    {int, float, complex, bool, str, bytes, bytearray, type(None), type(...), range, slice}
+    | {type(NotImplemented), types.CodeType, types.GetSetDescriptorType, type(len)}
+    | {types.MemberDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType}
+)
+CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
+# What has steps of its own; every other object of `HOLDERS` leads to what it refers to.
+TAKEN_APART = frozenset(
+    {types.FunctionType, types.MethodType, types.SimpleNamespace, functools.partial, staticmethod}
+    | {classmethod, property, functools.cached_property, weakref.ref, type, object}
+)
+PYTREES = (list, tuple, dict)
+# A container of so much plain data is watched nevertheless: it may come to hold a module.
+SMALL = 1024
+# So many lists and modules inside of one another are gone through, at most.
+_MOST = 4000
+
+
+def is_plain(x: Any) -> bool:
+    """Whether nothing can be reached from `x` that would matter."""
+    kind = type(x)
+    if kind in PLAIN or issubclass(kind, ARRAYS):
+        # A bound method of C code, such as that of a dict, leads to what it is bound to.
+        return kind is not type(len) or type(x.__self__) in PLAIN | {types.ModuleType}
+    if issubclass(kind, types.ModuleType):
+        return kind is not types.ModuleType or is_library(vars(x).get("__name__"))
+    return issubclass(kind, type) and is_library(home_of(x))
+
+
+def is_module(x: Any) -> bool:
+    """Whether `x` is a Node or a Ref; by its type alone, since `isinstance` may ask a proxy."""
+    return issubclass(type(x), (Node, Ref))
+
+
+def content(x: Any) -> list[Any]:
+    """The items of a container, or what a C object refers to: compared to see a change."""
+    if issubclass(type(x), collections.OrderedDict):
+        return [part for item in collections.OrderedDict.items(x) for part in item]
+    if issubclass(type(x), dict):
+        return [*dict.keys(x), *dict.values(x)]
+    return items_of(x) if is_container(x) else gc.get_referents(x)
+
+
+def items_of(x: Any) -> list[Any]:
+    # By the base class: a subclass may have an `__iter__` of its own.
+    if issubclass(type(x), dict):
+        return list(dict.values(x))
+    return list(next(c for c in CONTAINERS if issubclass(type(x), c)).__iter__(x))
+
+
+def is_holder(x: Any) -> bool:
+    """Whether the steps from `x` are its content and are watched as a whole."""
+    return is_container(x) or (home_of(type(x)) in HOLDERS and type(x) not in TAKEN_APART)
+
+
+def is_container(x: Any) -> bool:
+    """Whether `x` is a list, a tuple, a dict, a set or the like."""
+    return issubclass(type(x), CONTAINERS)
+
+
+def is_plain_container(x: Any, far: bool) -> bool:
+    """Whether `x` is a container of plain data, where no module is to be expected."""
+    return is_container(x) and (far or len(x) > SMALL) and all_plain(x)
+
+
+def is_data(x: Any) -> bool:
+    """Whether `x` is a number, a text, an array or a container of them: what a program computes with."""
+    kind = type(x)
+    return (
+        kind in SCALARS
+        or issubclass(kind, (*ARRAYS, *VALUES))
+        or ((kind is type(len) or issubclass(kind, type)) and is_plain(x))
+        or (is_container(x) and all_plain(x))
+    )
+
+
+# Classes of what counts by its type and its value, whichever class of a user's it is of.
+VALUES = (enum.Enum, int, float, complex, str, bytes)
+SCALARS = frozenset(
+    {int, float, complex, bool, str, bytes, bytearray, type(None), type(...), range, slice}
+)
+
+
+def data_in(x: Any, depth: int = 3) -> list[Any] | None:
+    """The containers that hold nothing but data, from `x` on; None if there is anything else."""
+    if not is_container(x) or len(x) > SMALL:
+        return None
+    found = [x]
+    if not all_plain(x):
+        for part in items_of(x):
+            if is_data(part) and not is_container(part):
+                continue
+            inner = data_in(part, depth - 1) if depth else None
+            if inner is None:
+                return None
+            found += inner
+    return found if len(found) <= SMALL else None
+
+
+def containers(x: Any) -> list[Any]:
+    """The lists and dicts in `x`, itself included."""
+    found: list[Any] = []
+    todo, seen = [x], set()
+    while todo:
+        at = todo.pop()
+        if not issubclass(type(at), PYTREES) or id(at) in seen:
+            continue
+        seen.add(id(at))
+        if not issubclass(type(at), tuple):
+            found.append(at)
+        todo += items_of(at)
+    return found
+
+
+def is_user_object(x: Any) -> bool:
+    """Whether looking goes into the attributes of `x`."""
+    kind = type(x)
+    return kind not in TAKEN_APART and not is_holder(x) and not is_library(home_of(kind))
+
+
+def home_of(cls: type) -> str:
+    name = type.__dict__["__dict__"].__get__(cls).get("__module__", "builtins")
+    return name if type(name) is str else ""
+
+
+def is_library(name: Any) -> bool:
+    return type(name) is str and name.partition(".")[0] in LIBRARIES
+
+
+def holds_modules(x: Any) -> bool:
+    """Whether plain lists, tuples and dicts in `x`, or methods there, hold modules or Refs."""
+    todo, seen = [x], set()
+    while todo and len(seen) < _MOST:
+        at = todo.pop()
+        if is_module(at):
+            return True
+        if issubclass(type(at), PYTREES):
+            if id(at) not in seen and not all_plain(at):
+                seen.add(id(at))
+                todo += items_of(at)
+        elif type(at) is types.MethodType:
+            todo.append(at.__self__)
+    return False
+
+
+def all_plain(x: Any) -> bool:
+    """Whether a container holds plain data only; in C, since it may be millions of numbers."""
+    kinds = set(map(type, items_of(x))) - _PLAIN_DATA
+    return all(issubclass(kind, jax.Array) for kind in kinds)
+
+
+_PLAIN_DATA = (PLAIN - {type(len)}) | {np.ndarray}
+
+
+def can_be_walked(x: Any) -> bool:
+    try:
+        walk(x)
+    except RefError:
+        return False
+    return True

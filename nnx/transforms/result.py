@@ -1,0 +1,275 @@
+"""What a body left behind: new values, and the structure where that has changed.
+
+It is found inside of the trace and kept with the program, and applied to the caller's objects outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import is_
+from typing import Any, NamedTuple
+
+import jax
+
+import refx.ref as ref_module
+from nnx.transforms.call import Call, Values, unlabelled
+from nnx.transforms.homes import kept
+from nnx.transforms.layout import Layout
+from nnx.transforms.untouched import reachable
+from refx import Node, Ref, opened
+from refx.build import build
+from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree
+from refx.frame import Frame, Original, local
+from refx.node import is_identity
+from refx.partition import Path
+from refx.walk import Walk, walk
+
+__all__: list[str] = []
+
+
+class StructureChange(NamedTuple):
+    """The structure that a call left behind, where it is more than new values.
+
+    `dagdef` is that of `(roots, output, let go)`. `known` maps its numbers to those of the call's DagDef
+    for what the caller has already; `new` counts the Refs that are new; `leaves` says for each
+    plain array whether it is the i-th that came in, or (None) one that was returned.
+    """
+
+    dagdef: DagDef
+    known: dict[int, int]
+    leaves: tuple[int | None, ...]
+    # The caller's containers that hold something else now, by their numbers in `dagdef`.
+    rewritten: frozenset[int]
+    # The numbers of the new Refs that the body put on devices itself.
+    placed: frozenset[int] = frozenset()
+
+    def new(self) -> list[int]:
+        """The numbers of the new Refs in `dagdef`, in order."""
+        nodes = enumerate(self.dagdef.nodes)
+        return [n for n, node in nodes if type(node) is RefDef and n not in self.known]
+
+
+class Spec(NamedTuple):
+    """What a call left behind, without the values: the aux data of the output node."""
+
+    written: tuple[int, ...]
+    graph: StructureChange | None
+
+
+class Packed:
+    """The output of the pure function: a pytree whose aux data JAX keeps with the program.
+
+    `out` is the user's output, or, with a graph, the values of new Refs and arrays.
+    """
+
+    __slots__ = ("out", "spec", "written")
+
+    def __init__(self, spec: Spec, out: Any, written: Any):
+        self.spec = spec
+        self.out = out
+        self.written = written
+
+    def values(self) -> dict[int, Any]:
+        """What was written, by the number of the Ref."""
+        return dict(zip(self.spec.written, self.written, strict=True))
+
+    def united(self, numbers: Iterable[int], before: Values) -> list[Any]:
+        """The values of these Refs afterwards, whether or not they were written."""
+        written = self.values()
+        return [written[i] if i in written else before.refs[i] for i in numbers]
+
+
+class _Key:
+    """A part of the output in JAX's names: `result[0]` is that of the user's output."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_KEYS = _Key(""), _Key(".written")
+
+jax.tree_util.register_pytree_with_keys(
+    Packed,
+    lambda p: (tuple(zip(_KEYS, (p.out, p.written), strict=True)), p.spec),
+    lambda spec, children: Packed(spec, *children),
+    lambda p: ((p.out, p.written), p.spec),
+)
+
+
+class NewValues(NamedTuple):
+    """The new Refs and the new plain arrays of a StructureChange, with their paths in `(roots, output)`."""
+
+    new: list[tuple[Path, Ref[Any]]]
+    arrays: list[tuple[Path, Any]]
+
+
+def note_found(frame: Frame, mode: str, call: Call) -> None:
+    """Note the closed-over Refs that the body met and that have to be roots."""
+    if mode == "constant":
+        return
+    for met in frame.met():
+        if mode == "lift" or met.was_written(frame):
+            # A module that was made in the body may hold the Ref, but cannot be a root outside.
+            inside = met.owner is None or met.owner._frame is frame
+            call.found.append((met.ref, met.ref if inside else met.owner))
+
+
+def pack(
+    frame: Frame,
+    layout: Layout,
+    call: Call,
+    roots: tuple[Any, ...],
+    objects: list[Any],
+    outer: list[Any],
+    before: list[Original],
+    leaves: Any,
+    out: Any,
+    mode: str,
+    assigned: bool,
+) -> tuple[Packed, NewValues]:
+    note_found(frame, mode, call)
+    inner_refs = [x for x in objects if type(x) is Ref]
+    written = tuple(
+        i
+        for i, (ref, was) in enumerate(zip(inner_refs, before, strict=True))
+        if was.changed(ref._value) or (assigned and ref in frame.assigned)
+    )
+    stays = {i for i in written if inner_refs[i] in frame.placed}
+    new_values = kept(layout, written, [inner_refs[i]._value for i in written], stays)
+    after = walk(roots, skip=1)
+    same = (
+        after.dagdef is layout.dagdef
+        and all(map(is_, after.objects, objects))
+        and all(map(is_, after.leaves, leaves))
+    )
+    holds = opened.holds_identity(out)
+    if same and not holds:
+        return Packed(Spec(written, None), out, new_values), NewValues([], [])
+    alias = {id(o): i for o, i in zip(outer, objects, strict=True)}
+    # A Ref may go by the name that it has further out, where the call is made in another body.
+    ours = set(map(id, objects))
+    names = frame.stand_ins.values()
+    alias.update((id(s.ref), s.inner) for s in names if id(s.inner) in ours)
+    both = walk((roots, out, _let_go(layout, after, objects)), alias, skip=2)
+    strangers = [x for x in both.objects if is_identity(x) and x._frame is not frame]
+    if strangers:
+        roots_of = [x for x in strangers if isinstance(x, Node)] or strangers
+        call.found += [(x, x) for x in roots_of]
+        return Packed(Spec((), None), None, []), NewValues([], [])
+    numbers = {id(x): i for i, x in enumerate(objects)}
+    came = {id(x): i for i, x in enumerate(leaves)}
+    known = {n: numbers[id(x)] for n, x in enumerate(both.objects) if id(x) in numbers}
+    positions = tuple(came.get(id(x)) for x in both.leaves)
+    rewritten = frozenset() if same else _rewritten(both.dagdef, layout.dagdef, known, positions)
+    placed = frozenset(
+        n for n, x in enumerate(both.objects) if type(x) is Ref and x in frame.placed
+    )
+    graph = StructureChange(both.dagdef, known, positions, rewritten, placed)
+    # The canonical paths begin with "0" for what hangs on a root, with "1" for the output, and with
+    # "2" for what a root has let go.
+    paths = dict(zip(map(id, both.refs), both.dagdef.ref_paths, strict=True))
+    new = [(paths[id(r)], r) for r in both.refs if id(r) not in numbers]
+    arrays = [
+        (path, x)
+        for path, x in zip(both.dagdef.leaf_paths, both.leaves, strict=True)
+        if id(x) not in came
+    ]
+    values = [r._value for _, r in new], [x for _, x in arrays]
+    return Packed(Spec(written, graph), values, new_values), NewValues(new, arrays)
+
+
+def _let_go(layout: Layout, after: Walk, objects: list[Any]) -> tuple[list[Any], ...]:
+    """For each root, the containers that it held and that no root holds now.
+
+    The caller may hold them, too, so what the body changed in them counts.
+    """
+    still = set(map(id, after.objects))
+    gone = {n for n, x in enumerate(objects) if type(x) is not Ref and id(x) not in still}
+    lost: list[list[Any]] = []
+    for root in range(len(layout.dagdef.root.children)):
+        mine = gone and gone & reachable(layout.dagdef, [root])
+        lost.append([objects[n] for n in sorted(mine)])
+        gone = gone - mine
+    return tuple(lost)
+
+
+def _rewritten(
+    after: DagDef, before: DagDef, known: dict[int, int], leaves: tuple[int | None, ...]
+) -> frozenset[int]:
+    """The objects that a body was given and that hold something else now, by their numbers after."""
+
+    def then(child: Any) -> Any:
+        """A child in the numbers before; None where it is new."""
+        if type(child) is int:
+            return known.get(child)
+        if type(child) is Leaf:
+            number = leaves[child.number]
+            return None if number is None else Leaf(number)
+        if type(child) is Tree:
+            return child._replace(children=tuple(map(then, child.children)))
+        return child
+
+    found = []
+    for n, i in known.items():
+        node = after.nodes[n]
+        if type(node) is NodeDef:
+            node = node._replace(children=tuple(map(then, node.children)))
+        if node != before.nodes[i]:
+            found.append(n)
+    return frozenset(found)
+
+
+def apply(call: Call, graph: StructureChange, new: list[Any], arrays: list[Any]) -> Any:
+    objects = call.objects()
+    existing = {n: objects[i] for n, i in graph.known.items()}
+    given = iter(arrays)
+    leaves = [call.values.plain_arrays[i] if i is not None else next(given) for i in graph.leaves]
+    new = _born(graph, new)
+    (_, out, _), built = build(
+        graph.dagdef, new, leaves, existing=existing, rewritten=graph.rewritten
+    )
+    if local.frame is not None:
+        local.frame.placed.update(built[n] for n in graph.placed)
+    return out
+
+
+def _born(graph: StructureChange, values: Iterable[Any]) -> list[Any]:
+    """The values of new Refs, where a library wants them, as their metadata may say.
+
+    What the body put somewhere itself stays there.
+    """
+    born = list(values)
+    for i, n in enumerate(graph.new()):
+        node = graph.dagdef.nodes[n]
+        if node.metadata and ref_module.at_birth is not None and n not in graph.placed:
+            facts = {name: fact.value for name, fact in node.metadata}
+            born[i] = ref_module.at_birth(born[i], node.collection.value, facts)
+    return born
+
+
+def fresh_output(call: Call, packed: Packed, values: Values) -> Any:
+    """The output with value semantics: what came in comes out as a copy, with what was written.
+
+    `values` are those that came in, or `ShapeDtypeStruct`s for them.
+    """
+    graph = packed.spec.graph
+    if graph is None:
+        return packed.out
+    values = unlabelled(call.layout, values)
+    for i, value in zip(packed.spec.written, packed.written, strict=True):
+        values.refs[i] = value
+    numbers = [n for n, node in enumerate(call.layout.dagdef.nodes) if type(node) is RefDef]
+    ref_at = {n: i for i, n in enumerate(numbers)}
+    new, more = map(iter, packed.out)
+    new = iter(_born(graph, new))
+    refs = [
+        values.refs[ref_at[graph.known[n]]] if n in graph.known else next(new)
+        for n, node in enumerate(graph.dagdef.nodes)
+        if type(node) is RefDef
+    ]
+    given = values.plain_arrays
+    arrays = [given[i] if i is not None else next(more) for i in graph.leaves]
+    return build(graph.dagdef, refs, arrays)[0][1]
