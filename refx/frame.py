@@ -79,6 +79,7 @@ class Frame:
         "name",
         "open",
         "parent",
+        "placed",
         "repeats",
         "roots",
         "stand_ins",
@@ -118,6 +119,8 @@ class Frame:
         self.stand_ins: dict[Ref[Any], StandIn] = {}
         # The Refs of this body that were given a value in it, the same or another.
         self.assigned: set[Ref[Any]] = set()
+        # Those of them whose values were put on devices on purpose.
+        self.placed: set[Ref[Any]] = set()
         # The Refs that a plain jax program in this body has read by closure.
         self.captured_as_constant: set[Ref[Any]] = set()
         self.describe: Callable[[Ref[Any]], str | None] | None = None
@@ -148,6 +151,7 @@ class Frame:
             stand_in.inner._value = None
         self.stand_ins.clear()
         self.assigned.clear()
+        self.placed.clear()
         self.captured_as_constant.clear()
         self.describe = None
         self.roots = None

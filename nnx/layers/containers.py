@@ -16,8 +16,8 @@ import refx
 from nnx.layers._alike import difference
 from nnx.layers._sharding import gathered, spec_of
 from nnx.module import Module
-from nnx.sharding.rules import ShardingError, inserted, removed
-from nnx.sharding.structure import with_shardings
+from nnx.sharding.rules import ShardingError
+from nnx.sharding.structure import check_entry, stacked, without_axes
 from nnx.transforms import remat as nnx_remat
 from nnx.transforms import scan, vmap
 
@@ -157,12 +157,15 @@ class Stack(Module):
       remat: compute what is inside a layer again in the backward pass, instead of keeping it.
       policy: what to keep nevertheless, as for `jax.checkpoint`.
       unroll: as for `jax.lax.scan`.
+      partition_name: the entry of the leading axis in the `sharding` metadata of the Refs, such as
+        "layers" or a mesh axis. Inside a layer, and for `stack[i]`, that entry is not there.
 
     Attributes: `layers`, a module as `make` makes it, whose Refs have a leading axis.
 
     Raises:
       CarryError: a layer returns another shape or dtype than it takes.
-      ShardingError: a layer returns what is sharded along other Explicit axes than its input.
+      ShardingError: a layer returns what is sharded along other Explicit axes than its input; the
+        `sharding` of a Ref is for another number of dimensions than its value has.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> stack = nnx.Stack.init(jax.random.key(0))(lambda: nnx.Linear(4, 4), 8)
@@ -180,10 +183,12 @@ class Stack(Module):
         remat: bool = False,
         policy: Callable[..., bool] | None = None,
         unroll: int = 1,
+        partition_name: str | tuple[str, ...] | None = None,
     ):
         if length < 1:
             raise ValueError(f"Stack needs at least one layer, but its length is {length}.")
-        self._set(vmap(lambda: make(), axis_size=length)(), length, remat, policy, unroll)
+        mapped = vmap(lambda: make(), axis_size=length, partition_name=partition_name)
+        self._set(mapped(), length, remat, policy, unroll)
 
     def _set(self, layers: Any, length: int, remat: bool, policy: Any, unroll: int) -> None:
         self.layers = layers
@@ -200,12 +205,13 @@ class Stack(Module):
         remat: bool = False,
         policy: Callable[..., bool] | None = None,
         unroll: int = 1,
+        partition_name: str | tuple[str, ...] | None = None,
     ) -> Stack:
         """The Stack of a list of layers, with copies of their values.
 
         Args:
           layers: at least one; all with the same structure, settings, shapes and dtypes.
-          remat, policy, unroll: as for `Stack`.
+          remat, policy, unroll, partition_name: as for `Stack`.
 
         Raises:
           ValueError: the layers differ, or share a Ref; the message says where.
@@ -221,7 +227,7 @@ class Stack(Module):
         if not layers:
             raise ValueError("Stack.of needs at least one layer, but the list is empty.")
         stack = cls.__new__(cls)
-        stack._set(_join(layers), len(layers), remat, policy, unroll)
+        stack._set(_join(layers, partition_name), len(layers), remat, policy, unroll)
         return stack
 
     def unstack(self) -> list[Any]:
@@ -260,7 +266,8 @@ class Stack(Module):
     def _part(self, key: Any) -> Any:
         dagdef, values = refx.split(self.layers)
         if not np.ndim(key):
-            dagdef = with_shardings(dagdef, lambda n, said: removed(said))
+            count = len(dagdef.ref_paths)
+            dagdef = without_axes("Stack", dagdef, list(values.values())[:count], [0] * count)
         return refx.merge(dagdef, jax.tree.map(lambda x: _take(x, key), values))
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -322,7 +329,7 @@ def _check_placed(x: Any, y: Any) -> None:
             )
 
 
-def _join(layers: list[Module]) -> Any:
+def _join(layers: list[Module], entry: Any) -> Any:
     """One module with the values of all of them along a leading axis."""
     _check_alike(layers, [f"layer {i}" for i in range(len(layers))])
     seen: dict[Any, tuple[int, str]] = {}
@@ -337,7 +344,8 @@ def _join(layers: list[Module]) -> Any:
             seen[ref] = (i, ".".join(path))
     dagdef, first = refx.split(layers[0])
     rest = [refx.split(layer)[1] for layer in layers[1:]]
-    dagdef = with_shardings(dagdef, lambda n, said: inserted(said, 0))
+    entry = check_entry("Stack.of", entry)
+    dagdef = stacked("Stack.of", dagdef, list(first.values())[: len(dagdef.ref_paths)], entry)
     return refx.merge(dagdef, jax.tree.map(_stack, first, *rest))
 
 

@@ -32,6 +32,7 @@ from refx.access import put, writable
 from refx.dag import items
 from refx.filters import Any as AnyOf
 from refx.filters import to_predicates
+from refx.frame import local
 from refx.partition import Path, dotted, listed
 from refx.selection import check_selection
 from refx.snapshot import snapshot
@@ -274,6 +275,8 @@ def shard(tree: T, specs: Specs = None, *, axes: Any = None, mesh: AnyMesh | Non
             )
     for target, new in zip(targets, placed, strict=False):
         put(target, new)
+    if local.frame is not None:
+        local.frame.placed.update(targets)
     for (holder, key), new in zip(holders, leaves, strict=True):
         if holder is not None:
             holder[key] = new

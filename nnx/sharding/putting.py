@@ -17,6 +17,12 @@ def is_key(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+def spec_in_type(x: Any) -> PartitionSpec:
+    """The Explicit axes along which an array, or the shape of one, is sharded; they are in its type."""
+    parts = list(getattr(jax.typeof(x).sharding, "spec", ()))
+    return PartitionSpec(*parts, *[None] * (np.ndim(x) - len(parts)))
+
+
 def put(host: Any, sharding: Sharding | None) -> jax.Array:
     """Put an array of the host on the devices of a sharding, or on the default device.
 

@@ -319,6 +319,19 @@ def removed(said: Any, axis: int = 0) -> Any:
     return PartitionSpec(*parts) if isinstance(said, PartitionSpec) else tuple(parts)
 
 
+def check_rank(said: Any, value: Any, where: str) -> None:
+    """Raise where a sharding cannot follow a change of axes, since it is not for this value."""
+    parts, partial = entries(said), isinstance(said, PartitionSpec)
+    for x in jax.tree.leaves(value):
+        ndim = getattr(x, "ndim", 0)
+        if len(parts) > ndim or (parts and not partial and len(parts) != ndim):
+            raise ShardingError(
+                f"{where} has the shape {tuple(getattr(x, 'shape', ()))}, but its sharding "
+                f"{_shown(said)} has {_count(parts)}, so it cannot follow an axis that is added or taken "
+                f"away. Give one entry for each dimension; None leaves a dimension whole."
+            )
+
+
 def canonical(sharding: Any) -> Any:
     """A normal form: two shardings with the same meaning have equal results."""
     if type(sharding) is not NamedSharding or (sharding.spec and sharding.spec[-1] is not None):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 
 from nnx.transforms.boundary import run
 from nnx.transforms.call import Call, Values
+from nnx.transforms.layout import Layout
 from nnx.transforms.naming import named
 from nnx.transforms.result import NewValues, Packed
 from refx import Ref, RefError, opened
@@ -164,6 +165,8 @@ def _chooser(
     said = spec.rules if isinstance(spec, ByFilter) else spec
     if is_identity(said) or isinstance(said, Partition):
         return _chooser_by_path(said, name, where)
+    if _is_rule(said):
+        return said
     if not isinstance(said, dict):
         return lambda path, ref: said
     rules = list(zip(to_predicates(said), said.values(), strict=True))
@@ -174,7 +177,7 @@ def _chooser(
         for i, (predicate, chosen) in enumerate(rules):
             if predicate(path, ref):
                 used.add(i)
-                return chosen
+                return chosen(path, ref) if _is_rule(chosen) else chosen
         what = f"collection {ref.collection!r}" if isinstance(ref, Ref) else "a plain array"
         raise AxisError(
             f"No filter of {name} selects {dotted(path)!r} ({what}) of {where}. Add an entry for "
@@ -205,6 +208,11 @@ def _chooser_by_path(like: Any, name: str, where: str) -> Callable[[Path, Any], 
         return said[path]
 
     return choose
+
+
+def _is_rule(said: Any) -> TypeGuard[Callable[[Path, Any], Any]]:
+    """Whether this is asked by path and Ref, as `nnx.fsdp("data")` is."""
+    return callable(said) and not isinstance(said, type) and not is_identity(said)
 
 
 def _is_spec(x: Any) -> bool:
@@ -239,7 +247,7 @@ def along_output(out: Any, spec: Any, name: str) -> list[Any]:
     return [s for _, s, _ in along(out, spec, name, "the output")]
 
 
-def _of_new(path: Path, ref: Any, spec: Any, name: str) -> Any:
+def of_new(path: Path, ref: Any, spec: Any, name: str) -> Any:
     """The specification of a new Ref or array at `path` of an output that holds Refs."""
     rest = path
     while rest and isinstance(spec, list | tuple | dict) and not _is_spec(spec):
@@ -247,8 +255,13 @@ def _of_new(path: Path, ref: Any, spec: Any, name: str) -> Any:
             if rest[0] not in spec or not all(isinstance(k, str) for k in spec):
                 break
             spec = spec[rest[0]]
-        else:
+        elif rest[0].isdecimal() and int(rest[0]) < len(spec):
             spec = spec[int(rest[0])]
+        else:
+            raise AxisError(
+                f"{name} got {spec!r} for the output, whose structure is another: it holds "
+                f"{dotted(path)!r}. For a module or a Ref write {{...: {spec!r}}}."
+            )
         rest = rest[1:]
     return _chooser(spec, name, "the output")(rest, ref)
 
@@ -300,10 +313,20 @@ class GroupedOutput:
     """
 
     def __init__(
-        self, name: str, call: Call, specs: Specs, out_specs: Any, default: Any, kind: type
+        self,
+        name: str,
+        call: Call,
+        specs: Specs,
+        out_specs: Any,
+        default: Any,
+        kind: type,
+        *,
+        layout: Layout | None = None,
     ):
+        """`layout` is the static part of the call as the body sees it; that of `call` without it."""
         self._name = name
         self._call = call
+        self._layout = layout
         self._specs = specs
         self._out_specs = out_specs
         self.keys = tuple(dict.fromkeys([default, *_said([*specs, out_specs], kind)]))
@@ -321,7 +344,8 @@ class GroupedOutput:
             return groups
 
         def pure(values: Values) -> tuple[list[Any], ...]:
-            return run(fn, self._name, self._call, values, mode="read", finish=finish)
+            options = {"layout": self._layout, "mode": "read", "finish": finish}
+            return run(fn, self._name, self._call, values, **options)
 
         return named(pure, fn, self._call)
 
@@ -350,11 +374,11 @@ class GroupedOutput:
 
     def _of_new(self, path: Path, x: Any) -> Any:
         if path[0] == "1":
-            return _of_new(path[1:], x, self._out_specs, self._name)
+            return of_new(path[1:], x, self._out_specs, self._name)
         # Hung on a root: what the root's other Refs of the kind have.
         root = int(path[1])
         spec = self._specs.roots[root] if root < len(self._specs.roots) else self.keys[0]
-        return _of_new(path[2:], x, spec, self._name)
+        return of_new(path[2:], x, spec, self._name)
 
 
 def _said(spec: Any, kind: type) -> Iterator[Any]:

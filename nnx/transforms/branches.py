@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx._ambient import ambient
+from nnx.sharding.putting import spec_in_type
 from nnx.transforms.boundary import abstractly, check_lifted, close_call, run, until_lifted
 from nnx.transforms.call import Call, Roots, Values, open_call
 from nnx.transforms.callables import function_name
@@ -199,6 +200,12 @@ def _check_same(name: str, what: str, a_label: str, a: Any, b_label: str, b: Any
             raise BranchError(
                 f"{what} of {name} is {_text(x)} after {a_label} and {_text(y)} after {b_label}. "
                 f"Both branches must leave the same shape and dtype; cast or reshape in one."
+            )
+        if (spec := spec_in_type(x)) != spec_in_type(y):
+            raise BranchError(
+                f"{what} of {name} is {jax.typeof(x)} after {a_label} and {jax.typeof(y)} after "
+                f"{b_label}. Both branches must leave it sharded along the same Explicit axes: use "
+                f"jax.sharding.reshard(x, {spec}) in one."
             )
 
 

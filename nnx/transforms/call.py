@@ -67,6 +67,7 @@ class Call:
         "filtered",
         "found",
         "layout",
+        "loose",
         "refs",
         "repeats",
         "roots",
@@ -88,6 +89,8 @@ class Call:
         self.snapshots = snapshots
         self.refs = refs
         self.values = values
+        # The numbers of the Refs for whose values nobody has chosen a place; see `homes`.
+        self.loose: tuple[int, ...] = ()
         self.found: list[tuple[Any, Any]] = []
         # Whether every Ref may be written where the call was opened, with no need to ask each.
         self.at_once = False

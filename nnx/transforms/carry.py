@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nnx.sharding.putting import spec_in_type
+from nnx.transforms.added_axis import of_slices
 from nnx.transforms.axes import Specs, places
 from nnx.transforms.boundary import abstractly, check_lifted, run, until_lifted
 from nnx.transforms.call import Call, Roots, Values
@@ -85,6 +87,8 @@ class Loop:
         self._carried = Values([], [], _where(s is CARRY for s in specs.values.arguments))
         self._spec = Spec((), None)
         self._seen: frozenset[int] | None = None
+        axes = [None if s is CARRY else s for s in specs.values.refs]
+        self._slice_layout = of_slices(name, call, axes)
         if renewed:
             self._carried.plain_arrays.extend(self._arrays_of(renewed))
 
@@ -143,6 +147,7 @@ class Loop:
             self._name,
             self.call,
             self.place(carry, sliced),
+            layout=self._slice_layout,
             mode="read",
             assigned=True,
             watch=self._fn,
@@ -285,6 +290,13 @@ class Loop:
                     f"{what} of {self._name} changes from {_text(a)} to {_text(b)} in one step. A "
                     f"carried value must keep its shape and dtype; cast or reshape what the body "
                     f"gives it, or its first value."
+                )
+            if (spec := spec_in_type(a)) != spec_in_type(b):
+                raise CarryError(
+                    f"{what} of {self._name} changes from {jax.typeof(a)} to {jax.typeof(b)} in one "
+                    f"step. A carried value must stay sharded along the same Explicit axes: call the "
+                    f"last layer with out_sharding={spec}, or use jax.sharding.reshard(x, {spec}) on "
+                    f"what the body gives it, or on its first value."
                 )
 
     def sliced_of(self, packed: Packed) -> list[Any]:

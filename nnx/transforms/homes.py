@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nnx.sharding.placing import place
+from nnx.sharding.putting import move
 from nnx.sharding.rules import canonical
 from nnx.transforms.call import Call
 from nnx.transforms.layout import Layout
@@ -29,29 +32,71 @@ def at_home(call: Call) -> Layout:
     layout = call.layout
     places = [v.sharding if type(v) in CONCRETE else None for v in call.values.refs]
     # Outputs of one program share their sharding objects, so this compares identities.
-    for known, moved in layout.elsewhere:
+    for known, moved, loose in layout.elsewhere:
         if known == places:
+            call.loose = loose
             return moved
     homes = tuple(
         canonical(s) if type(s) is NamedSharding and s.mesh.size > 1 else None for s in places
     )
+    loose: tuple[int, ...] = ()
     if not any(homes):
         moved = layout
     else:
-        same = (x for _, x in layout.elsewhere if x.homes == homes)
+        if jax.process_count() == 1:
+            loose = tuple(
+                i for i, v in enumerate(call.values.refs) if not homes[i] and _is_loose(v)
+            )
+        whole = NamedSharding(next(filter(None, homes)).mesh, PartitionSpec())
+        homes = tuple(whole if i in loose else home for i, home in enumerate(homes))
+        same = (x for _, x, _ in layout.elsewhere if x.homes == homes)
         moved = next(same, None) or layout.moved(homes)
     if len(layout.elsewhere) >= _MOST:
         layout.elsewhere.clear()
-    layout.elsewhere.append((places, moved))
+    layout.elsewhere.append((places, moved, loose))
+    call.loose = loose
     return moved
 
 
-def kept(layout: Layout, written: tuple[int, ...], values: list[Any]) -> list[Any]:
-    """The values that were written, each in the place of the one that it replaces."""
+def _is_loose(value: Any) -> bool:
+    """Whether nobody has chosen a place for a value, as for a counter that was made outside a mesh."""
+    number = type(value) in (np.ndarray, bool, int, float, complex)
+    return number or (type(value) in CONCRETE and not value.committed)
+
+
+def settle(call: Call) -> None:
+    """Put the values that no place was chosen for, and that the program writes, where it returns them.
+
+    They come back on all devices of the others. If they came in on one, the next call would be for
+    another program.
+    """
+    layout, homes = call.layout, call.layout.homes
+    assert homes is not None
+    for i in call.loose:
+        if i in layout.written and not _is_said(layout, i):
+            call.values.refs[i] = move(call.values.refs[i], homes[i])
+    call.loose = ()
+
+
+def kept(
+    layout: Layout, written: tuple[int, ...], values: list[Any], placed: set[int]
+) -> list[Any]:
+    """The values that were written, each in the place of the one that it replaces.
+
+    `placed` are the numbers of those that the body put elsewhere on purpose.
+    """
     homes = layout.homes
     if homes is None:
         return values
-    return [_home(homes[i], value) for i, value in zip(written, values, strict=True)]
+    return [
+        value if i in placed or _is_said(layout, i) else _home(homes[i], value)
+        for i, value in zip(written, values, strict=True)
+    ]
+
+
+def _is_said(layout: Layout, i: int) -> bool:
+    """Whether the `in_shardings` of a compiled function say where a Ref is."""
+    return layout.shardings is not None and layout.shardings.values.refs[i] is not None
 
 
 def _home(home: NamedSharding | None, value: Any) -> Any:

@@ -31,7 +31,7 @@ from nnx.transforms.closure import Closure
 from nnx.transforms.donation import explain_deleted, explain_donation, selected
 from nnx.transforms.explain import Explanation, explain, note
 from nnx.transforms.exported import exportable
-from nnx.transforms.homes import at_home
+from nnx.transforms.homes import at_home, settle
 from nnx.transforms.layout import Layout, Plans
 from nnx.transforms.naming import inputs_of, named
 from nnx.transforms.result import NewValues, Packed, Spec
@@ -102,7 +102,7 @@ class Jit(Generic[P, R]):
         self._direct = not (self._static.active or self._shardings.active)
         # Whether values may be on several devices, where what is written goes back to its place; None
         # until it is called, since to ask starts the devices.
-        self._spread: bool | None = False if self._shardings.active else None
+        self._spread: bool | None = None
         # One function: JAX knows a trace again by it.
         self._pure = self._named_run()
         self._compiled = self._compile(options)
@@ -156,7 +156,10 @@ class Jit(Generic[P, R]):
             for i, value in zip(layout.donated, donated, strict=True):
                 values.refs[i] = value
 
-        def finish(packed: Packed, _: NewValues) -> Packed:
+        said = self._shardings.of_output(layout)
+
+        def finish(packed: Packed, outline: NewValues) -> Packed:
+            packed = packed if said is None else said(packed, outline)
             # What is donated is gone, so it has to come back even where it was not written.
             written = packed.values()
             for i, value in zip(layout.donated, donated, strict=True):
@@ -165,7 +168,7 @@ class Jit(Generic[P, R]):
             return Packed(Spec(order, packed.spec.graph), packed.out, [written[i] for i in order])
 
         fn = self._static.restore(self._fn, layout.statics)
-        after = finish if donated else None
+        after = finish if donated or said is not None else None
         packed = run(fn, self._name, call, values, layout=layout, finish=after)
         if layout.traced:
             note(self, layout, call)
@@ -176,12 +179,12 @@ class Jit(Generic[P, R]):
         if self._static.active:
             args, kwargs, statics = self._static.take(args, kwargs)
         call = open_call(args, kwargs, self._closure, self._plans, statics)
-        if self._shardings.active and not call.layout.traced:
-            self._shardings.learn(call, args, kwargs)
         if self._spread is None:
             self._spread = jax.local_device_count() > 1 or jax.process_count() > 1
         if self._spread:
             call.layout = at_home(call)
+        if self._shardings.active and not call.layout.traced:
+            self._shardings.learn(call, args, kwargs)
         return call
 
     def _trace(self, call: Call) -> Any:
@@ -202,6 +205,9 @@ class Jit(Generic[P, R]):
         if self._shardings.active:
             options = self._options | self._shardings.options(layout, traced.out_info)
             self._programs[layout] = self._compile(options)
+        layout.written = frozenset(traced.out_info.spec.written)
+        if call.loose:
+            settle(call)
         layout.traced = True
         self._closure.traced()
         if layout.donated:
@@ -256,6 +262,8 @@ class Jit(Generic[P, R]):
                 layout = call.layout
                 # The function may be traced for new shapes, and then needs to know its call.
                 ambient.call = call
+                if call.loose:
+                    settle(call)
                 try:
                     program = self._compiled
                     if self._programs:

@@ -37,11 +37,13 @@ class Layout:
         "has_scope",
         "homes",
         "labels",
+        "out_shardings",
         "programs",
         "rules",
         "shardings",
         "statics",
         "traced",
+        "written",
     )
 
     def __init__(
@@ -74,11 +76,15 @@ class Layout:
         # What `nnx.jit` learned by that: the Refs whose buffers it takes.
         self.donated: tuple[int, ...] = ()
         self.shardings: Any = None
+        # What was said, in `out_shardings`, of the leaves of an output that holds new Refs.
+        self.out_shardings: list[Any] = []
+        # The numbers of the Refs that the program writes.
+        self.written: frozenset[int] = frozenset()
         # Where each value is that several devices share; None in place of it for the others. What is
         # written goes back there. `elsewhere` has, by the placements of the inputs, the layouts of
         # the same call in other places.
         self.homes: tuple[Any, ...] | None = None
-        self.elsewhere: list[tuple[list[Any], Layout]] = []
+        self.elsewhere: list[tuple[list[Any], Layout, tuple[int, ...]]] = []
 
     def moved(self, homes: tuple[Any, ...]) -> Layout:
         """The layout of the same call with its values in other places."""
@@ -87,6 +93,13 @@ class Layout:
         layout.homes = homes
         layout.programs = self.programs
         return layout
+
+    def sliced(self, dagdef: DagDef) -> Layout:
+        """The layout as a body sees it whose Refs hold slices; `dagdef` speaks of those."""
+        if dagdef is self.dagdef:
+            return self
+        parts = (self.form, self.closed, self.constants, self.has_scope)
+        return Layout(dagdef, *parts, self.statics, self.rules, self.labels)
 
     def divided(self, values: Any) -> tuple[list[Any], Any]:
         """What is donated of the values of a call, and the values without it."""
@@ -142,7 +155,7 @@ class Plans:
     def every(self) -> list[Layout]:
         """All layouts, those in other places too."""
         found = list(self.layouts.values())
-        moved = [layout for known in found for _, layout in known.elsewhere]
+        moved = [layout for known in found for _, layout, _ in known.elsewhere]
         return list(dict.fromkeys([*found, *moved]))
 
     def drop(self, layout: Layout) -> None:

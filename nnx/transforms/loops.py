@@ -12,9 +12,12 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nnx._ambient import ambient
+from nnx.sharding.putting import spec_in_type
 from nnx.transforms import plain
+from nnx.transforms.added_axis import of_steps
 from nnx.transforms.axes import AxisError, ByFilter, Specs, assign, length
 from nnx.transforms.boundary import abstractly, close_call, run
 from nnx.transforms.call import Call, Roots, Values, open_call
@@ -128,8 +131,7 @@ def _scan(
         size = call.repeats = _length(call, specs, length, name)
         loop = Loop(name, f, call, specs, init, steps=size, renewed=renewed)
         sliced = loop.sliced()
-        slices = jax.eval_shape(lambda: sliced)
-        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), slices)
+        one = jax.tree.map(lambda x: _slice_of(name, x), jax.eval_shape(lambda: sliced))
         loop.abstract_step(one)
 
         def body(carry: Any, x: Any) -> Any:
@@ -144,10 +146,25 @@ def _scan(
             reverse=reverse,
             unroll=unroll,
         )
-        y = close_call(call, loop.packed(out, last, sliced))
+        y = close_call(call, of_steps(name, loop.packed(out, last, sliced)))
         return loop.last(last), y
 
     return run_loop(init, attempt)
+
+
+def _slice_of(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The shape of one slice along the leading axis."""
+    sharding = x.sharding
+    if isinstance(sharding, NamedSharding):
+        first, *rest = spec_in_type(x)
+        if first is not None:
+            raise AxisError(
+                f"{name} takes slices of an array {jax.typeof(x)} along its leading axis, which is "
+                f"sharded along an Explicit axis of the mesh. Leave that axis whole, or make the mesh "
+                f"with Auto axes."
+            )
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*rest))
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
 
 
 def _plain_scan(

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from refx import Partition, Ref, merge, opened, split, to_predicate, update
+from nnx.sharding.structure import stacked, without_axes
+from refx import Partition, Ref, get_partition, merge, opened, split, to_predicate, update
 from refx.dag import refs
 from refx.node import is_identity
 
@@ -45,6 +46,8 @@ def scan(
     cells = refs(modules)
     whole = {path for path, ref in cells.items() if carried(path[1:], ref)}
     now = dict(values)
+    axes = [None if path in whole else 0 for path in cells]
+    slice_def = without_axes("nnx.scan", dagdef, [values[path] for path in cells], axes, skip=1)
     after: dict[Any, list[Any]] = {path: [] for path in cells if path not in whole}
     written = set()
     ys: list[Any] = []
@@ -53,7 +56,7 @@ def scan(
             path: value if path in whole else jax.tree.map(lambda x, i=i: x[i], value)
             for path, value in now.items()
         }
-        parts = merge(dagdef, Partition(sliced))
+        parts = merge(slice_def, Partition(sliced))
         todo = iter(parts)
         arrays = (next(todo) if is_identity(x) else x[i] for x in flat)
         carry, y = f(carry, jax.tree.unflatten(treedef, arrays))
@@ -74,7 +77,16 @@ def scan(
         {p: now[p] if p in whole else jax.tree.map(stack, *after[p]) for p in written},
         strict=False,
     )
-    return carry, jax.tree.map(stack, *ys)
+    return carry, _stacked(ys, stack)
+
+
+def _stacked(ys: list[Any], stack: Callable[..., Any]) -> Any:
+    together = jax.tree.map(stack, *ys)
+    if not any(map(is_identity, jax.tree.leaves(ys[0], is_leaf=is_identity))):
+        return together
+    dagdef, one = split(ys[0])
+    values = get_partition(together)
+    return merge(stacked("nnx.scan", dagdef, list(one.values())[: len(dagdef.ref_paths)]), values)
 
 
 def carried_by(axes: dict[Any, Any], carry: Any) -> Callable[[Any, Ref[Any]], bool]:

@@ -19,7 +19,7 @@ from nnx.transforms.untouched import reachable
 from refx import Node, Ref, opened
 from refx.build import build
 from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree
-from refx.frame import Frame, Original
+from refx.frame import Frame, Original, local
 from refx.node import is_identity
 from refx.partition import Path
 from refx.walk import Walk, walk
@@ -40,6 +40,8 @@ class StructureChange(NamedTuple):
     leaves: tuple[int | None, ...]
     # The caller's containers that hold something else now, by their numbers in `dagdef`.
     rewritten: frozenset[int]
+    # The numbers of the new Refs that the body put on devices itself.
+    placed: frozenset[int] = frozenset()
 
     def new(self) -> list[int]:
         """The numbers of the new Refs in `dagdef`, in order."""
@@ -135,7 +137,8 @@ def pack(
         for i, (ref, was) in enumerate(zip(inner_refs, before, strict=True))
         if was.changed(ref._value) or (assigned and ref in frame.assigned)
     )
-    new_values = kept(layout, written, [inner_refs[i]._value for i in written])
+    stays = {i for i in written if inner_refs[i] in frame.placed}
+    new_values = kept(layout, written, [inner_refs[i]._value for i in written], stays)
     after = walk(roots, skip=1)
     same = (
         after.dagdef is layout.dagdef
@@ -161,7 +164,10 @@ def pack(
     known = {n: numbers[id(x)] for n, x in enumerate(both.objects) if id(x) in numbers}
     positions = tuple(came.get(id(x)) for x in both.leaves)
     rewritten = frozenset() if same else _rewritten(both.dagdef, layout.dagdef, known, positions)
-    graph = StructureChange(both.dagdef, known, positions, rewritten)
+    placed = frozenset(
+        n for n, x in enumerate(both.objects) if type(x) is Ref and x in frame.placed
+    )
+    graph = StructureChange(both.dagdef, known, positions, rewritten, placed)
     # The canonical paths begin with "0" for what hangs on a root, with "1" for the output, and with
     # "2" for what a root has let go.
     paths = dict(zip(map(id, both.refs), both.dagdef.ref_paths, strict=True))
@@ -221,17 +227,27 @@ def apply(call: Call, graph: StructureChange, new: list[Any], arrays: list[Any])
     existing = {n: objects[i] for n, i in graph.known.items()}
     given = iter(arrays)
     leaves = [call.values.plain_arrays[i] if i is not None else next(given) for i in graph.leaves]
-    new = [_born(graph.dagdef.nodes[n], x) for n, x in zip(graph.new(), new, strict=True)]
-    (_, out, _), _ = build(graph.dagdef, new, leaves, existing=existing, rewritten=graph.rewritten)
+    new = _born(graph, new)
+    (_, out, _), built = build(
+        graph.dagdef, new, leaves, existing=existing, rewritten=graph.rewritten
+    )
+    if local.frame is not None:
+        local.frame.placed.update(built[n] for n in graph.placed)
     return out
 
 
-def _born(node: RefDef, value: Any) -> Any:
-    """The value of a new Ref, where a library wants it: its metadata may say."""
-    if not node.metadata or ref_module.at_birth is None:
-        return value
-    facts = {name: fact.value for name, fact in node.metadata}
-    return ref_module.at_birth(value, node.collection.value, facts)
+def _born(graph: StructureChange, values: Iterable[Any]) -> list[Any]:
+    """The values of new Refs, where a library wants them, as their metadata may say.
+
+    What the body put somewhere itself stays there.
+    """
+    born = list(values)
+    for i, n in enumerate(graph.new()):
+        node = graph.dagdef.nodes[n]
+        if node.metadata and ref_module.at_birth is not None and n not in graph.placed:
+            facts = {name: fact.value for name, fact in node.metadata}
+            born[i] = ref_module.at_birth(born[i], node.collection.value, facts)
+    return born
 
 
 def fresh_output(call: Call, packed: Packed, values: Values) -> Any:
@@ -248,7 +264,7 @@ def fresh_output(call: Call, packed: Packed, values: Values) -> Any:
     numbers = [n for n, node in enumerate(call.layout.dagdef.nodes) if type(node) is RefDef]
     ref_at = {n: i for i, n in enumerate(numbers)}
     new, more = map(iter, packed.out)
-    new = (_born(graph.dagdef.nodes[n], x) for n, x in zip(graph.new(), new, strict=True))
+    new = iter(_born(graph, new))
     refs = [
         values.refs[ref_at[graph.known[n]]] if n in graph.known else next(new)
         for n, node in enumerate(graph.dagdef.nodes)

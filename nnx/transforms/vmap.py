@@ -11,7 +11,8 @@ import jax
 
 from nnx._ambient import ambient
 from nnx.scope import Scope, entered
-from nnx.transforms.added_axis import with_axes
+from nnx.sharding.structure import check_entry
+from nnx.transforms.added_axis import of_slices, with_axes
 from nnx.transforms.axes import AxisError, GroupedOutput, Specs, assign, length
 from nnx.transforms.boundary import close_call, until_lifted
 from nnx.transforms.call import Call, Roots, open_call
@@ -36,6 +37,7 @@ def vmap(
     axis_name: Hashable | None = None,
     axis_size: int | None = None,
     spmd_axis_name: Any = None,
+    partition_name: str | tuple[str, ...] | None = None,
 ) -> Callable[P, R]:
     """Map a function over an axis of its arguments; Refs are mapped as their axes say.
 
@@ -52,10 +54,14 @@ def vmap(
         Keyword arguments are mapped over axis 0.
       out_axes: the same for the output; new modules and Refs in it may have a dict from filter.
       axis_name, axis_size, spmd_axis_name: as for `jax.vmap`.
+      partition_name: the entry that the mapped axis has in the `sharding` metadata of new Refs: a
+        logical name, a mesh axis, or a tuple of them. Without it, that is `spmd_axis_name`, or
+        None. In the body, the `sharding` of a Ref that is mapped has no entry for that axis.
 
     Raises:
       AxisError: axes that do not fit the arguments, one Ref with two axes, two sizes, or a write
         that differs between lanes to a Ref that has no axis; the message names the Ref.
+      ShardingError: a Ref that is mapped has a `sharding` for another number of dimensions.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> class Scale(nnx.Module):
@@ -68,6 +74,7 @@ def vmap(
     """
     inner, bound = unbound(fn)
     name = f"nnx.vmap({function_name(fn)})"
+    entry = check_entry(name, spmd_axis_name if partition_name is None else partition_name)
     if bound and isinstance(in_axes, list | tuple):
         in_axes = (None, *in_axes)
 
@@ -80,7 +87,14 @@ def vmap(
         if ambient.probe is not None:
             options = {"axis_name": axis_name, "axis_size": axis_size}
             return ambient.probe.vmap(
-                inner, args, kwargs, axes, out_axes, spmd_axis_name=spmd_axis_name, **options
+                inner,
+                args,
+                kwargs,
+                axes,
+                out_axes,
+                spmd_axis_name=spmd_axis_name,
+                partition_name=partition_name,
+                **options,
             )
 
         def attempt(roots: Roots) -> Any:
@@ -96,7 +110,8 @@ def vmap(
             with _lanes(size):
                 call, specs = opened()
                 call.repeats = size
-                output = GroupedOutput(name, call, specs, out_axes, None, int)
+                sliced = of_slices(name, call, specs.values.refs)
+                output = GroupedOutput(name, call, specs, out_axes, None, int, layout=sliced)
 
                 def check(packed: Packed, groups: tuple[list[Any], ...]) -> None:
                     _check_expressible(name, call, specs, packed)
@@ -110,7 +125,7 @@ def vmap(
                     axis_size=size,
                     spmd_axis_name=spmd_axis_name,
                 )(call.values)
-                packed = with_axes(output.packed(results), output.of_new, spmd_axis_name)
+                packed = with_axes(name, output.packed(results), output.of_new, entry)
                 return close_call(call, packed)
 
         return until_lifted(attempt)
