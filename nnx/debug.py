@@ -76,7 +76,7 @@ class _Limit:
             self._check(explanation)
 
     def _check(self, explanation: Explanation | None) -> None:
-        traces = self._jitted.traces
+        traces = self._jitted._traces
         if traces <= self._limit:
             return
         self._remove()

@@ -112,10 +112,10 @@ class Carrying(Context):
     def jit(self, jitted: Any, args: Any, kwargs: Any) -> Any:
         """`nnx.jit`: a program for each probe."""
         key = self.key
-        child = jitted.probed.get(key)
+        child = jitted._probed.get(key)
         if child is None:
-            if len(jitted.probed) >= _MOST:
-                jitted.probed.clear()
+            if len(jitted._probed) >= _MOST:
+                jitted._probed.clear()
             _, statics, donate, (inputs, outputs), options, *bound = jitted._given
             if any(run.probe.quiet for run in self.runs):
                 donate = None  # The caller continues with the originals of the copied call.
@@ -129,7 +129,7 @@ class Carrying(Context):
                 sum(bound) + 1,
             )
             child.reason = "a probe (nnx.capture and its kin) is active around the call"
-            child = jitted.probed.setdefault(key, child)
+            child = jitted._probed.setdefault(key, child)
         out, groups = suspended(child, self._payload(), *args, **kwargs)
         self.deliver(groups)
         return out
@@ -153,7 +153,7 @@ class Carrying(Context):
         """`nnx.jit_filter`; its filters are for the user's arguments, so the payload is closed over."""
         payload = self._payload()
         body, key = body_of(type(self), jitted._fn, self.key), self.key
-        child = jitted.probed.get(key) if not jax.tree.leaves(payload) else None
+        child = jitted._probed.get(key) if not jax.tree.leaves(payload) else None
         if child is None:
             options = dict(jitted.given)
             if isinstance(options["filter_tree"], tuple | list):
@@ -164,8 +164,8 @@ class Carrying(Context):
             child = _JitFilter(
                 closed, jitted.options, **options, donate_argnums=None, donate_argnames=None
             )
-            if not jax.tree.leaves(payload) and len(jitted.probed) < _MOST:
-                child = jitted.probed.setdefault(key, child)
+            if not jax.tree.leaves(payload) and len(jitted._probed) < _MOST:
+                child = jitted._probed.setdefault(key, child)
         out, groups = suspended(child, *jitted._bound, *args, **kwargs)
         self.deliver(groups)
         return out

@@ -285,7 +285,7 @@ class Loop:
             )
         for a, b in zip(olds, news, strict=True):
             a, b = _shaped(a), _shaped(b)
-            if a.shape != b.shape or (a.dtype != b.dtype and not getattr(a, "weak_type", False)):
+            if a.shape != b.shape or (a.dtype != b.dtype and not _becomes(a, b.dtype)):
                 raise CarryError(
                     f"{what} of {self._name} changes from {_text(a)} to {_text(b)} in one step. A "
                     f"carried value must keep its shape and dtype; cast or reshape what the body "
@@ -349,6 +349,12 @@ def _where(chosen: Iterable[bool]) -> list[int]:
 
 def _concrete(x: Any) -> bool:
     return not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x))
+
+
+def _becomes(a: Any, dtype: Any) -> bool:
+    """Whether JAX turns a first value, such as the Python number 0, into one of that dtype."""
+    number = {"i": 0, "f": 0.0, "c": 0j}.get(a.dtype.kind, a.dtype)
+    return getattr(a, "weak_type", False) and jnp.result_type(number, dtype) == dtype
 
 
 def _shaped(x: Any) -> Any:

@@ -334,7 +334,7 @@ def _starts() -> list[tuple[Any, Any, bool]]:
 
 def _program(name: str) -> Jit:
     jitted = Jit(_run_current, (None, None), None, (None, None), {})
-    jitted.name_and_close_over(name, Closure(_run_current, _starts))
+    jitted._name_and_close_over(name, Closure(_run_current, _starts))
     return jitted
 
 
@@ -386,7 +386,7 @@ def compiled_once(
     finally:
         _current.__dict__.clear()
         _current.__dict__.update(outer)
-        program.forget(only_roots=all(map(_lasts, parts.functions)))
+        program._forget(only_roots=all(map(_lasts, parts.functions)))
     # The body needs a value while it is traced, or reads what looking cannot find, or is wrong. Its
     # variables as they are decide which, and give the error that speaks of them.
     out = impl(fns, args)

@@ -87,13 +87,13 @@ class Jit(Generic[P, R]):
         # its program, they would keep this function and what it closes over alive for ever.
         self._programs: dict[Layout, Any] = {}
         # This function for the probes that were active where it was called.
-        self.probed: dict[Any, Jit] = {}
+        self._probed: dict[Any, Jit] = {}
         # How often the function was traced for a program of its own; why there is this one at all.
-        self.traces = 0
+        self._traces = 0
         self.reason: str | None = None
         # The last program; the float that alone made the last ones new, and how many.
-        self.last_program: Any = None
-        self.number_changes = "", 0
+        self._last_program: Any = None
+        self._number_changes = "", 0
         self._static = Statics(self._name, self._fn, *statics, bound=bound)
         self._donate = donate
         self._options = options
@@ -109,11 +109,11 @@ class Jit(Generic[P, R]):
         # A function that is itself a Jit has attributes that must not become those of this one.
         functools.update_wrapper(self, fn, updated=())
 
-    def name_and_close_over(self, name: str, closure: Closure) -> None:
+    def _name_and_close_over(self, name: str, closure: Closure) -> None:
         """Be called `name` in messages, and look for what is closed over as `closure` does."""
         self._name, self._closure = name, closure
 
-    def forget(self, *, only_roots: bool) -> None:
+    def _forget(self, *, only_roots: bool) -> None:
         """Forget what looking found, so that it is not kept alive; the programs stay."""
         self._closure.forget(only_roots=only_roots)
 

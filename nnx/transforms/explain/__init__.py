@@ -78,9 +78,9 @@ def note(jitted: Any, layout: Layout, call: Call) -> None:
     new = Program(jitted, layout, call)
     explanation = _explained(jitted, new) if listeners else _UNASKED
     known = programs_of(jitted)
-    if known and jitted.last_program in known:
-        _warn_of_numbers(jitted, differences(View(jitted, jitted.last_program), View(jitted, new)))
-    jitted.last_program = new
+    if known and jitted._last_program in known:
+        _warn_of_numbers(jitted, differences(View(jitted, jitted._last_program), View(jitted, new)))
+    jitted._last_program = new
     before = [p for p in layout.programs if p.is_like(new)]
     new.placements = [x for p in before for x in p.placements] + new.placements
     # In place: layouts of one structure in several places have one list.
@@ -88,7 +88,7 @@ def note(jitted: Any, layout: Layout, call: Call) -> None:
     code = _code(jitted)
     if code is not None:
         _by_code.setdefault(code, weakref.WeakSet()).add(jitted)
-    jitted.traces += 1
+    jitted._traces += 1
     for listener in list(listeners):
         listener(jitted, explanation)
 
@@ -107,11 +107,11 @@ def _warn_of_numbers(jitted: Any, reasons: list[str]) -> None:
     if not (
         _FLOATS.fullmatch(change) or (closed and (change == ANOTHER or _INTS.fullmatch(change)))
     ):
-        jitted.number_changes = "", 0
+        jitted._number_changes = "", 0
         return
-    name, count = jitted.number_changes
-    jitted.number_changes = what, count + 1 if what == name else 1
-    if jitted.number_changes[1] != WARN_AFTER:
+    name, count = jitted._number_changes
+    jitted._number_changes = what, count + 1 if what == name else 1
+    if jitted._number_changes[1] != WARN_AFTER:
         return
     if not closed:
         why = "A float is part of the program"

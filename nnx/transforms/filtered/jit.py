@@ -164,7 +164,7 @@ class _JitFilter:
                 f"{self._name} cannot both donate an argument and have it static: {sorted(both)[0]!r}."
             )
         # This function for the probes that were active where it was called, and what makes it.
-        self.probed: dict[Any, _JitFilter] = {}
+        self._probed: dict[Any, _JitFilter] = {}
         self.options = options
         numbers = (static_argnums,) if isinstance(static_argnums, int) else static_argnums or ()
         self.given: dict[str, Any] = {

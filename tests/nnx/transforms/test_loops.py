@@ -481,3 +481,26 @@ def test_plain_arrays_of_a_module_in_a_carry():
     wider = lambda m, _: (jax.tree.map(lambda a: jnp.stack([a, a]), m), None)
     with pytest.raises(nnx.CarryError, match=r"'table' .*float32\[2\] to float32\[2,2\]|Ref 'w'"):
         nnx.scan(wider, m, None, length=3)
+
+
+@pytest.mark.parametrize(
+    ("first", "body", "ok"),
+    [
+        (0, lambda c, x: (c + x, x), True),
+        (0.0, lambda c, x: ((c + x).astype(jnp.bfloat16), x), True),
+        (0.0, lambda c, x: (c.astype(int), x), False),
+        (0, lambda c, x: (c > 0, x), False),
+    ],
+)
+def test_a_python_number_in_the_carry_becomes_what_jax_makes_of_it(first, body, ok):
+    xs = jnp.arange(3.0)
+    if ok:
+        got, wanted = nnx.scan(body, first, xs)[0], jax.lax.scan(body, first, xs)[0]
+        assert got == wanted and got.dtype == wanted.dtype
+        return
+    with pytest.raises(TypeError, match="equal types"):
+        jax.lax.scan(body, first, xs)
+    with pytest.raises(
+        nnx.CarryError, match=r"The carry of nnx\.scan\(.*\) changes from .* in one step"
+    ):
+        nnx.scan(body, first, xs)
