@@ -417,7 +417,7 @@ def test_bad_out_shardings_are_said():
     with jax.set_mesh(AUTO):
         with fails(r"nnx.jit\(model_of_8\): the output 'kernel' got a spec with 'dta'"):
             call({nnx.PathContains("kernel"): P("dta"), ...: P()})
-        with fails("the output 'bias' has the shape .*has 2 entries"):
+        with fails("the output 'bias' has shape .*has 2 entries"):
             call({...: P("data", "model")})
         with fails("selects 'bias' .* of the output. Add an entry for the rest", nnx.AxisError):
             call({nnx.PathContains("kernel"): P("data")})
@@ -429,7 +429,7 @@ def test_bad_out_shardings_are_said():
 
 
 @KINDS
-@pytest.mark.parametrize("form", ["fsdp", "dict", "function", "partition"])
+@pytest.mark.parametrize("form", ["fsdp", "dict", "function", "partition", "module"])
 @pytest.mark.parametrize("donate", [None, "params"])
 def test_in_shardings_are_rules_for_a_module_that_is_passed(mesh, form, donate):
     rules = {
@@ -437,6 +437,9 @@ def test_in_shardings_are_rules_for_a_module_that_is_passed(mesh, form, donate):
         "dict": {nnx.PathContains("kernel"): (None, "data"), ...: nnx.fsdp("data", 1)},
         "function": lambda path, ref: P(*[None] * (ref.value.ndim - 1), "data"),
         "partition": nnx.shardings(model_of_8(), nnx.fsdp("data", 1), mesh=mesh),
+        "module": jax.tree.map(
+            lambda x: NamedSharding(mesh, P(*[None] * (x.ndim - 1), "data")), model_of_8()
+        ),
     }[form]
 
     @nnx.jit(in_shardings=(rules, None), donate=donate)
@@ -458,7 +461,7 @@ def test_bad_in_shardings_are_said():
     with jax.set_mesh(AUTO):
         with fails(r"nnx.jit\(.*\): the input 'kernel' got a spec with 'dta'"):
             f({...: P("dta")})
-        with fails("the input 'bias' has the shape .*has 2 entries"):
+        with fails("the input 'bias' has shape .*has 2 entries"):
             f({...: P("data", "model")})
     with fails(r"the input 'kernel' has the sharding \('data', None\), which needs a mesh"):
         f({nnx.PathContains("kernel"): ("data", None), ...: None})
