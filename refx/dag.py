@@ -154,7 +154,7 @@ def _with_own_containers(paths: tuple[Path, ...], values: list[Any], what: str) 
 
 
 def clone(tree: T, *, copy: bool = False) -> T:
-    """A copy with Refs of its own, which can be changed without changing the original.
+    """A copy with its own Refs: changing it does not change the original.
 
     It belongs to the transformation that runs here, so a clone of a value copy that plain `jax.jit`
     made can be written, and returned.

@@ -4,7 +4,7 @@ A tree that holds Refs is a graph: an object with an identity (a Ref, a Node, a 
 reached along many paths, itself included. The DagDef numbers those objects in the order of first
 visit and says for each what it holds, in terms of these numbers:
 
-* an `int` is the object with that number, so sharing and cycles need nothing of their own;
+* an `int` is the object with that number, so sharing and cycles need no extra notation;
 * `Leaf(i)` is the i-th plain array; `Static(v)` is a value that is part of the structure;
 * `Tree(treedef, children)` is what has no identity: a tuple, or any registered pytree.
 
@@ -68,7 +68,7 @@ class RefDef(NamedTuple):
 class NodeDef(NamedTuple):
     """A Node (`kind` is its class), a list, a dict or another object, with the names of what it holds.
 
-    `types` are those of the keys of a dict that are no strings: 1 and True are equal keys. `revision`
+    `types` are the types of the dict keys that are not strings: 1 and True are equal keys. `revision`
     counts the changes of the class of a Node: a method that was replaced makes another program.
     """
 
@@ -202,7 +202,7 @@ _ALONE = jax.tree.structure((0,))
 
 
 def frozen_def(dagdef: DagDef, frozen: bool) -> DagDef:
-    """The same structure, of which nothing may be written, or everything."""
+    """The same structure, with all of it read-only or all of it writable."""
     if not frozen and not any([getattr(n, "frozen", False) for n in dagdef.nodes]):
         return dagdef
     nodes = [

@@ -100,11 +100,11 @@ class DtypeError(RefError, TypeError):
 
 
 class ValueTypeError(RefError, TypeError):
-    """A Ref was given what is no pytree of arrays, or a pytree of another structure."""
+    """A Ref was given a value that is not a pytree of arrays, or a pytree with another structure."""
 
 
 class FilterError(RefError, TypeError):
-    """What was given as a filter is none, selects nothing, or needs what it does not have here."""
+    """A value is not a filter, or a filter selects nothing, or needs something that is missing here."""
 
 
 class UnsetFieldError(RefError, AttributeError):

@@ -39,7 +39,7 @@ def to_predicate(filter: Filter) -> Predicate:
     """Turn a filter into a function `(path, ref) -> bool`.
 
     Raises:
-      FilterError: what was given is no filter: a list, a dict, an array.
+      FilterError: the value is not a filter, but a list, a dict or an array.
 
     >>> import refx
     >>> selects = refx.to_predicate(("params", refx.PathContains("bn")))
@@ -86,7 +86,7 @@ _FILTERS = (
 
 
 def to_predicates(filters: Iterable[Filter]) -> list[Predicate]:
-    """Turn filters, of which the first that selects a Ref takes it, into predicates.
+    """Turn filters into predicates. A Ref belongs to the first filter that selects it.
 
     Raises:
       FilterError: a filter that can never select anything, since an earlier one selects all that

@@ -76,7 +76,7 @@ else:
 
 
 class NodeType(_Meta):
-    """The class of Node classes. It counts the changes of each, so that programs are made anew."""
+    """The class of Node classes. It counts the changes of each: a change makes a new program."""
 
     _revision: int
 
@@ -102,7 +102,7 @@ _NO_BEHAVIOUR = frozenset(
 
 
 def _class_changed(cls: type) -> None:
-    """Count a change of a class, which is one of the classes that inherit from it, too."""
+    """Count a change of a class. It is also a change of the classes that inherit from it."""
     todo = [cls]
     while todo:
         at = todo.pop()
@@ -112,7 +112,7 @@ def _class_changed(cls: type) -> None:
 
 
 set_on_class: Callable[[type, str, Any], None] = type.__setattr__
-"""`set_on_class(cls, name, value)` sets what we keep on a class, which is no change of it."""
+"""`set_on_class(cls, name, value)` sets what we keep on a class, without counting as a change of it."""
 
 
 on_subclass: list[Callable[[type], None]] = []

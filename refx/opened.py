@@ -2,7 +2,7 @@
 
 A class that is registered with JAX may return the arrays of a module that it holds as its own leaves
 (`distrax.Jittable` does). Its leaves say nothing of Refs, so a copy that JAX makes of it would have
-Refs of its own, which nobody trains. Such an object is opened here: it counts by its attributes.
+its own Refs, which nobody trains. Such an object is opened here: it counts by its attributes.
 """
 
 from __future__ import annotations

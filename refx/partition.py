@@ -199,7 +199,7 @@ class Partition(Mapping[Path, Any]):
             subtree_renderer=subtree_renderer,
         )
 
-    # The values are arrays, whose == is no bool, so equality of mappings would raise.
+    # The values are arrays. Their == does not give a bool, so comparing mappings would raise.
     __eq__ = object.__eq__
     __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
 

@@ -34,7 +34,7 @@ def check_selection(filter: Filter, *trees: Any) -> None:
 def mistake(filter: Filter, *trees: Any) -> str | None:
     """What is wrong with a filter that selects nothing; None if that may be meant.
 
-    A collection that a tree lacks is no mistake: a loop over collections works for every model.
+    A collection that a tree lacks is not a mistake: a loop over collections works for every model.
     """
     if isinstance(filter, tuple | filters.Any | filters.All):
         parts = filter if isinstance(filter, tuple) else filter.filters

@@ -72,7 +72,7 @@ class Snapshot:
         self._leaves = [
             x if p[0] is None else None for x, p in zip(found.leaves, found.places, strict=True)
         ]
-        # The frame that all Refs were made in. Refs of several levels have False, which is no frame.
+        # The frame that all Refs were made in, or False for Refs of several levels.
         self.frame: Any = _common(found.refs, "_frame", False)
         self.trace: Any = _common(found.refs, "_trace", None)
         self.has_labels = any([r._trace is LABEL for r in found.refs])

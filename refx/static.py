@@ -36,7 +36,7 @@ _CONTAINERS = (list, dict, set, bytearray, collections.deque, np.ndarray, jax.Ar
 TRUSTED = set(sys.stdlib_module_names) | {"jax", "jaxlib", "numpy", "ml_dtypes", __package__}
 # Objects inside of objects are read so deep; what is further in counts by its identity.
 _DEPTH = 4
-# The depth at which `exact` reads lists and dicts, too, as those inside of a static value.
+# At this depth `exact` also reads lists and dicts, as it does inside a static value.
 NESTED = _DEPTH - 1
 
 
@@ -165,7 +165,7 @@ def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
 
 
 class Changing:
-    """A part of a static value that may change in place and is no dict or list: compared by its key."""
+    """A part of a static value, not a dict or a list, that may change in place. Its key is compared."""
 
     __slots__ = ("_depth", "_key", "_value")
 

@@ -40,7 +40,7 @@ def trace_ref() -> Callable[[], Any]:
 
 
 class Marker:
-    """Stands in for a trace reference in Refs and Nodes with a rule of their own.
+    """Stands in for a trace reference in Refs and Nodes that follow a special rule.
 
     A marker is never a live trace, so the identity test of a write fails.
     """

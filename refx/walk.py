@@ -121,7 +121,7 @@ def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             else:
                 inner = mark.get(names[i]) if type(mark) is dict else None
                 todo.append((values[i], (link, names[i]), children, i, content, inner))
-    # Of several trees together, one may close over another: it is an input, too.
+    # One of several trees may close over another, which is then an input as well.
     for where, x in found.functions if not skip else ():
         if id(x) in numbers:
             raise StructureError(

@@ -70,7 +70,7 @@ def assign(
       specs: a specification for all arguments, or a tuple or list with one for each.
       name: the transformation, for messages.
       keyword: the specification of every keyword argument.
-      ambient: gives the specification of what is no argument: closed-over roots and the scope.
+      ambient: gives the specification of what is not an argument: closed-over roots and the scope.
 
     Raises:
       AxisError: the prefix does not fit, or one Ref gets two different specifications.

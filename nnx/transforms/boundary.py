@@ -11,7 +11,7 @@ One call of any stateful transformation is the same five steps.
 4. JAX returns concrete values (or tracers of the enclosing transformation).
 5. `close_call` writes them into the caller's Refs. Nothing of the caller's was touched before.
 
-If the function met a Ref by closure that was no root yet, step 3 notes it in `Call.found`; then
+If the function met a Ref by closure that was not a root yet, step 3 notes it in `Call.found`; then
 nothing is written, and the call starts again with that Ref as one more root. That is the one extra
 trace that a closure may cost. (An exception through JAX would do it sooner, but JAX keeps what an
 aborted trace closed over alive for ever.)
@@ -136,7 +136,7 @@ def run(
 
 
 def label_stand_ins(layout: Layout, objects: list[Any]) -> None:
-    """Let what stands for a label be one: plain jax programs in the body may read it, too."""
+    """Make the stand-in of a label a label: plain jax programs in the body may read it."""
     if layout.labels:
         label(x for x in objects if type(x) is Ref)
 

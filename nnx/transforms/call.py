@@ -205,7 +205,7 @@ def open_call(
 def _labelled(
     layout: Layout, plans: Plans | None, refs: list[Ref[Any]], values: list[Any], leaves: list[Any]
 ) -> tuple[Layout, list[Any], list[Any]]:
-    """Take out what is no array: masks, axes, shapes, shardings are constants of the program."""
+    """Take out what is not an array: masks, axes, shapes and shardings are constants of the program."""
     found: list[tuple[int, Any]] = []
     values, leaves = list(values), list(leaves)
     for i, ref in enumerate(refs):

@@ -73,7 +73,7 @@ class Closure:
         self._hopeful: set[tuple[Any, ...]] = set()
         # Where a trace itself changed what a container of data holds.
         self._noted: set[tuple[Any, ...]] = set()
-        # What the last trace read that was no input.
+        # What the last trace read although it was not an input.
         self._added: set[int] = set()
         # What tells apart programs that were traced with the same roots, reached by other steps.
         self._tokens: dict[Any, int] = {}
@@ -85,7 +85,7 @@ class Closure:
         # Whether a trace went through a method that no code names.
         self._all_methods = False
         self._arrays: dict[Any, list[Any]] = {}
-        # The snapshots of roots that are no modules and so do not keep one themselves.
+        # Snapshots of the roots that are not modules. A module keeps its own.
         self._kept: dict[int, tuple[Any, Snapshot]] = {}
 
     def forget(self, *, only_roots: bool = False) -> None:
@@ -147,7 +147,7 @@ class Closure:
             self._state = None
 
     def add(self, call: Any, name: str) -> None:
-        """Take what a trace read, too.
+        """Make what a trace read an input.
 
         Raises:
           ClosureError: looking does not lead to it, so a change of it would not be seen.
@@ -292,7 +292,7 @@ class Closure:
         if held is not None and not parts:
             return exact(value, [], NESTED)
         if is_user_object(value) and not is_data(value):
-            # Its class, since steps of its own say what it holds.
+            # Its class. What it holds has its own steps.
             return type(value)
         # By a number, so that nothing of an earlier call is kept.
         parts = parts or [value]

@@ -148,7 +148,7 @@ def _united(packed: Packed, spec: Spec, values: Values) -> tuple[Any, list[Any]]
 
 
 class custom_vjp(_Custom):
-    """A function with a rule of its own for reverse-mode differentiation.
+    """A function with its own rule for reverse-mode differentiation.
 
     Args:
       fn: the function; its positional arguments may be modules, Refs and arrays, and it may write
@@ -297,7 +297,7 @@ class custom_vjp(_Custom):
 
 
 class custom_jvp(_Custom):
-    """A function with a rule of its own for differentiation, forward and reverse.
+    """A function with its own rule for differentiation, forward and reverse.
 
     Args:
       fn: the function; its positional arguments may be modules, Refs and arrays, and it may write

@@ -39,7 +39,7 @@ def _(name: str, primals: Any, tangents: Any) -> Any:
 
 
 class Fixed:
-    """The arguments that are not differentiated; what is traced of them is an input of its own."""
+    """The arguments that are not differentiated. Their traced parts are separate inputs."""
 
     def __init__(self, args: list[Any], name: str):
         leaves, self._treedef = opened.flatten(args)

@@ -33,7 +33,7 @@ def selected(donate: Filter, call: Call, written: tuple[int, ...]) -> tuple[int,
 
 
 def explain_donation(error: Exception, name: str, call: Call) -> None:
-    """Say in our terms that two Refs share a buffer of which one was to be donated."""
+    """Say in our terms that two Refs share a buffer, although one of them was to be donated."""
     text = str(error)
     if "donate" not in text or not call.layout.donated:
         return

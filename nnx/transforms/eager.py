@@ -271,7 +271,7 @@ def _holds_dynamic(x: Any) -> bool:
     try:
         leaves = jax.tree.leaves(x, is_leaf=lambda y: is_identity(y) or _is_opaque(y))
     except (TypeError, ValueError):
-        return False  # a dict whose keys have no order is no pytree
+        return False  # a dict whose keys have no order is not a pytree
     return any(
         is_identity(y)
         or _is_opaque(y)
@@ -308,7 +308,7 @@ _programs: OrderedDict[Any, Any] = OrderedDict()
 
 
 def _forget(_: Any) -> None:
-    # Something died that a key speaks of. Whoever holds the lock looks for dead keys, too.
+    # An object in a key died. Whoever holds the lock removes dead keys as well.
     if _lock.acquire(blocking=False):
         try:
             for key in [k for k, (_, weak) in _programs.items() if any(w.is_dead for w in weak)]:

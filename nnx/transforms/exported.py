@@ -28,7 +28,7 @@ def exportable(
     Args:
       fn: the user's function.
       name: what messages call it.
-      call: a call with these arguments, of which all that is closed over is known.
+      call: a call with these arguments. All that it closes over is known.
       spec: what the call leaves behind.
       bound: so many of the first roots belong to the function. They are constants of the program, as is
         what it closes over.

@@ -33,7 +33,7 @@ class BoundJit:
     """A jitted method, or a jitted module, with the module that it is called with.
 
     It is a pytree, as a bound method of a module is: where it is an attribute of its module, a copy
-    of the module has one of its own.
+    of the module has its own.
     """
 
     def __init__(self, jitted: Jit, module: Any):
@@ -135,7 +135,7 @@ def jit(
 
     Raises:
       UnhashableStaticError: a static attribute or argument cannot be hashed.
-      DonationError: one buffer is behind two Refs of which one is donated; a Ref whose buffer was
+      DonationError: two Refs share a buffer, and one of them is donated; a Ref whose buffer was
         donated before is used.
       TraceLevelError, ForeignTracerError: see the errors of refx; raised while tracing.
 

@@ -58,7 +58,7 @@ class Layout:
         labels: tuple[tuple[int, Any], ...] = (),
     ):
         self.dagdef = dagdef
-        # What is no array, by the number of the Ref (or, below zero, of the plain leaf) that holds
+        # Values that are not arrays, by the number of the Ref (or, below zero, of the plain leaf) that holds
         # it: constants of the program, as a Label each.
         self.labels = labels
         self.form = form

@@ -213,7 +213,7 @@ class Graph:
             # A container is one root, so that its keys and its nesting count.
             candidate = value
         elif not hopeful:
-            # What is no module, and is in a container, may be one of very many.
+            # A container may hold very many things that are not modules.
             target = self._vertex(value, path, far or is_container(self.objects[source]))
         self.edges.append(
             Edge(source, key, value, way, target, candidate, path, far, hopeful, data)
@@ -355,7 +355,7 @@ def attribute_dicts(x: Any) -> list[dict[str, Any]]:
 
 
 def class_dict(cls: Any) -> dict[str, Any]:
-    """The dict of a class itself, of which `vars(cls)` is a view: it is read here, never written."""
+    """The dict behind `vars(cls)`. It is only read here, never written."""
     return gc.get_referents(type.__dict__["__dict__"].__get__(cls))[0]
 
 
@@ -377,7 +377,7 @@ def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
         if home.partition(".")[0] == "nnx":
             return
     if issubclass(kind, dict):
-        # An OrderedDict has an order of its own.
+        # An OrderedDict keeps its own order.
         kind_of = collections.OrderedDict if issubclass(kind, collections.OrderedDict) else dict
         for key, value in list(kind_of.items(x)):
             known = type(key) in PLAIN
@@ -385,7 +385,7 @@ def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
             if not known:
                 yield ("keys", id(key)), None, key, True
     elif is_holder(x):
-        # What has no order of its own is known by its identity.
+        # Items without an order are known by their identity.
         in_order = issubclass(kind, (list, tuple, collections.deque))
         for i, value in enumerate(content(x)):
             yield i if in_order else ("held", id(value)), None, value, False

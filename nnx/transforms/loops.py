@@ -360,7 +360,7 @@ def map(f: Callable[[X], Y], xs: X, *, batch_size: int | None = None) -> Y:
         Refs then.
 
     Raises:
-      AxisError: leading axes of different sizes, or none; `batch_size` that is no positive int, or
+      AxisError: leading axes of different sizes, or none; `batch_size` that is not a positive int, or
         with Refs in `xs`; and what `nnx.scan` raises.
 
     >>> import jax.numpy as jnp, nnx

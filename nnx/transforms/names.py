@@ -77,7 +77,7 @@ def _used_variables(code: types.CodeType) -> tuple[set[str], set[str], set[str]]
 
 
 def _filled(code: types.CodeType) -> set[str]:
-    """The variables and attributes of which a piece of code changes what they hold."""
+    """The variables and attributes whose content a piece of code changes."""
     found: set[str] = set()
     steps = list(dis.get_instructions(code))
     line = 0

@@ -121,7 +121,7 @@ class CallNames:
     """
 
     def __init__(self, fn: Any, layout: Layout, others: Iterable[tuple[Any, ...]]):
-        """`others` are the names of the roots that are no arguments."""
+        """`others` are the names of the roots that are not arguments."""
         form = layout.form
         count, fixed, _ = layout.statics or (0, (), ())
         self._layout = layout
@@ -164,7 +164,7 @@ class CallNames:
 
 
 def _others(fn: Any, call: Any) -> list[tuple[Any, ...]]:
-    """The names of the roots of a call that are no arguments."""
+    """The names of the roots of a call that are not arguments."""
     given, layout = len(call.layout.form.where), call.layout
     closed = call.roots[given : given + layout.closed]
     names = [(_variable(fn, root) or type(root).__name__,) for root in closed]

@@ -41,7 +41,7 @@ PLAIN = frozenset(
     | {types.MemberDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType}
 )
 CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
-# What has steps of its own; every other object of `HOLDERS` leads to what it refers to.
+# These have special steps; every other object of `HOLDERS` leads to what it refers to.
 TAKEN_APART = frozenset(
     {types.FunctionType, types.MethodType, types.SimpleNamespace, functools.partial, staticmethod}
     | {classmethod, property, functools.cached_property, weakref.ref, type, object}
@@ -79,7 +79,7 @@ def content(x: Any) -> list[Any]:
 
 
 def items_of(x: Any) -> list[Any]:
-    # By the base class: a subclass may have an `__iter__` of its own.
+    # By the base class: a subclass may define its own `__iter__`.
     if issubclass(type(x), dict):
         return list(dict.values(x))
     return list(next(c for c in CONTAINERS if issubclass(type(x), c)).__iter__(x))

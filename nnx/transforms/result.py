@@ -168,7 +168,7 @@ def pack(
         n for n, x in enumerate(both.objects) if type(x) is Ref and x in frame.placed
     )
     graph = StructureChange(both.dagdef, known, positions, rewritten, placed)
-    # The canonical paths begin with "0" for what hangs on a root, with "1" for the output, and with
+    # The canonical paths begin with "0" for what a root holds, with "1" for the output, and with
     # "2" for what a root has let go.
     paths = dict(zip(map(id, both.refs), both.dagdef.ref_paths, strict=True))
     new = [(paths[id(r)], r) for r in both.refs if id(r) not in numbers]
@@ -184,7 +184,7 @@ def pack(
 def _let_go(layout: Layout, after: Walk, objects: list[Any]) -> tuple[list[Any], ...]:
     """For each root, the containers that it held and that no root holds now.
 
-    The caller may hold them, too, so what the body changed in them counts.
+    The caller may hold them as well, so what the body changed in them counts.
     """
     still = set(map(id, after.objects))
     gone = {n for n, x in enumerate(objects) if type(x) is not Ref and id(x) not in still}

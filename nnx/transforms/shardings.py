@@ -71,7 +71,7 @@ class Shardings:
         return finish
 
     def _of_new(self, path: Path, cell: Any, value: Any) -> Any:
-        # What hangs on an argument is not in the output.
+        # What an argument holds is not in the output.
         if path[0] != "1":
             return None
         where = f"{self._name}: the output {dotted(path[1:])!r}"

@@ -48,7 +48,7 @@ class Traced(_Stage):
     def lower(self, **options: Any) -> Lowered:
         """Lower to the compiler's language."""
         if "_private_parameters" in options and self._exported is not None:
-            # That is `jax.export`, which reads the rest of the trace, too.
+            # That is `jax.export`, which also reads the rest of the trace.
             self._stage = self._exported(self._stage.out_info.spec)
             return self._stage.lower(**options)
         return self._next(Lowered, self._stage.lower(**options))

@@ -182,7 +182,7 @@ def zero_tangent(x: Any) -> Any:
 
 
 class Parts:
-    """The differentiated values of one argument: a pytree of its own, so that it can be told apart."""
+    """The differentiated values of one argument. A class of its own tells them apart from other pytrees."""
 
     def __init__(self, values: list[Any]):
         self.values = values
@@ -206,7 +206,7 @@ def targets_of(
     """What is differentiated of each of the arguments.
 
     With `all_args`, where nobody chose them, one that holds Refs and has nothing to differentiate
-    is no error as long as another that holds Refs has something.
+    is not an error as long as another one has something.
     """
     predicate = to_predicate(wrt)
     targets, empty, selected = [], [], False

@@ -66,7 +66,7 @@ class Untouched:
         closed = slice(start, start + layout.closed)
         self._fn = fn
         self._outer = outer
-        # What stands for closed-over roots, where the caller passes one of them as an argument, too.
+        # The copies of closed-over roots that the caller also passes as arguments.
         self._closed = reachable(layout.dagdef, range(closed.start, closed.stop))
         self._given = reachable(layout.dagdef, range(start))
         self._objects = objects
