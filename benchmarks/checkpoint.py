@@ -1,4 +1,4 @@
-"""Memory and time of saving and loading a gigabyte, each in a process of its own."""
+"""Memory and time of saving and loading a gigabyte, each in a separate process."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Calls of a compiled step whose arrays are in parts on four devices, beside `jax.jit` and flax.
 
-A CPU has one device, unless JAX is told otherwise before it starts. So this runs in a process of its own.
+A CPU has one device, unless JAX is told otherwise before it starts. So this runs in a separate process.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class ViT(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Perceptrons of which each token goes through one (Fedus et al. 2021, https://arxiv.org/abs/2101.03961).
+    """Perceptrons: each token goes through one of them (Fedus et al. 2021, https://arxiv.org/abs/2101.03961).
 
     `room` is how many tokens an expert takes, as a multiple of its share; what comes too late is passed on.
     """
@@ -193,7 +193,7 @@ class Seq2Seq(nnx.Module):
         return self.norms[0](self.encoder(self.embed(tokens) * self.features**0.5 + positions))
 
     def decode(self, tokens, read, start=0):
-        """Logits for what comes after each token, of which the first is at position `start`."""
+        """Logits for what comes after each token. The first token is at position `start`."""
         positions = nnx.sinusoidal_positions(64, self.features)[start + jnp.arange(tokens.shape[1])]
         x = self.decoder(self.embed(tokens) * self.features**0.5 + positions, read)
         return self.embed.attend(self.norms[1](x))

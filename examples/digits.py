@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 
 
 class SharedBlock(nnx.Module):
-    """Two residual steps through the same convolution, each with a normalization of its own."""
+    """Two residual steps through the same convolution, each with its own normalization."""
 
     def __init__(self, features: int):
         self.conv = nnx.Conv(features, features, (3, 3))

@@ -31,7 +31,7 @@ PAD = 16
 
 
 def field(shape: tuple[int, int]) -> jax.Array:
-    """A Gaussian process on a grid, with hyperparameters of its own, by its power spectrum."""
+    """A Gaussian process on a grid, with its own hyperparameters, by its power spectrum."""
     size = log_normal_variable("size", mean=1.0, sigma=0.5)
     length = log_normal_variable("length", mean=15.0, sigma=10.0)
     slope = log_normal_variable("slope", mean=3.0, sigma=0.2)

@@ -97,7 +97,7 @@ class MiniLM(nnx.Module):
         self.layers = nnx.Stack(lambda: Layer(config), config.num_hidden_layers)
 
     def __call__(self, tokens, mask):
-        """A vector of length one for each row of tokens, of which `mask` says what is no padding."""
+        """A vector of length one for each row of tokens, where `mask` says what is not padding."""
         x = (
             self.words(tokens)
             + self.positions(jnp.arange(tokens.shape[1]))

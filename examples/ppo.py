@@ -2,7 +2,7 @@
 
 The cart and pole of Barto, Sutton and Anderson (1983, https://doi.org/10.1109/TSMC.1983.6313077), with the
 numbers of gymnasium's CartPole-v1: one point for each step until the pole falls, 500 at most. An environment
-is a module with its state in Refs, and a random stream of its own to begin again with; many of them are one
+is a module with its state in Refs, and its own random stream to begin again with; many of them are one
 module with a leading axis, made and stepped by `nnx.vmap`. Those whose episode is over begin again, by
 `nnx.cond`.
 
@@ -105,7 +105,7 @@ class Steps(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """All numbers of a run. As an attribute of a module it is static: each has a program of its own."""
+    """All numbers of a run. As an attribute of a module it is static: each one has its own program."""
 
     environments: int = 32
     steps: int = 64

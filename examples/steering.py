@@ -1,6 +1,6 @@
 """Find where a small GPT keeps a habit, and turn the habit on by hand.
 
-The model of `char_gpt.py` is trained on text half of which is in capitals, so it goes on as the prompt
+The model of `char_gpt.py` is trained on text that is half in capitals, so it goes on as the prompt
 began. Where is that in the network? For pairs of prompts, one in small letters and the same in capitals,
 the output of one block at one position is put from the run in capitals into the other (`nnx.capture`,
 `nnx.patch`): what then comes out in capitals has passed through there. The mean difference of the outputs

@@ -37,7 +37,7 @@ def _floating(dtype: Dtype) -> Dtype:
 
 
 def result_dtype(dtype: Dtype, *arrays: Any) -> Dtype:
-    """`dtype`, or without it the floating dtype that the arrays promote to; None among them is none."""
+    """`dtype`, or without it the floating dtype that the arrays promote to; a None among them is left out."""
     if dtype is not None:
         return jnp.dtype(dtype)
     found = jnp.result_type(*(x for x in arrays if x is not None))

@@ -143,12 +143,12 @@ class Stack(Module):
     """Layers of one kind, one after the other, compiled in the time of one.
 
     The parameters of the layers are stacked along a leading axis, and the layers run in `nnx.scan`.
-    Each layer has initial values of its own, and takes what the one before returned.
+    Each layer has its own initial values, and takes what the one before returned.
 
     A list of layers and a Stack are two forms of one thing: `Stack.of(layers)` and `stack.unstack()`
     lead from one to the other, and weights of either form (`blocks.3.kernel`, or `blocks.kernel` with
     a leading axis) are read into either by `nnx.load_state` and `nnx.bridge`. `stack[i]` is layer `i`
-    with Refs of its own, which hold copies; after changing it, write it back with `stack[i] = layer`.
+    whose own Refs hold copies. After changing it, write it back with `stack[i] = layer`.
     `stack[i:j]` is a Stack of copies, and iteration gives the layers as `stack[i]` does.
 
     Args:
@@ -231,7 +231,7 @@ class Stack(Module):
         return stack
 
     def unstack(self) -> list[Any]:
-        """The layers as a list, each with Refs of its own: the inverse of `Stack.of`.
+        """The layers as a list, each with its own Refs: the inverse of `Stack.of`.
 
         >>> import nnx
         >>> layers = nnx.Stack.init(0)(lambda: nnx.Linear(4, 4), 3).unstack()

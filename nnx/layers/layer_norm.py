@@ -180,7 +180,7 @@ class GroupNorm(Norm):
       num_features: number of channels.
       num_groups: number of groups, or None and instead
       group_size: number of channels in a group.
-      reduction_axes: the axes that the statistics are over, of which that of the channels must be
+      reduction_axes: the axes that the statistics are over. The axis of the channels must be
         one; without it, all but the first.
       feature_axis: the axis of the channels: 1 for inputs with the channels first.
       epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init, axis_name,

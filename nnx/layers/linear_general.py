@@ -42,7 +42,7 @@ class LinearGeneral(Module):
       out_features: sizes of the new axes, which come last in the output.
       axis: the axes of the input that are summed over. Their order does not matter.
       batch_axis: a mapping from leading axes 0, 1, ... of the input to their sizes: each index along
-        them has weights of its own.
+        them has its own weights.
       use_bias: whether to add a bias; without it `bias` is None.
       dtype, param_dtype, precision, promote_dtype, preferred_element_type, kernel_metadata,
         bias_metadata: as for `Linear`.

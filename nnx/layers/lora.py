@@ -211,7 +211,7 @@ class LoRALinearGeneral(WithAdapter, LinearGeneral):
     """A `LinearGeneral` with a low-rank adapter beside it; see `LoRA` and `apply_lora`.
 
     The adapter takes the axes that are summed over as one, and gives the new axes as one. With
-    batch axes, each index along them has an adapter of its own.
+    batch axes, each index along them has its own adapter.
 
     Args:
       in_features, out_features: as for `LinearGeneral`.

@@ -30,7 +30,7 @@ def zeros_like(tree: T) -> T:
     """A pytree of zeros.
 
     Args:
-      tree: a pytree of arrays, numbers or `jax.ShapeDtypeStruct`, of which only shapes and dtypes matter.
+      tree: a pytree of arrays, numbers or `jax.ShapeDtypeStruct`, where only shapes and dtypes matter.
 
     Raises:
       MarkerError: a leaf is something else, or its dtype has no zero, as for a random key.

@@ -95,7 +95,7 @@ def map_value(
 
 
 def _map_tree(value: Any, said: Any, mesh: AnyMesh, rules: Rules, where: str) -> Any:
-    """As `map_value`, where each array in the value has a sharding of its own."""
+    """As `map_value`, where each array in the value has its own sharding."""
     treedef = jax.tree.structure(value)
     try:
         each = treedef.flatten_up_to(said)
@@ -126,7 +126,7 @@ def shardings(
 
     Args:
       tree: a module, a Ref, or a pytree that holds some; of arrays or of shapes (`nnx.eval_shape`).
-      specs: a dict from filter to PartitionSpec, of which the first that selects a Ref counts, or a
+      specs: a dict from filter to PartitionSpec, where the first filter that selects a Ref counts, or a
         function `(path, ref) -> PartitionSpec`, such as `nnx.fsdp("data")`, which may be a value
         of the dict, too; or a Partition by path, as this function returns it. They win over the
         metadata. A Ref that no filter selects, or for which the function returns None, has what

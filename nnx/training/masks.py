@@ -22,7 +22,7 @@ def mask(tree: Any, filter: Filter, wrt: Filter = "params") -> Partition:
     """Bools by path, true where a filter selects: a mask for `optax.masked` and its like.
 
     Args:
-      tree: a model; or a Partition, of which a filter sees the path and the array only.
+      tree: a model, or a Partition. In a Partition, a filter sees only the path and the array.
       filter: where the mask is true.
       wrt: the filter of the Optimizer: which Refs of a model the mask is for.
 
