@@ -126,13 +126,17 @@ def test_what_does_not_fit_is_listed_and_nothing_is_changed():
 def test_shapes_give_no_values():
     theirs = jax.eval_shape(lambda: nn.Dense(3).init(jax.random.key(0), jnp.ones((1, 2))))
     ours = nnx.Linear.init(0)(2, 3)
-    with pytest.raises(BridgeError, match="kernel gets a shape without values from kernel"):
+    with pytest.raises(
+        BridgeError, match="kernel (would get|gets) a shape without values from kernel"
+    ):
         from_flax(theirs, ours)
     # The other way, shapes say what is wanted.
     moved = to_flax(ours, theirs)
     assert (moved["params"]["kernel"] == ours.kernel).all()
     shapes = nnx.eval_shape(lambda: nnx.Linear.init(0)(2, 3))
-    with pytest.raises(BridgeError, match="kernel gets a shape without values from kernel"):
+    with pytest.raises(
+        BridgeError, match="kernel (would get|gets) a shape without values from kernel"
+    ):
         to_flax(shapes, moved)
     wide = nnx.Linear.init(0)(2, 4)
     with pytest.raises(BridgeError, match=r"float32\[2, 3\] in the flax model, .*\[2, 4\] in ours"):

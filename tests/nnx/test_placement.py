@@ -189,7 +189,7 @@ def test_a_sharding_of_another_rank_cannot_follow():
             self.w = ref(sharding=("data",))
 
     wrong = Wrong()
-    said = r"Ref 'w' has the shape \(4, 8\), but its sharding \('data',\) has 1 entry, so it cannot"
+    said = r"Ref 'w' has shape \(4, 8\), but its sharding \('data',\) has 1 entry, so it cannot"
     for f in (nnx.vmap, lambda f: lambda m: nnx.scan(lambda c, m: (c, f(m)), 0, m)):
         with fails(rf"nnx\.\w+\(.*\): {said}"):
             f(lambda m: read(m))(wrong)
@@ -269,7 +269,7 @@ def test_a_filter_by_path_that_selects_nothing_is_an_error(filter):
 @pytest.mark.parametrize("said", [(("data", "data"), None), P(("a", "b")), (("a", "data"), None)])
 def test_a_mesh_axis_twice_in_one_dimension(said):
     tree = {"w": nnx.Ref(jnp.ones((16, 8)), sharding=said)}
-    with fails("Ref 'w' would be divided twice along the mesh axis 'data', for .* and for "):
+    with fails("Ref 'w' would be divided twice along the mesh axis 'data': for .* and for "):
         nnx.shard(tree, axes={"a": "data", "b": "data"}, mesh=AUTO)
 
 
@@ -314,9 +314,7 @@ def test_a_named_sharding_and_a_tree_of_them():
         r"A Ref got the sharding \{'a': P\('data',\)\}, which is not one, nor a tree of them"
     ):
         nnx.shard(tree, lambda path, ref: {"a": P("data")}, mesh=AUTO)
-    with fails(
-        r"Ref 'w' has the shape \(3,\), and its dimension of size 3 cannot be divided into 2"
-    ):
+    with fails(r"Ref 'w' has shape \(3,\), and its dimension of size 3 cannot be divided into 2"):
         nnx.shard({"w": nnx.Ref(jnp.ones(3))}, {...: rows}, mesh=AUTO)
 
 

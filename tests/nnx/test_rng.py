@@ -125,7 +125,7 @@ def test_what_is_no_key_says_what_is(bad):
 
 
 def test_a_seed_that_is_an_array_is_told_how_to_become_a_key():
-    message = r"but got .*Tracer.*a seed makes a key with jax\.random\.key\(seed\)"
+    message = r"but got .*Tracer.*as a seed, write jax\.random\.key\(seed\)"
     with pytest.raises(TypeError, match=message):
         jax.vmap(lambda seed: nnx.Linear.init(seed)(2, 2))(jnp.arange(3))
     seeds = jnp.arange(3)

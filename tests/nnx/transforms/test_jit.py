@@ -550,7 +550,7 @@ def test_shardings_may_be_given_as_a_partition(net):
 
 def test_a_module_in_a_scope_is_no_argument(dense):
     with pytest.raises(
-        nnx.ArgumentError, match=r"what model\.apply\(\.\.\.\) gives.* nnx\.jit\(model"
+        nnx.ArgumentError, match=r"result of model\.apply\(\.\.\.\).* nnx\.jit\(model"
     ):
         nnx.jit(lambda m: m)(dense.apply(training=True))
     with nnx.scope(0):
