@@ -189,7 +189,7 @@ def test_a_sharding_of_another_rank_cannot_follow():
             self.w = ref(sharding=("data",))
 
     wrong = Wrong()
-    said = r"Ref 'w' has shape \(4, 8\), but its sharding \('data',\) has 1 entry, so it cannot"
+    said = r"Ref 'w' has the shape \(4, 8\), but its sharding \('data',\) has 1 entry, so it cannot"
     for f in (nnx.vmap, lambda f: lambda m: nnx.scan(lambda c, m: (c, f(m)), 0, m)):
         with fails(rf"nnx\.\w+\(.*\): {said}"):
             f(lambda m: read(m))(wrong)
