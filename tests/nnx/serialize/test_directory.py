@@ -286,18 +286,19 @@ def test_layers_one_by_one_into_a_stack(tmp_path):
     assert all(x.sharding.spec == P(None, "data") for x in params.values())
 
 
+@nnx.jit
+def step(model, optimizer, x):
+    loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - 1.0) ** 2))(model)
+    optimizer.update(model, grads)
+    return loss
+
+
 def test_a_training_run_goes_on_with_the_same_losses(tmp_path):
     def make_run():
         with nnx.scope(0):
             model = nnx.Sequential(nnx.Linear(8, 16), nnx.Dropout(0.5), nnx.Linear(16, 8))
         model.train()
         return model, nnx.Optimizer(model, optax.adamw(1e-2)), nnx.RngStream(jax.random.key(1))
-
-    @nnx.jit
-    def step(model, optimizer, x):
-        loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - 1.0) ** 2))(model)
-        optimizer.update(model, grads)
-        return loss
 
     def train(run, steps):
         model, optimizer, stream = run
@@ -322,12 +323,6 @@ def test_a_run_on_eight_devices_goes_on_on_meshes_of_other_shapes(tmp_path, tx):
     def make_run():
         model = nnx.MLP.init(0)(8, [16], 8)
         return model, nnx.Optimizer(model, tx)
-
-    @nnx.jit
-    def step(model, optimizer, x):
-        loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - 1.0) ** 2))(model)
-        optimizer.update(model, grads)
-        return loss
 
     def rule(path, ref):
         where = dict(zip(("data", "model"), mesh.axis_sizes, strict=False))
