@@ -21,9 +21,7 @@ from nnx.transforms.guards import FarStructure, Guards, holds, order_of_bases, r
 from nnx.transforms.looking import ABSENT, DEFAULTS, Edge, Graph, attribute_dicts, insides
 from nnx.transforms.objects import (
     ARRAYS,
-    SCALARS,
     SMALL,
-    VALUES,
     containers,
     content,
     data_in,
@@ -33,6 +31,7 @@ from nnx.transforms.objects import (
     is_module,
     is_plain,
     is_user_object,
+    is_value,
 )
 from refx import ClosureError, Node, RefError
 from refx.describe import describe
@@ -285,7 +284,7 @@ class Closure:
     def _constant(self, edge: Edge) -> Any:
         """What the value of a step that leads to no module counts as."""
         value = edge.value
-        if value is ABSENT or type(value) in SCALARS or issubclass(type(value), (*VALUES, type)):
+        if value is ABSENT or is_value(value) or issubclass(type(value), type):
             return Static(value)
         held = data_in(value)
         parts = [x for c in held or () for x in content(c) if isinstance(x, ARRAYS)]

@@ -100,12 +100,17 @@ def is_plain_container(x: Any, far: bool) -> bool:
     return is_container(x) and (far or len(x) > SMALL) and all_plain(x)
 
 
+def is_value(x: Any) -> bool:
+    """Whether `x` counts by its type and its value: a number, a text, an enum, also of a user's class."""
+    return type(x) in SCALARS or issubclass(type(x), VALUES)
+
+
 def is_data(x: Any) -> bool:
     """Whether `x` is a number, a text, an array or a container of them: what a program computes with."""
     kind = type(x)
     return (
-        kind in SCALARS
-        or issubclass(kind, (*ARRAYS, *VALUES))
+        is_value(x)
+        or issubclass(kind, ARRAYS)
         or ((kind is type(len) or issubclass(kind, type)) and is_plain(x))
         or (is_container(x) and all_plain(x))
     )
