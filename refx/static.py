@@ -48,15 +48,15 @@ class Static:
     """A value that is part of the structure. Equal means equal in type and in content.
 
     `contents` are the dicts and lists that the content was read from and that may change in place, and a
-    Changing for what else may.
+    Changing for what else may. With the depth NESTED, a list or a dict is a value as well.
     """
 
     __slots__ = ("_copy", "_key", "contents", "value")
 
-    def __init__(self, value: Any):
+    def __init__(self, value: Any, depth: int | None = None):
         self.value = value
         contents: list[Any] = []
-        self._key = exact(value, contents)
+        self._key = exact(value, contents, _DEPTH if depth is None else depth)
         self.contents = contents
         self._copy: Any = None
 
@@ -126,10 +126,10 @@ def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
         return kind, value.dtype.str, value.tobytes()
     if kind is slice:
         return kind, exact((value.start, value.stop, value.step), contents, depth)
-    if depth < _DEPTH and isinstance(value, list | dict | set | np.ndarray | jax.Array):
+    if depth < _DEPTH and isinstance(value, _CONTAINERS):
         return _inside(value, contents, depth)
     by_identity = kind.__eq__ is object.__eq__
-    hashable = kind.__hash__ is not None
+    hashable = _has_hash(value)
     if hashable and _is_trusted(kind.__module__):
         return (kind, Same(value)) if by_identity else (kind, value)
     if isinstance(value, _CHANGING) and not isinstance(value, _CONTAINERS):
@@ -204,6 +204,15 @@ def _slots(cls: type) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
+def _has_hash(value: Any) -> bool:
+    """Whether `value` has a hash. A class may have one, and fail for an instance that holds a list."""
+    try:
+        hash(value)
+    except Exception:  # whatever a user's __hash__ raises
+        return False
+    return True
+
+
 @functools.lru_cache(maxsize=1024)
 def _is_trusted(module: Any) -> bool:
     if not isinstance(module, str):
@@ -223,17 +232,19 @@ def _inside(value: Any, contents: list[Any], depth: int) -> Any:
         return kind, value.dtype.str, value.shape, value.tobytes()
     if isinstance(value, jax.Array) or depth == 0:
         return kind, Same(value)
-    if isinstance(value, set):
-        key = kind, frozenset([exact(x, contents, depth - 1) for x in value])
-        contents.append(Changing(value, key, depth))
-        return key
-    contents.append(value)
     if isinstance(value, dict):
+        contents.append(value)
         items = [
             (exact(k, contents, depth - 1), exact(x, contents, depth - 1)) for k, x in value.items()
         ]
         return kind, tuple(items)
-    return kind, tuple([exact(x, contents, depth - 1) for x in value])
+    items = [exact(x, contents, depth - 1) for x in value]
+    if isinstance(value, list):
+        contents.append(value)
+        return kind, tuple(items)
+    key = kind, frozenset(items) if isinstance(value, set) else tuple(items)
+    contents.append(Changing(value, key, depth))
+    return key
 
 
 def _state(value: Any, contents: list[Any]) -> list[tuple[str, Any]] | None:

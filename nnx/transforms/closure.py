@@ -285,7 +285,7 @@ class Closure:
         """What the value of a step that leads to no module counts as."""
         value = edge.value
         if value is ABSENT or is_value(value) or issubclass(type(value), type):
-            return Static(value)
+            return Static(value, NESTED)
         held = data_in(value)
         parts = [x for c in held or () for x in content(c) if isinstance(x, ARRAYS)]
         if held is not None and not parts:

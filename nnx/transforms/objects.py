@@ -40,7 +40,7 @@ PLAIN = frozenset(
     | {type(NotImplemented), types.CodeType, types.GetSetDescriptorType, type(len)}
     | {types.MemberDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType}
 )
-CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
+CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque, bytearray)
 # These have special steps; every other object of `HOLDERS` leads to what it refers to.
 TAKEN_APART = frozenset(
     {types.FunctionType, types.MethodType, types.SimpleNamespace, functools.partial, staticmethod}
@@ -118,9 +118,7 @@ def is_data(x: Any) -> bool:
 
 # Classes of what counts by its type and its value, whichever class of a user's it is of.
 VALUES = (enum.Enum, int, float, complex, str, bytes)
-SCALARS = frozenset(
-    {int, float, complex, bool, str, bytes, bytearray, type(None), type(...), range, slice}
-)
+SCALARS = frozenset({int, float, complex, bool, str, bytes, type(None), type(...), range, slice})
 
 
 def data_in(x: Any, depth: int = 3) -> list[Any] | None:

@@ -3,8 +3,10 @@
 import collections
 import enum
 import functools
+import inspect
 import math
 import types
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -636,6 +638,15 @@ VALUES = {
     "dict of arrays": ({"a": jnp.ones(())}, {"a": jnp.zeros(())}, "w * V['a']"),
     "long list": (list(range(2000)), list(range(1, 2001)), "w * V[0]"),
     "set": ({1}, {2}, "w * (1 in V)"),
+    "deque": (collections.deque([1]), collections.deque([2]), "w * V[0]"),
+    "bytearray": (bytearray([1]), bytearray([2]), "w * V[0]"),
+    "writable memory": (memoryview(bytearray([1])), memoryview(bytearray([2])), "w * V[0]"),
+    "slice of a list": (slice([1]), slice([2]), "w * V.stop[0]"),
+    "signature with a list": (inspect.signature(lambda x=[1]: x), inspect.signature(lambda x=[2]: x),
+                              "w * V.parameters['x'].default[0]"),
+    "named tuple with a list": (inspect.FullArgSpec([], None, None, ([1],), [], None, {}),
+                                inspect.FullArgSpec([], None, None, ([2],), [], None, {}), "w * V.defaults[0][0]"),
+    "annotation with a list": (typing.Annotated[int, [1]], typing.Annotated[int, [2]], "w * V.__metadata__[0][0]"),
     "Partition": (nnx.Partition({"a": jnp.ones(())}), nnx.Partition({"a": jnp.zeros(())}), "w * V['a']"),
     "optimizer": (optax.sgd(0.5), optax.sgd(0.25), "V.update(w, V.init(w))[0]"),
 }  # fmt: skip
@@ -669,6 +680,15 @@ def test_a_variable(what, way):
         assert_same(nnx.cond(w > 0, f, f, w), f(w))
         assert before.dtype != jitted(w).dtype or before != jitted(w)
         put(first)
+
+
+@pytest.mark.parametrize("make", [list, collections.deque, bytearray])
+def test_a_sequence_in_a_variable_that_changes_in_place(make):
+    numbers = make([1, 2])
+    f = nnx.jit(lambda w: w * numbers[0])
+    assert f(1.0) == 1
+    numbers[0] = 7
+    assert f(1.0) == 7
 
 
 def assert_same(a, b):
