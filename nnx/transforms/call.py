@@ -12,11 +12,11 @@ from nnx._ambient import ambient
 from nnx.scope import COMPILED
 from nnx.transforms.arguments import take_roots
 from nnx.transforms.closure import Closure
-from nnx.transforms.layout import Label, Layout, Plan, Plans, constants_of
+from nnx.transforms.layout import Label, Layout, Plan, Plans, Signature, constants_of
 from refx import Ref
 from refx.access import is_label
 from refx.build import objects_of
-from refx.dagdef import DagDef, alone_in_tuple
+from refx.dagdef import alone_in_tuple
 from refx.frame import StandIn, local
 from refx.node import is_array
 from refx.snapshot import Snapshot, snapshot
@@ -173,17 +173,19 @@ def open_call(
     key = (form, shape, constants, scope is None, statics, rules)
     plan = plans.by_call.get(key) if plans is not None else None
     if plan is None:
-        parts = (form, len(closed), constants, scope is not None, statics, rules)
+        parts = form, len(closed), constants, scope is not None, statics, rules
         plan = _plan(parts, roots, snapshots, plans, alias)
         if plans is not None:
             plans.keep(key, plan, again=not single)
-    at_once = snapshots[0].writable() if single else all([s.writable() for s in snapshots])
     if single and alias is None:
-        kept = snapshots[0]
-        refs, leaves = kept.refs, kept.leaves()
+        (snap,) = snapshots
+        refs, leaves, has_labels = snap.refs, snap.leaves(), snap.has_labels
+        at_once = snap.writable()
         # What may be written here may be read here.
-        values = [r._value for r in refs] if at_once else kept.values(roots[0])
+        values = [r._value for r in refs] if at_once else snap.values(roots[0])
     else:
+        at_once = all([s.writable() for s in snapshots])
+        has_labels = any([s.has_labels for s in snapshots])
         refs = _chosen([r for s in snapshots for r in s.refs], plan.refs)
         if alias is not None:
             refs = [alias.get(id(r), r) for r in refs]
@@ -191,7 +193,7 @@ def open_call(
         values = _chosen([v for s, root in pairs for v in s.values(root)], plan.refs)
         leaves = _chosen([x for s in snapshots for x in s.leaves()], plan.leaves)
     layout = plan.layout
-    if any([s.has_labels for s in snapshots]) or not (not leaves or all(map(is_array, leaves))):
+    if has_labels or (leaves and not all(map(is_array, leaves))):
         layout, values, leaves = _labelled(layout, plans, refs, values, leaves)
     call = Call(layout, roots, snapshots, refs, Values(values, leaves, others))
     call.at_once = at_once
@@ -218,11 +220,7 @@ def _labelled(
             leaves[i] = None
     if not found:
         return layout, values, leaves
-    parts = (layout.form, layout.closed, layout.constants, layout.has_scope, layout.statics)
-    parts = (*parts, layout.rules, tuple(found))
-    if plans is None:
-        return Layout(layout.dagdef, *parts), values, leaves
-    return plans.layout(layout.dagdef, parts), values, leaves
+    return _layout(layout.signature._replace(labels=tuple(found)), plans), values, leaves
 
 
 def unlabelled(layout: Layout, values: Values) -> Values:
@@ -250,7 +248,7 @@ def _plan(
     apart = None
     if len(roots) == 1 and alias is None:
         dagdef = alone_in_tuple(snapshots[0].dagdef)
-        return Plan(_layout(dagdef, parts, plans), None, None)
+        return Plan(_layout(Signature(dagdef, *parts), plans), None, None)
     if len(roots) > 1 and plans is not None and alias is None and _share_nothing(snapshots):
         # Then what each looks like says what they look like together, whichever they are.
         apart = (*parts, tuple([s.dagdef for s in snapshots]))
@@ -265,7 +263,7 @@ def _plan(
         for x, (h, k) in zip(joint.leaves, joint.places, strict=True)
     ]
     plan = Plan(
-        _layout(joint.dagdef, parts, plans),
+        _layout(Signature(joint.dagdef, *parts), plans),
         _positions(refs, [id(r) for r in joint.refs]),
         _positions(places, joint_places),
     )
@@ -274,8 +272,8 @@ def _plan(
     return plan
 
 
-def _layout(dagdef: DagDef, parts: tuple[Any, ...], plans: Plans | None) -> Layout:
-    return Layout(dagdef, *parts) if plans is None else plans.layout(dagdef, parts)
+def _layout(signature: Signature, plans: Plans | None) -> Layout:
+    return Layout(signature) if plans is None else plans.layout(signature)
 
 
 def _share_nothing(snapshots: list[Snapshot]) -> bool:

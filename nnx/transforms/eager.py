@@ -64,6 +64,23 @@ class _Weak:
         return self._ref() is None
 
 
+class _Building:
+    """Functions that are being made again for other arguments, `dynamic`.
+
+    `built` has what was made, by number, and `bound` the variables and containers that arguments
+    were put into, with a name and their value.
+    """
+
+    def __init__(self, dynamic: list[Any]):
+        self.dynamic = dynamic
+        self.built: dict[int, Any] = {}
+        self.bound: list[tuple[str, Any, Any]] = []
+
+
+# Makes a part again; None where it stays as it is.
+_Make = Callable[[_Building], Any] | None
+
+
 class _Parts:
     """Functions taken apart: `key` says what they are, `dynamic` are the arguments in them.
 
@@ -78,76 +95,115 @@ class _Parts:
         self.weak: list[_Weak] = []
         self.functions: list[types.FunctionType] = []
         self._numbers: dict[int, int] = {}
-        self._builders: dict[int, Any] = {}
-        self.fns = fns
-        # What the parts were built into, with the name and the value of each variable.
+        # What is not made again, of the parts that were seen.
+        self._constant: set[int] = set()
         self._bound: list[tuple[str, Any, Any]] = []
-        self.key = tuple([self._take(fn, counts=True) for fn in fns])
+        self.fns = fns
+        self.key, self._makers = self._take_all(fns)
 
-    def _take(self, x: Any, *, counts: bool, read: bool = False) -> Any:
-        """The key of `x`.
+    def _take_all(self, parts: Any, **how: bool) -> tuple[tuple[Any, ...], list[_Make]]:
+        taken = [self._take(part, **how) for part in parts]
+        return tuple([key for key, _ in taken]), [make for _, make in taken]
+
+    def _take(self, x: Any, *, counts: bool = True, read: bool = False) -> tuple[Any, _Make]:
+        """The key of `x`, and what makes it again.
 
         With `counts` a plain container counts by what it holds; and with `read` by nothing else, as
         nobody puts anything into it.
         """
-        kind = type(x)
-        if kind in SCALARS:
-            return Static(x)
+        if type(x) in SCALARS:
+            return Static(x), None
         if is_identity(x) or isinstance(x, jax.Array | np.ndarray):
+            n = len(self.dynamic)
             self.dynamic.append(x)
-            return "dynamic"
-        if id(x) in self._numbers:
-            return "again", self._numbers[id(x)]
-        self._numbers[id(x)] = len(self._numbers)
+            return "dynamic", lambda building: building.dynamic[n]
+        number = self._numbers.get(id(x))
+        if number is not None:
+            make = None if number in self._constant else lambda b: b.built.get(number, x)
+            return ("again", number), make
+        number = self._numbers[id(x)] = len(self._numbers)
+        key, make = self._take_new(x, number, counts, read)
+        if make is None:
+            self._constant.add(number)
+            return key, None
+
+        def noted(building: _Building) -> Any:
+            building.built[number] = new = make(building)
+            return new
+
+        return key, noted
+
+    def _take_new(self, x: Any, number: int, counts: bool, read: bool) -> tuple[Any, _Make]:
+        kind = type(x)
         if kind is types.FunctionType:
-            return self._take_function(x)
+            return self._take_function(x, number)
         if kind is types.MethodType:
-            return (
-                "method",
-                self._take(x.__func__, counts=True),
-                self._take(x.__self__, counts=True),
-            )
-        if kind is functools.partial:
-            parts = (x.func, x.args, x.keywords)
-            return ("partial", *[self._take(part, counts=True, read=True) for part in parts])
-        if kind in (list, tuple, dict) and _holds_dynamic(x):
-            leaves, treedef = jax.tree.flatten(x, is_leaf=lambda y: is_identity(y) or _is_opaque(y))
-            return ("tree", treedef, *[self._take(leaf, counts=True) for leaf in leaves])
-        if kind is tuple or kind is frozenset:
-            return (kind, *[self._take(part, counts=counts) for part in x])
-        if isinstance(x, list | dict | set) and _is_settings(x):
+            parts, combine, how = (x.__func__, x.__self__), types.MethodType, {}
+        elif kind is functools.partial:
+            parts, how = (x.func, x.args, x.keywords), {"read": True}
+            combine = lambda fn, args, kwargs: functools.partial(fn, *args, **kwargs)  # noqa: E731
+        elif kind in (list, tuple, dict) and _holds_dynamic(x):
+            leaves, treedef = jax.tree.flatten(x, is_leaf=_is_part)
+            keys, makers = self._take_all(leaves)
+
+            def tree(building: _Building) -> Any:
+                parts = _made(leaves, makers, building)
+                new = jax.tree.unflatten(treedef, parts)
+                building.bound.append((f"a {kind.__name__} that it closes over", new, parts))
+                return new
+
+            return ("tree", treedef, *keys), tree
+        elif kind is tuple or kind is frozenset:
+            parts, combine, how = tuple(x), lambda *items: kind(items), {"counts": counts}
+        elif isinstance(x, list | dict | set) and _is_settings(x):
             held = exact(x, [], NESTED)
             if read:
-                return held
+                return held, None
             # It stays the same object, since the body may note something in it.
-            return (Same(x), held) if counts else Same(x)
-        return self._take_object(x)
+            return (Same(x), held) if counts else Same(x), None
+        else:
+            if not isinstance(x, types.BuiltinFunctionType) and not is_plain(x):
+                self.opaque.append(x)
+            return self._weakly(x), None
+        keys, makers = self._take_all(parts, **how)
+        make = None if not any(makers) else lambda b: combine(*_made(parts, makers, b))
+        return (kind.__name__, *keys), make
 
-    def _take_function(self, fn: types.FunctionType) -> Any:
+    def _take_function(self, fn: types.FunctionType, number: int) -> tuple[Any, _Make]:
         names = names_of(fn.__code__)
         self.functions.append(fn)
-        cells = []
+        keys: list[Any] = []
+        cells: list[tuple[str, Any, _Make]] = []
         for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
-            content = getattr(cell, "cell_contents", _EMPTY)
-            if content is _EMPTY:
-                cells.append("empty")
-            elif type(content) in SCALARS and name in names.stored:
+            content, make = getattr(cell, "cell_contents", _EMPTY), None
+            if content is _EMPTY or (type(content) in SCALARS and name in names.stored):
                 # A variable that the body sets itself is not what it depends on.
-                cells.append("set")
+                keys.append("empty" if content is _EMPTY else "set")
             else:
                 counts, read = name not in names.sinks, name in names.read
-                cells.append(self._take(content, counts=counts, read=read))
-        defaults = (
-            self._take(fn.__defaults__, counts=True),
-            self._take(fn.__kwdefaults__, counts=True),
-        )
-        # The globals are those of the code, or looking finds other ones at their address.
-        return "function", self._weakly(fn.__code__), id(fn.__globals__), tuple(cells), defaults
+                key, make = self._take(content, counts=counts, read=read)
+                keys.append(key)
+            cells.append((name, cell, make))
+        defaults = fn.__defaults__, fn.__kwdefaults__
+        default_keys, makers = self._take_all(defaults)
 
-    def _take_object(self, x: Any) -> Any:
-        if not isinstance(x, types.BuiltinFunctionType) and not is_plain(x):
-            self.opaque.append(x)
-        return self._weakly(x)
+        def again(building: _Building) -> Any:
+            # Variables without arguments stay the user's own, so that what the body notes is seen.
+            inner = tuple([types.CellType() if make else cell for _, cell, make in cells])
+            new = building.built[number] = _function(fn, inner)
+            for own, (name, _, make) in zip(inner, cells, strict=True):
+                if make is not None:
+                    own.cell_contents = make(building)
+                    building.bound.append((f"the variable {name!r}", own, own.cell_contents))
+            new.__qualname__ = fn.__qualname__
+            new.__dict__.update(fn.__dict__)
+            new.__defaults__, new.__kwdefaults__ = _made(defaults, makers, building)
+            return new
+
+        constant = not any(makers) and not any([make for *_, make in cells])
+        # The globals are those of the code, or looking finds other ones at their address.
+        key = "function", self._weakly(fn.__code__), id(fn.__globals__), tuple(keys), default_keys
+        return key, None if constant else again
 
     def _weakly(self, x: Any) -> Any:
         try:
@@ -159,76 +215,9 @@ class _Parts:
 
     def build(self, dynamic: list[Any]) -> tuple[Callable[..., Any], ...]:
         """The functions around other arrays and modules."""
-        todo = iter(dynamic)
-        built: dict[int, Any] = {}
-        self._bound = []
-        return tuple([self._build(fn, todo, built) for fn in self.fns])
-
-    def _build(self, x: Any, todo: Any, built: dict[int, Any]) -> Any:
-        # In the order of `_take`.
-        kind = type(x)
-        if kind in SCALARS:
-            return x
-        if is_identity(x) or isinstance(x, jax.Array | np.ndarray):
-            return next(todo)
-        if id(x) in built:
-            return built[id(x)]
-        if kind is types.FunctionType:
-            return self._build_function(x, todo, built)
-        if kind is types.MethodType:
-            built[id(x)] = x
-            func = self._build(x.__func__, todo, built)
-            new: Any = types.MethodType(func, self._build(x.__self__, todo, built))
-        elif kind is functools.partial:
-            built[id(x)] = x
-            func, args, keywords = [
-                self._build(part, todo, built) for part in (x.func, x.args, x.keywords)
-            ]
-            new = functools.partial(func, *args, **keywords)
-        elif kind in (list, tuple, dict) and _holds_dynamic(x):
-            built[id(x)] = x
-            leaves, treedef = jax.tree.flatten(x, is_leaf=lambda y: is_identity(y) or _is_opaque(y))
-            parts = [self._build(leaf, todo, built) for leaf in leaves]
-            new = jax.tree.unflatten(treedef, parts)
-            self._bound.append((f"a {kind.__name__} that it closes over", new, parts))
-        elif kind is tuple:
-            built[id(x)] = x
-            new = tuple([self._build(part, todo, built) for part in x])
-        else:
-            new = x
-        built[id(x)] = new
-        return new
-
-    def _build_function(self, fn: Any, todo: Any, built: dict[int, Any]) -> Any:
-        cells = tuple(fn.__closure__ or ())
-        inner = [types.CellType() for _ in cells]
-        new = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, None, tuple(inner))
-        new.__qualname__ = fn.__qualname__
-        new.__dict__.update(fn.__dict__)
-        built[id(fn)] = new
-        kept = []
-        names = names_of(fn.__code__)
-        for name, cell, own in zip(fn.__code__.co_freevars, cells, inner, strict=True):
-            content = getattr(cell, "cell_contents", _EMPTY)
-            if content is _EMPTY or (type(content) in SCALARS and name in names.stored):
-                kept.append(cell)
-                continue
-            value = self._build(content, todo, built)
-            if value is content:
-                kept.append(cell)
-            else:
-                own.cell_contents = value
-                self._bound.append((f"the variable {name!r}", own, value))
-                kept.append(own)
-        if any(a is not b for a, b in zip(kept, inner, strict=True)):
-            # Variables without arguments stay the user's own, so that what the body notes is seen.
-            filled = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, None, tuple(kept))
-            filled.__qualname__ = fn.__qualname__
-            filled.__dict__.update(fn.__dict__)
-            new = built[id(fn)] = filled
-        new.__defaults__ = self._build(fn.__defaults__, todo, built)
-        new.__kwdefaults__ = self._build(fn.__kwdefaults__, todo, built)
-        return new
+        building = _Building(dynamic)
+        self._bound = building.bound
+        return tuple(_made(self.fns, self._makers, building))
 
     def check(self, name: str) -> None:
         """Raise if the body set a variable, or changed a container, that holds arguments."""
@@ -236,7 +225,7 @@ class _Parts:
             if isinstance(holder, types.CellType):
                 same = getattr(holder, "cell_contents", _EMPTY) is was
             else:
-                now = jax.tree.leaves(holder, is_leaf=lambda y: is_identity(y) or _is_opaque(y))
+                now = jax.tree.leaves(holder, is_leaf=_is_part)
                 same = len(now) == len(was) and all(a is b for a, b in zip(now, was, strict=True))
             if not same:
                 raise OutsideError(
@@ -248,13 +237,7 @@ class _Parts:
     def starts(self) -> list[tuple[Any, Any, bool]]:
         """Where looking begins: the code of the functions, and the objects that are not taken apart."""
         bare = [
-            types.FunctionType(
-                fn.__code__,
-                fn.__globals__,
-                fn.__name__,
-                None,
-                tuple(types.CellType(None) for _ in fn.__code__.co_freevars),
-            )
+            _function(fn, tuple([types.CellType(None) for _ in fn.__code__.co_freevars]))
             for fn in self.functions
         ]
         return [(i, x, False) for i, x in enumerate([*bare, *self.opaque])]
@@ -263,20 +246,30 @@ class _Parts:
 _EMPTY: Any = object()
 
 
+def _made(parts: Any, makers: list[_Make], building: _Building) -> list[Any]:
+    """The parts, made again where something makes them."""
+    return [x if make is None else make(building) for x, make in zip(parts, makers, strict=True)]
+
+
+def _function(fn: types.FunctionType, cells: tuple[Any, ...]) -> types.FunctionType:
+    return types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, None, cells)
+
+
 def _is_opaque(x: Any) -> bool:
     return isinstance(x, types.MethodType | functools.partial) or opened.hides(x)
 
 
+def _is_part(x: Any) -> bool:
+    return is_identity(x) or _is_opaque(x)
+
+
 def _holds_dynamic(x: Any) -> bool:
     try:
-        leaves = jax.tree.leaves(x, is_leaf=lambda y: is_identity(y) or _is_opaque(y))
+        leaves = jax.tree.leaves(x, is_leaf=_is_part)
     except (TypeError, ValueError):
         return False  # a dict whose keys have no order is not a pytree
     return any(
-        is_identity(y)
-        or _is_opaque(y)
-        or isinstance(y, jax.Array | np.ndarray | types.FunctionType)
-        for y in leaves
+        _is_part(y) or isinstance(y, jax.Array | np.ndarray | types.FunctionType) for y in leaves
     )
 
 

@@ -62,12 +62,96 @@ class JittedMethod(Protocol[P, Q, R_co]):
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation: ...
 
 
-class Jit(Generic[P, R]):
-    """What `nnx.jit` returns: called like the function, compiled once for each structure.
+class Compiled:
+    """A function that is compiled once for each structure of a call, with what it closes over.
 
     A layout is traced once before it is compiled, since only then is known what the function closes
     over and which Refs it writes. JAX keeps the trace, so that costs nothing.
     """
+
+    _name: str
+    _closure: Closure
+    _plans: Plans
+
+    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Take the arguments of a call apart."""
+        raise NotImplementedError
+
+    def _trace(self, call: Call) -> Any:
+        """Trace for a layout, and set `layout.traced` where the call met nothing new."""
+        raise NotImplementedError
+
+    def _execute(self, call: Call) -> Packed:
+        """Run the program of a call."""
+        raise NotImplementedError
+
+    def _with_probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call where a probe watches."""
+        raise NotImplementedError
+
+    _close = staticmethod(close_call)
+
+    def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any]:
+        """An opened call whose layout is traced, with all that it closes over; and its trace, if new."""
+        outer = ambient.call
+        while True:
+            call = self._open(args, kwargs)
+            if not call.layout.traced and self._closure.meet(call.layout):
+                call = self._open(args, kwargs)
+            traced = None
+            ambient.call = call
+            try:
+                if not call.layout.traced:
+                    traced = self._trace(call)
+            except Exception:
+                if not call.found:
+                    raise
+            finally:
+                ambient.call = outer
+            if not call.found:
+                return call, traced
+            if _starts_again(call):
+                self._plans.drop(call.layout)
+                return call, None
+            self._closure.add(call, self._name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if ambient.probe is not None:
+            return self._with_probe(args, kwargs)
+        outer = ambient.call
+        try:
+            while True:
+                call = self._open(args, kwargs)
+                # As `jax.disable_jit()` asks for, the body may run without a program and see numbers.
+                if not call.layout.traced and not without_jit():
+                    call = self._prepared(args, kwargs)[0]
+                packed: Any = None
+                # The function may be traced for new shapes, and then needs to know its call.
+                ambient.call = call
+                try:
+                    packed = self._execute(call)
+                except Exception as error:
+                    # It may come of a root that was missing.
+                    if not call.found or _starts_again(call):
+                        explain_donation(error, self._name, call)
+                        explain_deleted(error, self._name, call)
+                        raise
+                finally:
+                    ambient.call = outer
+                if call.found:
+                    # Shapes that were not traced before may take another way through the function.
+                    self._plans.drop(call.layout)
+                    if not _starts_again(call):
+                        self._closure.add(call, self._name)
+                        continue
+                    call.found.clear()
+                return self._close(call, packed)
+        except Exception as error:
+            raise shortened(error)  # noqa: B904 — it is the same one
+
+
+class Jit(Compiled, Generic[P, R]):
+    """What `nnx.jit` returns: called like the function, compiled once for each structure."""
 
     def __init__(
         self,
@@ -98,8 +182,6 @@ class Jit(Generic[P, R]):
         self._donate = donate
         self._options = options
         self._shardings = Shardings(self._name, *shardings, bound=bound)
-        # Nothing but the arguments as they are: the common case has a shorter way.
-        self._direct = not (self._static.active or self._shardings.active)
         # Whether values may be on several devices, where what is written goes back to its place; None
         # until it is called, since to ask starts the devices.
         self._spread: bool | None = None
@@ -174,6 +256,9 @@ class Jit(Generic[P, R]):
             note(self, layout, call)
         return packed
 
+    def _with_probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return ambient.probe.jit(self, args, kwargs)
+
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         statics = None
         if self._static.active:
@@ -221,91 +306,18 @@ class Jit(Generic[P, R]):
     def _inputs(self, call: Call) -> tuple[list[Any], Values]:
         return call.layout.divided(call.values) if call.layout.donated else ([], call.values)
 
-    def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any]:
-        """An opened call whose layout is traced, with all that it closes over; and its trace, if new."""
-        outer = ambient.call
-        while True:
-            call = self._open(args, kwargs)
-            if not call.layout.traced and self._closure.meet(call.layout):
-                call = self._open(args, kwargs)
-            traced = None
-            ambient.call = call
-            try:
-                if not call.layout.traced:
-                    traced = self._trace(call)
-            except Exception:
-                if not call.found:
-                    raise
-            finally:
-                ambient.call = outer
-            if not call.found:
-                return call, traced
-            if _starts_again(call):
-                self._plans.drop(call.layout)
-                return call, None
-            self._closure.add(call, self._name)
+    def _execute(self, call: Call) -> Packed:
+        layout = call.layout
+        if call.loose:
+            settle(call)
+        program = self._programs.get(layout, self._compiled) if self._programs else self._compiled
+        if layout.donated:
+            return program(layout, *layout.divided(call.values))
+        return program(layout, [], call.values)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if ambient.probe is not None:
-            return ambient.probe.jit(self, args, kwargs)
-        outer = ambient.call
-        try:
-            while True:
-                if self._direct and self._spread is False:
-                    call = open_call(args, kwargs, self._closure, self._plans)
-                else:
-                    call = self._open(args, kwargs)
-                if not call.layout.traced:
-                    if without_jit():
-                        return self._uncompiled(args, kwargs)
-                    call = self._prepared(args, kwargs)[0]
-                layout = call.layout
-                # The function may be traced for new shapes, and then needs to know its call.
-                ambient.call = call
-                if call.loose:
-                    settle(call)
-                try:
-                    program = self._compiled
-                    if self._programs:
-                        program = self._programs.get(layout, program)
-                    if layout.donated:
-                        packed = program(layout, *layout.divided(call.values))
-                    else:
-                        packed = program(layout, [], call.values)
-                except (RuntimeError, ValueError) as error:
-                    explain_donation(error, self._name, call)
-                    explain_deleted(error, self._name, call)
-                    raise
-                finally:
-                    ambient.call = outer
-                if call.found:
-                    # Shapes that were not traced before may take another way through the function.
-                    self._plans.drop(layout)
-                    if not _starts_again(call):
-                        self._closure.add(call, self._name)
-                        continue
-                    call.found.clear()
-                return close_call(call, packed)
-        except Exception as error:
-            raise shortened(error)  # noqa: B904 — it is the same one
+    if TYPE_CHECKING:
 
-    def _uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The call without a program, as `jax.disable_jit()` asks for: the body sees numbers."""
-        outer = ambient.call
-        while True:
-            call = self._open(args, kwargs)
-            ambient.call = call
-            try:
-                packed = self._run(call.layout, [], call.values)
-            except Exception:
-                if not call.found:
-                    raise
-            else:
-                if not call.found:
-                    return close_call(call, packed)
-            finally:
-                ambient.call = outer
-            self._closure.add(call, self._name)
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced:
         """Trace for these arguments, as `jax.jit(f).trace`: has `.jaxpr` and `.lower()`."""

@@ -21,54 +21,48 @@ __all__: list[str] = []
 _MOST = 512
 
 
-class Layout:
-    """What a call looks like without its values: the static argument of the compiled function.
+class Signature(NamedTuple):
+    """What a call looks like without its values: all that a program depends on but shapes and dtypes."""
 
-    Layouts are made once for each form and DagDef of a function and compared by identity.
+    dagdef: DagDef
+    form: Form
+    # How many roots are closed over.
+    closed: int
+    # Array attributes of closed-over modules are read where they are, so they are constants.
+    constants: tuple[Any, ...]
+    has_scope: bool
+    statics: Any
+    # What logical axis names stand for where the call is made.
+    rules: Any
+    # Values that are not arrays, by the number of the Ref (or, below zero, of the plain leaf) that
+    # holds it: constants of the program, as a Label each.
+    labels: tuple[tuple[int, Label], ...] = ()
+
+
+class Layout:
+    """One signature of the calls of a function, and what was learned of it: the static argument.
+
+    Layouts are made once for each signature of a function and compared by identity.
     """
 
     __slots__ = (
-        "closed",
-        "constants",
-        "dagdef",
+        *Signature._fields,
         "donated",
         "elsewhere",
-        "form",
-        "has_scope",
         "homes",
-        "labels",
         "out_shardings",
         "programs",
-        "rules",
         "shardings",
-        "statics",
+        "signature",
         "traced",
         "written",
     )
 
-    def __init__(
-        self,
-        dagdef: DagDef,
-        form: Form,
-        closed: int,
-        constants: tuple[Any, ...],
-        has_scope: bool,
-        statics: Any,
-        rules: Any = None,
-        labels: tuple[tuple[int, Any], ...] = (),
-    ):
-        self.dagdef = dagdef
-        # Values that are not arrays, by the number of the Ref (or, below zero, of the plain leaf) that holds
-        # it: constants of the program, as a Label each.
-        self.labels = labels
-        self.form = form
-        self.closed = closed
-        # Array attributes of closed-over modules are read where they are, so they are constants.
-        self.constants = constants
-        self.has_scope = has_scope
-        self.statics = statics
-        # What logical axis names stand for where the call is made.
-        self.rules = rules
+    def __init__(self, signature: Signature):
+        self.signature = signature
+        # Its fields, since they are asked for often.
+        self.dagdef, self.form, self.closed, self.constants = signature[:4]
+        self.has_scope, self.statics, self.rules, self.labels = signature[4:]
         # Whether a compiled function was traced for this layout, so that its closures are known.
         self.traced = False
         # What the calls looked like for which a program was made; see `explain`.
@@ -88,8 +82,7 @@ class Layout:
 
     def moved(self, homes: tuple[Any, ...]) -> Layout:
         """The layout of the same call with its values in other places."""
-        parts = (self.dagdef, self.form, self.closed, self.constants, self.has_scope)
-        layout = Layout(*parts, self.statics, self.rules, self.labels)
+        layout = Layout(self.signature)
         layout.homes = homes
         layout.programs = self.programs
         return layout
@@ -98,8 +91,7 @@ class Layout:
         """The layout as a body sees it whose Refs hold slices; `dagdef` speaks of those."""
         if dagdef is self.dagdef:
             return self
-        parts = (self.form, self.closed, self.constants, self.has_scope)
-        return Layout(dagdef, *parts, self.statics, self.rules, self.labels)
+        return Layout(self.signature._replace(dagdef=dagdef))
 
     def divided(self, values: Any) -> tuple[list[Any], Any]:
         """What is donated of the values of a call, and the values without it."""
@@ -135,21 +127,20 @@ class Plans:
         # The last calls that looked new. One that comes again is worth knowing; a model that is made
         # for each call is not.
         self._seen: deque[Any] = deque(maxlen=8)
-        self.layouts: dict[Any, Layout] = {}
+        self.layouts: dict[Signature, Layout] = {}
         # Whether there were too many of them once.
         self.forgotten = False
 
-    def layout(self, dagdef: DagDef, parts: tuple[Any, ...]) -> Layout:
-        """The one Layout of these parts."""
-        key = (dagdef, *parts)
-        layout = self.layouts.get(key)
+    def layout(self, signature: Signature) -> Layout:
+        """The one Layout of a signature."""
+        layout = self.layouts.get(signature)
         if layout is None:
             if len(self.layouts) >= _MOST:
                 self.forgotten = True
                 self.layouts.clear()
                 self.by_call.clear()
             # Another thread may be as far.
-            layout = self.layouts.setdefault(key, Layout(dagdef, *parts))
+            layout = self.layouts.setdefault(signature, Layout(signature))
         return layout
 
     def every(self) -> list[Layout]:
@@ -164,7 +155,7 @@ class Plans:
             for known in self.layouts.values():
                 known.elsewhere = [pair for pair in known.elsewhere if pair[1] is not layout]
             return
-        self.layouts = {key: x for key, x in self.layouts.items() if x is not layout}
+        self.layouts.pop(layout.signature, None)
         self.by_call = {
             key: plan for key, plan in self.by_call.items() if plan.layout is not layout
         }

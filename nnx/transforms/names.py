@@ -35,16 +35,8 @@ _BY_STRING = frozenset(
 
 
 _PUTS = frozenset({"append", "extend", "add", "insert", "update", "setdefault", "clear"})
-_CHANGES = _PUTS | {
-    "appendleft",
-    "pop",
-    "popleft",
-    "popitem",
-    "remove",
-    "discard",
-    "reverse",
-    "sort",
-}
+_CHANGES = _PUTS | {"appendleft", "pop", "popleft", "popitem", "remove", "discard"}
+_CHANGES |= {"reverse", "sort"}
 
 
 # What these do with the container on top of the stack, or with the one below an index, is to read it.
@@ -53,94 +45,86 @@ _READS = frozenset(
 )
 
 
-def _used_variables(code: types.CodeType) -> tuple[set[str], set[str], set[str]]:
-    """The variables that a piece of code puts something into, reads, and uses otherwise."""
-    puts: set[str] = set()
-    reads: set[str] = set()
-    others: set[str] = set()
-    steps = list(dis.get_instructions(code))
-    line = 0
-    lines: list[int] = []
-    for step in steps:
-        line = step.positions.lineno or line if step.positions is not None else line
-        lines.append(line)
-    sets = {at for step, at in zip(steps, lines, strict=True) if step.opname == "STORE_SUBSCR"}
-    for i, step in enumerate(steps):
-        if step.opname in ("LOAD_DEREF", "LOAD_GLOBAL", "LOAD_CLASSDEREF"):
-            after, second = (*steps[i + 1 : i + 3], None, None)[:2]
-            put = after is not None and str(after.argval) in _PUTS
-            read = after is not None and after.opname in _READS
-            read = read or (second is not None and second.opname == "BINARY_SUBSCR")
-            use = puts if put or lines[i] in sets else reads if read else others
-            use.add(step.argval)
-    return puts, reads, others
-
-
-def _filled(code: types.CodeType) -> set[str]:
-    """The variables and attributes whose content a piece of code changes."""
-    found: set[str] = set()
-    steps = list(dis.get_instructions(code))
-    line = 0
-    on_line: dict[int, set[str]] = {}
-    for i, step in enumerate(steps):
-        line = step.positions.lineno or line if step.positions is not None else line
-        if step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
-            found |= on_line.get(line, set())
-        elif step.opname in _LOADS:
-            on_line.setdefault(line, set()).add(step.argval)
-            if i + 1 < len(steps) and str(steps[i + 1].argval) in _CHANGES:
-                found.add(step.argval)
-    return found
-
-
+_VARIABLES = frozenset({"LOAD_DEREF", "LOAD_GLOBAL", "LOAD_CLASSDEREF"})
+_LOADS = _VARIABLES | {"LOAD_NAME", "LOAD_ATTR"}
 _NAMING = frozenset(
     {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_CLASSDEREF"}
     | {"IMPORT_NAME", "IMPORT_FROM", "LOAD_FROM_DICT_OR_GLOBALS"}
 )
-_LOADS = frozenset({"LOAD_DEREF", "LOAD_GLOBAL", "LOAD_CLASSDEREF", "LOAD_NAME", "LOAD_ATTR"})
 
 
 _STORES = frozenset({"STORE_ATTR", "DELETE_ATTR", "STORE_DEREF", "STORE_GLOBAL", "DELETE_GLOBAL"})
 
 
+class _Uses:
+    """What a function and those defined in it do with names, in order."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, None] = {}
+        self.imported: dict[str, None] = {}
+        self.strings: dict[str, None] = {}
+        self.attributes: set[str] = set()
+        self.stored: set[str] = set()
+        # The variables that code puts something into, takes items out of, and uses otherwise.
+        self.puts: set[str] = set()
+        self.reads: set[str] = set()
+        self.others: set[str] = set()
+        self.filled: set[str] = set()
+
+    def add(self, code: types.CodeType) -> None:
+        """Take note of what a piece of code does."""
+        steps = list(dis.get_instructions(code))
+        lines: list[int] = [0]
+        for step in steps:
+            known = step.positions.lineno if step.positions is not None else None
+            lines.append(known or lines[-1])
+        del lines[0]
+        sets = {at for step, at in zip(steps, lines, strict=True) if step.opname == "STORE_SUBSCR"}
+        on_line: dict[int, set[str]] = {}
+        for i, (step, line) in enumerate(zip(steps, lines, strict=True)):
+            kind, name = step.opname, step.argval
+            if kind in ("LOAD_GLOBAL", "LOAD_NAME"):
+                self.loaded[name] = None
+            elif kind == "IMPORT_NAME":
+                self.imported[name] = None
+            elif kind in _STORES:
+                self.stored.add(name)
+            elif kind in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+                self.filled |= on_line.get(line, set())
+            if kind in _NAMING and name in code.co_names:
+                self.attributes.add(name)
+            if kind in _LOADS:
+                on_line.setdefault(line, set()).add(name)
+                after, second = (*steps[i + 1 : i + 3], None, None)[:2]
+                method = "" if after is None else str(after.argval)
+                if method in _CHANGES:
+                    self.filled.add(name)
+                if kind in _VARIABLES:
+                    read = after is not None and after.opname in _READS
+                    read = read or (second is not None and second.opname == "BINARY_SUBSCR")
+                    put = method in _PUTS or line in sets
+                    (self.puts if put else self.reads if read else self.others).add(name)
+        for constant in code.co_consts:
+            if type(constant) is str and constant.isidentifier():
+                self.strings[constant] = None
+            elif isinstance(constant, types.CodeType):
+                self.add(constant)
+
+
 @functools.lru_cache(maxsize=4096)
 def names_of(code: types.CodeType) -> Names:
     """The names that some code loads: globals, attributes, those in strings, imports."""
-    loaded: dict[str, None] = {}
-    imported: dict[str, None] = {}
-    attributes: set[str] = set()
-    stored: set[str] = set()
-    puts: set[str] = set()
-    reads: set[str] = set()
-    others: set[str] = set()
-    filled: set[str] = set()
-    strings: dict[str, None] = {}
-    todo = [code]
-    while todo:
-        at = todo.pop()
-        for step in dis.get_instructions(at):
-            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                loaded[step.argval] = None
-            elif step.opname == "IMPORT_NAME":
-                imported[step.argval] = None
-            if step.opname in _NAMING and step.argval in at.co_names:
-                attributes.add(step.argval)
-            elif step.opname in _STORES:
-                stored.add(step.argval)
-        for total, found in zip((puts, reads, others), _used_variables(at), strict=True):
-            total |= found
-        filled |= _filled(at)
-        strings.update((c, None) for c in at.co_consts if type(c) is str and c.isidentifier())
-        todo += [c for c in at.co_consts if isinstance(c, types.CodeType)]
-    if not attributes & _BY_STRING:
-        strings.clear()
+    uses = _Uses()
+    uses.add(code)
+    if not uses.attributes & _BY_STRING:
+        uses.strings.clear()
     return Names(
-        tuple(loaded),
-        frozenset(attributes | set(strings)),
-        tuple(strings),
-        tuple(imported),
-        frozenset(stored),
-        frozenset(puts - reads - others),
-        frozenset(reads - puts - others),
-        frozenset(filled),
+        tuple(uses.loaded),
+        frozenset(uses.attributes | set(uses.strings)),
+        tuple(uses.strings),
+        tuple(uses.imported),
+        frozenset(uses.stored),
+        frozenset(uses.puts - uses.reads - uses.others),
+        frozenset(uses.reads - uses.puts - uses.others),
+        frozenset(uses.filled),
     )

@@ -22,7 +22,8 @@ from nnx.transforms.boundary import reachable, run, write_back
 from nnx.transforms.call import Call, Values, open_call
 from nnx.transforms.callables import function_name, unbound
 from nnx.transforms.closure import Closure
-from nnx.transforms.donation import check_alive, explain_deleted
+from nnx.transforms.donation import check_alive
+from nnx.transforms.jitted import Compiled
 from nnx.transforms.layout import Plans
 from nnx.transforms.naming import inputs_of, named
 from nnx.transforms.result import NewValues, Packed, Spec, fresh_output
@@ -30,7 +31,6 @@ from nnx.transforms.statics import Statics, select_arguments
 from nnx.transforms.targets import locate
 from refx import FilterError, TraceLevelError, UnhashableStaticError
 from refx.static import Static
-from refx.trace import without_jit
 
 __all__ = ["is_array", "is_inexact_array", "jit_filter"]
 
@@ -124,7 +124,7 @@ _DONATED = Static("donated")
 
 def _labels(call: Call) -> tuple[Any, ...]:
     """The inputs of a program, for their names: leaves of the values of the call."""
-    fixed = call.filtered[1]
+    (_, fixed), *_ = call.filtered
     items = zip(inputs_of(call), call.values, strict=True)
     inputs = [
         x
@@ -136,7 +136,7 @@ def _labels(call: Call) -> tuple[Any, ...]:
     return "layout", "static", donated, dynamic
 
 
-class _JitFilter:
+class _JitFilter(Compiled):
     def __init__(
         self,
         fn: Any,
@@ -291,53 +291,38 @@ class _JitFilter:
             for _ in jax.tree.leaves(x)
         ]
 
-    def _open(self, args: Any, kwargs: Any, statics: Any) -> Call:
-        return open_call(args, kwargs, self._closure, self._plans, statics, any_leaf=True)
+    def _with_probe(self, args: Any, kwargs: Any) -> Any:
+        return ambient.probe.jit_filter(self, args, kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if ambient.probe is not None:
-            return ambient.probe.jit_filter(self, args, kwargs)
-        args = self._bound + args
+    def _open(self, args: Any, kwargs: Any) -> Call:
+        args, bound = self._bound + args, len(self._bound)
         tree, statics = self._filter_tree, None
         if tree is not None and not isinstance(tree, tuple | list):
-            tree = (tree,) * (len(args) - len(self._bound))
+            tree = (tree,) * (len(args) - bound)
         if self._static.active:
-            if tree is not None and len(tree) == len(args) - len(self._bound):
+            if tree is not None and len(tree) == len(args) - bound:
                 fixed = self._static.numbers(args)
-                tree = [x for i, x in enumerate(tree, len(self._bound)) if i not in fixed]
+                tree = [x for i, x in enumerate(tree, bound) if i not in fixed]
             args, kwargs, statics = self._static.take(args, kwargs)
-        outer = ambient.call
-        while True:
-            call = self._open(args, kwargs, statics)
-            if not call.layout.traced and self._closure.meet(call.layout):
-                call = self._open(args, kwargs, statics)
-            inputs = self._inputs(call, args, kwargs, tree, statics)
-            ambient.call = call
-            call.filtered = inputs[0]
-            try:
-                # Without jit the body runs at once, and sees numbers.
-                if not (call.layout.traced or without_jit()):
-                    self._compiled.trace(call.layout, *inputs)
-                    call.layout.traced = not call.found
-                    self._closure.traced()
-                packed = None if call.found else self._compiled(call.layout, *inputs)
-            except Exception as error:
-                if not call.found:
-                    explain_deleted(error, self._name, call)
-                    raise
-                packed = None
-            finally:
-                ambient.call = outer
-            if call.found:
-                self._closure.add(call, self._name)
-                continue
-            assert packed is not None
-            if packed.spec.graph is not None:
-                # What comes out as it came in, and not from the program.
-                passed = set(range(len(call.refs))) - set(packed.spec.written)
-                check_alive(self._name, call, passed, packed.spec.graph.leaves)
-            self._advance_streams(call, packed)
-            return fresh_output(call, packed, call.values)
+        call = open_call(args, kwargs, self._closure, self._plans, statics, any_leaf=True)
+        call.filtered = self._inputs(call, args, kwargs, tree, statics)
+        return call
+
+    def _trace(self, call: Call) -> None:
+        self._compiled.trace(call.layout, *call.filtered)
+        call.layout.traced = not call.found
+        self._closure.traced()
+
+    def _execute(self, call: Call) -> Packed:
+        return self._compiled(call.layout, *call.filtered)
+
+    def _close(self, call: Call, packed: Packed) -> Any:
+        if packed.spec.graph is not None:
+            # What comes out as it came in, and not from the program.
+            passed = set(range(len(call.refs))) - set(packed.spec.written)
+            check_alive(self._name, call, passed, packed.spec.graph.leaves)
+        self._advance_streams(call, packed)
+        return fresh_output(call, packed, call.values)
 
     def _inputs(
         self, call: Call, args: Any, kwargs: Any, tree: Any, statics: Any
