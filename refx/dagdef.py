@@ -243,6 +243,34 @@ def parts(dagdef: DagDef) -> Iterator[tuple[Any, Path]]:
             todo += _below(held, path)
 
 
+def numbers_in(part: DagDef, whole: DagDef, at: Any) -> tuple[list[int], list[int]]:
+    """The numbers in `whole` of the Refs and of the plain arrays of `part`, which it holds at `at`.
+
+    `at` is the child of the root of `whole` that is the tree of `part`.
+    """
+    objects: dict[int, int] = {}
+    leaves: dict[int, int] = {}
+    todo: list[tuple[Any, Any]] = [(part.root, at)]
+    while todo:
+        mine, theirs = todo.pop()
+        if type(mine) is int:
+            if mine in objects:
+                continue
+            objects[mine] = theirs
+            mine, theirs = part.nodes[mine], whole.nodes[theirs]
+        if type(mine) is Leaf:
+            leaves[mine.number] = theirs.number
+        elif isinstance(mine, (NodeDef, Tree)):
+            todo += zip(mine.children, theirs.children, strict=True)
+    numbers = {n: i for i, n in enumerate(_refs_of(whole))}
+    refs = [numbers[objects[n]] for n in _refs_of(part)]
+    return refs, [leaves[i] for i in range(len(leaves))]
+
+
+def _refs_of(dagdef: DagDef) -> Iterator[int]:
+    return (n for n, node in enumerate(dagdef.nodes) if type(node) is RefDef)
+
+
 def node_paths(dagdef: DagDef) -> dict[int, Path]:
     """The canonical path of each object of a structure, by its number."""
     return {part: path for part, path in parts(dagdef) if type(part) is int}

@@ -129,13 +129,6 @@ class Snapshot:
         """The list or dict that holds each plain array, and its key; None where a tuple does."""
         return list(self._places)
 
-    def places(self) -> list[Any]:
-        """What tells the plain arrays apart: where they are, or which they are."""
-        return [
-            id(leaf) if content is None else (id(content), key)
-            for leaf, (content, key) in zip(self._leaves, self._places, strict=True)
-        ]
-
 
 def _common(refs: list[Ref[Any]], name: str, otherwise: Any) -> Any:
     found = {id(getattr(r, name)): getattr(r, name) for r in refs}

@@ -14,7 +14,7 @@ from refx.dagdef import DagDef, Leaf, NodeDef, PathName, RefDef, Tree, intern, p
 from refx.errors import StructureError, UnhashableStaticError
 from refx.node import Node, attributes, is_array, is_identity
 from refx.opened import hides, opened
-from refx.partition import Name, Partition, Path, dotted
+from refx.partition import Name, Partition, Path, dotted, named
 from refx.ref import Ref
 from refx.static import SIMPLE, WITH_IDENTITY, Changing, Static
 from refx.text import ALTERNATIVES, key_name
@@ -191,7 +191,8 @@ def leaves_by_path(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield path, tree
         return
     for name, (_, child) in zip(_names(tree, keyed), keyed, strict=True):
-        yield from leaves_by_path(child, (*path, *parts_of(name)))
+        part = parts_of(name) if type(name) is PathName else named(type(tree), name)
+        yield from leaves_by_path(child, (*path, *part))
 
 
 def _freeze(child: Any) -> Any:

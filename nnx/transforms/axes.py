@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeGuard
 import jax
 
 from nnx.transforms.boundary import run
-from nnx.transforms.call import Call, Values
+from nnx.transforms.call import Call, Place, Values
 from nnx.transforms.layout import Layout
 from nnx.transforms.naming import named
 from nnx.transforms.result import NewValues, Packed
@@ -24,7 +24,6 @@ from refx.node import is_array, is_identity
 from refx.partition import Partition, Path, dotted
 from refx.selection import check_selection
 from refx.snapshot import snapshot
-from refx.walk import walk
 
 __all__ = ["AxisError"]
 
@@ -92,8 +91,7 @@ def assign(
         flat += along(kwargs[key], keyword, name, f"argument {key!r}")
     refs, arrays, _ = call.values
     result = Specs(Values([UNSET] * len(refs), [UNSET] * len(arrays), []), [])
-    by_root = places(call)
-    roots = iter(by_root)
+    roots = iter(call.places())
     for x, spec, where in flat:
         if is_identity(x):
             result.roots.append(spec)
@@ -116,45 +114,18 @@ def assign(
     return result
 
 
-class Root(NamedTuple):
-    refs: list[tuple[Path, Ref[Any], int]]
-    leaves: list[tuple[Path, Any, int]]
-
-
-def places(call: Call) -> list[Root]:
-    """For each root of a call, where its Refs and plain arrays are in the lists of the call."""
-    joint = walk(tuple(call.roots), call.alias)
-    ref_at = {id(r): i for i, r in enumerate(joint.refs)}
-    leaf_at = {
-        (id(h), k) if h is not None else id(x): i
-        for i, (x, (h, k)) in enumerate(zip(joint.leaves, joint.places, strict=True))
-    }
-    result = []
-    alias = call.alias
-    for kept in map(snapshot, call.roots):
-        refs = zip(kept.dagdef.ref_paths, kept.refs, strict=True)
-        leaves = zip(kept.dagdef.leaf_paths, kept.leaves(), kept.places(), strict=True)
-        result.append(
-            Root(
-                [(path, r, ref_at[id(alias.get(id(r), r))]) for path, r in refs],
-                [(path, x, leaf_at[place]) for path, x, place in leaves],
-            )
-        )
-    return result
-
-
 def _assign_root(
-    result: Values, root: Root, choose: Callable[[Path, Any], Any], name: str, where: str
+    result: Values, root: list[Place], choose: Callable[[Path, Any], Any], name: str, where: str
 ) -> None:
-    for specs, items in zip(result, root, strict=False):
-        for path, x, i in items:
-            spec = choose(path, x)
-            if specs[i] is not UNSET and specs[i] != spec:
-                raise AxisError(
-                    f"{name} got two specifications for one shared Ref: {specs[i]!r}, and "
-                    f"{spec!r} as {dotted(path)!r} of {where}. It is one array; give it one."
-                )
-            specs[i] = spec
+    for place in root:
+        specs, i = result[place.kind], place.number
+        spec = choose(place.path, place.cell)
+        if specs[i] is not UNSET and specs[i] != spec:
+            raise AxisError(
+                f"{name} got two specifications for one shared Ref: {specs[i]!r}, and "
+                f"{spec!r} as {dotted(place.path)!r} of {where}. It is one array; give it one."
+            )
+        specs[i] = spec
 
 
 def _chooser(

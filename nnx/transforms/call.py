@@ -6,6 +6,8 @@ is remembered (`refx.snapshot`), and so is how the structures of several roots g
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any, NamedTuple
 
 from nnx._ambient import ambient
@@ -16,9 +18,10 @@ from nnx.transforms.layout import Label, Layout, Plan, Plans, Signature, constan
 from refx import Ref
 from refx.access import is_label
 from refx.build import objects_of
-from refx.dagdef import alone_in_tuple
+from refx.dagdef import alone_in_tuple, numbers_in
 from refx.frame import StandIn, local
 from refx.node import is_array
+from refx.partition import Path
 from refx.snapshot import Snapshot, snapshot
 from refx.trace import LABEL, trace_ref
 from refx.walk import walk
@@ -50,6 +53,19 @@ class Values(NamedTuple):
         for x, numbers, items in zip(self, at, new, strict=True):
             for i, item in zip(numbers, items, strict=True):
                 x[i] = item
+
+
+class Place(NamedTuple):
+    """A value of a call with its path in a root: `cell` is the Ref, or the array itself.
+
+    `kind` is the number of its list in `Values`, and `number` its position there.
+    """
+
+    path: Path
+    cell: Any
+    value: Any
+    kind: int
+    number: int
 
 
 class Call:
@@ -116,6 +132,17 @@ class Call:
             if found is not None:
                 return found
         return walk(tuple(self.roots), self.alias, skip=1).objects
+
+    def places(self) -> list[list[Place]]:
+        """For each root, where the values of its Refs and then its plain arrays are."""
+        dagdef, values = self.layout.dagdef, unlabelled(self.layout, self.values)
+        found = []
+        for own, at in zip(self.snapshots, dagdef.root.children, strict=True):
+            refs, arrays = numbers_in(own.dagdef, dagdef, at)
+            numbers = [*((0, i) for i in refs), *((1, i) for i in arrays)]
+            cells = zip(own.dagdef.paths, (*own.refs, *own.leaves()), numbers, strict=True)
+            found.append([Place(path, x, values[k][i], k, i) for path, x, (k, i) in cells])
+        return found
 
     def without_values(self) -> Call:
         """The same call for a body that JAX may keep: it must not keep the call's tracers alive."""
@@ -256,17 +283,11 @@ def _plan(
         if known is not None:
             return known
     joint = walk(tuple(roots), alias, skip=1)
-    refs = [id(alias.get(id(r), r)) if alias else id(r) for s in snapshots for r in s.refs]
-    places = [place for s in snapshots for place in s.places()]
-    joint_places = [
-        (id(h), k) if h is not None else id(x)
-        for x, (h, k) in zip(joint.leaves, joint.places, strict=True)
-    ]
-    plan = Plan(
-        _layout(Signature(joint.dagdef, *parts), plans),
-        _positions(refs, [id(r) for r in joint.refs]),
-        _positions(places, joint_places),
-    )
+    dagdef = joint.dagdef
+    pairs = zip(snapshots, dagdef.root.children, strict=True)
+    numbers = [numbers_in(s.dagdef, dagdef, at) for s, at in pairs]
+    refs, leaves = _first([n for n, _ in numbers]), _first([n for _, n in numbers])
+    plan = Plan(_layout(Signature(dagdef, *parts), plans), refs, leaves)
     if plans is not None and apart is not None:
         plans.keep(apart, plan)
     return plan
@@ -289,13 +310,11 @@ def _share_nothing(snapshots: list[Snapshot]) -> bool:
     return True
 
 
-def _positions(items: list[Any], chosen: list[Any]) -> tuple[int, ...] | None:
-    if items == chosen:
-        return None
-    first: dict[Any, int] = {}
-    for i, x in enumerate(items):
-        first.setdefault(x, i)
-    return tuple(first[x] for x in chosen)
+def _first(parts: Iterable[list[int]]) -> tuple[int, ...] | None:
+    """Where each number comes first in the parts together; None where they are all there is."""
+    numbers = [*chain.from_iterable(parts)]
+    first = {n: len(numbers) - 1 - i for i, n in enumerate(reversed(numbers))}
+    return None if len(first) == len(numbers) else tuple(first[n] for n in range(len(first)))
 
 
 class Roots:

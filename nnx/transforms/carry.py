@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from nnx.sharding.putting import spec_in_type
 from nnx.transforms.added_axis import of_slices
-from nnx.transforms.axes import Specs, places
+from nnx.transforms.axes import Specs
 from nnx.transforms.boundary import abstractly, check_lifted, run, until_lifted
 from nnx.transforms.call import Call, Roots, Values
 from nnx.transforms.naming import inputs_of, named
@@ -97,10 +97,8 @@ class Loop:
         parts = opened.leaves(self._init)
         modules = [i for i, x in enumerate(parts) if is_identity(x)]
         # The first roots of the call are the modules of the carry.
-        roots = [place for i, place in zip(modules, places(self.call)) if i in renewed]
-        numbers = [{path: i for path, _, i in root.leaves} for root in roots]
-        joint = walk(tuple(parts[i] for i in modules if i in renewed))
-        return [numbers[int(path[0])][path[1:]] for path in joint.dagdef.leaf_paths]
+        roots = [root for i, root in zip(modules, self.call.places()) if i in renewed]
+        return list(dict.fromkeys([p.number for root in roots for p in root if p.kind == 1]))
 
     def sliced(self) -> Values:
         """What is sliced, all steps together."""

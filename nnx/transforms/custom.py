@@ -280,9 +280,9 @@ class custom_vjp(_Custom):
                 if value is None:
                     continue
                 self._check(what, place, value, form.treedef is None)
-                before = flat[place.kind][place.position]
+                before = flat[place.kind][place.number]
                 # What two arguments share has the sum of what the rule says for each.
-                flat[place.kind][place.position] = (
+                flat[place.kind][place.number] = (
                     value if before is None else jax.tree.map(jnp.add, before, value)
                 )
         return flat

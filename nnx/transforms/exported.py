@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import jax
 
 from nnx._ambient import ambient
 from nnx.transforms.arguments import take_roots
-from nnx.transforms.axes import places
 from nnx.transforms.boundary import run
 from nnx.transforms.call import Call, Values
 from nnx.transforms.naming import program_name
@@ -39,9 +39,8 @@ def exportable(
       ReadOnlyError: the function writes Refs, or changes a module.
     """
     _check_pure(name, call, spec)
-    given = places(call)[bound : len(call.layout.form.where)]
-    refs = _first([i for root in given for _, _, i in root.refs])
-    arrays = _first([i for root in given for _, _, i in root.leaves])
+    given = list(chain.from_iterable(call.places()[bound : len(call.layout.form.where)]))
+    refs, arrays = [_first([p.number for p in given if p.kind == kind]) for kind in (0, 1)]
 
     def exported(*args: Any, **kwargs: Any) -> Any:
         _, roots, arguments = take_roots(args, kwargs, False)

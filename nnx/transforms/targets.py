@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx.transforms.call import Call, Values
+from nnx.transforms.call import Call, Place, Values
 from refx import Filter, Partition, RefError, ShapeError, UnknownPathError, opened, to_predicate
 from refx.node import is_identity
 from refx.partition import Path, dotted, listed
 from refx.selection import mistake
-from refx.snapshot import snapshot
 from refx.walk import leaves_by_path
 
 __all__ = ["DifferentiationError"]
@@ -24,54 +23,29 @@ class DifferentiationError(RefError, TypeError):
     """What was to be differentiated is nothing that can be, or there is nothing of it."""
 
 
-class Place(NamedTuple):
-    """Where one value of an argument is in the `Values` of a call: the number of the list, and there."""
-
-    path: Path
-    # The Ref, or the array itself.
-    cell: Any
-    value: Any
-    kind: int
-    position: int
-
-
 def locate(call: Call, args: tuple[Any, ...], number: int) -> Target:
-    """Find the values of one positional argument in those of its call.
-
-    Places are found by path, not by identity: one array may be in several of them.
-    """
+    """Find the values of one positional argument in those of its call."""
     flat, treedef = opened.flatten(args[number])
     before = opened.leaves(args[:number])
     root = sum(map(is_identity, before))
     other = len(before) - root
     if not any(map(is_identity, flat)):
         return Target(number, treedef, [Place((), x, x, 2, other + i) for i, x in enumerate(flat)])
-    # The path of each root and of each other leaf in the argument, with its number.
-    roots: list[tuple[Path, int]] = []
-    others: dict[Path, int] = {}
+    roots = iter(call.places()[root:])
+    refs: dict[int, Place] = {}
+    arrays: dict[tuple[int, int], Place] = {}
     for path, x in leaves_by_path(args[number]):
-        if is_identity(x):
-            roots.append((path, root + len(roots)))
-        else:
-            others[path] = other + len(others)
-    kept = snapshot(args[number])
-    alias = call.alias
-    refs = {id(ref): i for i, ref in enumerate(call.refs)}
-    places = [
-        Place(path, ref, value, 0, refs[id(alias.get(id(ref), ref))])
-        for path, ref, value in zip(kept.dagdef.ref_paths, kept.refs, kept.values(), strict=True)
-    ]
-    joint = {path: i for i, path in enumerate(call.layout.dagdef.leaf_paths)}
-    for path, x in zip(kept.dagdef.leaf_paths, kept.leaves(), strict=True):
-        if path in others:
-            places.append(Place(path, x, x, 2, others[path]))
+        if not is_identity(x):
+            arrays[2, other] = Place(path, x, x, 2, other)
+            other += 1
             continue
-        prefix, n = next((q, n) for q, n in roots if path[: len(q)] == q)
-        # What another root holds too is there under the path that it has in that one.
-        i = joint.get((str(n), *path[len(prefix) :]))
-        i = next(k for k, y in enumerate(call.values.plain_arrays) if y is x) if i is None else i
-        places.append(Place(path, x, x, 1, i))
-    return Target(number, None, places)
+        for place in next(roots):
+            place = place._replace(path=(*path, *place.path))
+            if place.kind == 0:
+                refs.setdefault(place.number, place)
+            else:
+                arrays.setdefault((1, place.number), place)
+    return Target(number, None, [*refs.values(), *arrays.values()])
 
 
 class Target(NamedTuple):
@@ -93,12 +67,12 @@ class Target(NamedTuple):
 
     def take(self, values: Values) -> Parts:
         """The values of the argument that are differentiated."""
-        return Parts([values[p.kind][p.position] for p in self.places])
+        return Parts([values[p.kind][p.number] for p in self.places])
 
     def put(self, parts: Parts, values: Values) -> None:
         """Put other values in their place."""
         for p, value in zip(self.places, parts.values, strict=True):
-            values[p.kind][p.position] = value
+            values[p.kind][p.number] = value
 
     def named(self, parts: Parts) -> Any:
         """What the user gets: a Partition, or the argument's own structure."""
@@ -248,7 +222,7 @@ def _check_disjoint(name: str, numbers: Sequence[int], targets: list[Target]) ->
     owner: dict[tuple[int, int], int] = {}
     for number, target in zip(numbers, targets, strict=True):
         for p in target.places:
-            first = owner.setdefault((p.kind, p.position), number)
+            first = owner.setdefault((p.kind, p.number), number)
             if first != number:
                 raise DifferentiationError(
                     f"{name} was to differentiate {dotted(p.path)!r} twice: arguments {first} and "

@@ -283,7 +283,7 @@ class _JitFilter(Compiled):
         chosen += [len(args) + i for i, k in enumerate(sorted(kwargs)) if k in self._donate[1]]
         for number in chosen:
             for place in locate(call, everything, number).places:
-                marks[place.kind][place.position] = True
+                marks[place.kind][place.number] = True
         return [
             mark
             for at, items in zip(marks, call.values, strict=True)

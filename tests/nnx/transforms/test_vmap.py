@@ -246,3 +246,28 @@ def test_axes_as_a_tree_that_is_made_of_the_module(data):
     assert jnp.allclose(out, by_jax)
     with pytest.raises(nnx.AxisError, match=r"which has none for 'w'\. Make it of the argument"):
         nnx.vmap(lambda m: m.w, in_axes=(nnx.Partition({"other": 0}),))(layers)
+
+
+class Twice(nnx.Module):
+    """A module that holds one array two times in a tuple, which has no identity of its own."""
+
+    def __init__(self):
+        x = jnp.arange(3.0)
+        self.pair = (x, x)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_one_array_twice_in_a_tuple(shared):
+    f = lambda a, b: a.pair[0] + 10 * a.pair[1] + 100 * b.pair[1]  # noqa: E731
+    a, b = Twice(), Twice()
+    if shared:
+        b.pair = a.pair
+    expected = [0, 111, 222]
+    assert nnx.jit(f)(a, b).tolist() == expected
+    assert nnx.vmap(f)(a, b).tolist() == expected
+    assert nnx.scan(lambda c, ab: (c, f(*ab)), None, (a, b))[1].tolist() == expected
+    gradient = nnx.grad(lambda a, b: f(a, b).sum(), wrt=...)(a, b)
+    assert {path: float(x[0]) for path, x in gradient.items()} == {
+        ("pair", "0"): 1,
+        ("pair", "1"): 10,
+    }
