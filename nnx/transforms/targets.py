@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx.transforms.call import Call, Values
+from nnx.transforms.call import Call, Values, arrays_of
+from nnx.transforms.layout import Layout
 from refx import Filter, Partition, RefError, ShapeError, UnknownPathError, opened, to_predicate
 from refx.node import is_identity
 from refx.partition import Path, dotted, listed
@@ -57,10 +58,10 @@ def locate(call: Call, args: tuple[Any, ...], number: int) -> Target:
     kept = snapshot(args[number])
     alias = call.alias
     refs = {id(ref): i for i, ref in enumerate(call.refs)}
-    places = [
-        Place(path, ref, value, 0, refs[id(alias.get(id(ref), ref))])
-        for path, ref, value in zip(kept.dagdef.ref_paths, kept.refs, kept.values(), strict=True)
-    ]
+    places = []
+    for path, ref in zip(kept.dagdef.ref_paths, kept.refs, strict=True):
+        i = refs[id(alias.get(id(ref), ref))]
+        places.append(Place(path, ref, call.values.refs[i], 0, i))
     joint = {path: i for i, path in enumerate(call.layout.dagdef.leaf_paths)}
     for path, x in zip(kept.dagdef.leaf_paths, kept.leaves(), strict=True):
         if path in others:
@@ -69,8 +70,9 @@ def locate(call: Call, args: tuple[Any, ...], number: int) -> Target:
         prefix, n = next((q, n) for q, n in roots if path[: len(q)] == q)
         # What another root holds too is there under the path that it has in that one.
         i = joint.get((str(n), *path[len(prefix) :]))
-        i = next(k for k, y in enumerate(call.values.plain_arrays) if y is x) if i is None else i
-        places.append(Place(path, x, x, 1, i))
+        if i is None:
+            i = next(k for k, y in enumerate(arrays_of(call.layout, call.values)) if y is x)
+        places.append(Place(path, x, call.values.plain_arrays[i], 1, i))
     return Target(number, None, places)
 
 
@@ -220,7 +222,7 @@ def targets_of(
         if target.treedef is None:
             chosen = [p for p in target.places if predicate(p.path, p.cell)]
             for p in chosen:
-                _check_differentiable(name, p.path, p.value, allow_int)
+                _check_differentiable(name, p, call.layout, allow_int)
             if chosen:
                 selected = True
             else:
@@ -257,8 +259,16 @@ def _check_disjoint(name: str, numbers: Sequence[int], targets: list[Target]) ->
                 )
 
 
-def _check_differentiable(name: str, path: Any, value: Any, allow_int: bool) -> None:
-    for leaf in jax.tree.leaves(value):
+def _check_differentiable(name: str, place: Place, layout: Layout, allow_int: bool) -> None:
+    path = place.path
+    label = layout.label_of(place.position if place.kind == 0 else -1 - place.position)
+    if label is not None:
+        found = label.example()
+        raise DifferentiationError(
+            f"{name} cannot differentiate {dotted(path)!r}: it holds a {type(found).__name__} and no array: "
+            f"{found!r:.60}. Choose a wrt that leaves it out, or give it an array first."
+        )
+    for leaf in jax.tree.leaves(place.value):
         dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
         if not (allow_int or jnp.issubdtype(dtype, jnp.inexact)):
             raise DifferentiationError(
