@@ -323,9 +323,14 @@ VALUES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
 def _is_value(x: Any) -> bool:
     """Whether `x` is an array, a number, or what stands for an array."""
+    return is_input(x) or (is_arraylike(x) and not isinstance(x, np.ndarray | np.generic))
+
+
+def is_input(x: Any) -> bool:
+    """Whether JAX takes `x` as an input of a program that runs."""
     if isinstance(x, np.ndarray | np.generic):
         return x.dtype.kind not in "OSU"
-    return isinstance(x, VALUES) or hasattr(type(x), "__jax_array__") or is_arraylike(x)
+    return isinstance(x, VALUES) or hasattr(type(x), "__jax_array__")
 
 
 def _stands_in(ref: Ref[Any], frame: Frame | None) -> bool:

@@ -10,13 +10,17 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from nnx._ambient import ambient
 from nnx.scope import COMPILED
 from nnx.transforms.arguments import take_roots
 from nnx.transforms.closure import Closure
-from nnx.transforms.layout import Label, Layout, Plan, Plans, Signature, constants_of
+from nnx.transforms.layout import INPUT, Label, Layout, Plan, Plans, Signature, constants_of
 from refx import Ref
-from refx.access import is_label
+from refx.access import is_input
+from refx.buffers import CONCRETE
 from refx.build import objects_of
 from refx.dagdef import alone_in_tuple, numbers_in
 from refx.frame import StandIn, local
@@ -135,7 +139,7 @@ class Call:
 
     def places(self) -> list[list[Place]]:
         """For each root, where the values of its Refs and then its plain arrays are."""
-        dagdef, values = self.layout.dagdef, unlabelled(self.layout, self.values)
+        dagdef, values = self.layout.dagdef, self.values
         found = []
         for own, at in zip(self.snapshots, dagdef.root.children, strict=True):
             refs, arrays = numbers_in(own.dagdef, dagdef, at)
@@ -162,8 +166,19 @@ def open_call(
     statics: Any = None,
     *,
     any_leaf: bool = False,
+    abstract: bool | None = None,
 ) -> Call:
-    """Take the arguments of one call apart. `plans` is a function's cache of Plans."""
+    """Take the arguments of one call apart.
+
+    Args:
+      args, kwargs: the arguments.
+      closure: what knows the roots that the function closes over.
+      plans: the function's cache of Plans.
+      statics: what the static arguments are.
+      any_leaf: whether an argument may be something that JAX does not take.
+      abstract: whether a ShapeDtypeStruct stands for an array, since nothing is computed. Where it does
+        not, it is a constant. Without it, a call that was traced already has none.
+    """
     form, roots, others = take_roots(args, kwargs, any_leaf)
     scope = ambient.scope
     if ambient.asked is not None:
@@ -220,8 +235,12 @@ def open_call(
         values = _chosen([v for s, root in pairs for v in s.values(root)], plan.refs)
         leaves = _chosen([x for s in snapshots for x in s.leaves()], plan.leaves)
     layout = plan.layout
-    if has_labels or (leaves and not all(map(is_array, leaves))):
-        layout, values, leaves = _labelled(layout, plans, refs, values, leaves)
+    if (
+        has_labels
+        or not (layout.traced and abstract is None)
+        or (leaves and not _ARRAYS.issuperset(map(type, leaves)))
+    ):
+        layout, values, leaves = _labelled(layout, plans, refs, values, leaves, bool(abstract))
     call = Call(layout, roots, snapshots, refs, Values(values, leaves, others))
     call.at_once = at_once
     call.stand_ins = stand_ins
@@ -231,34 +250,71 @@ def open_call(
     return call
 
 
+_ARRAYS = CONCRETE | {np.ndarray}
+
+
 def _labelled(
-    layout: Layout, plans: Plans | None, refs: list[Ref[Any]], values: list[Any], leaves: list[Any]
+    layout: Layout,
+    plans: Plans | None,
+    refs: list[Ref[Any]],
+    values: list[Any],
+    leaves: list[Any],
+    abstract: bool,
 ) -> tuple[Layout, list[Any], list[Any]]:
     """Take out what is not an array: masks, axes, shapes and shardings are constants of the program."""
-    found: list[tuple[int, Any]] = []
-    values, leaves = list(values), list(leaves)
-    for i, ref in enumerate(refs):
-        if ref._trace is LABEL or (ref._frame is not None and is_label(values[i])):
-            found.append((i, Label(values[i])))
-            values[i] = None
+    found: list[tuple[int, Label]] = []
+    new, arrays = list(values), list(leaves)
+    for i, (ref, x) in enumerate(zip(refs, values, strict=True)):
+        if type(x) not in CONCRETE or ref._trace is LABEL:
+            _take_out(x, i, i, new, found, abstract, ref._trace is LABEL)
     for i, x in enumerate(leaves):
-        if not is_array(x):
-            found.append((-1 - i, Label(x)))
-            leaves[i] = None
+        _take_out(x, i, -1 - i, arrays, found, abstract, not is_array(x))
     if not found:
         return layout, values, leaves
-    return _layout(layout.signature._replace(labels=tuple(found)), plans), values, leaves
+    return _layout(layout.signature._replace(labels=tuple(found)), plans), new, arrays
+
+
+def _take_out(
+    value: Any,
+    i: int,
+    number: int,
+    values: list[Any],
+    found: list[Any],
+    abstract: bool,
+    every: bool,
+) -> None:
+    """Put None in the place of the constants in the i-th value: all of it, or what JAX does not take."""
+
+    def is_constant(x: Any) -> bool:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return not abstract
+        return every or not is_input(x)
+
+    flat, treedef = jax.tree.flatten(value)
+    constant = list(map(is_constant, flat))
+    if any(constant):
+        kept = [x if c else INPUT for x, c in zip(flat, constant, strict=True)]
+        found.append((number, Label(jax.tree.unflatten(treedef, kept))))
+        inputs = [None if c else x for x, c in zip(flat, constant, strict=True)]
+        values[i] = None if all(constant) else jax.tree.unflatten(treedef, inputs)
 
 
 def unlabelled(layout: Layout, values: Values) -> Values:
     """The values with the constants of the program put back."""
-    values = values.copied()
+    values = values.copied()._replace(plain_arrays=arrays_of(layout, values))
     for i, label in layout.labels:
         if i >= 0:
-            values.refs[i] = label.value
-        else:
-            values.plain_arrays[-1 - i] = label.value
+            values.refs[i] = label.put_back(values.refs[i])
     return values
+
+
+def arrays_of(layout: Layout, values: Values) -> list[Any]:
+    """The plain arrays of some values, with the constants of the program put back."""
+    arrays = list(values.plain_arrays)
+    for i, label in layout.labels:
+        if i < 0:
+            arrays[-1 - i] = label.put_back(arrays[-1 - i])
+    return arrays
 
 
 def _chosen(items: list[Any], positions: tuple[int, ...] | None) -> list[Any]:

@@ -8,20 +8,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nnx.sharding.putting import spec_in_type
 from nnx.transforms.added_axis import of_slices
 from nnx.transforms.axes import Specs
 from nnx.transforms.boundary import abstractly, check_lifted, run, until_lifted
 from nnx.transforms.call import Call, Roots, Values
+from nnx.transforms.layout import Label
 from nnx.transforms.naming import inputs_of, named
 from nnx.transforms.result import Packed, Spec
 from refx import RefError, StructureError, clone, merge, opened, split
-from refx.access import write
+from refx.access import is_input, is_label, write
 from refx.frame import local
 from refx.node import is_identity
 from refx.partition import Path, dotted
 from refx.snapshot import Snapshot
+from refx.trace import LABEL
 from refx.walk import walk
 
 __all__ = ["CARRY", "CarryError"]
@@ -98,7 +101,8 @@ class Loop:
         modules = [i for i, x in enumerate(parts) if is_identity(x)]
         # The first roots of the call are the modules of the carry.
         roots = [root for i, root in zip(modules, self.call.places()) if i in renewed]
-        return list(dict.fromkeys([p.number for root in roots for p in root if p.kind == 1]))
+        found = dict.fromkeys([p.number for root in roots for p in root if p.kind == 1])
+        return [i for i in found if self.call.layout.label_of(-1 - i) is None]
 
     def sliced(self) -> Values:
         """What is sliced, all steps together."""
@@ -238,10 +242,26 @@ class Loop:
                 f"one of another structure in its place: {after.dagdef!r} for {before.dagdef!r}, or "
                 f"with other settings. Return one of the same structure."
             )
-        values = after.values()
-        for ref, value in zip(before.refs, values, strict=True):
-            write(ref, value)
-        return after.leaves()
+        arrays: list[Any] = []
+        for ref, value in zip(before.refs, after.values(), strict=True):
+            if ref._trace is LABEL or is_label(value):
+                self._check_constant(ref._value, value)
+            else:
+                write(ref, value)
+        for old, x in zip(before.leaves(), after.leaves(), strict=True):
+            if _is_carried(old):
+                arrays.append(x)
+            else:
+                self._check_constant(old, x)
+        return arrays
+
+    def _check_constant(self, old: Any, new: Any) -> None:
+        if Label(old) != Label(new):
+            raise CarryError(
+                f"A module in the carry of {self._name} holds {old!r:.60}, which is no array, and the "
+                f"body returned one with {new!r:.60} in its place. The steps of a compiled loop cannot "
+                f"have different constants: carry a number instead."
+            )
 
     def _learn(self, carry: Values, packed: Packed) -> None:
         """Take from one abstract step which Refs are written, and check that they may be carried."""
@@ -315,10 +335,16 @@ class Loop:
         if self._carried.plain_arrays:
             at = sorted(self._renewed)
             dagdef, values = split(tuple(flat[i] for i in at))
-            new: dict[Path, Any] = {**values, **dict(zip(dagdef.leaf_paths, carry.plain_arrays))}
+            paths = [path for path in dagdef.leaf_paths if _is_carried(values[path])]
+            new: dict[Path, Any] = {**values, **dict(zip(paths, carry.plain_arrays, strict=True))}
             for i, module in zip(at, merge(dagdef, new), strict=True):
                 flat[i] = module
         return jax.tree.unflatten(treedef, flat)
+
+
+def _is_carried(x: Any) -> bool:
+    """Whether a plain array of a renewed module goes from step to step: it is no constant."""
+    return isinstance(x, jax.Array | np.ndarray) and is_input(x)
 
 
 def run_loop(init: Any, attempt: Callable[[Roots, Any, frozenset[int]], Any]) -> Any:

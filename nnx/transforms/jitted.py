@@ -73,8 +73,10 @@ class Compiled:
     _closure: Closure
     _plans: Plans
 
-    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Take the arguments of a call apart."""
+    def _open(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], abstract: bool | None = None
+    ) -> Call:
+        """Take the arguments of a call apart; `abstract` as for `open_call`."""
         raise NotImplementedError
 
     def _trace(self, call: Call) -> Any:
@@ -91,13 +93,15 @@ class Compiled:
 
     _close = staticmethod(close_call)
 
-    def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any]:
+    def _prepared(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], abstract: bool | None = None
+    ) -> tuple[Call, Any]:
         """An opened call whose layout is traced, with all that it closes over; and its trace, if new."""
         outer = ambient.call
         while True:
-            call = self._open(args, kwargs)
+            call = self._open(args, kwargs, abstract)
             if not call.layout.traced and self._closure.meet(call.layout):
-                call = self._open(args, kwargs)
+                call = self._open(args, kwargs, abstract)
             traced = None
             ambient.call = call
             try:
@@ -119,12 +123,13 @@ class Compiled:
         if ambient.probe is not None:
             return self._with_probe(args, kwargs)
         outer = ambient.call
+        abstract: bool | None = None
         try:
             while True:
-                call = self._open(args, kwargs)
+                call = self._open(args, kwargs, abstract)
                 # As `jax.disable_jit()` asks for, the body may run without a program and see numbers.
                 if not call.layout.traced and not without_jit():
-                    call = self._prepared(args, kwargs)[0]
+                    call = self._prepared(args, kwargs, abstract)[0]
                 packed: Any = None
                 # The function may be traced for new shapes, and then needs to know its call.
                 ambient.call = call
@@ -132,6 +137,12 @@ class Compiled:
                     packed = self._execute(call)
                 except Exception as error:
                     # It may come of a root that was missing.
+                    if type(error) is TypeError and abstract is None:
+                        # The program may be one for arrays where a ShapeDtypeStruct is now.
+                        ambient.call = outer
+                        abstract = False
+                        if self._open(args, kwargs, abstract).layout is not call.layout:
+                            continue
                     if not call.found or _starts_again(call):
                         explain_donation(error, self._name, call)
                         explain_deleted(error, self._name, call)
@@ -259,11 +270,13 @@ class Jit(Compiled, Generic[P, R]):
     def _with_probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return ambient.probe.jit(self, args, kwargs)
 
-    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _open(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], abstract: bool | None = None
+    ) -> Call:
         statics = None
         if self._static.active:
             args, kwargs, statics = self._static.take(args, kwargs)
-        call = open_call(args, kwargs, self._closure, self._plans, statics)
+        call = open_call(args, kwargs, self._closure, self._plans, statics, abstract=abstract)
         if self._spread is None:
             self._spread = jax.local_device_count() > 1 or jax.process_count() > 1
         if self._spread:
@@ -326,7 +339,7 @@ class Jit(Compiled, Generic[P, R]):
     def _stages(
         self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Traced:
-        call, traced = self._prepared(bound + args, kwargs)
+        call, traced = self._prepared(bound + args, kwargs, True)
         if traced is None:
             program = self._programs.get(call.layout, self._compiled)
             outer, ambient.call = ambient.call, call
@@ -364,9 +377,9 @@ class Jit(Compiled, Generic[P, R]):
         nnx.jit(<lambda>) compiles program number 2:
           x: float32[32,8] → float32[31,8]
         """
-        call = self._open(args, kwargs)
+        call = self._open(args, kwargs, True)
         if not call.layout.traced and self._closure.meet(call.layout):
-            call = self._open(args, kwargs)
+            call = self._open(args, kwargs, True)
         return explain(self, call)
 
     def eval_shape(self, *args: P.args, **kwargs: P.kwargs) -> Any:

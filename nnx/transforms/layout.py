@@ -13,7 +13,7 @@ from nnx.transforms.arguments import Form
 from refx.dagdef import DagDef
 from refx.partition import dotted
 from refx.snapshot import Snapshot
-from refx.static import Static
+from refx.static import NESTED, Static
 
 __all__: list[str] = []
 
@@ -101,6 +101,10 @@ class Layout:
             refs[i] = None
         return donated, values._replace(refs=refs)
 
+    def label_of(self, i: int) -> Label | None:
+        """What is constant of the i-th Ref or, below zero, of the plain array with the number -1 - i."""
+        return dict(self.labels).get(i)
+
     def name_of(self, i: int) -> str:
         """How a message calls the i-th Ref."""
         path = self.dagdef.ref_paths[i][1:]
@@ -170,15 +174,37 @@ class Plans:
         self.by_call[key] = plan
 
 
-class Label:
-    """A value without arrays as a part of a Layout: it counts by type and content."""
+class _Input:
+    def __repr__(self) -> str:
+        return "INPUT"
 
-    __slots__ = ("_key", "value")
+
+INPUT: Any = _Input()
+"""Stands in a Label for what is an input of the program."""
+
+
+class Label:
+    """What is constant of a value, as a part of a Layout: it counts by type and content."""
+
+    __slots__ = ("_key", "_mixed", "value")
 
     def __init__(self, value: Any):
         self.value = value
         leaves, treedef = jax.tree.flatten(value)
-        self._key = treedef, tuple(map(Static, leaves))
+        self._mixed = any(x is INPUT for x in leaves)
+        self._key = treedef, tuple([Static(x, NESTED) for x in leaves])
+
+    def example(self) -> Any:
+        """A part of it that is constant."""
+        return next(x for x in jax.tree.leaves(self.value) if x is not INPUT)
+
+    def put_back(self, inputs: Any) -> Any:
+        """The whole value, around its inputs; None where those are not there any more."""
+        if not self._mixed:
+            return self.value
+        if inputs is None:
+            return None
+        return jax.tree.map(lambda x, given: given if x is INPUT else x, self.value, inputs)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Label) and self._key == other._key

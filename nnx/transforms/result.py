@@ -12,16 +12,17 @@ from typing import Any, NamedTuple
 import jax
 
 import refx.ref as ref_module
-from nnx.transforms.call import Call, Values, unlabelled
+from nnx.transforms.call import Call, Values, arrays_of, unlabelled
 from nnx.transforms.homes import kept
 from nnx.transforms.layout import Layout
 from nnx.transforms.untouched import reachable
-from refx import Node, Ref, opened
+from refx import Node, Ref, ValueTypeError, opened
+from refx.access import is_input
 from refx.build import build
 from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree
 from refx.frame import Frame, Original, local
 from refx.node import is_identity
-from refx.partition import Path
+from refx.partition import Path, dotted
 from refx.walk import Walk, walk
 
 __all__: list[str] = []
@@ -137,6 +138,8 @@ def pack(
         for i, (ref, was) in enumerate(zip(inner_refs, before, strict=True))
         if was.changed(ref._value) or (assigned and ref in frame.assigned)
     )
+    for i in written:
+        _check_value(frame, layout.dagdef.ref_paths[i], inner_refs[i]._value)
     stays = {i for i in written if inner_refs[i] in frame.placed}
     new_values = kept(layout, written, [inner_refs[i]._value for i in written], stays)
     after = walk(roots, skip=1)
@@ -177,8 +180,22 @@ def pack(
         for path, x in zip(both.dagdef.leaf_paths, both.leaves, strict=True)
         if id(x) not in came
     ]
+    for path, x in [(path, r._value) for path, r in new] + arrays:
+        _check_value(frame, path, x)
     values = [r._value for _, r in new], [x for _, x in arrays]
     return Packed(Spec(written, graph), values, new_values), NewValues(new, arrays)
+
+
+def _check_value(frame: Frame, path: Path, value: Any) -> None:
+    """Raise if a value that leaves a body is nothing that a program can give."""
+    wrong = next((x for x in jax.tree.leaves(value) if not is_input(x)), None)
+    if wrong is not None:
+        where = dotted(path[1:]) or "itself"
+        raise ValueTypeError(
+            f"{frame.name} leaves a {type(wrong).__name__} in the Ref or array {where!r}: {wrong!r:.60}. A "
+            f"program gives arrays and numbers only. Set it outside of the transformation, or keep it in "
+            f"an ordinary attribute."
+        )
 
 
 def _let_go(layout: Layout, after: Walk, objects: list[Any]) -> tuple[list[Any], ...]:
@@ -225,8 +242,8 @@ def _rewritten(
 def apply(call: Call, graph: StructureChange, new: list[Any], arrays: list[Any]) -> Any:
     objects = call.objects()
     existing = {n: objects[i] for n, i in graph.known.items()}
-    given = iter(arrays)
-    leaves = [call.values.plain_arrays[i] if i is not None else next(given) for i in graph.leaves]
+    given, came = iter(arrays), arrays_of(call.layout, call.values)
+    leaves = [came[i] if i is not None else next(given) for i in graph.leaves]
     new = _born(graph, new)
     (_, out, _), built = build(
         graph.dagdef, new, leaves, existing=existing, rewritten=graph.rewritten

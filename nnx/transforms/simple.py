@@ -19,6 +19,10 @@ from nnx.transforms.result import Packed, fresh_output
 __all__ = ["checkify", "eval_shape", "make_jaxpr", "remat"]
 
 
+# Those that compute nothing: a ShapeDtypeStruct in a module stands for an array there.
+_ABSTRACT = ("nnx.eval_shape", "nnx.make_jaxpr")
+
+
 def _transformed(
     kind: str, fn: Callable[..., Any], transform: Callable[[Call, Callable[..., Packed]], Any]
 ) -> Callable[..., Any]:
@@ -32,7 +36,7 @@ def _transformed(
             return ambient.probe.whole(kind, inner, bound + args, kwargs, transform)
 
         def attempt(roots: Roots) -> Any:
-            call = open_call(bound + args, kwargs, roots)
+            call = open_call(bound + args, kwargs, roots, abstract=kind in _ABSTRACT)
 
             def pure(values: Values) -> Packed:
                 return run(inner, name, call, values, mode="read")

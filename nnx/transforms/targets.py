@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnx.transforms.call import Call, Place, Values
+from nnx.transforms.layout import Layout
 from refx import Filter, Partition, RefError, ShapeError, UnknownPathError, opened, to_predicate
 from refx.node import is_identity
 from refx.partition import Path, dotted, listed
@@ -194,7 +195,7 @@ def targets_of(
         if target.treedef is None:
             chosen = [p for p in target.places if predicate(p.path, p.cell)]
             for p in chosen:
-                _check_differentiable(name, p.path, p.value, allow_int)
+                _check_differentiable(name, p, call.layout, allow_int)
             if chosen:
                 selected = True
             else:
@@ -231,8 +232,16 @@ def _check_disjoint(name: str, numbers: Sequence[int], targets: list[Target]) ->
                 )
 
 
-def _check_differentiable(name: str, path: Any, value: Any, allow_int: bool) -> None:
-    for leaf in jax.tree.leaves(value):
+def _check_differentiable(name: str, place: Place, layout: Layout, allow_int: bool) -> None:
+    path = place.path
+    label = layout.label_of(place.number if place.kind == 0 else -1 - place.number)
+    if label is not None:
+        found = label.example()
+        raise DifferentiationError(
+            f"{name} cannot differentiate {dotted(path)!r}: it holds a {type(found).__name__} and no array: "
+            f"{found!r:.60}. Choose a wrt that leaves it out, or give it an array first."
+        )
+    for leaf in jax.tree.leaves(place.value):
         dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
         if not (allow_int or jnp.issubdtype(dtype, jnp.inexact)):
             raise DifferentiationError(

@@ -138,6 +138,57 @@ def mask_as_argument(tree: Any, rng: random.Random) -> str | None:
     return None if got == expected else f"expected {expected}, got {got}"
 
 
+_CONSTANTS = (
+    lambda x: "text",
+    lambda x: None,
+    lambda x: jax.sharding.PartitionSpec("x"),
+    lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.float32),
+    lambda x: np.array(["a", "b"]),
+    lambda x: np.array(["a", 1, None], object),
+    lambda x: jnp.float32,
+)
+
+
+def constants_among_values(tree: Any, rng: random.Random) -> str | None:
+    """Some of the leaves are no arrays any more, by argument and by closure, in any transformation."""
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree)):
+        return None
+    held = [NNX.classes["Plain"](), tree]
+    held[0].x = nnx.Ref({"a": jnp.ones(2), "b": [jnp.zeros(3), jnp.arange(2.0)]})
+
+    def fill() -> Any:
+        return jax.tree.map(lambda x: rng.choice(_CONSTANTS)(x) if rng.random() < 0.4 else x, held)
+
+    def f(tree: Any) -> Any:
+        leaves = jax.tree.leaves(tree)
+        others = [x for x in leaves if not isinstance(x, (jax.Array, bool, int, float, np.generic))]
+        others = [x for x in others if getattr(getattr(x, "dtype", None), "kind", "O") in "OU"]
+        return _numbers(leaves) + sum(len(str(x)) for x in others if not hasattr(x, "aval"))
+
+    mixed = fill()
+    kind = rng.choice(
+        [
+            nnx.jit,
+            nnx.jit_filter,
+            nnx.remat,
+            lambda f: lambda *a: nnx.checkify(f)(*a)[1],
+            lambda f: lambda *a: nnx.cond(True, f, f, *a),
+            lambda f: lambda *a: nnx.scan(lambda c, _: (c, f(*c)), a, None, length=1)[1][0],
+            lambda f: lambda *a: nnx.vmap(f, in_axes=None, axis_size=2)(*a)[0],
+            lambda f: lambda *a: nnx.value_and_grad(lambda x, a: x + f(*a))(0.0, a)[0],
+        ]
+    )
+    by_argument = rng.random() < 0.5
+    run = kind(f) if by_argument else kind(lambda: f(mixed))
+    for i in range(3):
+        if i == 2:
+            mixed = fill()
+        got = run(mixed) if by_argument else run()
+        if not np.allclose(got, f(mixed), atol=1e-5):
+            return f"call {i}: expected {f(mixed)}, got {got}"
+    return None
+
+
 def kept_for_later(tree: Any, rng: random.Random) -> str | None:
     """Leaves and structure that were kept give the tree as it was, whatever happened to it since."""
     tree = _module(tree, rng)
@@ -297,6 +348,7 @@ NEIGHBOURS = (
     partition_under_jit,
     mask_closed_over,
     mask_as_argument,
+    constants_among_values,
     kept_for_later,
     held_by_another,
     shapes_only,

@@ -294,7 +294,7 @@ class _JitFilter(Compiled):
     def _with_probe(self, args: Any, kwargs: Any) -> Any:
         return ambient.probe.jit_filter(self, args, kwargs)
 
-    def _open(self, args: Any, kwargs: Any) -> Call:
+    def _open(self, args: Any, kwargs: Any, abstract: bool | None = None) -> Call:
         args, bound = self._bound + args, len(self._bound)
         tree, statics = self._filter_tree, None
         if tree is not None and not isinstance(tree, tuple | list):
@@ -304,7 +304,8 @@ class _JitFilter(Compiled):
                 fixed = self._static.numbers(args)
                 tree = [x for i, x in enumerate(tree, bound) if i not in fixed]
             args, kwargs, statics = self._static.take(args, kwargs)
-        call = open_call(args, kwargs, self._closure, self._plans, statics, any_leaf=True)
+        options: Any = {"any_leaf": True, "abstract": abstract}
+        call = open_call(args, kwargs, self._closure, self._plans, statics, **options)
         call.filtered = self._inputs(call, args, kwargs, tree, statics)
         return call
 
