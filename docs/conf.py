@@ -51,14 +51,14 @@ napoleon_numpy_docstring = False
 
 
 def setup(app):
-    """Docstrings are written to be read in an editor; this makes them reStructuredText."""
-    # Before napoleon, which turns the sections into fields.
+    """Docstrings are written for an editor; this turns them into reStructuredText."""
+    # Runs before napoleon, which turns the sections into fields.
     app.connect("autodoc-process-docstring", as_rst, priority=400)
     app.connect("autodoc-process-signature", with_arguments)
 
 
 def with_arguments(app, what, name, obj, options, signature, return_annotation):
-    """The arguments of a constructor as its source has them; autodoc asks the metaclass instead."""
+    """The arguments of a constructor, from its source. Autodoc would show those of the metaclass."""
     if what != "class" or not isinstance(obj, type):
         return None
     if obj.__init__ is object.__init__:

@@ -1,4 +1,4 @@
-"""Writes errors.md: the commonest mistakes, with the messages that they get, made by running them.
+"""Writes errors.md: the most common mistakes with their error messages, made by running them.
 
 `python docs/make_errors.py` writes the page; `tests/test_docs_tables.py` checks that it is up to date.
 """
@@ -19,7 +19,7 @@ ROOT = PAGE.parent.parent
 
 
 class Mistake(NamedTuple):
-    """A program that raises, and what to do about it. `before` runs in a process of its own."""
+    """A program that raises, and what to do about it. `before` runs first, in another process."""
 
     title: str
     code: str
@@ -52,7 +52,7 @@ def loss(w):
 jax.grad(loss)(jnp.ones(3))
 """,
         """\
-`jax.grad` knows nothing of `calls`. Give the Ref, or the module that has it, as an argument to the
+`jax.grad` knows nothing about `calls`. Pass the Ref, or the module that has it, as an argument to the
 `nnx` transformation of the same name, which writes it back:
 
 ```py
@@ -72,8 +72,8 @@ norm = nnx.BatchNorm(2)
 jax.vmap(lambda norm, x: norm(x), in_axes=(None, 0))(norm, jnp.ones((3, 4, 2)))
 """,
         """\
-To plain `jax` a module is a pytree of values, so the `norm` inside is a copy, and its new statistics
-would be lost. Use `nnx.vmap`; or, if nothing should be written, call it with
+To plain `jax`, a module is a pytree of values. So the `norm` inside is a copy, and its new statistics
+would be lost. Use `nnx.vmap`. If nothing should be written, call
 `norm.apply(use_running_average=True)(x)`.
 """,
     ),
@@ -84,15 +84,15 @@ model = nnx.Sequential(nnx.Dropout(0.5))
 model(x)
 """,
         """\
-Dropout needs a key, and constructors of layers do, too. Open a scope around the call, or around the
-whole training loop:
+Dropout needs a key, and so do the constructors of most layers. Open a scope around the call, or around
+the whole training loop:
 
 ```py
 with nnx.scope(jax.random.key(0)):
     model(x)
 ```
 
-For evaluation there is nothing to draw: `model.eval()`. More in [Randomness](randomness.md).
+For evaluation, call `model.eval()`: then dropout draws nothing. [Randomness](randomness.md) has more.
 """,
     ),
     Mistake(
@@ -102,8 +102,8 @@ layer = nnx.Linear.init(0)(3, 8)
 nnx.jit(layer)(x)
 """,
         """\
-The message has the layer and both shapes. Inside a large model, the last line of the traceback that
-is yours says where the layer is called.
+The message names the layer and both shapes. In a large model, look for the last line of the traceback
+that is in your code: there the layer is called.
 """,
     ),
     Mistake(
@@ -120,8 +120,8 @@ class Mask(nnx.Module):
 nnx.jit(Mask())(x)
 """,
         """\
-Attributes that are no arrays, modules, lists or dicts are part of the key of the compiled program,
-so they must have a hash. Here `frozenset({0, 3})` or `(0, 3)` does.
+Attributes other than arrays, modules, lists and dicts are part of the compiled program's cache key,
+so they must be hashable. Here, use `frozenset({0, 3})` or `(0, 3)`.
 """,
     ),
     Mistake(
@@ -132,15 +132,15 @@ norm = nnx.BatchNorm(2)
 model["params"] = norm["params"]
 """,
         """\
-A partition is written by path, and each of its paths must be there. Pick those that fit:
+A partition is written by path, and the model must have each of its paths. Pick those that fit:
 
 ```py
 fitting = {path: value for path, value in norm["params"].items() if path in nnx.refs(model)}
 nnx.update(model, fitting)
 ```
 
-Gradients that were taken with another `wrt` than the optimizer has are an `OptimizerError` for the
-same reason.
+For the same reason, gradients taken with another `wrt` than the optimizer's raise an
+`OptimizerError`.
 """,
     ),
     Mistake(
@@ -158,12 +158,12 @@ model["params"] = best
 step(model, x)
 """,
         """\
-`donate=True` lets the step reuse the memory of what it overwrites, so `best` holds arrays that are
-gone. Copy what you want to keep: `best = jax.tree.map(jnp.copy, model["params"])`.
+`donate=True` lets the step reuse the memory of the values that it overwrites, so the arrays in `best`
+are gone. Copy what you want to keep: `best = jax.tree.map(jnp.copy, model["params"])`.
 """,
     ),
     Mistake(
-        "jax.jit in place of nnx.jit",
+        "jax.jit instead of nnx.jit",
         """\
 @jax.jit
 def train_step(model, optimizer, x):
@@ -176,18 +176,18 @@ model = nnx.Linear.init(0)(2, 2)
 train_step(model, nnx.Optimizer(model, optax.sgd(0.1)), x)
 """,
         """\
-Write `@nnx.jit`. Plain `jax.jit` could not write the new weights back, and the model would not learn,
-without a word.
+Write `@nnx.jit`. Plain `jax.jit` cannot write the new weights back, so without this error the model
+would silently not learn.
 """,
     ),
     Mistake(
-        "A class that is not imported when a model is loaded",
+        "A class that is not imported before loading",
         """\
 model = nnx.load("model.npz")
 """,
         """\
-A file holds the names of classes and no code, and loading never imports anything. Import your modules
-first. If a class has moved, give it a name that stays: `@nnx.saveable(name="my_project.Classifier")`.
+A file holds the names of classes but no code, and loading never imports anything. Import your modules
+first. If a class may move, give it a permanent name: `@nnx.saveable(name="my_project.Classifier")`.
 """,
         before="""\
 import nnx
@@ -215,16 +215,16 @@ def body(h, x):
 nnx.scan(body, jnp.zeros(2), x)
 """,
         """\
-Every step of a loop has the same shapes, so nothing that is carried can grow. Return what should be
-collected as the second output of the body, which `nnx.scan` stacks; or make the Ref as large as it
-will be, and write with `.at[i].set(...)`.
+Every step of a loop has the same shapes, so a carried value cannot grow. To collect values, return
+them as the second output of the body, which `nnx.scan` stacks. Or give the Ref its final size, and
+write with `.at[i].set(...)`.
 """,
     ),
 ]
 
 
 def run(mistake: Mistake) -> BaseException:
-    """Run the program of a mistake in an empty folder, then its advice; give the error it raised."""
+    """Run a mistake in an empty folder, then its advice; return the error that the mistake raised."""
     scope: dict[str, Any] = {"__name__": "example"}
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
@@ -259,21 +259,21 @@ def page(errors: list[BaseException]) -> str:
         f"""\
 # Errors
 
-The ten commonest mistakes. Each program below was run by `docs/make_errors.py`, and what follows it
-is the end of the traceback. All begin with
+These are the ten most common mistakes. `docs/make_errors.py` ran each program below, and the text after
+it is the end of the traceback. All programs begin with
 
 ```py
 {SETUP}```
 
-Errors about Refs, modules and transformations derive from `nnx.RefError`; an argument of a layer
-with a wrong shape or type is a `ValueError` or a `TypeError`. A function that raises leaves every
-module as it was.
+Errors about Refs, modules and transformations derive from `nnx.RefError`. A layer raises a
+`ValueError` or a `TypeError` for an argument with the wrong shape or type. A function that raises
+leaves every module as it was.
 """
     ]
     for number, (mistake, error) in enumerate(zip(MISTAKES, errors, strict=True), 1):
         parts.append(f"## {number}. {mistake.title}\n")
         if mistake.before:
-            parts.append(f"One program:\n\n```py\n{mistake.before}```\n\nAnother one:\n")
+            parts.append(f"One program:\n\n```py\n{mistake.before}```\n\nAnother program:\n")
         parts.append(f"```py\n{mistake.code}```\n")
         parts.append(f"```text\n{message(error)}\n```\n")
         parts.append(mistake.advice)

@@ -344,9 +344,9 @@ def page():
     lines = [
         "# What works where",
         "",
-        "Made and checked by `tests/nnx/transforms/test_table.py`, a small program for each cell. An",
-        "error's name is the error that a user gets there: in `grad` and its kin what is closed over is",
-        "a constant that may be read and not written, and the steps of a loop cannot differ in structure.",
+        "`tests/nnx/transforms/test_table.py` writes this table, and runs a small program for each cell. Where",
+        "a cell names an error, the user gets that error: in `grad` and its kin, closed-over Refs are constants",
+        "that you can read but not write, and the steps of a loop cannot differ in structure.",
         "The last two columns are for a model that uses the transformation in its call.",
         "",
         "| | " + " | ".join(COLUMNS) + " |",
