@@ -5,7 +5,6 @@ A `Program` is noted where a function was traced, so a call that traces nothing 
 
 from __future__ import annotations
 
-import re
 import warnings
 import weakref
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from nnx._ambient import ambient
 from nnx.transforms.call import Call
 from nnx.transforms.explain.differences import (
     ANOTHER,
-    CLOSED_OVER,
+    Difference,
     Program,
     View,
     avals_of,
@@ -93,36 +92,36 @@ def note(jitted: Any, layout: Layout, call: Call) -> None:
         listener(jitted, explanation)
 
 
-# So many new programs in a row for nothing but another number are a mistake.
+# So many new programs in a row for nothing but another value are a mistake.
 WARN_AFTER = 5
-_FLOATS = re.compile(r"-?\d[^ ]*[.e][^ ]* → -?\d[^ ]*[.e][^ ]*")
-_INTS = re.compile(r"-?\d+ → -?\d+")
+_ADVICE = {
+    "setting": "A float is part of the program. Make it an array or a Ref, as in self.{} = nnx.Ref(...), or "
+    "pass it as an argument.",
+    "static argument": "A static argument is part of the program. Leave it out of static_argnums and "
+    "static_argnames.",
+    "variable": "A value that the function reads from a variable is part of the program. Keep it in a "
+    "Ref (nnx.Ref), or pass it as an argument.",
+}
 
 
-def _warn_of_numbers(jitted: Any, reasons: list[str]) -> None:
+def _warn_of_numbers(jitted: Any, found: list[Difference]) -> None:
     """Warn of a number that is part of the program and is another one in each call."""
-    what, _, change = reasons[0].partition(": ") if len(reasons) == 1 else ("", "", "")
-    variable = what.removesuffix(CLOSED_OVER)
-    closed = variable != what
-    if not (
-        _FLOATS.fullmatch(change) or (closed and (change == ANOTHER or _INTS.fullmatch(change)))
-    ):
+    (first, *others) = found
+    values = [getattr(x, "value", x) for x in first.values]
+    # What counts by identity, such as an array, has a number in place of a Static.
+    kinds = (float, int) if first.kind == "variable" else (float,)
+    if others or not first.kind or not all(type(x) in kinds for x in values):
         jitted._number_changes = "", 0
         return
     name, count = jitted._number_changes
-    jitted._number_changes = what, count + 1 if what == name else 1
+    jitted._number_changes = first.name, count + 1 if first.name == name else 1
     if jitted._number_changes[1] != WARN_AFTER:
         return
-    if not closed:
-        why = "A float is part of the program"
-        how = f"Make it an array or a Ref, as in self.{what.rpartition('.')[2]} = nnx.Ref(...)"
-    else:
-        why = "A value that the function reads from a variable is part of the program"
-        how = "Keep it in a Ref (nnx.Ref)"
-    last = "" if change == ANOTHER else f", the last time {change}"
+    last = "" if first.change == ANOTHER else f", the last time {first.change}"
+    advice = _ADVICE[first.kind].format(first.name.rpartition(".")[2])
     warnings.warn(
         f"{jitted._name} was compiled again {WARN_AFTER} times in a row for another value of "
-        f"{variable} alone{last}. {why}. {how}, or pass it as an argument.",
+        f"{first.name} alone{last}. {advice}",
         stacklevel=2,
     )
 
@@ -167,7 +166,8 @@ def _explained(jitted: Any, new: Program) -> Explanation:
         )
     elif known:
         view = View(jitted, new)
-        reasons = min((differences(View(jitted, old), view) for old in reversed(known)), key=len)
+        each = (differences(View(jitted, old), view) for old in reversed(known))
+        reasons = [d.text for d in min(each, key=len)]
         return Explanation(jitted._name, False, reasons, len(known))
     elif any(programs_of(twin) for twin in _twins(jitted)):
         reason = (

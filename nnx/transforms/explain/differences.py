@@ -213,41 +213,59 @@ def _facts(layout: Layout, names: View) -> dict[Path, Any]:
 
 # ---- differences
 
-CLOSED_OVER = ", which the function closes over"
 ANOTHER = "another one"
 
 
-def differences(old: View, new: View) -> list[str]:
+class Difference(NamedTuple):
+    """One way in which two programs differ, in a user's words.
+
+    Where a value that is part of the program is another one, `kind` is "setting", "static argument" or
+    "variable", `name` is what has it, `values` are the two, and `change` says it.
+    """
+
+    text: str
+    kind: str = ""
+    name: str = ""
+    values: tuple[Any, Any] = (None, None)
+    change: str = ""
+
+
+def differences(old: View, new: View) -> list[Difference]:
     reasons = list(_structure(old.facts, new.facts))
     for name, now in new.values.items():
         was = old.values.get(name, now)
         if was != now:
-            reasons.append(f"{name or 'the Ref'}: {_text(was)} → {_text(now)}{_weak(was, now)}")
+            text = f"{name or 'the Ref'}: {_text(was)} → {_text(now)}{_weak(was, now)}"
+            reasons.append(Difference(text))
     # Other modules bring other code, which reads other things.
     names = {**old.read, **new.read} if not reasons else old.read.keys() & new.read.keys()
     for name in sorted(names):
         was, now = old.read.get(name), new.read.get(name)
         if was != now:
-            reasons.append(f"{name}{CLOSED_OVER}: {_replaced(was, now)}")
+            change = _replaced(was, now)
+            text = f"{name}, which the function closes over: {change}"
+            reasons.append(Difference(text, "variable", name, (was, now), change))
     options = old.program.options
     for name, now in new.program.options.items():
         if str(options[name]) != str(now):
-            reasons.append(f"{name}: {options[name]} → {now}")
+            reasons.append(Difference(f"{name}: {options[name]} → {now}"))
     if not reasons and list(old.facts) != list(new.facts):
-        reasons.append("the order of attributes, or of the keys of a dict")
+        reasons.append(Difference("the order of attributes, or of the keys of a dict"))
     if not reasons:
-        reasons.append(
+        text = (
             "the function reaches its modules in another way: a variable, a default or a helper was "
             "bound to something else"
         )
+        reasons.append(Difference(text))
     return reasons
 
 
+_SETTINGS = {"setting": "setting", "static": "static argument"}
 # Where one of these is another, what is in it is another too.
 _WITH_PARTS = ("module", "container", "pytree")
 
 
-def _structure(old: dict[Path, Any], new: dict[Path, Any]) -> Iterator[str]:
+def _structure(old: dict[Path, Any], new: dict[Path, Any]) -> Iterator[Difference]:
     done: list[Path] = []
 
     def is_inside(path: Path) -> bool:
@@ -260,8 +278,12 @@ def _structure(old: dict[Path, Any], new: dict[Path, Any]) -> Iterator[str]:
         if was is None or now is None or was.kind != now.kind or was.kind in _WITH_PARTS:
             done.append(path)
         text = _fact(path, was, now)
-        if text:
-            yield text
+        if was is not None and now is not None and was.kind == now.kind and now.kind in _SETTINGS:
+            name = path[1] if now.kind == "static" else dotted(path)
+            change = _change(was.detail, now.detail)
+            yield Difference(text, _SETTINGS[now.kind], name, (was.detail, now.detail), change)
+        elif text:
+            yield Difference(text)
 
 
 def _fact(path: Path, was: Any, now: Any) -> str:
