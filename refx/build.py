@@ -26,7 +26,16 @@ class _Recipe:
     So an object is filled by one update of its dict.
     """
 
-    __slots__ = ("arrays", "changing", "fills", "makers", "root", "root_pytrees", "statics")
+    __slots__ = (
+        "arrays",
+        "changing",
+        "fills",
+        "is_fixed",
+        "makers",
+        "root",
+        "root_pytrees",
+        "statics",
+    )
 
     def __init__(self, dagdef: DagDef):
         nodes = dagdef.nodes
@@ -36,6 +45,8 @@ class _Recipe:
         self.statics = [x.value for x in found]
         # Objects that may change in place, by their numbers.
         self.changing = [(i, x) for i, x in enumerate(found) if x.contents]
+        trees = [x for n in nodes if type(n) is NodeDef for x in n.children] + [dagdef.root]
+        self.is_fixed = not self.changing and all(map(_is_fixed, trees))
         self.arrays = 1 + max((x.number for x in held if type(x) is Leaf), default=-1)
         statics = itertools.count(len(nodes) + self.arrays)
         pytrees = itertools.count(len(nodes) + self.arrays + len(self.statics))
@@ -74,6 +85,18 @@ def _parts(child: Any) -> Iterator[Any]:
             yield from _parts(part)
     else:
         yield child
+
+
+def _is_fixed(child: Any) -> bool:
+    """Whether what has no identity in a structure are tuples, which cannot change."""
+    if type(child) is not Tree:
+        return True
+    return child.treedef.node_data()[0] is tuple and all(map(_is_fixed, child.children))
+
+
+def changes_with_objects(dagdef: DagDef) -> bool:
+    """Whether the structure stands as long as the lists and dicts of its objects hold what they hold."""
+    return _recipe(dagdef).is_fixed
 
 
 def _recipe(dagdef: DagDef) -> _Recipe:

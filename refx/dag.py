@@ -329,6 +329,8 @@ def find_ref(tree: Any, given: Any, cells: Mapping[Path, Ref[Any]]) -> tuple[Pat
     Raises:
       UnknownPathError: there is no Ref; the message says what there is.
     """
+    if type(given) is tuple and given in cells:
+        return given, cells[given]
     path = as_path(given)
     if isinstance(given, str) and path not in cells:
         # A key of a dict may have a dot itself.

@@ -39,6 +39,7 @@ from refx.build import build
 from refx.dagdef import DagDef
 from refx.frame import Frame, Original, StandIn, copy_containers, local
 from refx.partition import dotted
+from refx.walk import walk
 
 __all__: list[str] = []
 
@@ -112,8 +113,20 @@ def run(
             check_found(frame)
             closed.check(frame)
             first, out = split_out(out) if split_out is not None else (None, out)
+            after = None if closed.stands() else walk(roots, skip=1)
             packed, outline = pack(
-                frame, layout, call, roots, objects, outer, before, leaves, out, mode, assigned
+                frame,
+                layout,
+                call,
+                roots,
+                objects,
+                outer,
+                before,
+                leaves,
+                out,
+                mode,
+                assigned,
+                after,
             )
             if call.found:
                 # The body runs again, and does then what it has done to the caller's containers.

@@ -265,10 +265,11 @@ def _labelled(
     found: list[tuple[int, Label]] = []
     new, arrays = list(values), list(leaves)
     for i, (ref, x) in enumerate(zip(refs, values, strict=True)):
-        if type(x) not in CONCRETE or ref._trace is LABEL:
+        if ref._trace is LABEL or not isinstance(x, jax.Array):
             _take_out(x, i, i, new, found, abstract, ref._trace is LABEL)
     for i, x in enumerate(leaves):
-        _take_out(x, i, -1 - i, arrays, found, abstract, not is_array(x))
+        if not isinstance(x, jax.Array):
+            _take_out(x, i, -1 - i, arrays, found, abstract, not is_array(x))
     if not found:
         return layout, values, leaves
     return _layout(layout.signature._replace(labels=tuple(found)), plans), new, arrays

@@ -130,7 +130,9 @@ def pack(
     out: Any,
     mode: str,
     assigned: bool,
+    after: Walk | None,
 ) -> tuple[Packed, NewValues]:
+    """Pack what a body left behind; `after` is a walk of the roots, or None where they stand."""
     note_found(frame, mode, call)
     inner_refs = [x for x in objects if type(x) is Ref]
     written = tuple(
@@ -142,8 +144,7 @@ def pack(
         _check_value(frame, layout.dagdef.ref_paths[i], inner_refs[i]._value)
     stays = {i for i in written if inner_refs[i] in frame.placed}
     new_values = kept(layout, written, [inner_refs[i]._value for i in written], stays)
-    after = walk(roots, skip=1)
-    same = (
+    same = after is None or (
         after.dagdef is layout.dagdef
         and all(map(is_, after.objects, objects))
         and all(map(is_, after.leaves, leaves))
@@ -156,7 +157,8 @@ def pack(
     ours = set(map(id, objects))
     names = frame.stand_ins.values()
     alias.update((id(s.ref), s.inner) for s in names if id(s.inner) in ours)
-    both = walk((roots, out, _let_go(layout, after, objects)), alias, skip=2)
+    gone = () if after is None else _let_go(layout, after, objects)
+    both = walk((roots, out, gone), alias, skip=2)
     strangers = [x for x in both.objects if is_identity(x) and x._frame is not frame]
     if strangers:
         roots_of = [x for x in strangers if isinstance(x, Node)] or strangers

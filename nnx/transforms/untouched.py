@@ -18,10 +18,11 @@ from nnx.transforms.looking import Graph
 from nnx.transforms.objects import containers
 from refx import Node, Ref, RefError, opened
 from refx.access import writable
+from refx.build import changes_with_objects
 from refx.dagdef import DagDef
 from refx.errors import StructureError
 from refx.frame import Frame
-from refx.node import is_exposed, is_identity
+from refx.node import class_changes, is_exposed, is_identity
 from refx.snapshot import Contents, snapshot
 from refx.walk import contents, walk
 
@@ -88,6 +89,16 @@ class Untouched:
             for module, held in _containers_of(root):
                 self._keep(module, held)
         self._caller = Contents(self._kept)
+        self._dagdef = layout.dagdef
+        self._class_changes = class_changes[0]
+
+    def stands(self) -> bool:
+        """Whether the structure of the roots in the body is surely what it was; else a walk decides."""
+        return (
+            self._inner.same()
+            and self._class_changes == class_changes[0]
+            and changes_with_objects(self._dagdef)
+        )
 
     def _keep(self, owner: Any, held: list[Any]) -> None:
         self._kept += held
