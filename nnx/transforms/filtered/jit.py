@@ -402,7 +402,8 @@ class _JitFilter(Compiled, Generic[P, R]):
         donated = [False] * len(flat)
         if any(self._donate):
             given = self._donates(call, args, kwargs, statics)
-            donated = [d and m and is_array(x) for d, m, x in zip(given, mask, flat, strict=True)]
+            arrays = [is_array(x) or isinstance(x, jax.ShapeDtypeStruct) for x in flat]
+            donated = [all(said) for said in zip(given, mask, arrays, strict=True)]
         fixed = tuple(
             _DONATED if d else None if m else self._fixed(leaf)
             for d, m, leaf in zip(donated, mask, flat, strict=True)
