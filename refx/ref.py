@@ -118,8 +118,9 @@ class Ref(Generic[T]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copying and pickling make a Ref of the current level with the same value; the frame and
-        # the trace of the original are of no use to it.
-        return _restore, (self.value, self._collection, dict(self._metadata))
+        # the trace of the original are of no use to it. A label stays one.
+        fixed = self._trace is LABEL
+        return _restore, (self.value, self._collection, dict(self._metadata), fixed)
 
 
 WITH_IDENTITY.add(Ref)
@@ -140,9 +141,9 @@ for _name in [*_OTHERS.split(), *(r + op for op in _BINARY.split() for r in ("",
 setattr(Ref, "__jax_array__", property(_no_arithmetic))  # noqa: B010
 
 
-def _restore(value: Any, collection: Hashable, metadata: Any) -> Ref[Any]:
+def _restore(value: Any, collection: Hashable, metadata: Any, fixed: bool = False) -> Ref[Any]:
     # Also of what JAX puts in the place of an array and no `Ref(...)` takes.
-    at = LABEL if is_label(value) else trace_ref()
+    at = LABEL if fixed or is_label(value) else trace_ref()
     ref = make(value, collection, metadata_of(metadata.items()), local.frame, at)
     note_made(ref)
     return ref

@@ -20,30 +20,23 @@ from refx.snapshot import Snapshot, snapshot
 __all__: list[str] = []
 
 
-def exportable(
-    fn: Any, name: str, call: Call, spec: Spec, bound: int, args: Any, kwargs: Any
-) -> Any:
+def exportable(fn: Any, name: str, call: Call, bound: int, args: Any, kwargs: Any) -> Any:
     """Trace a function of modules as a function of pytrees: what it returns is all that comes out.
 
     Args:
       fn: the user's function.
       name: what messages call it.
       call: a call with these arguments. All that it closes over is known.
-      spec: what the call leaves behind.
       bound: so many of the first roots belong to the function. They are constants of the program, as is
         what it closes over.
       args: the arguments, without those that are static.
       kwargs: the keyword arguments.
-
-    Raises:
-      ReadOnlyError: the function writes Refs, or changes a module.
     """
-    _check_pure(name, call, spec)
     given = list(chain.from_iterable(call.places()[bound : len(call.layout.form.where)]))
     refs, arrays = [_first([p.number for p in given if p.kind == kind]) for kind in (0, 1)]
 
     def exported(*args: Any, **kwargs: Any) -> Any:
-        _, roots, arguments = take_roots(args, kwargs, False)
+        _, roots, arguments = take_roots(args, kwargs, any_leaf=False)
         found: list[Snapshot] = [snapshot(root) for root in roots]
         values = Values(
             _placed(call.values.refs, refs, [x for s in found for x in s.values()]),
@@ -70,10 +63,23 @@ def _placed(constants: list[Any], positions: dict[int, int], given: list[Any]) -
     return [given[positions[i]] if i in positions else x for i, x in enumerate(constants)]
 
 
-def _check_pure(name: str, call: Call, spec: Spec) -> None:
+def check_pure(name: str, call: Call, spec: Spec) -> None:
+    """Raise if a function writes Refs, or changes a module: an exported program cannot."""
     changed = spec.graph is not None and bool(spec.graph.rewritten)
     if not spec.written and not changed:
         return
+    check_draws_nothing(name, call, spec)
+    paths = [call.layout.dagdef.ref_paths[i] for i in spec.written]
+    what = f"writes {listed([path[1:] for path in paths])}" if paths else "changes a module"
+    raise ReadOnlyError(
+        f"{name} {what}, but an exported program has no Refs to write to: it gives what the function "
+        f"returns. Export the state, too: pure, state = nnx.functional(fn, model), which takes it and "
+        f"returns it, then jax.export.export(jax.jit(pure))(state, ...); or call model.eval() first."
+    )
+
+
+def check_draws_nothing(name: str, call: Call, spec: Spec) -> None:
+    """Raise if a function draws keys from the scope around it."""
     paths = [call.layout.dagdef.ref_paths[i] for i in spec.written]
     scope = str(len(call.roots) - 1) if call.layout.has_scope else None
     if any(path[0] == scope for path in paths):
@@ -82,9 +88,3 @@ def _check_pure(name: str, call: Call, spec: Spec) -> None:
             f"would draw the same ones at each call. Pass a key, and use it: in the function, "
             f"`with nnx.scope(key):`, or model.apply(rngs=key)(x)."
         )
-    what = f"writes {listed([path[1:] for path in paths])}" if paths else "changes a module"
-    raise ReadOnlyError(
-        f"{name} {what}, but an exported program has no Refs to write to: it gives what the function "
-        f"returns. Export the state, too: pure, state = nnx.functional(fn, model), which takes it and "
-        f"returns it, then jax.export.export(jax.jit(pure))(state, ...); or call model.eval() first."
-    )

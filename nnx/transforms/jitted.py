@@ -30,14 +30,14 @@ from nnx.transforms.callables import function_name
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import explain_deleted, explain_donation, selected
 from nnx.transforms.explain import Explanation, explain, note
-from nnx.transforms.exported import exportable
+from nnx.transforms.exported import check_pure, exportable
 from nnx.transforms.homes import at_home, settle
 from nnx.transforms.layout import Layout, Plans
 from nnx.transforms.naming import inputs_of, named
 from nnx.transforms.result import NewValues, Packed, Spec
 from nnx.transforms.shardings import Shardings
 from nnx.transforms.simple import eval_shape
-from nnx.transforms.stages import Lowered, Traced
+from nnx.transforms.stages import Lowered, Traced, other_structure
 from nnx.transforms.statics import Statics
 from nnx.transforms.tracebacks import shortened
 from refx import Filter
@@ -85,6 +85,16 @@ class Compiled:
 
     def _execute(self, call: Call) -> Packed:
         """Run the program of a call."""
+        raise NotImplementedError
+
+    def _program(self, call: Call) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+        """The program of a call, its static arguments and its others."""
+        raise NotImplementedError
+
+    def _exportable(
+        self, call: Call, spec: Spec, bound: tuple[Any, ...], args: Any, kwargs: Any
+    ) -> Any:
+        """The trace that `jax.export` writes for a call; see `exportable`."""
         raise NotImplementedError
 
     def _with_probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -159,6 +169,33 @@ class Compiled:
                 return self._close(call, packed)
         except Exception as error:
             raise shortened(error)  # noqa: B904 — it is the same one
+
+    def _stages(
+        self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Traced:
+        call, traced = self._prepared(bound + args, kwargs, True)
+        program, statics, inputs = self._program(call)
+        if traced is None:
+            outer, ambient.call = ambient.call, call
+            try:
+                traced = program.trace(*statics, *inputs)
+            finally:
+                ambient.call = outer
+
+        # Not the call, which holds the caller's values.
+        was = call.layout
+
+        def finished(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            now = self._open(bound + args, kwargs)
+            _, others, inputs = self._program(now)
+            if others != statics:
+                raise other_structure(self._name, was, now.layout)
+            return self._close(now, compiled(*inputs))
+
+        def exported(spec: Spec) -> Any:
+            return self._exportable(call, spec, bound, args, kwargs)
+
+        return Traced(traced, self._name, finished, exported)
 
 
 class Jit(Compiled, Generic[P, R]):
@@ -328,6 +365,20 @@ class Jit(Compiled, Generic[P, R]):
             return program(layout, *layout.divided(call.values))
         return program(layout, [], call.values)
 
+    def _program(self, call: Call) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+        layout = call.layout
+        return self._programs.get(layout, self._compiled), (layout,), self._inputs(call)
+
+    def _exportable(
+        self, call: Call, spec: Spec, bound: tuple[Any, ...], args: Any, kwargs: Any
+    ) -> Any:
+        fn = self._fn
+        if self._static.active:
+            args, kwargs, statics = self._static.take(bound + args, kwargs)
+            args, fn = args[len(bound) :], self._static.restore(fn, statics)
+        check_pure(self._name, call, spec)
+        return exportable(fn, self._name, call, len(bound), args, kwargs)
+
     if TYPE_CHECKING:
 
         def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
@@ -335,30 +386,6 @@ class Jit(Compiled, Generic[P, R]):
     def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced:
         """Trace for these arguments, as `jax.jit(f).trace`: has `.jaxpr` and `.lower()`."""
         return self._stages((), args, kwargs)
-
-    def _stages(
-        self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Traced:
-        call, traced = self._prepared(bound + args, kwargs, True)
-        if traced is None:
-            program = self._programs.get(call.layout, self._compiled)
-            outer, ambient.call = ambient.call, call
-            try:
-                traced = program.trace(call.layout, *self._inputs(call))
-            finally:
-                ambient.call = outer
-
-        def open_(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-            return self._open(bound + args, kwargs)
-
-        def exported(spec: Spec) -> Any:
-            left, named, fn = args, kwargs, self._fn
-            if self._static.active:
-                left, named, statics = self._static.take(bound + args, kwargs)
-                left, fn = left[len(bound) :], self._static.restore(fn, statics)
-            return exportable(fn, self._name, call, spec, len(bound), left, named)
-
-        return Traced(traced, self._name, call.layout, open_, self._inputs, exported)
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered:
         """Lower for these arguments, as `jax.jit(f).lower`: has `.compile()` and `.as_text()`."""

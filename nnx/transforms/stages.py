@@ -1,39 +1,45 @@
-"""The ahead-of-time stages of `nnx.jit`: traced, lowered, compiled, as on `jax.jit`."""
+"""The ahead-of-time stages of `nnx.jit` and `nnx.jit_filter`: traced, lowered, compiled, as on `jax.jit`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nnx.transforms.boundary import close_call
-from nnx.transforms.call import Call
+import jax
+
 from nnx.transforms.layout import Layout
 from refx import StructureError
 
 __all__: list[str] = []
 
+# To a type checker they are stages of JAX, as `jax.export` asks for.
+if TYPE_CHECKING:
+    _Traced, _Lowered, _Compiled = jax.stages.Traced, jax.stages.Lowered, jax.stages.Compiled
+else:
+    _Traced = _Lowered = _Compiled = object
+
 
 class _Stage:
-    """A stage of JAX, with everything that it has, for a function of modules."""
+    """A stage of JAX, with everything that it has, for a function of modules.
+
+    `finished` calls the compiled program with arguments of the user's; `exported` gives the trace that
+    `jax.export` writes.
+    """
 
     def __init__(
         self,
         stage: Any,
         name: str,
-        layout: Layout,
-        open_: Callable[[Any, Any], Call],
-        inputs: Callable[[Call], tuple[Any, ...]],
+        finished: Callable[[Any, Any, Any], Any],
         exported: Callable[[Any], Any] | None = None,
     ):
         self._stage = stage
         self._name = name
-        self._layout = layout
-        self._open = open_
-        self._inputs = inputs
+        self._finished = finished
         self._exported = exported
 
-    def _next(self, cls: type, stage: Any) -> Any:
-        return cls(stage, self._name, self._layout, self._open, self._inputs)
+    def _next(self, cls: Any, stage: Any) -> Any:
+        return cls(stage, self._name, self._finished)
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self._stage, attribute)
@@ -42,7 +48,7 @@ class _Stage:
         return f"<{type(self).__name__.lower()} {self._name}>"
 
 
-class Traced(_Stage):
+class Traced(_Stage, _Traced):
     """A traced function: `.jaxpr`, `.lower()`."""
 
     def lower(self, **options: Any) -> Lowered:
@@ -54,7 +60,7 @@ class Traced(_Stage):
         return self._next(Lowered, self._stage.lower(**options))
 
 
-class Lowered(_Stage):
+class Lowered(_Stage, _Lowered):
     """A lowered function: `.as_text()`, `.cost_analysis()`, `.compile()`."""
 
     def compile(self, *args: Any, **options: Any) -> Compiled:
@@ -62,18 +68,24 @@ class Lowered(_Stage):
         return self._next(Compiled, self._stage.compile(*args, **options))
 
 
-class Compiled(_Stage):
+class Compiled(_Stage, _Compiled):
     """A compiled function, for modules of the structure and shapes that it was compiled for.
 
     It has `.cost_analysis()`, `.memory_analysis()` and `.as_text()`.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = self._open(args, kwargs)
-        if call.layout is not self._layout:
-            raise StructureError(
-                f"The compiled {self._name} was called with arguments of another structure than it "
-                f"was compiled for: {call.layout.dagdef!r} for {self._layout.dagdef!r}. A compiled "
-                f"function does not compile again; call .lower(...).compile() for these, or nnx.jit."
-            )
-        return close_call(call, self._stage(*self._inputs(call)))
+        return self._finished(self._stage, args, kwargs)
+
+
+def other_structure(name: str, was: Layout, new: Layout) -> StructureError:
+    """The error for a compiled function that is called in another way than it was compiled for."""
+    how = "arguments of another structure than it was compiled for"
+    if new is was:
+        how = "other static values than it was compiled for"
+    elif new.dagdef is not was.dagdef:
+        how = f"{how}: {new.dagdef!r} for {was.dagdef!r}"
+    return StructureError(
+        f"The compiled {name} was called with {how}. A compiled function does not compile again; call "
+        f".lower(...).compile() for these, or call the function itself."
+    )

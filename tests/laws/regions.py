@@ -137,6 +137,53 @@ def plain(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
     return nodes
 
 
+def departure(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
+    """A function that changes something and then lets it go, where another name still holds it."""
+    rng = bodies.rng
+    found = [(m, w) for m, w in scope.owned if w in bodies.world.plains]
+    if not found:
+        return plain(bodies, scope, depth)
+    module, name, fn = rng.choice(found)[0], bodies.name("m"), bodies.name("f")
+    # What is held here is not named in the function, which could find it without its argument.
+    held = rng.choice(scope.modules)[0]
+    holder = bodies.name("h")
+    new = f"array({number(rng, bodies.real)})"
+    leaf = f"Leaf({new}, {new})"
+    changes = {
+        held: [
+            "{}.level = 3",
+            f"{{}}.extra = Ref({new})",
+            f"{{}}.extra = {leaf}",
+            f"{{}}.arr = {new}",
+            "{}.late = {}",
+            f'{{}}.late = [{{}}, "{rng.choice("ab")}"]',
+        ],
+        f"[{held}]": [f"{{}}.append({leaf})", "{}.reverse()", "{}.append(1)", "{}[:] = [{}]"],
+        f'{{"a": {held}}}': [f'{{}}["z"] = {leaf}', '{}.pop("a")', '{}["a"] = 2', "{}.update(b=1)"],
+    }
+    what = rng.choice(list(changes))
+    place = rng.choice(["head", "late", "net"])
+    way = rng.choice(["{}", "{}", "[{}]", "({}, 1)", '{{"k": {}}}'])
+    inner = {"{}": "", "[{}]": "[0]", "({}, 1)": "[0]", '{{"k": {}}}': '["k"]'}[way]
+    change = rng.choice(changes[what])
+    at = f"{name}.{place}{inner}"
+    gone = [f"{name}.{place} = None", f"del {name}.{place}", f"{name}.{place} = {leaf}"]
+    if way == "[{}]":
+        gone.append(f"{name}.{place}.clear()")
+    lines = [change.replace("{}", at), rng.choice(gone)]
+    if rng.random() < 0.3:
+        lines.insert(rng.randrange(3), f"{name}.level = 2")
+    kind = rng.choice(["jit", "jit", "remat", "checkify"])
+    body = [Line(line) for line in lines]
+    # Only the surroundings know it by that name, in its container too.
+    return [
+        Line(f"{holder} = {what}"),
+        Line(f"{module}.{place} = {way.format(holder)}"),
+        Block(f"def {fn}({name}):", (*body, Line("return None"))),
+        Line(f"{kind}({fn})({module})", (f"{fn}({module})",)),
+    ]
+
+
 def method(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
     """A bound method, or a module as a function."""
     if not scope.modules or scope.locked:
@@ -274,6 +321,7 @@ def kinds(options: Options, scope: Scope, real: bool) -> dict[Any, float]:
     return {
         plain: options.plain * 2,
         method: options.plain * 0.3,
+        departure: options.surgery * 2 if scope.owned and not scope.locked else 0,
         branch: options.branches,
         scan: options.loops,
         fori: options.loops * 0.7,

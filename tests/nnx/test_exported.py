@@ -38,10 +38,10 @@ def again(exported):
     return export.deserialize(exported.serialize())
 
 
-@pytest.mark.parametrize("transform", [nnx.jit, jax.jit])
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.jit_filter, jax.jit])
 def test_the_program_is_called_with_the_arguments_of_the_user(net, transform):
     f = transform(lambda model, x, *, scale: {"y": model(x, scale)})
-    exported = export.export(f)(net, X, scale=2.0)
+    exported = export.export(f)(net, X, scale=jnp.array(2.0))
     assert exported.in_tree == jax.tree.structure(((net, X), {"scale": 2.0}))
     for program in (exported, again(exported)):
         assert jnp.allclose(program.call(net, X, scale=3.0)["y"], net(X, 3.0))
@@ -53,12 +53,13 @@ def test_the_program_is_called_with_the_arguments_of_the_user(net, transform):
 
 
 @pytest.mark.parametrize("kind", ["module", "method", "closure", "static"])
-def test_what_is_no_argument_is_a_constant_of_the_program(net, kind):
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.jit_filter])
+def test_what_is_no_argument_is_a_constant_of_the_program(net, kind, transform):
     f, arguments = {
-        "module": (nnx.jit(net), (X,)),
-        "method": (nnx.jit(net.__call__), (X,)),
-        "closure": (nnx.jit(lambda x: net(x)), (X,)),
-        "static": (nnx.jit(lambda n, x: net(x) * n / 2, static_argnums=0), (2, X)),
+        "module": (transform(net), (X,)),
+        "method": (transform(net.__call__), (X,)),
+        "closure": (transform(lambda x: net(x)), (X,)),
+        "static": (transform(lambda n, x: net(x) * n / 2, static_argnums=0), (2, X)),
     }[kind]
     expected = net(X)
     program = again(export.export(f)(*arguments))
@@ -67,8 +68,9 @@ def test_what_is_no_argument_is_a_constant_of_the_program(net, kind):
     assert jnp.allclose(f(*arguments), net(X))
 
 
-def test_arguments_are_shapes_of_any_size_for_any_platform(net):
-    f = nnx.jit(lambda model, x: model(x))
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.jit_filter])
+def test_arguments_are_shapes_of_any_size_for_any_platform(net, transform):
+    f = transform(lambda model, x: model(x))
     shapes = jax.ShapeDtypeStruct(export.symbolic_shape("batch, 2"), jnp.float32)
     like = jax.eval_shape(lambda m: m, net)
     program = again(export.export(f, platforms=("cpu", "tpu"))(like, shapes))
@@ -79,8 +81,9 @@ def test_arguments_are_shapes_of_any_size_for_any_platform(net):
     assert jnp.allclose(f(net, X), net(X))
 
 
-def test_modules_are_results_and_share_what_they_share(net):
-    f = nnx.jit(lambda a, b: (a.blocks, b[0].table, nnx.grad(lambda a: b[0](X).sum())(a)))
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.jit_filter])
+def test_modules_are_results_and_share_what_they_share(net, transform):
+    f = transform(lambda a, b: (a.blocks, b[0].table, nnx.grad(lambda a: b[0](X).sum())(a)))
     program = again(export.export(f)(net, [net]))
     blocks, table, grads = program.call(net, [net])
     assert isinstance(blocks[0], nnx.Linear) and jnp.array_equal(blocks[0].kernel, net.tied.kernel)
@@ -133,6 +136,31 @@ def test_what_the_function_writes_is_refused_with_the_way_out():
     key = jax.random.key(1)
     program = export.export(keyed)(drop, jax.random.key(0), X)
     assert jnp.array_equal(program.call(drop, key, X), drop.apply(rngs=key)(X))
+
+
+def test_a_filtered_function_may_write_what_it_is_given():
+    norm = nnx.BatchNorm(2)
+    f = nnx.jit_filter(lambda m, x: (m, m(x)))
+    program = again(export.export(f)(norm, X))
+    new, out = program.call(norm, X)
+    assert jnp.allclose(out, 0) and jnp.allclose(new.mean, 0.01) and not norm.mean.any()
+    with (
+        nnx.scope(0),
+        pytest.raises(nnx.ReadOnlyError, match=r"draws keys.*model\.apply\(rngs=key\)"),
+    ):
+        export.export(f)(nnx.Dropout(0.5), X)
+
+
+def test_a_static_leaf_is_no_argument_of_an_exported_program(net):
+    f = nnx.jit_filter(lambda m, x, how: m(x) if how == "as is" else -m(x))
+    with pytest.raises(
+        nnx.ArgumentError,
+        match=r"nnx\.jit_filter\(.*\) was called with 'as is', which is static.*static_argnames",
+    ):
+        export.export(f)(net, X, "as is")
+    f = nnx.jit_filter(f.__wrapped__, static_argnames="how")
+    program = again(export.export(f)(net, X, how="negative"))
+    assert jnp.allclose(program.call(net, X), -net(X))
 
 
 def test_a_module_that_has_no_name_in_a_file(net):

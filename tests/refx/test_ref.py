@@ -149,3 +149,17 @@ def test_may_hold_what_stands_for_an_array():
         ref = Ref(value)
         ref.value = value
         assert ref.value is value
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t)), refx.clone],
+)
+def test_copies_of_a_tree_of_numbers_are_constants_as_it_is(copied):
+    numbers = jax.tree.map(lambda _: 2, [Ref(jnp.ones(2)), Ref(jnp.ones(3))])
+    same = copied(numbers)
+    assert jax.jit(lambda x: x * same[0].value * len(range(same[1].value)))(3) == 12
+    # A number that was put there is a value.
+    count = copied([Ref(2)])
+    with pytest.raises(refx.ClosureError):
+        jax.jit(lambda x: x * count[0].value)(3)

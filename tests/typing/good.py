@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, assert_type
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import optax
 
@@ -135,3 +136,13 @@ average = nnx.metrics.Average()
 average.update(values=value)
 mask = nnx.training.mask(net, "params")
 assert_type(isinstance(average, nnx.Metric), bool)
+
+assert_type(jax.export.export(nnx.jit(loss))(net, x), jax.export.Exported)
+jax.export.export(nnx.jit(net))(x)
+jax.export.export(nnx.jit(net.encode))(x)
+jax.export.export(Net.step)(net, x)
+jax.export.export(net.step)(net, x)
+jax.export.export(nnx.jit_filter(loss))(net, x)
+wrapped: jax.stages.Wrapped = nnx.jit_filter(donate_argnums=1)(loss)
+assert_type(nnx.jit_filter(loss)(net, x), jax.Array)
+nnx.jit_filter(loss).lower(net, x).compile()(net, x)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +23,21 @@ from nnx.transforms.call import Call, Values, open_call
 from nnx.transforms.callables import function_name, unbound
 from nnx.transforms.closure import Closure
 from nnx.transforms.donation import check_alive
+from nnx.transforms.exported import check_draws_nothing, exportable
 from nnx.transforms.jitted import Compiled
 from nnx.transforms.layout import Plans
 from nnx.transforms.naming import inputs_of, named
 from nnx.transforms.result import NewValues, Packed, Spec, fresh_output
+from nnx.transforms.stages import Lowered, Traced
 from nnx.transforms.statics import Statics, select_arguments
 from nnx.transforms.targets import locate
 from refx import FilterError, TraceLevelError, UnhashableStaticError
 from refx.static import Static
 
 __all__ = ["is_array", "is_inexact_array", "jit_filter"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def is_array(x: Any) -> bool:
@@ -55,6 +60,30 @@ def is_inexact_array(x: Any) -> bool:
     return is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
+@overload
+def jit_filter(
+    fn: Callable[P, R],
+    *,
+    filter_fn: Callable[[Any], bool] | None = None,
+    filter_tree: Any = None,
+    static_argnums: int | Iterable[int] | None = None,
+    static_argnames: str | Iterable[str] | None = None,
+    donate_argnums: int | Iterable[int] | None = None,
+    donate_argnames: str | Iterable[str] | None = None,
+    **options: Any,
+) -> _JitFilter[P, R]: ...
+@overload
+def jit_filter(
+    fn: None = None,
+    *,
+    filter_fn: Callable[[Any], bool] | None = None,
+    filter_tree: Any = None,
+    static_argnums: int | Iterable[int] | None = None,
+    static_argnames: str | Iterable[str] | None = None,
+    donate_argnums: int | Iterable[int] | None = None,
+    donate_argnames: str | Iterable[str] | None = None,
+    **options: Any,
+) -> Callable[[Callable[P, R]], _JitFilter[P, R]]: ...
 def jit_filter(
     fn: Callable[..., Any] | None = None,
     *,
@@ -65,7 +94,7 @@ def jit_filter(
     donate_argnums: int | Iterable[int] | None = None,
     donate_argnames: str | Iterable[str] | None = None,
     **options: Any,
-) -> Callable[..., Any]:
+) -> Any:
     """Compile a function with value semantics; leaf by leaf, what is not traced is static.
 
     A module that the function is given is a copy inside, which may be written and returned. What
@@ -83,6 +112,9 @@ def jit_filter(
       donate_argnums, donate_argnames: arguments whose arrays the program may use for its results,
         as for `jax.jit`. They are gone afterwards, also where a module holds them.
       **options: `inline`, `keep_unused`, `compiler_options` and so on, as for `jax.jit`.
+
+    Returns:
+      A function like `fn`, with `.trace` and `.lower` as on `jax.jit`; `jax.export.export` takes it.
 
     Raises:
       UnhashableStaticError: a leaf that is to be static cannot be hashed, such as an array.
@@ -136,7 +168,7 @@ def _labels(call: Call) -> tuple[Any, ...]:
     return "layout", "static", donated, dynamic
 
 
-class _JitFilter(Compiled):
+class _JitFilter(Compiled, Generic[P, R]):
     def __init__(
         self,
         fn: Any,
@@ -268,7 +300,7 @@ class _JitFilter(Compiled):
                     by_fn = is_array
                 for part, leaf in _spread(spec, x):
                     chosen = says(part, leaf, self._name)
-                    mask.append(chosen and (by_fn is None or bool(by_fn(leaf))))
+                    mask.append(chosen and (by_fn is None or bool(by_fn(_example(leaf)))))
         return mask
 
     def _donates(self, call: Call, args: Any, kwargs: Any, statics: Any) -> list[bool]:
@@ -317,6 +349,43 @@ class _JitFilter(Compiled):
     def _execute(self, call: Call) -> Packed:
         return self._compiled(call.layout, *call.filtered)
 
+    def _program(self, call: Call) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+        static, *inputs = call.filtered
+        return self._compiled, (call.layout, static), tuple(inputs)
+
+    def _exportable(
+        self, call: Call, spec: Spec, bound: tuple[Any, ...], args: Any, kwargs: Any
+    ) -> Any:
+        fn, args = self._fn, self._bound + args
+        if self._static.active:
+            args, kwargs, statics = self._static.take(args, kwargs)
+            fn = self._static.restore(fn, statics)
+        self._check_exportable(call)
+        check_draws_nothing(self._name, call, spec)
+        bound = self._bound
+        return exportable(fn, self._name, call, len(bound), args[len(bound) :], kwargs)
+
+    def _check_exportable(self, call: Call) -> None:
+        fixed = [x for x in call.filtered[0][1] if x is not None and x is not _DONATED]
+        if fixed:
+            raise ArgumentError(
+                f"{self._name} was called with {fixed[0]!r:.60}, which is static, and an exported program "
+                f"has arrays as arguments and nothing else. Name the argument in static_argnames, which "
+                f"leaves it out, close over it, or pass an array."
+            )
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced:
+        """Trace for these arguments, as `jax.jit(f).trace`: has `.jaxpr` and `.lower()`."""
+        return self._stages((), args, kwargs)
+
+    def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered:
+        """Lower for these arguments, as `jax.jit(f).lower`: has `.compile()` and `.as_text()`."""
+        return self.trace(*args, **kwargs).lower()
+
     def _close(self, call: Call, packed: Packed) -> Any:
         if packed.spec.graph is not None:
             # What comes out as it came in, and not from the program.
@@ -333,7 +402,8 @@ class _JitFilter(Compiled):
         donated = [False] * len(flat)
         if any(self._donate):
             given = self._donates(call, args, kwargs, statics)
-            donated = [d and m and is_array(x) for d, m, x in zip(given, mask, flat, strict=True)]
+            arrays = [is_array(x) or isinstance(x, jax.ShapeDtypeStruct) for x in flat]
+            donated = [all(said) for said in zip(given, mask, arrays, strict=True)]
         fixed = tuple(
             _DONATED if d else None if m else self._fixed(leaf)
             for d, m, leaf in zip(donated, mask, flat, strict=True)
@@ -363,6 +433,14 @@ class _JitFilter(Compiled):
 
     def __repr__(self) -> str:
         return f"<{self._name}>"
+
+
+def _example(leaf: Any) -> Any:
+    """A leaf for `filter_fn`: of a ShapeDtypeStruct, an array like the one that it stands for."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct) or not isinstance(leaf.dtype, np.dtype):
+        return leaf
+    shape = [n if isinstance(n, int) else 1 for n in leaf.shape]
+    return np.broadcast_to(np.zeros((), leaf.dtype), shape)
 
 
 def _spread(spec: Any, value: Any) -> Iterator[tuple[Any, Any]]:

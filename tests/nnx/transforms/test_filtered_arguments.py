@@ -15,6 +15,22 @@ def dead(x):
     return any(a.is_deleted() for a in jax.tree.leaves(x) if isinstance(a, jax.Array))
 
 
+def test_the_stages_are_those_of_jit():
+    f = nnx.jit_filter(lambda w, x, n: (w.value.sum() + x) * n, donate_argnums=1)
+    w, x = nnx.Ref(jnp.ones(2)), jnp.array(1.0)
+    shapes = jax.eval_shape(lambda *args: args, w, x)
+    assert "mul" in str(f.trace(w, x, 2).jaxpr)
+    for lowered in (f.lower(w, x, 2), f.lower(*shapes, 2)):
+        compiled = lowered.compile()
+        assert float(compiled(w, x + 1, 2)) == 8.0
+        with pytest.raises(nnx.StructureError, match="other static values than it was compiled"):
+            compiled(w, x, 3)
+        with pytest.raises(nnx.StructureError, match="another structure than it was compiled"):
+            compiled(x, w, 2)
+    some = nnx.jit_filter(lambda x, y: x + y, filter_fn=nnx.is_inexact_array)
+    assert float(some.lower(*[jax.ShapeDtypeStruct((), jnp.float32)] * 2).compile()(x, x)) == 2.0
+
+
 def test_donated_plain_arrays():
     f = nnx.jit_filter(
         lambda a, b, *, c: (a + 1, b + 1, c + 1), donate_argnums=(0,), donate_argnames="c"
