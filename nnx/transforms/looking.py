@@ -105,7 +105,9 @@ class Graph:
         """
         self._all_methods = all_methods
         self._classes: dict[int, set[Any]] = {}
-        self._expected = expected
+        self._expected_in: dict[tuple[Any, ...], set[Any]] = {}
+        for *path, name in expected:
+            self._expected_in.setdefault(tuple(path), set()).add(name)
         self._only_near = only_near
         self.edges: list[Edge] = []
         self.objects: list[Any] = []
@@ -156,11 +158,9 @@ class Graph:
         for number, done in list(self._modules.items()):
             content = vars(self.objects[number])
             path = self._paths[number]
-            new = sorted(
-                name
-                for name in self.names - done
-                if name in content or (*path, name) in self._expected or name in self.strings
-            )
+            names = self.names - done
+            bound = names & content.keys()
+            new = sorted(bound | names & self.strings | names & self._expected_in.get(path, set()))
             done.update(new)
             for name in new:
                 found = True
