@@ -140,7 +140,7 @@ class TestAdviceByCollection:
     def test_a_dropout_in_a_solver(self):
         drop = nnx.Dropout(0.5)
         solve = lambda f: jax.lax.while_loop(lambda y: y.sum() < 9, lambda y: y + f(y), jnp.ones(3))
-        advice = r"or draw with a key of its own: model\.apply\(rngs=key\)\(x\)\."
+        advice = r"or draw with its own key: model\.apply\(rngs=key\)\(x\)\."
         with nnx.scope(0), pytest.raises(nnx.TraceLevelError, match=advice):
             nnx.jit(lambda m: solve(m))(drop)
         key = jax.random.key(0)

@@ -394,7 +394,7 @@ def test_a_function_for_attention_stores_weights_where_it_takes_the_module():
     layer = decoder({"attention_fn": plain, "sow_weights": True})
     assert nnx.capture(layer, None)(x)[1]["attention_weights"].shape == (2, 4, 5, 5)
     layer = decoder({"attention_fn": without, "sow_weights": True})
-    with pytest.raises(ValueError, match="store its weights, but its attention_fn does not take"):
+    with pytest.raises(ValueError, match="store its weights, because its attention_fn has no"):
         layer(x)
     assert layer(x, sow_weights=False).shape == x.shape
 
@@ -402,8 +402,8 @@ def test_a_function_for_attention_stores_weights_where_it_takes_the_module():
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"normalize_qk": "rms"}, TypeError, "normalize_qk .* is True, False or a class of norms.*'rms'"),
-        ({"normalize_qk": nnx.RMSNorm(4)}, TypeError, "a class of norms"),
+        ({"normalize_qk": "rms"}, TypeError, "normalize_qk .* must be True, False or a norm class.*'rms'"),
+        ({"normalize_qk": nnx.RMSNorm(4)}, TypeError, "a norm class"),
         ({"local_window_size": -1}, ValueError, r"such as 128 or \(127, 0\), but got -1"),
         ({"local_window_size": (1, 2, 3)}, ValueError, r"but got \(1, 2, 3\)"),
         ({"local_window_size": 2.5}, ValueError, "but got 2.5"),

@@ -93,7 +93,7 @@ def test_causal_padding_looks_only_back():
         ),
         (
             lambda: ConvTranspose(3, 6, 3, padding="REFLECT"),
-            "'REFLECT' is no padding of ConvTranspose",
+            "ConvTranspose has no padding 'REFLECT'",
         ),
         (
             lambda: ConvTranspose(3, 6, (3, 3), strides=(1, 1, 1)),

@@ -150,7 +150,7 @@ def test_conv_with_other_batches(batch):
             lambda: nnx.Conv(3, 6, (3, 3), padding="CAUSAL"),
             "CAUSAL padding is for one spatial axis",
         ),
-        (lambda: nnx.Conv(3, 6, (3, 3), padding="SAM"), "'SAM' is no padding of Conv"),
+        (lambda: nnx.Conv(3, 6, (3, 3), padding="SAM"), "Conv has no padding 'SAM'"),
         (lambda: nnx.Conv(3, 6, (3, 3), strides=(1, 1, 1)), "2 spatial axes, but got 3 sizes"),
         (lambda: nnx.Conv(3, 6, (3, 3), padding=(1,)), "2 spatial axes, but got 1 paddings"),
         (lambda: nnx.BatchNorm(3)(jnp.ones((2, 4))), r"BatchNorm .* 3\) along axis -1.* \(2, 4\)"),

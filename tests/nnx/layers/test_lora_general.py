@@ -261,7 +261,7 @@ def stacked_elsewhere():
          r"(?s)from \(4,\) to \(2, 3\) .* shape \(4, 2, 3\), .* \(4, 5, 2, 3\).*for 'layers.0'"),
         (lambda: nnx.apply_lora(nnx.LinearGeneral(4, 4), 2),
          "a LinearGeneral alone cannot be the model.*nnx.LoRALinearGeneral and tie"),
-        (lambda: nnx.apply_lora(attention(), 0), "(?s)must be 1 at least, but is 0.*for 'query'"),
+        (lambda: nnx.apply_lora(attention(), 0), "(?s)must be at least 1, but is 0.*layer 'query'"),
         (lambda: nnx.apply_lora(nnx.Sequential(nnx.Conv(1, 1, (3,)), attention()), 2, "params"),
          r"(?s)Linear, LinearGeneral and Conv layers are: layers.0, layers.1.query, layers.1.key, .*out. A filter"),
         (lambda: LoRALinearGeneral(4, 4, lora_rank=2)(jnp.ones((2, 5))),

@@ -203,11 +203,11 @@ def test_what_is_selected(filter, names):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: conv(1, 1, (2,), mask=jnp.ones((2, 1, 1))), "LoRAConv with a mask can have no low-rank"),
+        (lambda: conv(1, 1, (2,), mask=jnp.ones((2, 1, 1))), "LoRAConv with a mask cannot have a low-rank"),
         (lambda: nnx.apply_lora(nnx.Sequential(nnx.Einsum("bi,...i->b...i", (3, 2))), 2, ...),
-         r"(?s)'bi,...i->b...i' is no matrix: it has an ellipsis.*for 'layers.0'"),
-        (lambda: einsum("bi,iij->bj", (2, 2, 3)), "is no matrix: it has a diagonal"),
-        (lambda: einsum("bi,ijk->bj", (2, 3, 4)), "is no matrix: it has a sum of its own"),
+         r"(?s)'bi,...i->b...i' is not a matrix: it has an ellipsis.*layer 'layers.0'"),
+        (lambda: einsum("bi,iij->bj", (2, 2, 3)), "is not a matrix: it has a diagonal"),
+        (lambda: einsum("bi,ijk->bj", (2, 3, 4)), "is not a matrix: it has an axis summed alone"),
         (lambda: nnx.apply_lora(nnx.Embed(3, 2), 2, ...), "an Embed alone cannot be the model.*make an nnx.LoRAEmbed and tie its embedding"),
         (lambda: nnx.apply_lora(nnx.Sequential(nnx.Conv(1, 1, 3)), 2),
          "(?s)Its Linear, LinearGeneral and Conv layers are: layers.0.*is a class or a predicate"),

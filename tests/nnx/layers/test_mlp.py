@@ -62,7 +62,7 @@ def test_group_norm_has_its_channels_anywhere(axis, masked):
 
 def test_group_norm_says_which_axis_must_be_reduced():
     norm = nnx.GroupNorm.init(jax.random.key(0))(6, 3, feature_axis=1, reduction_axes=(2,))
-    with pytest.raises(ValueError, match="but axis 1, the channels, must be one of them"):
+    with pytest.raises(ValueError, match="but they must include axis 1, which has the channels"):
         norm(jnp.ones((2, 6, 4)))
 
 

@@ -133,7 +133,7 @@ def test_what_is_needed_or_does_not_fit_is_said():
     with pytest.raises(nnx.ShardingError) as error:
         layer(x)
     message = str(error.value)
-    assert message.startswith("Linear does not know how its result is to be sharded.")
+    assert message.startswith("Linear does not know how to shard its result.")
     assert "x float32[4@data,8@model], kernel float32[8@model,16]" in message
     assert "layer(x, out_sharding=P('data', ...))" in message
     mlp = nnx.MLP.init(0)(8, [8], 8)
@@ -151,7 +151,7 @@ def test_what_is_needed_or_does_not_fit_is_said():
     ]:
         with pytest.raises(nnx.ShardingError, match=f"The output of Linear .*{said}"):
             layer(x, out_sharding=spec)
-    with pytest.raises(TypeError, match="Linear takes as out_sharding a PartitionSpec"):
+    with pytest.raises(TypeError, match="The out_sharding of Linear must be a PartitionSpec"):
         layer(x, out_sharding="data")
 
 
@@ -309,7 +309,7 @@ def test_a_layer_of_a_stack_returns_what_is_sharded_as_its_input(remat):
         y = nnx.Stack.init(0)(lambda: Wide(P("data")), 2, remat=remat)(rows)
     message = str(error.value)
     assert message.startswith("A layer of Stack gets an input float32[4@data,8] and returns ")
-    assert "float32[4@data,8@model]. The layers are one program" in message
+    assert "float32[4@data,8@model]. All layers run as one program" in message
     assert "out_sharding=P('data', None), or use jax.sharding.reshard(x, P('data'" in message
     assert axes(y) == ("data", None)
     np.testing.assert_allclose(y, expected, atol=1e-5)

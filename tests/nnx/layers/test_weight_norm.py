@@ -190,7 +190,7 @@ def test_a_write_of_a_normalized_parameter_is_not_lost_silently():
             self.kernel = self.kernel * 0.9
             return x @ self.kernel
 
-    with pytest.raises(nnx.NotMutableError, match="Decay wrote its parameter 'kernel'"):
+    with pytest.raises(nnx.NotMutableError, match="Decay wrote to its parameter 'kernel'"):
         WeightNorm(Decay())(X)
 
 
