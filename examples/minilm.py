@@ -137,7 +137,7 @@ class Batch(NamedTuple):
 
 
 def tokenizer(folder: Path, length: int = 12):
-    """A function from sentences to a Batch, padded to a multiple of `length`, so that there are few shapes."""
+    """A function from sentences to a Batch, padded to a multiple of `length` to get few shapes."""
     pieces = Tokenizer.from_file(str(folder / "tokenizer.json"))
     pieces.enable_padding(pad_to_multiple_of=length)
 
