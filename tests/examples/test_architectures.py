@@ -32,7 +32,7 @@ def test_experts_take_what_is_sent_to_them_and_pass_the_rest_on():
     np.testing.assert_allclose(sown["balance"], 3 * (share * chances.mean(0)).sum(), rtol=1e-5)
 
 
-def test_translating_with_a_cache_says_what_the_whole_model_says():
+def test_translating_with_a_cache_equals_the_whole_model():
     model = architectures.Seq2Seq.init(0)(7, features=8, heads=2)
     tokens = np.random.default_rng(0).integers(1, 7, (3, 5))
     written = architectures.translate(model, tokens, 5)

@@ -134,7 +134,7 @@ def write(folder, config, state, shards=1):
     ],
     ids=["llama", "llama-tied", "mistral", "qwen3"],
 )  # fmt: skip
-def test_a_checkpoint_by_the_names_of_hugging_face(tmp_path, config, shards):
+def test_a_checkpoint_with_hugging_face_names(tmp_path, config, shards):
     state, tokens = llama_state(config), np.arange(9) * 5 % 19
     write(tmp_path, config, state, shards)
     model = llama.load(tmp_path)
@@ -168,7 +168,7 @@ def test_a_checkpoint_by_the_names_of_hugging_face(tmp_path, config, shards):
     assert all(np.array_equal(back[name], x) for name, x in state.items())
 
 
-def test_the_dtype_of_a_checkpoint_and_a_model_that_is_none_of_these(tmp_path):
+def test_the_dtype_of_a_checkpoint_and_an_unsupported_model(tmp_path):
     config = llama_config("qwen3", dtype="bfloat16")
     write(tmp_path, config, llama_state(config))
     model = llama.load(tmp_path, remat=False)
@@ -195,7 +195,7 @@ def pair():
 
 
 @pytest.mark.parametrize("guesses", [1, 3])
-def test_speculative_decoding_says_what_greedy_decoding_says(pair, guesses):
+def test_speculative_decoding_equals_greedy_decoding(pair, guesses):
     model, draft = pair
     prompt = jnp.array([[3, 1, 4]])
     tokens = prompt

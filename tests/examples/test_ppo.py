@@ -34,7 +34,7 @@ def test_the_pole_falls_as_in_gymnasium():
     assert fallen and int(env.time) == step + 1
 
 
-def test_environments_begin_again_each_by_itself():
+def test_each_environment_restarts_independently():
     with nnx.scope(0):
         episodes = nnx.vmap(lambda: ppo.Episodes(ppo.CartPole()), axis_size=4)()
     step = nnx.jit(nnx.vmap(lambda e, a: e.step(a)))

@@ -111,7 +111,7 @@ def test_linen_variables_both_ways():
     close(linear.kernel, ours.head.kernel)
 
 
-def test_linen_names_of_its_own_making():
+def test_names_that_linen_makes_itself():
     class Auto(nn.Module):
         @nn.compact
         def __call__(self, x):

@@ -51,7 +51,7 @@ def test_the_first_output_in_the_order_of_the_computation():
     ],
     ids=["jit", "remat", "vmap", "jit_filter", "jit in jit"],
 )
-def test_inside_of_transformations(wrap):
+def test_inside_transformations(wrap):
     model = net(Sqrt())
     model.layers[0].kernel, model.layers[0].bias = jnp.zeros((2, 2)), -jnp.ones(2)
     for _ in range(2):

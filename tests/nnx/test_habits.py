@@ -217,7 +217,7 @@ def test_a_float_that_changes_at_each_step_is_warned_of_once():
     assert "A float is part of the program. Make it an array or a Ref" in str(seen[0].message)
 
 
-def test_data_in_the_place_of_a_size_that_has_a_default():
+def test_data_in_place_of_a_size_that_has_a_default():
     class Net(nnx.Module):
         def __init__(self, size=4):
             self.linear = nnx.Linear(size, size)

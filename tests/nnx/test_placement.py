@@ -408,7 +408,7 @@ def test_out_shardings_win_over_the_metadata_and_say_where_arrays_in_a_module_go
     assert spec(again[1].net.kernel) == (None, None)
 
 
-def test_bad_out_shardings_are_said():
+def test_bad_out_shardings_are_errors():
     def call(rules):
         return nnx.jit(model_of_8, out_shardings=rules)()
 
@@ -454,7 +454,7 @@ def test_in_shardings_are_rules_for_a_module_that_is_passed(mesh, form, donate):
     np.testing.assert_allclose(net.kernel, 4 * model_of_8().kernel, rtol=1e-6)
 
 
-def test_bad_in_shardings_are_said():
+def test_bad_in_shardings_are_errors():
     f = lambda rules: nnx.jit(lambda net: net.bias.sum(), in_shardings=(rules,))(model_of_8())  # noqa: E731
     with jax.set_mesh(AUTO):
         with fails(r"nnx.jit\(.*\): the input 'kernel' got a spec with 'dta'"):

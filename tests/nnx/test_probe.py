@@ -72,14 +72,14 @@ def test_outputs_by_path_with_no_change_to_the_model_or_its_classes():
     ],
     ids=["jit", "closure", "grad", "remat", "cond", "jit in jit"],
 )
-def test_inside_of_a_transformation(run):
+def test_inside_a_transformation(run):
     model = Net()
     y, captured = run(model)
     assert int(model.blocks[0].calls) == 2
     check(captured, y, model)
 
 
-def test_inside_of_scan_and_vmap():
+def test_inside_scan_and_vmap():
     model = Net()
     xs = jnp.stack([X, 2 * X])
     _, (y, captured) = nnx.scan(lambda _, x: (None, capture(model)(x)), None, xs)
@@ -196,7 +196,7 @@ def test_a_stack_of_layers_gives_stacked_outputs(remat):
     close(captured["layers.mean"], inputs.mean((1, 2)))
 
 
-def test_transformations_inside_of_the_model():
+def test_transformations_inside_the_model():
     @nnx.jit
     def compiled(layer, x):
         return layer(x)
@@ -230,7 +230,7 @@ def test_transformations_inside_of_the_model():
     assert set(model["params"]) == set(Inner.init(0)()["params"])
 
 
-def test_a_plain_transformation_inside_of_the_model_is_an_error_that_says_what_to_do():
+def test_a_plain_transformation_inside_the_model_is_an_error_that_says_what_to_do():
     class Plain(nnx.Module):
         def __init__(self):
             self.inner = nnx.Linear(2, 2)

@@ -200,7 +200,7 @@ def test_functions_with_rules_are_patched_but_their_outputs_are_fixed(inside):
         nnx.capture(model)(X)
 
 
-def test_abstract_evaluation_inside_of_a_model():
+def test_abstract_evaluation_inside_a_model():
     def inside(m, x):
         shape = nnx.eval_shape(lambda m, x: m(x), m, x)
         jaxpr = nnx.make_jaxpr(lambda m, x: m(x))(m, x)

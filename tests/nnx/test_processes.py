@@ -81,7 +81,7 @@ def test_what_is_not_addressable_is_shown_and_cloned(found):
         assert all(facts["shown"]) and facts["copied"]
 
 
-def test_one_that_saves_alone_is_told_so_in_time(found):
+def test_a_process_that_saves_alone_gets_an_error_in_time(found):
     kind, message, seconds = found[0]["alone"]
     assert kind == "SaveError" and "process 1 did not call it within 1 s" in message
     assert "Every process of the program must call nnx.save" in message and seconds < 20

@@ -254,7 +254,7 @@ def test_what_jax_keeps_is_never_stale(f, by_hand):
     close(first(params), value)
 
 
-def test_a_function_first_traced_outside_of_purify():
+def test_a_function_first_traced_outside_purify():
     @jax.jit
     def f(x):
         return x + param(3, "w")
@@ -323,7 +323,7 @@ def test_constants_come_out_as_arrays():
     assert isinstance(model.intermediates({})["half"], jax.Array)
 
 
-def test_modules_of_outside_are_constants_of_eager_calls_alone():
+def test_modules_from_outside_are_constants_of_eager_calls_only():
     layer = nnx.Linear.init(0)(2, 2)
     apply = lambda: layer(purify.param(2, "x"))
     params = {"x": jnp.ones(2)}

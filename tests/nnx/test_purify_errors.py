@@ -134,7 +134,7 @@ def test_a_jitted_function_called_twice_is_a_duplicate_too(between):
             model({}, X)
 
 
-def test_one_call_is_no_duplicate_however_often_jax_runs_it():
+def test_one_call_is_not_a_duplicate_however_often_jax_runs_it():
     energy = jax.jit(lambda x: jnp.sum(jnp.sin(param(3, "w") * x)))
     for f in (
         jax.hessian(energy),

@@ -922,7 +922,7 @@ def test_a_random_stream_is_drawn_from_at_every_call():
         close(counts({"w": 1.0}), float(i))
 
 
-def test_a_traced_value_of_outside_is_never_kept():
+def test_a_traced_value_from_outside_is_never_kept():
     @jax.jit
     def outer(x):
         y = x * 2

@@ -342,7 +342,7 @@ def test_what_has_no_zero_or_no_normal_distribution(call, message):
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
-def test_markers_of_your_own(several):
+def test_your_own_markers(several):
     mark_p = Primitive("mark")
     mark_p.multiple_results = several
     assert purify.trivialize(mark_p) is mark_p
@@ -414,7 +414,7 @@ def test_the_parameters_of_a_module_as_one_parameter():
     close(grads, jax.grad(lambda p: hand(p).sum())(params))
 
 
-def test_modules_of_outside_are_constants_and_never_stale():
+def test_modules_from_outside_are_constants_and_never_stale():
     net = nnx.Linear.init(jax.random.key(0))(3, 3)
     model = purify(lambda x: prefix("p", lambda x: net(x) * param(3, "w"))(x))
     close(model({"p.w": W}, X), (X @ net.kernel + net.bias) * W)
@@ -434,7 +434,7 @@ def test_modules_of_outside_are_constants_and_never_stale():
         close(nnx.jit(model)({"p.w": W}, X), model({"p.w": W}, X))
 
 
-def test_writing_a_module_of_outside_is_an_error():
+def test_writing_a_module_from_outside_is_an_error():
     net = nnx.Linear.init(jax.random.key(0))(3, 3)
 
     def f():

@@ -55,7 +55,7 @@ def test_equality_is_identity_and_raises_nothing():
     assert P == P and P != Partition(P)
 
 
-def test_what_is_no_path_and_no_partition():
+def test_what_is_not_a_path_or_a_partition():
     with pytest.raises(refx.UnknownPathError, match="3 is no path"):
         Partition({3: 1})
     with pytest.raises(refx.ValueTypeError, match="mappings from path to value, but got a list"):

@@ -172,7 +172,7 @@ def test_refs_come_and_go_as_arguments():
         assert jnp.allclose(f(a, b, m), expected)
 
 
-def test_two_threads_with_models_of_their_own():
+def test_two_threads_with_separate_models():
     step = nnx.jit(lambda m, x: m(x) * len(m.blocks))
     errors = []
 

@@ -409,7 +409,7 @@ def test_a_function_for_attention_stores_weights_where_it_takes_the_module():
         ({"local_window_size": 2.5}, ValueError, "but got 2.5"),
     ],
 )  # fmt: skip
-def test_norms_and_windows_that_there_are_not(options, error, message):
+def test_bad_norms_and_windows_are_errors(options, error, message):
     with pytest.raises(error, match=message):
         decoder(options)
 

@@ -346,7 +346,7 @@ def test_parameters_of_eight_bits_are_drawn_in_more():
     assert bool(jnp.isfinite(kernel).all()) and float(jnp.std(kernel)) > 0.1
 
 
-def test_a_part_with_the_name_of_a_flag_is_no_flag():
+def test_a_part_with_the_name_of_a_flag_is_not_a_flag():
     class Both(nnx.Module):
         def __init__(self):
             self.training = nnx.Linear(2, 2)

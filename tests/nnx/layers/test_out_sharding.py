@@ -126,7 +126,7 @@ def test_logical_names_a_named_sharding_and_no_mesh():
         assert axes(layer(x, out_sharding=("batch", "unknown"))) == ("data", None)
 
 
-def test_what_is_needed_or_does_not_fit_is_said():
+def test_a_missing_or_wrong_sharding_is_an_error():
     mesh, layer = mesh_of(EXPLICIT), nnx.Linear.init(0)(8, 16)
     layer.kernel = on(mesh, layer.kernel, "model")
     x = on(mesh, draw(4, 8), "data", "model")

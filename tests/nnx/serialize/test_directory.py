@@ -382,7 +382,7 @@ def test_a_load_and_the_next_save_wait(tmp_path):
     same(target, Dense(seed=3))
 
 
-def test_what_fails_in_the_background_is_told_once(tmp_path, monkeypatch):
+def test_a_failure_in_the_background_is_raised_once(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(28, "No space left on device")
 

@@ -202,7 +202,7 @@ def test_without_orbax(run, monkeypatch):
             call()
 
 
-def test_one_that_is_replaced_while_it_is_read(run, monkeypatch):
+def test_a_directory_that_is_replaced_while_it_is_read(run, monkeypatch):
     real = store.Store.read
     replaced = []
 

@@ -160,7 +160,7 @@ def test_folders_and_files_that_are_in_the_way(tmp_path, path):
 
 
 @pytest.mark.parametrize("wrong", [3, None, Dense, "a\0b.npz", b"\0"])
-def test_what_is_no_path(wrong):
+def test_what_is_not_a_path(wrong):
     with pytest.raises(
         nnx.SaveError, match="cannot be saved: there is a null|takes a path or an open"
     ):

@@ -164,7 +164,7 @@ def test_boxes_and_edges_do_not_run_into_each_other(model):
                 assert not straight or not top < y0 < bottom
 
 
-def test_a_long_chain_is_no_recursion():
+def test_a_long_chain_needs_no_recursion():
     chain = Leaf()
     for _ in range(1000):
         chain = Box(inner=chain)

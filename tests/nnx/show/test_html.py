@@ -106,7 +106,7 @@ def test_deep_and_long_models(tmp_path):
     assert len(text_of(Box(text="x" * 10**5))) < 1000
 
 
-def test_outside_of_a_notebook_it_is_text(model, capsys, monkeypatch):
+def test_outside_a_notebook_it_is_text(model, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "IPython", None)
     display(model.layer)
     assert capsys.readouterr().out == repr(model.layer) + "\n"

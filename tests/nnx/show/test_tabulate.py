@@ -264,7 +264,7 @@ def test_an_error_in_the_model_leaves_no_trace(mlp):
         tabulate([mlp], jnp.ones(3))
 
 
-def test_where_there_is_no_telling_there_is_no_figure():
+def test_unknown_figures_are_left_out():
     class Uses(nnx.Module):
         def __call__(self, layer, x):
             return layer(x)

@@ -70,7 +70,7 @@ def test_half_precision_is_averaged_in_float32():
     assert model.bias.dtype == jnp.bfloat16
 
 
-def test_what_is_no_floating_point_number_is_the_latest():
+def test_values_other_than_floats_are_the_latest():
     class Both(nnx.Module):
         def __init__(self):
             self.w = nnx.Ref(jnp.zeros(2), "params")

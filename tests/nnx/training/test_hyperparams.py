@@ -184,7 +184,7 @@ def test_lists_and_dicts_of_a_state_are_read_only(change, model):
     optimizer.update(model, model["params"])
 
 
-def test_a_state_of_ones_own_is_free_and_can_be_assigned(model):
+def test_your_own_state_is_writable_and_can_be_assigned(model):
     tx = optax.chain(optax.clip(1.0), adamw(0.1, weight_decay=0.5))
     optimizer = nnx.Optimizer(model, tx)
     mine = jax.tree.map(lambda x: x, optimizer.opt_state)
@@ -237,7 +237,7 @@ def test_ambiguous_and_scheduled_names(model):
         two.hyperparams["1.learning_rate"] = 1.0
 
 
-def test_a_parameter_of_that_name_is_no_hyperparameter():
+def test_a_parameter_of_that_name_is_not_a_hyperparameter():
     class Net(nnx.Module):
         def __init__(self):
             self.hyperparams = nnx.Linear(2, 2)

@@ -451,7 +451,7 @@ def test_a_parameter_that_is_a_pytree():
         optimizer.update(w, nnx.get_partition(w))
 
 
-def test_swapped_arguments_are_said():
+def test_swapped_arguments_are_an_error():
     model = nnx.Linear.init(0)(2, 1)
     message = r"the model first.*nnx\.Optimizer\(model, optax\.adam\(1e-3\)\), but got a Gradient.* and a Linear"
     with pytest.raises(TypeError, match=message):
@@ -469,7 +469,7 @@ def test_swapped_arguments_are_said():
         ),
     ],
 )
-def test_a_mask_that_is_no_partition_is_said(make):
+def test_a_mask_that_is_not_a_partition_is_an_error(make):
     model = nnx.Linear.init(0)(2, 1)
     message = (
         r"a mask, labels or similar.*are a Partition here.*nnx\.training\.mask\(model, filter\)"
@@ -487,7 +487,7 @@ def test_a_model_of_the_same_structure_is_taken_as_it_comes():
     np.testing.assert_allclose(two.kernel, was - 1.0)
 
 
-def test_wrt_that_is_a_typo_is_said():
+def test_a_typo_in_wrt_is_an_error():
     with pytest.raises(nnx.OptimizerError, match=r"'params'\. There is .*did you mean 'params'\?$"):
         nnx.Optimizer(nnx.Linear.init(0)(2, 1), optax.sgd(1.0), wrt="parms")
 

@@ -652,7 +652,7 @@ def test_an_array_that_is_a_new_constant_each_time_is_warned_of():
 # ---- nothing else changes
 
 
-def test_what_is_not_used_is_no_input(lib):
+def test_what_is_not_used_is_not_an_input(lib):
     lib.other = Net(2)
     agents = [Agent(1), Agent(2)]
     f = nnx.jit(lambda x: lib.model(x) + agents[1].net(x))
