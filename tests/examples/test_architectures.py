@@ -53,5 +53,5 @@ def test_images_go_in_and_every_parameter_has_a_gradient(name):
     grads, y = nnx.jit(nnx.grad(loss, has_aux=True))(model.train())
     assert y.shape == ((4, 8, 8, 1) if name == "UNet" else (4, 10))
     without = [path for path, g in grads.items() if not g.any()]
-    # Softmax does not see what is added to every key.
+    # Softmax ignores what is added to every key.
     assert all(path[-2:] == ("key", "bias") for path in without), without

@@ -1,4 +1,4 @@
-"""No argument is ignored, or taken for another one, without an error."""
+"""No argument is silently ignored or mistaken for another one."""
 
 import jax
 import jax.numpy as jnp

@@ -39,7 +39,7 @@ class Theirs(fnx.Module):
 
 
 def trained(seed=0):
-    """A flax model whose batch statistics are no longer those at the start."""
+    """A flax model whose batch statistics have changed."""
     theirs = Theirs(fnx.Rngs(seed))
     theirs.train()
     theirs(DIGITS)

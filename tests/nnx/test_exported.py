@@ -1,4 +1,4 @@
-"""`jax.export` of functions of modules: what is called, what is written, and what is refused."""
+"""`jax.export` of functions of modules: calling, writing, and what is refused."""
 
 import json
 import random

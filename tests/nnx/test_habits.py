@@ -1,4 +1,4 @@
-"""What people read who write what they know from elsewhere; and hooks that they know from there."""
+"""Messages for users who write the code of another library, and hooks that they know from there."""
 
 import jax
 import jax.numpy as jnp

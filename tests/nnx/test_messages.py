@@ -110,7 +110,7 @@ def test_what_a_plain_program_closes_over(name):
 
 
 class TestAdviceByCollection:
-    """A write that is not allowed says what people want there, by the collection that is written."""
+    """The error for a forbidden write suggests what users usually want, depending on the collection."""
 
     def step(self, gradient, deterministic, use_running_average=False):
         class Net(nnx.Module):

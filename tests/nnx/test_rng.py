@@ -1,4 +1,4 @@
-"""Streams: which keys they give, and that they advance alike wherever they run."""
+"""Streams give the right keys, and advance in the same way wherever they run."""
 
 import jax
 import jax.numpy as jnp

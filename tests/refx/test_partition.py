@@ -102,7 +102,7 @@ def test_an_exported_program_of_partitions_is_written_and_read():
 
 
 class TestFolding:
-    """Of parts that repeat, as the layers of a model do, one is printed, with their number."""
+    """If parts repeat, like the layers of a model, one is printed, with their number."""
 
     def test_layers_fold(self):
         layer = {"a.kernel": jnp.ones((2, 2)), "a.bias": jnp.ones(2), "n": 1.5}

@@ -1,4 +1,4 @@
-"""A filter that selects nothing: a mistake is an error, a collection that is not there is none."""
+"""A filter that selects nothing: a mistake is an error, but a missing collection is not."""
 
 import jax.numpy as jnp
 import pytest

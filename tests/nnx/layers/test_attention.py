@@ -55,7 +55,7 @@ def test_layer(options):
 
 
 def test_the_arguments_are_those_of_flax():
-    # Where flax raises an error, dropout drops, as that of nnx.Dropout does.
+    # Where flax raises an error, dropout is on, as in nnx.Dropout.
     same_arguments(
         fnx.MultiHeadAttention,
         MultiHeadAttention,
@@ -75,7 +75,7 @@ def test_cross_attention_with_a_mask():
     mask = make_padding_mask(jnp.array([3, 7]), 7)
     v = draw(2, 7, 6) ** 2
     compare(ours, theirs, q, k, v, mask=jnp.broadcast_to(mask, (2, 1, 5, 7)))
-    # Nobody saw the padding, and a mask may have fewer axes.
+    # No query saw the padding, and a mask may have fewer axes.
     masked = nnx.jit(lambda m, q, k: m(q, k, mask=mask))
     close(masked(ours, q, k), masked(ours, q, k.at[0, 3:].set(100.0)))
     full = run(ours, q, k)
@@ -275,7 +275,7 @@ def test_a_full_cache_is_a_sliding_window(options, compiled):
     ):
         step(layer, x[:, :6])
     jax.tree.map(np.testing.assert_array_equal, layer["cache"], before)
-    # Emptied, it begins again.
+    # After it is emptied, it starts again.
     layer["cache"] = jax.tree.map(jnp.zeros_like, layer["cache"])
     close(step(layer, x[:, :3]), expected[:, :3])
 
@@ -287,7 +287,7 @@ def test_a_window_is_the_same_by_the_cache_whatever_comes_at_once(window):
     causal = run(layer, x, is_causal=True)
     close(causal, run(decoder({"rotary": True}), x, mask=sliding(4)))
     for parts in ([4, 4, 4], [1] * 12, [2, 3, 4, 1, 2]):
-        # Room for the window and for what comes at once.
+        # Room for the window and for the tokens of one call.
         layer.init_cache((2, 4 + max(parts) - 1, 8))
         step = nnx.jit(lambda m, x: m(x, decode=True))
         ends = np.cumsum(parts)
@@ -309,7 +309,7 @@ def test_a_window_is_that_of_jax():
 
 
 class Scaled(nnx.Module):
-    """A norm of the user's, with no options."""
+    """A user's norm without options."""
 
     def __init__(self, features):
         self.scale = nnx.Ref(jnp.full(features, 2.0), "params")

@@ -1,4 +1,4 @@
-"""Transposed convolutions against flax.nnx, and as what they are the transpose of."""
+"""Transposed convolutions against flax.nnx, and against the transpose of a convolution."""
 
 import flax.nnx as fnx
 import jax

@@ -1,4 +1,4 @@
-"""Statistics of nothing, under masks, over lanes; widths and options that PyTorch has."""
+"""Statistics of empty batches, under masks, over lanes; widths and options from PyTorch."""
 
 import jax
 import jax.numpy as jnp

@@ -174,7 +174,7 @@ def test_rotary_is_a_product_of_complex_numbers(interleaved, features, base, pos
     np.testing.assert_array_equal(np.asarray(y)[..., features:], np.asarray(x)[..., features:])
     module = RotaryEmbedding(8, **options)
     np.testing.assert_allclose(nnx.jit(module)(x, positions), y, atol=1e-5)
-    # Rotations keep the length, so the gradient of the length is that of the input's.
+    # Rotations keep the length, so the gradient of the length is that of the input's length.
     np.testing.assert_allclose(grad, 2 * x, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters: against flax.nnx, and what a user does with them."""
+"""Low-rank adapters: against flax.nnx, and in typical use."""
 
 import flax.nnx as fnx
 import jax

@@ -63,7 +63,7 @@ def test_values_and_gradients(sizes, options, x, equation):
     assert y.shape == expected.shape
     np.testing.assert_allclose(y, expected, atol=1e-5)
 
-    # The gradient of the product is that of the kernel, so the chain rule gives those of the two.
+    # The gradient of the product equals that of the kernel, so the chain rule gives both others.
     a, b, dense = layer.lora.lora_a, layer.lora.lora_b, exact(grads["kernel"])
     dense = dense.reshape(*a.shape[:-1], b.shape[-1])
     rows = np.einsum("...io,...ro->...ir", dense, exact(b)) * 2
@@ -98,7 +98,7 @@ def softmax(x):
 
 
 def test_grouped_query_attention():
-    """Query and value get adapters, and the whole is what NumPy says of the sums."""
+    """Query and value get adapters, and the result is NumPy's for the summed kernels."""
     layer = attention(num_kv_heads=2, use_bias=False)
     nnx.apply_lora(layer, 2, QUERY_AND_VALUE, alpha=1.0, b_initializer=cheap, rngs=1)
     assert {path[0] for path in layer["lora"]} == {"query", "value"}

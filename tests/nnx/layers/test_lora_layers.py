@@ -1,4 +1,4 @@
-"""Low-rank adapters beside Conv, Embed and Einsum: the same as of the layer with the sum for a kernel."""
+"""Low-rank adapters beside Conv, Embed and Einsum: equal to the layer with the summed kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def weight(layer):
 
 
 def plain(layer):
-    """The layer without an adapter, whose kernel is the sum."""
+    """The layer without an adapter, with the sum as its kernel."""
     kept = {k: v for k, v in layer.__getstate__().items() if k != "lora"}
     other = nnx.clone(_made_of(PLAIN[type(layer)], kept))
     total = np.asarray(getattr(layer, weight(layer)), np.float64) + delta(layer)

@@ -1,4 +1,4 @@
-"""`out_sharding=` in the calls of layers, on the kinds of meshes there are."""
+"""`out_sharding=` in calls of layers, on every kind of mesh."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def axes(x):
     return (*spec, *(None,) * (x.ndim - len(spec)))
 
 
-# A layer, an input sharded along its features, how the kernel is, and the output that is asked for.
+# A layer, an input sharded along its features, the sharding of the kernel, and the requested output.
 ROWS = P("data", None, None)
 LAYERS = {
     "Linear": (lambda: nnx.Linear(8, 16), draw(4, 4, 8), ROWS),
@@ -85,7 +85,7 @@ def test_the_output_is_where_it_was_asked_for_and_parameters_stay(name, kinds):
     with nnx.scope(0):
         alone = make()
     placed = nnx.clone(alone, copy=True)
-    expected = step(alone, x, spec)  # without a mesh it says nothing
+    expected = step(alone, x, spec)  # without a mesh it means nothing
     mesh = mesh_of(kinds)
     with jax.set_mesh(mesh):
         nnx.shard(placed, rows_of_kernels)
@@ -252,7 +252,7 @@ class Transformer(nnx.Module):
 @nnx.jit
 def train_step(model, optimizer, ids):
     def loss_fn(model):
-        # The logits of one token are on several devices: their row of a one-hot matrix is, too.
+        # The logits of one token are on several devices, and so is their row of a one-hot matrix.
         wanted = jax.nn.one_hot(ids[:, 1:], 32)
         return -jnp.mean(jnp.sum(jax.nn.log_softmax(model(ids)[:, :-1]) * wanted, -1))
 

@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits: how far they are off, how small they are, and where they come in a model."""
+"""Linear layers in 8 bits: their error, their size, and their use in a model."""
 
 import functools
 
@@ -13,7 +13,7 @@ from nnx import QuantizedLinear
 from tests.nnx.layers.test_layers import draw
 
 DTYPES = {"int8": jnp.int8, "float8": jnp.float8_e4m3fn}
-# Largest error of an element, relative to itself and to the largest one of its output.
+# The largest error of an element, relative to itself and to the largest element for the same output.
 BOUNDS = {"int8": (0, 1 / 254), "float8": (1 / 16, 2.0**-18)}
 
 
@@ -73,7 +73,7 @@ def test_it_computes_what_the_layer_would_with_the_stored_kernel(dtype, sizes, o
     def results(layer, x):
         dx = jax.grad(lambda x: jnp.sin(layer(x)).sum())(x)
         grads = None
-        if layer.bias is not None:  # else there is nothing to train
+        if layer.bias is not None:  # otherwise there is nothing to train
             grads = nnx.grad(lambda m: jnp.sin(m(x)).sum())(layer)
         return layer(x), dx, grads
 
@@ -133,7 +133,7 @@ def test_a_whole_model(tmp_path):
     )
     assert jnp.linalg.norm(forward(model) - y) < 0.05 * jnp.linalg.norm(y)
     assert {path[-1] for path in model["params"]} == {"bias"}
-    quantized = nnx.replace(model, QuantizedLinear, QuantizedLinear.of)  # nothing to do any more
+    quantized = nnx.replace(model, QuantizedLinear, QuantizedLinear.of)  # nothing left to do
     np.testing.assert_array_equal(forward(quantized), forward(model))
     nnx.vmap(lambda layer: layer[0].init_cache((2, 6, 32)))(model.stack.layers)
     assert attention.cached_key.dtype == jnp.float32
@@ -147,7 +147,7 @@ def test_a_whole_model(tmp_path):
 
 
 class Causal:
-    """The same model with a mask in the place of a cache."""
+    """The same model with a mask instead of a cache."""
 
     @staticmethod
     def of(model):

@@ -1,4 +1,4 @@
-"""What a file gives back: everything that was saved, by any of the ways."""
+"""A file gives back everything that was saved, with every way of saving and loading."""
 
 import collections
 import dataclasses
@@ -369,7 +369,7 @@ def test_the_library_of_safetensors_reads_every_dtype(tmp_path):
             assert theirs[name].dtype == array.dtype and theirs[name].shape == array.shape
     with safe_open(path, "np") as file:
         structure = file.metadata()["nnx.json"]
-    # And what the library writes is read here, in its order.
+    # And a file from the library is read here, in its order.
     save_file(theirs, path, {"note": "theirs"})
     model = {k: nnx.Ref(jnp.zeros(v.shape, v.dtype)) for k, v in theirs.items()}
     assert len(nnx.load_state(path, into=model).loaded) == len(theirs)

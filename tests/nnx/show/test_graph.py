@@ -14,7 +14,7 @@ from nnx.show.graph import graph
 
 
 class Box(nnx.Module):
-    """A module with the attributes that it is given."""
+    """A module with the given attributes."""
 
     def __init__(self, **attributes):
         for name, value in attributes.items():
@@ -33,7 +33,7 @@ class Other(Leaf):
 
 
 def drawn(picture):
-    """What a person sees: boxes, and edges by the titles of their ends."""
+    """The visible content: boxes, and edges by the titles of their ends."""
     boxes = [(box.title, box.count) for box in picture.boxes]
     kinds = {TREE_EDGE: "", SHARED: "shared", BACK_EDGE: "back"}
     edges = [(e.source.title, e.label, e.target.title, kinds[e.kind]) for e in picture.edges]

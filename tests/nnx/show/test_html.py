@@ -15,7 +15,7 @@ from tests.nnx.show.browser import CHROMIUM, Browser
 
 
 class Box(nnx.Module):
-    """A module with the attributes that it is given."""
+    """A module with the given attributes."""
 
     def __init__(self, **attributes):
         for name, value in attributes.items():
@@ -60,7 +60,7 @@ def test_what_is_shared_is_shown_once_and_named(model):
     ):
         assert part in text
     assert "0x" not in text and "epeated" not in text
-    # One drawing leaves nothing behind for the next, also where it fails.
+    # A drawing leaves nothing behind for the next one, even if it fails.
     assert text_of(model) == text
     assert "<same" not in text_of(model.layer)
 
@@ -122,7 +122,7 @@ def test_in_a_notebook_treescope_shows_it(monkeypatch):
     display(net)
     assert shown[0][0] is net
     pictures = shown[0][1]["autovisualize"]
-    treescope.render_to_text(jnp.ones(1))  # by which treescope learns what JAX's arrays are
+    treescope.render_to_text(jnp.ones(1))  # so that treescope learns about JAX's arrays
     assert pictures(jnp.ones(3), None) is not None and pictures(jnp.ones((0, 3)), None) is None
 
 

@@ -1,4 +1,4 @@
-"""Specs and bytes for each device in what is shown of a model."""
+"""Specs and bytes per device in printed models."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Hyperparameters of an optimizer, and that no write into its state is lost."""
+"""Hyperparameters of an optimizer; no write into its state is lost."""
 
 import copy
 import pickle
@@ -31,7 +31,7 @@ def in_masked():
     return optax.chain(optax.clip(1.0), optax.masked(sgd(0.5), mask))
 
 
-# For each transformation the name that its learning rate has.
+# The name of the learning rate in each transformation.
 PLACES = {
     "alone": (lambda: sgd(0.5), "learning_rate"),
     "chain": (lambda: optax.chain(optax.clip(1.0), sgd(0.5)), "learning_rate"),

@@ -18,7 +18,7 @@ MASK = RNG.random((3, 7)) < 0.6
 
 
 def feed(metric, how="eager", mask=True):
-    """Three batches, by each way to run a step."""
+    """Three batches, with every way to run a step."""
     kept = MASK if mask else np.ones_like(MASK)
     batches = {"logits": LOGITS, "labels": LABELS, "values": VALUES, "mask": kept}
 
