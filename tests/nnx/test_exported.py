@@ -1,4 +1,4 @@
-"""`jax.export` of functions of modules: calling, writing, and what is refused."""
+"""`jax.export` of functions of modules: what is called, what is written, and what is refused."""
 
 import json
 import random
@@ -53,7 +53,7 @@ def test_the_program_is_called_with_the_arguments_of_the_user(net, transform):
 
 
 @pytest.mark.parametrize("kind", ["module", "method", "closure", "static"])
-def test_what_is_not_an_argument_is_a_constant_of_the_program(net, kind):
+def test_what_is_no_argument_is_a_constant_of_the_program(net, kind):
     f, arguments = {
         "module": (nnx.jit(net), (X,)),
         "method": (nnx.jit(net.__call__), (X,)),
