@@ -1,1 +1,1 @@
-"""Benchmarks: ours, hand-written JAX, Equinox and flax.nnx, interleaved in one process."""
+"""Benchmarks: nnx, hand-written JAX, Equinox and flax.nnx, interleaved in one process."""

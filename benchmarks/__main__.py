@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: run them all, print one page, write it to `benchmarks/results/`."""
+"""`python -m benchmarks`: run all benchmarks, print one page, and write it to `benchmarks/results/`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="few rounds, small sizes")
     parser.add_argument(
-        "--check", action="store_true", help="fail where a ratio is worse than the committed one"
+        "--check", action="store_true", help="fail if a ratio is worse than the committed one"
     )
     parser.add_argument("--sizes", nargs="+", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=None)
@@ -95,7 +95,7 @@ def main() -> None:
     if "loops" in only:
         rows = loops.measure(max(5, rounds // 3))
         title = (
-            "Loops and branches outside of compiled code, second and later call: ratios to jax.lax"
+            "Loops and branches outside compiled code, second and later calls: ratios to jax.lax"
         )
         page("loops", report.by_row(title, rows, "jax.lax"), rows)
     if "import" in only:
@@ -133,7 +133,7 @@ def main() -> None:
         rows = purify.measure(rounds)
         base = {"by hand": "1"} | dict.fromkeys(("nnx.purify", "jaxpurify"), "-")
         flat = {name: base | {k: str(r) for k, r in row.items()} for name, row in rows.items()}
-        title = "purify: ratios to the function by hand, and of shapes() to jaxpurify"
+        title = "purify: ratios to the hand-written function, and of shapes() to jaxpurify"
         page("purify", report.table(title, flat), rows)
     if arguments.check:
         worse = check.worse(report.read(arguments.out), pages)

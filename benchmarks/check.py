@@ -1,4 +1,4 @@
-"""Whether the library has become slower than the committed results say."""
+"""Checks whether the library has become slower than in the committed results."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from benchmarks.timing import Ratio
 
-# The contenders that are this library, by the beginning of their names.
+# The names of this library's contenders begin with one of these.
 OURS = ("nnx", "import nnx")
 
 
 def worse(before: Any, now: Any) -> list[str]:
-    """A line for each ratio of ours that is worse than before by more than its spread.
+    """A line for each of our ratios that is worse than before by more than its spread.
 
-    That is so where its median is above the 90th percentile of before, and its 10th percentile
-    above the median of before: neither of the two runs would have given the other's ratio.
+    That means that its median is above the old 90th percentile, and its 10th percentile is above the
+    old median: neither run could plausibly have given the other's ratio.
     """
     known = dict(_ratios(before, ()))
     lines = []
@@ -29,7 +29,7 @@ def worse(before: Any, now: Any) -> list[str]:
 
 
 def _ratios(raw: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Ratio]]:
-    """Every Ratio in the results, which JSON has as lists of numbers, with the names that lead to it."""
+    """Every Ratio in the results, with the names that lead to it. In JSON it is a list of numbers."""
     if isinstance(raw, dict):
         for name, part in raw.items():
             yield from _ratios(part, (*path, str(name)))

@@ -13,7 +13,7 @@ import jax, jax.numpy as jnp
 import nnx
 
 what, path, mib, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-# Not getrusage, whose figure begins with that of the process that started this one.
+# Do not use getrusage: its figure starts with that of the parent process.
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 small = {"w": nnx.Ref(jnp.ones(8), "params")}
 nnx.save(path + ".small.npz", small)
@@ -33,9 +33,9 @@ print((peak() - before) / mib, time.perf_counter() - start)
 
 
 def measure(mib: int) -> dict[str, dict[str, float]]:
-    """Peak memory beyond what was there before, over the size of the arrays, and seconds.
+    """The additional peak memory, divided by the size of the arrays, and seconds.
 
-    For saving, the model was there before; for loading, nothing was, so 1 is the model itself.
+    When saving, the model is in memory before. When loading, nothing is, so 1 is the model itself.
     """
     rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Trace, lower and compile times of a step, of a fresh function each time."""
+"""Trace, lower and compile times of a step, with a new function each time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.timing import Ratio, ratio
 
 
 def _steps(layers: int) -> dict[str, Any]:
-    """For each contender a function that makes a new step and gives it traced, and its arguments."""
+    """For each contender, a function that makes and traces a new step, and its arguments."""
     x, y = w.data()
     params, model, flax_model, eqx_model = (
         w.arrays(layers),
@@ -63,7 +63,7 @@ STAGES = ("trace", "lower", "compile", "all")
 
 
 def stages(layers: int, rounds: int) -> dict[str, dict[str, Ratio]]:
-    """Ratios to the hand-written step, by stage and in all."""
+    """Ratios to the hand-written step, by stage and in total."""
     contenders = _steps(layers)
     times: dict[str, list[tuple[float, ...]]] = {name: [] for name in contenders}
     order, rng = list(contenders), random.Random(0)
@@ -82,7 +82,7 @@ def stages(layers: int, rounds: int) -> dict[str, dict[str, Ratio]]:
             gc.enable()
             parts = [b - a for a, b in zip(marks, marks[1:], strict=False)]
             times[name].append((*parts, sum(parts)))
-    # The first round warms up what is compiled once in a process.
+    # The first round compiles what each process compiles only once.
     by_stage = {name: list(zip(*rows[1:], strict=True)) for name, rows in times.items()}
     base = by_stage["jax.jit"]
     return {

@@ -1,4 +1,4 @@
-"""What happens outside of compiled programs: eager forward, construction, pytree operations."""
+"""The time outside compiled programs: eager forward, construction, pytree operations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.timing import Ratio, interleave, repeat
 
 
 class _Plain:
-    """The least that a layer which is an object can cost."""
+    """A layer as a plain Python object, which costs as little as possible."""
 
     def __init__(self, params: dict[str, jax.Array]):
         self.w, self.b = params["w"], params["b"]
@@ -75,7 +75,7 @@ class _Eqx(eqx.Module):
 
 
 def construction(rounds: int, layers: int = 50) -> dict[str, Ratio]:
-    """Building a model against drawing the same arrays by hand, a key for each layer."""
+    """Building a model, compared with drawing the same arrays by hand, with a key for each layer."""
 
     def by_hand() -> Any:
         key, made = jax.random.key(0), []
@@ -112,7 +112,7 @@ def construction(rounds: int, layers: int = 50) -> dict[str, Ratio]:
 
 
 def pytrees(rounds: int, layers: int = 250) -> dict[str, dict[str, Ratio]]:
-    """Operations on a whole model, against Equinox's."""
+    """Operations on a whole model, compared with Equinox."""
     model, flax_model, eqx_model = w.ours(layers), w.flax(layers), w.equinox(layers)
     dagdef, part = nnx.split(model)
     graphdef, state = fnx.split(flax_model)

@@ -1,4 +1,4 @@
-"""A whole epoch as one program: 100 steps under `nnx.scan` against 100 dispatches of a step."""
+"""A whole epoch as one program: 100 steps under `nnx.scan`, compared with 100 dispatches of a step."""
 
 from __future__ import annotations
 

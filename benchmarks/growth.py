@@ -1,4 +1,4 @@
-"""How the cost of an evaluation step grows: with arrays, with nesting, with shared uses."""
+"""How the cost of an evaluation step grows with arrays, with nesting, and with shared uses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _deep(n: int) -> Any:
 
 
 def _shared(n: int) -> Any:
-    # 100 arrays, and n uses of one of them.
+    # 100 arrays, one of which is used n times.
     root = _wide(100)
     root.uses = [root.children[0]] * n
     return root
@@ -42,7 +42,7 @@ SHAPES = {"arrays": _wide, "depth of nesting": _deep, "uses of one shared module
 
 
 def measure(sizes: tuple[int, ...] = (100, 500, 1000, 2000, 4000)) -> dict[str, dict[str, Any]]:
-    """For each way to grow: microseconds by size, the slope in ns, and the worst misfit of a line."""
+    """For each kind of growth: microseconds by size, the slope in ns, and the worst misfit of a line."""
     f = nnx.jit(lambda m, x: x + m.w.value)
     x = jnp.ones(())
     result = {}

@@ -1,4 +1,4 @@
-"""What an import costs beyond `import jax, optax`, and whether it starts a backend of JAX."""
+"""The cost of an import beyond `import jax, optax`, and whether it starts a JAX backend."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _once(statement: str) -> tuple[float, float, str]:
 
 
 def measure(rounds: int) -> dict[str, dict[str, Ratio | str]]:
-    """Seconds beyond `import jax, optax` as a ratio to those, each in a separate process."""
+    """Seconds beyond `import jax, optax`, as a ratio to the seconds of these, each in a separate process."""
     rng, order = random.Random(0), list(_STATEMENTS)
     times: dict[str, list[tuple[float, float, str]]] = {name: [] for name in order}
     for i in range(rounds + 1):

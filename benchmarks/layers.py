@@ -1,4 +1,4 @@
-"""Each layer beside that of flax: the value and the gradient in one compiled program."""
+"""Each layer compared with flax's: the value and the gradient in one compiled program."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _with_memory(m: Any, x: jax.Array) -> jax.Array:
     return m((x, x), x)[1]
 
 
-# Makers with the arguments that both libraries take, `rngs` for flax, and the shape of the input.
+# A maker with the arguments that both libraries take (plus `rngs` for flax), and the shape of the input.
 LAYERS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], tuple[int, ...], Any]] = {
     "Linear": ("Linear", (64, 64), {}, (32, 16, 64), _call),
     "LinearGeneral": ("LinearGeneral", ((8, 8), 64), {"axis": (-2, -1)}, (32, 16, 8, 8), _call),
@@ -58,7 +58,7 @@ POOLS = {"avg_pool": nnx.avg_pool, "max_pool": nnx.max_pool}
 
 
 def measure(rounds: int, dtype: Any, only: list[str] | None = None) -> dict[str, Ratio]:
-    """The time of ours against that of flax, by layer, with parameters and inputs of a dtype."""
+    """The time of our layers compared with flax's, with parameters and inputs of a dtype."""
     found: dict[str, Ratio] = {}
     for name in only or [*LAYERS, *POOLS]:
         runs = _pools(name, dtype) if name in POOLS else _layers(name, dtype)
@@ -83,8 +83,8 @@ def _layers(name: str, dtype: Any) -> dict[str, Any]:
     else:
         x = jax.random.normal(jax.random.key(0), shape).astype(dtype)
 
-    # As plain programs over arrays, so that it is the layers that are compared. Cast after the
-    # draw: flax cannot draw the orthogonal kernel of a recurrent cell in bfloat16.
+    # Compile plain programs over arrays, so that only the layers are compared. Cast after drawing,
+    # because flax cannot draw the orthogonal kernel of a recurrent cell in bfloat16.
     def cast(tree: Any) -> Any:
         return jax.tree.map(
             lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree

@@ -1,4 +1,4 @@
-"""The Llama of `examples/llama.py` beside a port to flax.nnx: tokens per second, training and decoding."""
+"""The Llama of `examples/llama.py` and a port to flax.nnx: tokens per second in training and decoding."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _tokens(ratios: dict[str, Ratio], count: int) -> dict[str, dict[str, Any]]:
 
 
 def training(rounds: int) -> dict[str, dict[str, Any]]:
-    """A step of Adam on 8 × 128 tokens."""
+    """An Adam step on 8 × 128 tokens."""
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, CONFIG.vocab_size, (BATCH, LENGTH)))
     tx = optax.adam(1e-3)
     losses: dict[str, float] = {}
@@ -167,7 +167,7 @@ def training(rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def decoding(rounds: int) -> dict[str, dict[str, Any]]:
-    """The next token of one text by the cache, a compiled call for each."""
+    """Decoding one text with the cache, with a compiled call for each token."""
     prompt = jnp.asarray(np.random.default_rng(2).integers(0, CONFIG.vocab_size, (1, PROMPT)))
     texts: dict[str, Any] = {}
 
@@ -202,5 +202,5 @@ def decoding(rounds: int) -> dict[str, dict[str, Any]]:
     runs = {name: contender(name, model) for name, model in _models().items()}
     ratios = interleave(runs, "flax", rounds=rounds, seconds=0.1)
     written = [np.ravel(jax.device_get(text)).tolist() for text in texts.values()]
-    assert all(text == written[0] for text in written), "the models say different things"
+    assert all(text == written[0] for text in written), "the models write different texts"
     return _tokens(ratios, LENGTH - PROMPT)

@@ -1,4 +1,4 @@
-"""Loops and branches outside of compiled programs: the second and every later call, beside `jax.lax`."""
+"""Loops and branches outside compiled programs: the second and later calls, compared with `jax.lax`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _lax(x: jax.Array, xs: jax.Array) -> dict[str, Callable[[], Any]]:
 
 
 def _ours(x: jax.Array, xs: jax.Array) -> dict[str, Callable[..., Any]]:
-    """For each loop what calls it, given a cell and its functions, and what makes the functions."""
+    """The calls of the loops, given their functions; and under "functions", what makes these from a cell."""
 
     def functions(cell: _Cell) -> dict[str, Any]:
         return {

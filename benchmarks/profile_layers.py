@@ -1,7 +1,7 @@
 """A profile of a training step of `examples/char_gpt.py`, by layer: `python -m benchmarks.profile_layers`.
 
-It runs the step under `jax.profiler`, looks each operation up in the compiled program, where it has the
-path of its layer, and draws the time by layer, forward and backward.
+It runs the step under `jax.profiler`, finds each operation's layer path in the compiled program, and draws
+the time by layer, forward and backward.
 """
 
 import collections
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def by_layer(compiled: str, events: list[dict]) -> dict[str, list[float]]:
-    """Microseconds, forward and backward, by the path of the layer."""
+    """Microseconds forward and backward, by the path of the layer."""
     names = dict(re.findall(r'%?([\w.\-]+) = [^\n]*?op_name="([^"]*)"', compiled))
     found: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
     for event in events:
@@ -44,7 +44,7 @@ def by_layer(compiled: str, events: list[dict]) -> dict[str, list[float]]:
     return found
 
 
-# What JAX puts into names for loops and recomputation.
+# The names that JAX adds for loops and recomputation.
 _NO_LAYERS = {"while", "body", "cond", "closed_call", "checkpoint", "rematted_computation"}
 
 

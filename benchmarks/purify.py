@@ -1,4 +1,4 @@
-"""`nnx.purify` against a function of a dictionary that is written by hand, and against jaxpurify."""
+"""`nnx.purify`, compared with a hand-written function of a dictionary and with jaxpurify."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _by_hand(params: dict[str, jax.Array]) -> jax.Array:
 
 
 def measure(rounds: int) -> dict[str, dict[str, Ratio]]:
-    """Ratios to the function by hand, or where that has no such operation, to jaxpurify."""
+    """Ratios to the hand-written function, or to jaxpurify if that has no such operation."""
     ours = purify(lambda: _network(param, _X))
     theirs = jaxpurify.purify(lambda: _network(lambda s, n: jaxpurify.param(s, name=n), _X))
     params = ours.normal(jax.random.key(0))
@@ -42,7 +42,7 @@ def measure(rounds: int) -> dict[str, dict[str, Ratio]]:
     def each(call: Callable[[Any], Any], *names: str) -> dict[str, Contender]:
         return {name: repeat(lambda m=models[name]: call(m)) for name in names or models}
 
-    # A new function each time, since JAX keeps its own traces of an old one.
+    # Make a new function each time, because JAX caches the traces of an old one.
     traced: dict[str, Callable[[Any], Any]] = {
         "eager call": lambda m: m(params),
         "eager gradient": lambda m: jax.grad(lambda p: m(p).sum())(params),

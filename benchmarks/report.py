@@ -35,7 +35,7 @@ def by_name(title: str, results: dict[str, Ratio], baseline: str) -> str:
 
 
 def by_row(title: str, rows: dict[str, dict[str, Ratio]], baseline: str) -> str:
-    """Ratios with a baseline in each row, whose time is given."""
+    """A table of ratios. Each row has a baseline, whose time it shows."""
     flat = {
         name: {
             k: f"1 = {r.microseconds:.0f} µs" if k == baseline else str(r) for k, r in row.items()
@@ -90,13 +90,13 @@ def plot(results: dict[str, dict[int, dict[str, Ratio]]], path: Path) -> None:
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """The pages that are there, each with its text and its data."""
+    """The existing pages, each with its text and its data."""
     path = folder / "results.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write(folder: Path, header: str, pages: dict[str, dict[str, Any]]) -> None:
-    """Write pages; those that are there and were not measured now stay as they are."""
+    """Write pages. Existing pages that were not measured now stay as they are."""
     folder.mkdir(parents=True, exist_ok=True)
     pages = read(folder) | pages
     text = "\n".join([header, *(page["text"] for page in pages.values())])

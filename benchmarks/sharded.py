@@ -1,4 +1,4 @@
-"""Calls of a compiled step whose arrays are in parts on four devices, beside `jax.jit` and flax.
+"""Calls of a compiled step whose arrays are spread over four devices, compared with `jax.jit` and flax.
 
 A CPU has one device, unless JAX is told otherwise before it starts. So this runs in a separate process.
 """
@@ -41,10 +41,10 @@ def measure(sizes: list[int], rounds: int) -> dict[str, dict[int, dict[str, Rati
 
 
 def contenders(kind: str, layers: int) -> dict[str, tuple[Contender, Callable[[], Any]]]:
-    """For each contender a run, and a function that gives its first weight.
+    """For each contender, a run, and a function that returns its first weight.
 
-    "decay" makes every weight smaller, which takes no message between devices: what a call costs is
-    its dispatch. "SGD" gathers each weight and scatters its gradient, as FSDP does.
+    "decay" shrinks every weight. That takes no messages between devices, so a call costs only its
+    dispatch. "SGD" gathers each weight and scatters its gradient, like FSDP.
     """
     devices = jax.devices()[:DEVICES]
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
@@ -102,7 +102,7 @@ def contenders(kind: str, layers: int) -> dict[str, tuple[Contender, Callable[[]
 
 
 def compare(kind: str, size: int, rounds: int) -> dict[str, Ratio]:
-    """The ratios for one size, after a check that all contenders have the same numbers in place."""
+    """The ratios for one size, after a check that all contenders compute the same numbers."""
     entries = contenders(kind, size // 2)
     for run, _ in entries.values():
         run(2)

@@ -1,4 +1,4 @@
-"""Training and evaluation steps: what a call costs beside a hand-written `jax.jit`."""
+"""Training and evaluation steps: the cost of a call, compared with a hand-written `jax.jit`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _hand_loss(params: Any, x: Any, y: Any) -> jax.Array:
 
 
 def sgd_contenders(layers: int) -> dict[str, tuple[Contender, Any]]:
-    """For each contender a run and a function that gives its first weight, to compare."""
+    """For each contender, a run, and a function that returns its first weight, to compare them."""
     x, y = w.data()
 
     def sgd(params: Any, grads: Any) -> Any:

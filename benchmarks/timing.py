@@ -1,4 +1,4 @@
-"""How times are taken: contenders in turn, in shuffled order, many rounds, ratios round by round."""
+"""Takes times: contenders take turns in shuffled order, for many rounds, with ratios round by round."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax
 
 
 class Ratio(NamedTuple):
-    """Time of a contender against the baseline of the same round: median, 10th and 90th percentile."""
+    """Time of a contender divided by the baseline's in the same round: median, 10th and 90th percentile."""
 
     median: float
     low: float
@@ -25,15 +25,15 @@ class Ratio(NamedTuple):
 
 
 Contender = Callable[[int], Any]
-"""Runs so many calls and returns something to wait for."""
+"""Runs a number of calls and returns something to wait for."""
 
 
 def interleave(
     contenders: dict[str, Contender], baseline: str, *, rounds: int, seconds: float = 0.02
 ) -> dict[str, Ratio]:
-    """Time every contender once in each round and compare within the round.
+    """Time every contender once in each round, and compare within the round.
 
-    The machine's speed drifts; within a round of some tens of milliseconds it hardly does.
+    The speed of a machine drifts, but hardly within a round of some tens of milliseconds.
     """
     calls = {name: _calls(run, seconds) for name, run in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -65,7 +65,7 @@ def _time(run: Contender, calls: int) -> float:
 
 
 def ratio(times: list[float], base: list[float]) -> Ratio:
-    """The times of a contender against those of the baseline, round by round."""
+    """The times of a contender divided by those of the baseline, round by round."""
     ratios = sorted(t / b for t, b in zip(times, base, strict=True))
     at = len(ratios) - 1
     return Ratio(

@@ -1,4 +1,4 @@
-"""One program in four libraries: L linear layers of width 4, so that overhead is what is measured."""
+"""One program in four libraries: linear layers of width 4, so that times are mostly overhead."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH = 4
 
 
 def arrays(layers: int) -> list[dict[str, jax.Array]]:
-    """The same numbers for everybody."""
+    """The same numbers for all libraries."""
     rng = np.random.default_rng(0)
     return [
         {

@@ -1,10 +1,10 @@
-"""Five well-known architectures, each in some twenty lines, each trained on a small task.
+"""Five well-known architectures, each in about twenty lines and trained on a small task.
 
-A residual network, a vision transformer and a mixture of experts tell the 8 × 8 digits of scikit-learn
-apart, a U-Net takes the noise out of them, and an encoder with a decoder writes sequences backwards. Should
-reach, on what was held out: 95 % of the digits right by the residual network, and 90 % by the two
-transformers; less than a third of the noise; and 95 % of the sequences right, all twelve symbols of them. It
-takes about a minute on two cores.
+A residual network, a vision transformer and a mixture of experts classify the 8 × 8 digits of scikit-learn.
+A U-Net removes noise from them. An encoder with a decoder writes sequences backwards. On held-out data, the
+residual network should get 95 % of the digits right, and the two transformers 90 %. The U-Net should leave
+less than a third of the noise. 95 % of the sequences should be right in all twelve symbols. This takes about
+a minute on two cores.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ResNet(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """A layer of an encoder: attention and a perceptron, each normalized before and added."""
+    """A layer of an encoder: attention and a perceptron, each on normalized inputs and added to them."""
 
     def __init__(self, features: int, heads: int, mlp=None):
         self.norms = [nnx.LayerNorm(features) for _ in range(2)]
@@ -97,9 +97,9 @@ class ViT(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Perceptrons: each token goes through one of them (Fedus et al. 2021, https://arxiv.org/abs/2101.03961).
+    """Perceptrons, one for each token (Fedus et al. 2021, https://arxiv.org/abs/2101.03961).
 
-    `room` is how many tokens an expert takes, as a multiple of its share; what comes too late is passed on.
+    `room` is how many tokens an expert takes, as a multiple of its share. Further tokens skip it.
     """
 
     def __init__(self, features: int, experts: int, room: float = 1.5):
@@ -111,13 +111,13 @@ class Experts(nnx.Module):
         tokens = x.reshape(-1, x.shape[-1])
         chances = jax.nn.softmax(self.router(tokens))
         chosen = jax.nn.one_hot(chances.argmax(-1), chances.shape[-1])
-        # The place of each token with its expert, one-hot; none where the expert has no room left.
+        # The place of each token at its expert, one-hot; zeros if the expert has no room left.
         count = int(self.room * len(tokens) / chances.shape[-1])
         place = jax.nn.one_hot((jnp.cumsum(chosen, 0) * chosen).sum(-1) - 1, count)
         sent = jnp.einsum("te,tp->tep", chosen, place)
         inputs = jnp.einsum("tep,tf->epf", sent, tokens)
         outputs = nnx.vmap(lambda expert, x: expert(x))(self.experts, inputs)
-        # Small where all experts have the same share.
+        # Small if all experts have the same share.
         balance = chances.shape[-1] * (chosen.mean(0) * chances.mean(0)).sum()
         nnx.sow(self, "balance", balance)
         y = jnp.einsum("tep,epf->tf", sent, outputs) * chances.max(-1, keepdims=True)
@@ -125,7 +125,7 @@ class Experts(nnx.Module):
 
 
 class MoE(ViT):
-    """The same transformer with experts in the place of the perceptron."""
+    """The same transformer with experts instead of the perceptron."""
 
     def __init__(self, features: int = 48, experts: int = 4):
         super().__init__(features=features)
@@ -133,7 +133,7 @@ class MoE(ViT):
 
 
 class UNet(nnx.Module):
-    """Down and up again, with what was there before beside (Ronneberger et al. 2015,
+    """Down and up again, with skip connections (Ronneberger et al. 2015,
     https://arxiv.org/abs/1505.04597).
     """
 
@@ -162,7 +162,7 @@ class UNet(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention to what is written, then to what was read, then a perceptron."""
+    """Attention to the output so far, then to the input, then a perceptron."""
 
     def __init__(self, features: int, heads: int):
         self.norms = [nnx.LayerNorm(features) for _ in range(3)]
@@ -176,9 +176,9 @@ class DecoderLayer(nnx.Module):
 
 
 class Seq2Seq(nnx.Module):
-    """The first transformer (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762), normalized before.
+    """The original transformer (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
 
-    Its decoder begins with the symbol 0.
+    It normalizes before each part, not after it. Its decoder starts with the symbol 0.
     """
 
     def __init__(self, symbols: int, features: int = 48, heads: int = 4, layers: int = 1):
@@ -193,7 +193,7 @@ class Seq2Seq(nnx.Module):
         return self.norms[0](self.encoder(self.embed(tokens) * self.features**0.5 + positions))
 
     def decode(self, tokens, read, start=0):
-        """Logits for what comes after each token. The first token is at position `start`."""
+        """Logits for the token after each token. The first token is at position `start`."""
         positions = nnx.sinusoidal_positions(64, self.features)[start + jnp.arange(tokens.shape[1])]
         x = self.decoder(self.embed(tokens) * self.features**0.5 + positions, read)
         return self.embed.attend(self.norms[1](x))
@@ -205,7 +205,7 @@ class Seq2Seq(nnx.Module):
 
 @nnx.jit(static_argnames="length")
 def translate(model, tokens, length: int):
-    """The most likely symbol at each step, by a cache in the decoder's own attention."""
+    """The most likely symbol at each step. The decoder's self-attention has a cache."""
     model, read = nnx.clone(model), model.encode(tokens)
     shape = (len(tokens), length, model.features)
     nnx.vmap(lambda layer: layer.own.init_cache(shape))(model.decoder.layers)
@@ -224,7 +224,7 @@ def classify(model, batch):
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
     return loss + 0.01 * sum(
         x.mean() for x in sown.values()
-    )  # the balance of experts, if there are some
+    )  # the balance of experts, if there are any
 
 
 def denoise(model, batch):
@@ -296,8 +296,8 @@ def main(steps: int, out: Path) -> dict[str, float]:
     plot(curves, results, x_test, dirty, clean, out)
     print(
         f"digits right: ResNet {results['ResNet']:.1%} (should be at least 95 %), ViT {results['ViT']:.1%}, "
-        f"MoE {results['MoE']:.1%} (should be at least 90 %); noise that is left after the U-Net: "
-        f"{results['UNet']:.0%} (should be less than a third); sequences backwards without a mistake: "
+        f"MoE {results['MoE']:.1%} (should be at least 90 %); noise left by the U-Net: "
+        f"{results['UNet']:.0%} (should be less than a third); sequences written backwards correctly: "
         f"{results['Seq2Seq']:.0%} (should be at least 95 %); plot in {out}"
     )
     return results

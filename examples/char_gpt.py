@@ -1,10 +1,10 @@
 """Train a small GPT, character by character, on the text of Python's own help.
 
-The text, 370,000 characters of English and some code, ships inside CPython as `pydoc_data.topics`.
-The layers run in one `nnx.scan` (`nnx.Stack`), positions are rotary, and a sample is drawn with a
-cache of keys and values, which is checked against one full pass over what was drawn.
-Should reach a perplexity of about 4.1 on the held-out tenth, where the frequencies of pairs of
-characters give 12.7 (both with the text of Python 3.11), in under two minutes on two cores.
+The text, 370,000 characters of English and some code, ships with CPython as `pydoc_data.topics`.
+The layers run in one `nnx.scan` (`nnx.Stack`), and positions are rotary. A sample is drawn with a
+cache of keys and values, and checked against a full pass over the sample.
+On the held-out tenth, the perplexity should be about 4.1, compared with 12.7 for the frequencies of
+pairs of characters (both with the text of Python 3.11). This takes less than two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 
 
 class Block(nnx.Module):
-    """Attention to the characters before, then a perceptron; both are added to the stream."""
+    """Attention to the previous characters, then a perceptron; both are added to the residual stream."""
 
     def __init__(self, features: int, heads: int):
         self.norms = [nnx.RMSNorm(features) for _ in range(2)]
@@ -51,7 +51,7 @@ class GPT(nnx.Module):
         self.norm = nnx.RMSNorm(features)
 
     def __call__(self, tokens):
-        # One table for input and output; its rows are of length one, and the stream's are longer.
+        # One table for input and output. Its rows have length one; those of the stream are longer.
         x = self.embed(tokens) * self.features**0.5
         return self.embed.attend(self.norm(self.blocks(x)))
 
@@ -61,9 +61,9 @@ class GPT(nnx.Module):
 
 
 def read_text() -> tuple[str, str]:
-    """The text to train on, and a tenth of it, in pieces from all over, held out.
+    """The training text, and a held-out tenth in pieces from all over the text.
 
-    A fifth of the paragraphs stand in several topics. Each is taken once, so that none is in both.
+    A fifth of the paragraphs occur in several topics. Each is used once, so that no paragraph is in both.
     """
     paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
     text = "\n\n".join(dict.fromkeys(paragraphs))
@@ -74,7 +74,7 @@ def read_text() -> tuple[str, str]:
 
 
 def bigram_perplexity(training: np.ndarray, held_out: np.ndarray, vocabulary: int) -> float:
-    """That of the frequencies of pairs of characters, with a tenth of a count for each to begin."""
+    """The perplexity of the frequencies of pairs of characters. Each count starts at a tenth."""
     counts = np.full((vocabulary, vocabulary), 0.1)
     np.add.at(counts, (training[:-1], training[1:]), 1)
     probabilities = counts / counts.sum(axis=1, keepdims=True)
@@ -99,8 +99,8 @@ evaluate = nnx.jit(losses_of)
 
 @nnx.jit(static_argnames="length")
 def sample(model, prompt, length: int, temperature: float = 0.7):
-    """`length` characters after the prompt, and the logits that each was drawn from."""
-    model = nnx.clone(model)  # the cache is this function's own business
+    """`length` characters after the prompt, and the logits from which each was drawn."""
+    model = nnx.clone(model)  # so that the caller's cache does not change
     model.init_cache(len(prompt), prompt.shape[1] + length)
 
     def step(logits, _):
@@ -149,8 +149,8 @@ def main(
     in_one_pass = model(tokens)[:, len(prompt) - 1 : -1]
     print(f"a sample:\n\n{''.join(characters[code] for code in tokens[0])}\n")
     print(
-        f"The logits that it was drawn from, by the cache, differ by at most "
-        f"{jnp.abs(logits - in_one_pass).max():.0e} from those of one full pass over it."
+        f"Its logits, computed with the cache, differ by at most "
+        f"{jnp.abs(logits - in_one_pass).max():.0e} from those of a full pass over it."
     )
     print(
         f"held-out perplexity per character: {perplexity:.2f} (should be about 4.1); "

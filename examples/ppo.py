@@ -1,15 +1,15 @@
-"""Balance a pole by proximal policy optimization, with environments that are modules.
+"""Balance a pole with proximal policy optimization, in environments that are modules.
 
-The cart and pole of Barto, Sutton and Anderson (1983, https://doi.org/10.1109/TSMC.1983.6313077), with the
-numbers of gymnasium's CartPole-v1: one point for each step until the pole falls, 500 at most. An environment
-is a module with its state in Refs, and its own random stream to begin again with; many of them are one
-module with a leading axis, made and stepped by `nnx.vmap`. Those whose episode is over begin again, by
-`nnx.cond`.
+This is the cart and pole of Barto, Sutton and Anderson (1983, https://doi.org/10.1109/TSMC.1983.6313077),
+with the numbers of gymnasium's CartPole-v1: one point for each step until the pole falls, at most 500. An
+environment is a module with its state in Refs, and its own random stream for restarts. Many environments are
+one module with a leading axis, which `nnx.vmap` makes and steps. `nnx.cond` restarts those whose episode is
+over.
 
-One iteration (Schulman et al. 2017, https://arxiv.org/abs/1707.06347), in which all environments take 64
-steps and the agent learns from them eight times over, is one donated program: three loops, the gradients
-and Adam. Should reach a mean return of at least 475 after 204,800 steps, where the untrained agent has less
-than 100, in less than half a minute on two cores.
+In an iteration (Schulman et al. 2017, https://arxiv.org/abs/1707.06347), all environments take 64 steps, and
+the agent learns from them eight times. It is one compiled program with donated buffers: three loops, the
+gradients and Adam. After 204,800 steps, the mean return should be at least 475, compared with less than 100
+for the untrained agent. This takes less than half a minute on two cores.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ import nnx
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-LONGEST = 500  # steps of an episode
+LONGEST = 500  # the most steps in an episode
 
 
 class CartPole(nnx.Module):
-    """A cart that is pushed to the left or to the right, with a pole on it that is to stay up."""
+    """A cart that is pushed to the left or to the right, so that the pole on it stays up."""
 
     state: jax.Array = nnx.ref("env")  # position, velocity, angle, angular velocity
     time: jax.Array = nnx.ref("env")
@@ -49,7 +49,7 @@ class CartPole(nnx.Module):
         self.time = jnp.int32(0)
 
     def step(self, action):
-        """Move on by 0.02 seconds; whether the pole has fallen or the cart has left the track."""
+        """Advance by 0.02 seconds. Return whether the pole has fallen or the cart has left the track."""
         _, v, angle, turn = self.state
         pole, total, half_length = 0.1, 1.1, 0.5  # kg, kg, m
         sin, cos = jnp.sin(angle), jnp.cos(angle)
@@ -62,7 +62,7 @@ class CartPole(nnx.Module):
 
 
 class Episodes(nnx.Module):
-    """An environment that begins again when it is over, and knows the return of the last episode."""
+    """An environment that restarts after an episode, and knows the return of the last episode."""
 
     last_return: jax.Array = nnx.ref("env")
 
@@ -71,7 +71,7 @@ class Episodes(nnx.Module):
         self.last_return = jnp.float32(jnp.nan)
 
     def step(self, action):
-        """What the action leads to: the state there, whether it is the end, and whether it began again."""
+        """The result of an action: the new state, whether it ends the episode, and whether it restarted."""
         fallen = self.env.step(action)
         reached, over = self.env.state, fallen | (self.env.time >= LONGEST)
         self.last_return = jnp.where(over, self.env.time.astype(jnp.float32), self.last_return)
@@ -80,32 +80,32 @@ class Episodes(nnx.Module):
 
 
 class Agent(nnx.Module):
-    """A distribution over actions, and an estimate of the return that is to come."""
+    """A distribution over actions, and an estimate of the future return."""
 
     def __init__(self, hidden: int = 64):
         init = nnx.initializers.orthogonal
         options = {"activation": jnp.tanh, "kernel_init": init(2**0.5)}
         self.actor = nnx.MLP(4, [hidden, hidden], 2, **options)
         self.critic = nnx.MLP(4, [hidden, hidden], 1, **options)
-        self.actor.layers[-1].kernel *= 0.01  # at first, all actions alike
+        self.actor.layers[-1].kernel *= 0.01  # at first, all actions are equally likely
 
     def value(self, x):
         return self.critic(x)[..., 0]
 
 
 class Steps(NamedTuple):
-    """What the agent learns from: arrays of shape (steps, environments)."""
+    """The data that the agent learns from: arrays of shape (steps, environments)."""
 
     state: jax.Array
     action: jax.Array
-    chance: jax.Array  # logarithm of the probability that the action had
+    chance: jax.Array  # logarithm of the probability of the action
     advantage: jax.Array
-    target: jax.Array  # of the critic
+    target: jax.Array  # for the critic
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All numbers of a run. As an attribute of a module it is static: each one has its own program."""
+    """All numbers of a run. They are a static attribute, so each combination has its own program."""
 
     environments: int = 32
     steps: int = 64
@@ -120,7 +120,7 @@ class Settings:
 
 
 class PPO(nnx.Module):
-    """All of a run: the agent, its optimizer, and the environments, wherever they are."""
+    """A whole run: the agent, its optimizer, and the environments with their states."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -134,8 +134,8 @@ class PPO(nnx.Module):
         self.episodes = make()
 
     def rollout(self) -> Steps:
-        """Let the agent act, and say by generalized advantages (Schulman et al. 2015,
-        https://arxiv.org/abs/1506.02438) how much better each action was than expected.
+        """Let the agent act, and compute how much better each action was than expected, with generalized
+        advantage estimation (Schulman et al. 2015, https://arxiv.org/abs/1506.02438).
         """
         s = self.settings
 
@@ -146,7 +146,7 @@ class PPO(nnx.Module):
             chance = chance_of(logits, action)
             reached, fallen, over = nnx.vmap(lambda e, a: e.step(a))(self.episodes, action)
             value, later = self.agent.value(jnp.stack([state, reached]))
-            # An episode that is only cut off would have gone on.
+            # An episode that was only cut off would have continued.
             surprise = 1.0 + s.discount * jnp.where(fallen, 0.0, later) - value
             return None, (state, action, chance, value, surprise, over)
 
@@ -163,7 +163,7 @@ class PPO(nnx.Module):
 
     @nnx.jit(donate=True)
     def iterate(self):
-        """Act, and learn from it: one program. It says the returns of the last episodes."""
+        """Act, and learn from it, in one program. Return the returns of the last episodes."""
         steps = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), self.rollout())
         count = len(steps.action)
 
@@ -198,7 +198,7 @@ def chance_of(logits, action):
 
 @nnx.jit(static_argnames="count")
 def watch(agent, count: int):
-    """States of the best actions in new environments, and whether each was on its way still."""
+    """The states under the best actions in new environments, and whether each episode was still running."""
     envs = nnx.vmap(CartPole, axis_size=count)()
 
     def act(up, _):
@@ -220,9 +220,9 @@ def main(settings: Settings, seed: int, out: Path) -> float:
     plot(curve, settings, before, after, out)
     reached = float(after[1].sum(0).mean())
     print(
-        f"Mean return of the best actions, in 64 new episodes: {reached:.0f} (should be at least 475), "
-        f"before any training: {before[1].sum(0).mean():.0f}. While it learned, the last "
-        f"{settings.environments} episodes had {np.nanmean(curve[-1]):.0f}. {taken:,} steps were taken; "
+        f"Mean return of the best actions in 64 new episodes: {reached:.0f} (should be at least 475); "
+        f"before training: {before[1].sum(0).mean():.0f}; in the last {settings.environments} episodes of "
+        f"the training: {np.nanmean(curve[-1]):.0f}. The training took {taken:,} steps; "
         f"plot in {out}"
     )
     return reached

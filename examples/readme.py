@@ -1,4 +1,4 @@
-"""The quick start: a linear model that is trained by a function that returns nothing."""
+"""The quick start: a linear model, trained by a function that returns nothing."""
 
 import jax
 import jax.numpy as jnp

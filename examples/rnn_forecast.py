@@ -1,10 +1,10 @@
-"""Forecast the temperature of the sea off Peru, where El Niño shows, with an ensemble of LSTMs.
+"""Forecast the temperature of the sea off Peru, where El Niño appears, with an ensemble of LSTMs.
 
-The series ships inside statsmodels: the monthly means of 1950 to 2010 in NOAA's region Niño 1+2.
-Eight networks, trained as one by `nnx.vmap`, learn from the months up to 1995. Then each month of
-1996 to 2010, with the great El Niño of 1997, is forecast from those one to six months before it.
-The error should be about 0.95 °C (root mean square), where taking the temperature of a year before
-errs by 1.74 °C and the mean of the month by 1.26 °C, in under half a minute on two cores.
+The series ships with statsmodels: the monthly means from 1950 to 2010 in NOAA's region Niño 1+2.
+Eight networks, trained as one under `nnx.vmap`, learn from the months up to 1995. Then they forecast
+each month from 1996 to 2010, which includes the great El Niño of 1997, one to six months ahead.
+The root mean square error should be about 0.95 °C, compared with 1.74 °C for the temperature of the
+year before and 1.26 °C for the mean of the month. This takes less than half a minute on two cores.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HORIZON = 6  # months
-HELD_OUT = (1996 - 1950) * 12  # the first month that is not for training
+HELD_OUT = (1996 - 1950) * 12  # the first month that is not used for training
 SHOWN = 3  # months ahead, in the plot
 
 
 class Forecaster(nnx.Module):
-    """After each month, from `(time, 3)`, the temperatures of the next ones, `(time, HORIZON)`.
+    """Forecasts the temperatures after each month: takes `(time, 3)` and returns `(time, HORIZON)`.
 
-    The network says how they differ from the temperature now.
+    The network predicts the differences from the current temperature.
     """
 
     def __init__(self, features: int):
@@ -46,14 +46,14 @@ class Forecaster(nnx.Module):
 
 
 def inputs_of(temperatures: np.ndarray) -> np.ndarray:
-    """For each month the temperature, and where in the year it is."""
+    """The temperature of each month, and its position in the year."""
     angles = 2 * np.pi * np.arange(len(temperatures)) / 12
     months = np.stack([temperatures, np.sin(angles), np.cos(angles)], axis=1)
     return months.astype(np.float32)
 
 
 def loss_fn(net, months, noise):
-    """The mean squared error of all forecasts, from temperatures with a little noise on them."""
+    """The mean squared error of all forecasts, from slightly noisy temperatures."""
     after = jnp.stack([months[1 + i : len(months) - HORIZON + 1 + i, 0] for i in range(HORIZON)], 1)
     noisy = months.at[:, 0].add(noise * jax.random.normal(nnx.make_rng("noise"), len(months)))
     return jnp.mean((net(noisy)[: len(after)] - after) ** 2)
@@ -62,7 +62,7 @@ def loss_fn(net, months, noise):
 @nnx.jit
 def train_step(nets, optimizer, months):
     def loss(nets):
-        # The networks have nothing in common, so the gradient of the sum is that of each.
+        # The networks share nothing, so the gradient of the sum is the gradient of each.
         return nnx.vmap(loss_fn, in_axes=(0, None, None))(nets, months, 0.1).sum()
 
     total, grads = nnx.value_and_grad(loss)(nets)
@@ -72,7 +72,7 @@ def train_step(nets, optimizer, months):
 
 @nnx.jit
 def forecast(nets, months):
-    """For each held-out month, what each network says one to `HORIZON` months before it."""
+    """The forecasts of each network for each held-out month, one to `HORIZON` months ahead."""
     after = nnx.vmap(lambda net: net(months))(nets)
     ahead = [after[:, HELD_OUT - 1 - i : len(months) - 1 - i, i] for i in range(HORIZON)]
     return jnp.stack(ahead, axis=-1)
@@ -91,7 +91,7 @@ def main(steps: int, members: int, features: int, out: Path) -> float:
 
     keys = jax.random.split(jax.random.key(0), members)
     nets = nnx.vmap(lambda key: Forecaster.init(key)(features))(keys)
-    # The number of steps and the rest were chosen on 1986 to 1995, without these years in training.
+    # The number of steps and the other settings were chosen on 1986 to 1995, without training on them.
     tx = optax.adamw(optax.cosine_decay_schedule(1e-2, steps), weight_decay=1e-2)
     optimizer = nnx.Optimizer(nets, tx)
     losses = []

@@ -1,16 +1,16 @@
 """Find where a small GPT keeps a habit, and turn the habit on by hand.
 
-The model of `char_gpt.py` is trained on text that is half in capitals, so it goes on as the prompt
-began. Where is that in the network? For pairs of prompts, one in small letters and the same in capitals,
-the output of one block at one position is put from the run in capitals into the other (`nnx.capture`,
-`nnx.patch`): what then comes out in capitals has passed through there. The mean difference of the outputs
-of a block is a direction, and adding it while the model writes makes it write in capitals after a prompt in
-small letters. Of the blocks and strengths that do, the best is the one whose text is the least surprising
-to the model, read in small letters. The model is never changed.
+The model of `char_gpt.py` is trained on text that is half in capitals, so it continues in the case of the
+prompt. Where is that in the network? Take pairs of prompts, one in small letters and the same in capitals.
+Copy the output of one block at one position from the run in capitals to the other run (`nnx.capture`,
+`nnx.patch`). If the model then writes in capitals, the habit passes through there. The mean difference of a
+block's outputs is a direction. Adding it while the model writes makes it write in capitals after a prompt in
+small letters. Among the blocks and strengths that work, the best is the one whose text, read in small
+letters, surprises the model least. The model never changes.
 
-Patching the last position should restore nothing in the embedding and more than 90 % in the last block, and
-over 90 % of the letters should be capitals, where without the direction it is below 10 %. Two minutes on
-two cores.
+Patching the last position should restore nothing in the embedding, and more than 90 % in the last block.
+With the direction, more than 90 % of the letters should be capitals, and without it, less than 10 %. This
+takes two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ class Text:
 
 
 def capitals(logits, text: Text):
-    """How much likelier than a small letter a capital is next: the difference of log-probabilities."""
+    """The log-probability that the next letter is a capital, minus that of a small letter."""
     logits = jax.nn.log_softmax(logits[:, -1])
     return jnp.log(jnp.exp(logits) @ text.capital) - jnp.log(jnp.exp(logits) @ text.small)
 
 
 def trace(model: GPT, small, large, text: Text, layers: int) -> np.ndarray:
-    """By block and position, how much of the preference for capitals is restored by one output."""
+    """How much of the preference for capitals a single output restores, by block and position."""
     places = ["embed", *(f"blocks.layers.{i}" for i in range(layers))]
     run = nnx.jit(lambda model, tokens: nnx.capture(model, tuple(places))(tokens))
     logits, _ = run(model, small)
@@ -89,14 +89,14 @@ def trace(model: GPT, small, large, text: Text, layers: int) -> np.ndarray:
 
 
 def directions(model: GPT, small, large) -> jax.Array:
-    """For each block the mean difference of its output at the last position."""
+    """The mean difference of the output at the last position, for each block."""
     _, low = nnx.capture(model, "blocks.layers")(small)
     _, high = nnx.capture(model, "blocks.layers")(large)
     return (high["blocks.layers"] - low["blocks.layers"])[:, :, -1].mean(1)
 
 
 def write(model: GPT, prompt, length: int, layer: int, push: jax.Array):
-    """What the model writes after the prompt, with `push` added to the output of one block."""
+    """The text that the model writes after the prompt, with `push` added to the output of one block."""
     steered = nnx.patch(sample, {f"blocks.layers.{layer}": lambda output: output + push})
     with nnx.scope(jax.random.key(2)):
         tokens, _ = steered(model, prompt, length, 0.5)
@@ -110,7 +110,7 @@ def share(tokens: np.ndarray, text: Text) -> float:
 
 
 def surprise(model: GPT, prompt: np.ndarray, tokens: np.ndarray, text: Text) -> float:
-    """The perplexity of what was written, in small letters, to the model as it is."""
+    """The perplexity of the written text, in small letters, for the unchanged model."""
     read = text.encode(*(text.decode(row).lower() for row in tokens))
     windows = np.concatenate([prompt, read], axis=1)
     return float(np.exp(evaluate(model, windows)[:, prompt.shape[1] - 1 :].mean()))
@@ -133,7 +133,7 @@ def train(text: Text, training: str, steps: int, batch: int, context: int, **siz
 
 def main(steps: int, batch: int, context: int, length: int, out: Path, **sizes: int) -> float:
     training, _ = read_text()
-    # Some characters have no capital, or one of two characters.
+    # Some characters have no capital, or a capital of two characters.
     training = "".join(c for c in training if len(c.upper()) == 1)
     text = Text(training.lower())
     model = train(text, training.lower(), steps, batch, context, **sizes)
@@ -163,7 +163,7 @@ def main(steps: int, batch: int, context: int, length: int, out: Path, **sizes: 
         f"Patching the last position restores {restored[0, -1]:.0%} in the embedding and "
         f"{restored[-1, -1]:.0%} in the last block (should be 0 % and more than 90 %).\n"
         f"Letters in capitals: {shares[best, 0]:.0%} without the direction, {shares[best, strength]:.0%} "
-        f"with it in block {best} (should be below 10 % and over 90 %); plot in {out}"
+        f"with it in block {best} (should be below 10 % and above 90 %); plot in {out}"
     )
     return float(shares[best, strength])
 

@@ -1,15 +1,15 @@
 """Learn what handwritten digits look like with a variational autoencoder.
 
-The data are the 1,797 digits of 8 × 8 pixels of the UCI collection that ship inside scikit-learn. A
-pixel says how many of the 4 × 4 cells of a scan were dark, from 0 to 16, so the decoder gives a
-beta-binomial distribution for each: a count out of 16 with a probability that is itself uncertain.
-The bound on the likelihood of the held-out fifth is then comparable to any other model of counts:
-it should need at most 1.95 bits a pixel, where a histogram for each pixel needs 2.43 and a histogram
-for each pixel and each class of digit, which is told the labels, 2.23. It takes less than a minute on
+The data are the 1,797 digits of 8 × 8 pixels from the UCI collection, which ship with scikit-learn. A
+pixel says how many of the 4 × 4 cells of a scan were dark, from 0 to 16. So the decoder returns a
+beta-binomial distribution for each pixel: a count out of 16 with a probability that is itself uncertain.
+The bound on the likelihood of the held-out fifth can then be compared with any other model of counts. The
+model should need at most 1.95 bits per pixel. A histogram for each pixel needs 2.43, and a histogram
+for each pixel and each class of digit, which knows the labels, needs 2.23. This takes less than a minute on
 two cores.
 
-A whole epoch, shuffling included, is one compiled program by `nnx.scan`. The layers are dense, since
-XLA has no fast convolutions inside of loops on CPU.
+A whole epoch, including shuffling, is one compiled program (`nnx.scan`). The layers are dense, because
+XLA has no fast convolutions inside loops on CPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SIDE, CELLS, BATCH = 8, 16, 64
-BITS = SIDE**2 * np.log(2)  # nats a digit ÷ this = bits a pixel
+BITS = SIDE**2 * np.log(2)  # nats per digit ÷ this = bits per pixel
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nnx.Sequential:
@@ -56,7 +56,7 @@ class VAE(nnx.Module):
         self.decoder = mlp(latent, hidden, 2 * SIDE**2)
 
     def encode(self, x):
-        """Mean and logarithm of the standard deviation of what the digits may stand for."""
+        """Mean and logarithm of the standard deviation of the latent variables."""
         return jnp.split(self.encoder(x.reshape(len(x), -1) / CELLS), 2, axis=-1)
 
     def decode(self, z):
@@ -72,7 +72,7 @@ class VAE(nnx.Module):
     def __call__(self, x):
         """For each digit: a sample of its log-likelihood, and the divergence from the prior."""
         mean, log_std = self.encode(x)
-        # The sample is a differentiable function of mean and deviation: the noise is from outside.
+        # The sample is a differentiable function of mean and deviation; the noise comes from outside.
         z = mean + jnp.exp(log_std) * jax.random.normal(nnx.make_rng("latent"), mean.shape)
         likelihood = betabinom.logpmf(x, CELLS, *self.decode(z)).sum((1, 2))
         divergence = 0.5 * (mean**2 + jnp.exp(2 * log_std) - 1 - 2 * log_std).sum(-1)
@@ -80,7 +80,7 @@ class VAE(nnx.Module):
 
 
 def bound(model, x):
-    """The evidence lower bound on the log-likelihood of each digit, in bits a pixel."""
+    """The evidence lower bound on the log-likelihood of each digit, in bits per pixel."""
     likelihood, divergence = model(x)
     return (likelihood - divergence) / BITS
 
@@ -113,14 +113,14 @@ def evaluate(model, metrics, x):
 
 
 def result(metrics) -> float:
-    """What the metrics have seen since the last call."""
+    """The metrics since the last call."""
     elbo = float(metrics.compute())
     metrics.reset()
     return elbo
 
 
 class Histograms:
-    """The baseline: independent pixels, with a histogram each, in every class of digits."""
+    """The baseline: independent pixels, each with its own histogram, in every class of digits."""
 
     def __init__(self, x: np.ndarray, labels: np.ndarray, smoothing: float = 0.1):
         self.p = np.stack(
@@ -132,7 +132,7 @@ class Histograms:
         self.p = (self.p + smoothing) / (self.p + smoothing).sum(-1, keepdims=True)
 
     def log_likelihood(self, x: np.ndarray) -> float:
-        """The mean over digits, in bits a pixel; classes are equally likely."""
+        """The mean over digits, in bits per pixel; classes are equally likely."""
         rows, columns = np.indices((SIDE, SIDE))
         of_class = [np.log(p[rows, columns, x.astype(int)]).sum((1, 2)) for p in self.p]
         return float(np.mean(np.logaddexp.reduce(of_class) - np.log(len(self.p))) / BITS)
@@ -163,7 +163,7 @@ def main(epochs: int, latent: int, out: Path) -> tuple[float, float]:
             train = result(metrics)
             evaluate(model, metrics, x_test)
             history.append((train, result(metrics)))
-            bar.set_postfix(held_out=f"{-history[-1][1]:.3f} bits a pixel")
+            bar.set_postfix(held_out=f"{-history[-1][1]:.3f} bits per pixel")
     baselines = {
         "histogram by pixel": Histograms(x, np.zeros_like(y)),
         "histogram by pixel and class": Histograms(x, y),
@@ -173,7 +173,7 @@ def main(epochs: int, latent: int, out: Path) -> tuple[float, float]:
     found = -history[-1][1]
     others = ", ".join(f"{name}: {b:.3f}" for name, b in bits.items())
     print(
-        f"held-out digits need {found:.3f} bits a pixel (should be at most 1.95; {others}); "
+        f"held-out digits need {found:.3f} bits per pixel (should be at most 1.95; {others}); "
         f"plot in {out}"
     )
     return found, min(bits.values())
@@ -206,7 +206,7 @@ def plot(model, history, x, y, baselines, bits, out: Path) -> None:
     for (name, value), style in zip(bits.items(), (":", "--"), strict=True):
         axis.axhline(value, color="gray", ls=style, label=name)
     low, high = -history.max(), max(bits.values())
-    axis.set(xlabel="epoch", ylabel="bits a pixel", title="upper bound on the bits of a pixel")
+    axis.set(xlabel="epoch", ylabel="bits per pixel", title="upper bound on the bits per pixel")
     axis.set_ylim(low - 0.05, high + 0.3)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)

@@ -1,4 +1,4 @@
-"""What people who come from elsewhere get wrong when they write or make a module."""
+"""Checks for mistakes that users of other libraries make when they write or make a module."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_arguments(cls: type, kwargs: dict[str, Any]) -> None:
     """Refuse constructor arguments that other libraries take, and strings that do not name a dtype.
 
     Raises:
-      TypeError: `rngs` for a class that takes none; a string that is not a dtype, for a layer.
+      TypeError: `rngs` for a class that does not take it; or a string that is not a dtype, for a layer.
     """
     if "rngs" in kwargs:
         parameters = inspect.signature(cls.__init__).parameters.values()
@@ -39,7 +39,7 @@ def check_arguments(cls: type, kwargs: dict[str, Any]) -> None:
                 close = difflib.get_close_matches(given, _DTYPES, 1, 0.5)
                 meant = f" Did you mean {close[0]!r}?" if close else ""
                 raise TypeError(
-                    f"{cls.__name__} got {name}={given!r}, which is not a dtype of JAX.{meant}"
+                    f"{cls.__name__} got {name}={given!r}, which is not a JAX dtype.{meant}"
                 ) from None
 
 
@@ -49,9 +49,9 @@ CHECKED = frozenset({"rngs", "dtype", "param_dtype"})
 
 
 def explain_data(cls: type, args: Any, kwargs: Any, error: Exception) -> None:
-    """Say that a constructor was given data, where that is why its arguments do not fit.
+    """Explain an error of a constructor that was given data instead of its arguments.
 
-    Where they do fit, as where the first has a default, the error gets a note.
+    If the arguments would fit, for example because the first has a default, the error gets a note.
     """
     arrays = (jax.Array, np.ndarray)
     given = next((x for x in (*args, *kwargs.values()) if isinstance(x, arrays)), None)
@@ -59,8 +59,8 @@ def explain_data(cls: type, args: Any, kwargs: Any, error: Exception) -> None:
         return
     name = cls.__name__
     advice = (
-        f"{name}.init(key)(...) makes a {name}, with the arguments of its constructor, but "
-        f"it was given data, {array_text(given)}. That comes with the call: "
+        f"{name}.init(key)(...) makes a {name} and takes the arguments of its constructor, but "
+        f"it was given data, {array_text(given)}. Pass data to the call: "
         f"model = {name}.init(key)(...), then model(x)."
     )
     try:
@@ -71,7 +71,7 @@ def explain_data(cls: type, args: Any, kwargs: Any, error: Exception) -> None:
 
 
 def forward_instead(cls: type) -> Any:
-    """A `__call__` for a class that only has a method `forward`."""
+    """A `__call__` for a class that has only a method `forward`."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(

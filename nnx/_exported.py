@@ -1,7 +1,7 @@
-"""Exported programs whose arguments or results are modules can be written to files.
+"""Lets exported programs whose arguments or results are modules be written to files.
 
-`jax.export` writes the structure of arguments and results, and asks each class of pytrees how its part
-is written. That of a module is written as `nnx.save` writes it: names and numbers, and never code.
+`jax.export` writes the structure of arguments and results, and asks each pytree class how to write its
+part. The structure of a module is written as `nnx.save` writes it: names and numbers, never code.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ __all__: list[str] = []
 
 
 class _OneName(str):
-    """A name that every class of modules is written under.
+    """A single name for all module classes in exported files.
 
-    JAX finds a class by the name alone, and in a notebook two classes have one. The structure says
-    itself which class it is of, so the name need not. What JAX knows already is not equal to it.
+    JAX finds a class only by its name, but in a notebook two classes may have the same name. The written
+    structure itself says which class it has, so the name need not. Names that JAX already knows do not
+    equal this one.
     """
 
     __slots__ = ()
@@ -53,15 +54,15 @@ def _to_bytes(dagdef: DagDef) -> bytes:
         written = {"structure": encode(tree).structure, "frozen": frozen}
     except errors.SaveError as error:
         raise errors.SaveError(
-            f"{str(error).partition(' Or save only the values')[0].rstrip('.')}. Or give the exported "
-            f"program the values in place of the module: dagdef, values = nnx.split(model), then "
+            f"{str(error).partition(' Or save only the values')[0].rstrip('.')}. Or pass the values to "
+            f"the exported program instead of the module: dagdef, values = nnx.split(model), then "
             f"jax.export.export(jax.jit(lambda values, x: nnx.merge(dagdef, values)(x)))(values, x)."
         ) from error
     return json.dumps(written, separators=(",", ":")).encode()
 
 
 def _from_bytes(data: bytes) -> DagDef:
-    # They are loaded when a program is read or written first, so that an import of nnx is quick.
+    # Imported when the first program is read or written, so that `import nnx` is quick.
     importlib.import_module("nnx.serialize")
     decode = importlib.import_module("nnx.serialize.decode")
     grammar = importlib.import_module("nnx.serialize.grammar")
@@ -94,7 +95,7 @@ def _register(cls: type[Node]) -> None:
 
 
 _NAME = "nnx.Module"
-# This one is found when a program is read, whatever the class.
+# When a program is read, JAX finds this class by name, whatever class was written.
 jax.export.register_pytree_node_serialization(
     Node,
     serialized_name=_NAME,

@@ -15,14 +15,14 @@ _OF_NNX = {
     "state variables": 'nnx.get_partition, or model["params"]',
     "State": "nnx.Partition",
     "GraphDef graphdef": "nnx.DagDef",
-    "iter_graph": "nnx.refs, which gives the Refs by path",
-    "iter_modules named_modules": "nnx.modules, which gives the modules by path",
+    "iter_graph": "nnx.refs, which returns the Refs by path",
+    "iter_modules named_modules": "nnx.modules, which returns the modules by path",
     "List ModuleList Dict ModuleDict Tuple": "a plain list, dict or tuple",
     "Pytree": "nnx.Module",
     "StateAxes": "nnx.vmap with a dict from filter to axis: in_axes=({'params': 0, ...: None}, 0)",
     "DiffState": "nnx.grad with wrt=filter",
     "split_rngs fork_rngs": "nnx.vmap or nnx.scan, which give each lane or step its own keys",
-    "cached_partial": "nnx.jit, which keeps the structure by itself",
+    "cached_partial": "nnx.jit, which already caches the structure",
     "pop": "nnx.capture for intermediates, or `del model.name`",
     "capture_intermediates": "nnx.capture",
     "perturb": "nnx.output_grad, which works on any model as it is",
@@ -34,7 +34,7 @@ _OF_NNX = {
     "pure": "nnx.split and nnx.merge",
     "partition": "nnx.split",
     "combine": "nnx.merge",
-    "tree_at": "an assignment, as in model.head = ..., or nnx.replace for all of a kind",
+    "tree_at": "an assignment, as in model.head = ..., or nnx.replace for all modules of a kind",
     "filter_jit": "nnx.jit or nnx.jit_filter",
     "filter_grad": "nnx.grad or nnx.grad_filter",
     "filter_vmap": "nnx.vmap",
@@ -63,7 +63,7 @@ _OF_MODULES = {
     ),
     "named_modules children named_children iter_modules": "nnx.modules(model) gives them by path",
     "zero_grad backward": "gradients are a value: grads = nnx.grad(loss)(model)",
-    "requires_grad_ freeze": "say what is trained by a filter: nnx.grad(loss, wrt='params')",
+    "requires_grad_ freeze": "select what to train with a filter: nnx.grad(loss, wrt='params')",
     "to cuda cpu": "jax.device_put(model[...], device), then nnx.update; arrays know where they are",
     "half bfloat16 float double": "layers take dtype= and param_dtype=",
     "register_forward_hook": "nnx.capture(model, where)(x) gives outputs, nnx.patch changes them",
@@ -100,5 +100,5 @@ def no_attribute(module: Any, name: str) -> AttributeError:
 
 
 def _error(text: str, name: str, obj: Any) -> AttributeError:
-    # With the object, Python adds a name of it that is much like this one.
+    # Given the object, Python suggests a similar name that it has.
     return AttributeError(text, name=name, obj=obj)

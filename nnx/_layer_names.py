@@ -1,4 +1,4 @@
-"""Operations of a compiled program carry the path of their layer, so that a profile reads like the model.
+"""Gives operations of a compiled program the path of their layer, so that a profile reads like the model.
 
 A module that is called while JAX traces enters a `jax.named_scope`. The scope's name is the path
 from the calling module: `blocks.0`, and inside it `attention`. A layer with two paths gets the path
@@ -26,29 +26,29 @@ from refx.trace import EVAL
 
 __all__: list[str] = []
 
-# Two weak references to one object are the same object. `trace_ref` gives this one outside all
-# traces.
+# Weak references to the same object are the same object. Outside all traces, `trace_ref` returns this
+# one.
 _EAGER = weakref.ref(EVAL)
 
 
 def layer_call(fn: Any) -> Any:
-    """What a class of modules keeps for a function that is its `__call__`."""
+    """The object that a module class stores for a function that is its `__call__`."""
     if type(fn) is types.FunctionType and not hasattr(fn, "__isabstractmethod__"):
         return LayerCall(fn)
     return fn
 
 
 class LayerCall:
-    """The `__call__` of a class of modules: the user's function, in a scope where JAX traces.
+    """The `__call__` of a module class: it runs the user's function, in a named scope while JAX traces.
 
-    Decorators of a class (beartype, typeguard) look through its dict for functions, so it passes for
-    the function that it stands for.
+    Class decorators (beartype, typeguard) look through the class dict for functions, so this object
+    imitates the function that it wraps.
     """
 
     __slots__ = ("__dict__", "fn", "scoped")
 
     def __init__(self, fn: types.FunctionType):
-        # What the class would answer for; the rest is asked of the function.
+        # Attributes that the class would supply. `__getattr__` asks the function for the others.
         vars(self).update(__module__=fn.__module__, __doc__=fn.__doc__)
         self.fn = fn
         self.scoped = _scoped(fn)
@@ -58,7 +58,7 @@ class LayerCall:
         return types.FunctionType
 
     def __getattr__(self, name: str) -> Any:
-        if name == "fn":  # in a copy that is not filled yet
+        if name == "fn":  # in a copy without attributes yet
             raise AttributeError(name)
         return getattr(self.fn, name)
 
@@ -128,7 +128,7 @@ class Names:
 
 
 class RootNames(Names):
-    """The names below the objects that a body received. `inner` has the order of `outer`, the originals."""
+    """The names below the objects that a body received. `inner` is in the order of `outer`, the originals."""
 
     def __init__(self, inner: Iterable[Any], outer: Iterable[Any]):
         inner, outer = tuple(inner), tuple(outer)

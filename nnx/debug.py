@@ -36,7 +36,7 @@ def retraces() -> Iterator[list[Explanation]]:
 
     The reasons are those of `step.explain(...)`: the differences from the most similar program of
     the function. They go to the logger `"nnx"` as warnings, and into the list that the context
-    gives. Only traces in this thread are logged, including those for probes such as `nnx.capture`.
+    returns. Only traces in this thread are logged, including those for probes such as `nnx.capture`.
 
     >>> import jax.numpy as jnp, nnx
     >>> step = nnx.jit(lambda x: x + 1)

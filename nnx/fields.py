@@ -1,4 +1,4 @@
-"""Fields of a class, `param()`, `ref(...)` and `static()`, and the `__init__` that is made from them."""
+"""Fields of a class, `param()`, `ref(...)` and `static()`, and the `__init__` generated from them."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def ref(
 ) -> Any:
     """A field whose value lives in a Ref of the given collection.
 
-    Reading the attribute gives the value, assigning it writes the Ref. Assigning a Ref ties the
-    field to that Ref; assigning None leaves the field without one.
+    Reading the attribute returns the value, and assigning to it writes the Ref. Assigning a Ref ties
+    the field to that Ref; assigning None leaves the field without one.
 
     Args:
       collection: the label that filters select by.
-      default: the value that a new instance starts with, or
-      default_factory: a function that makes it; it may call `nnx.make_rng`.
-      init: whether `@nnx.dataclass` makes it an argument of `__init__`.
-      kw_only: whether that argument is by keyword only.
-      converter: called with each value that the field is given; its result is what the Ref holds.
-      **metadata: hashable facts that the Ref keeps.
+      default: the initial value of a new instance.
+      default_factory: a function that makes the initial value instead; it may call `nnx.make_rng`.
+      init: whether `@nnx.dataclass` makes the field an argument of `__init__`.
+      kw_only: whether that argument is keyword-only.
+      converter: called with each value assigned to the field; the Ref holds its result.
+      **metadata: hashable metadata of the Ref.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> class Average(nnx.Module):
@@ -69,7 +69,7 @@ def ref(
 
 
 def param(*given: NoReturn, **options: Any) -> Any:
-    """A field in the collection `"params"`: what training changes. Options as for `ref`.
+    """A field in the collection `"params"`, which training changes. Options as for `ref`.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> class Scale(nnx.Module):
@@ -93,10 +93,10 @@ def static(
     init: bool = True,
     kw_only: bool = False,
 ) -> Any:
-    """A field that is part of the structure, whatever it holds; it must be hashable.
+    """A field that is always part of the structure; its value must be hashable.
 
-    Numbers, strings and callables are static without it. It is for defaults, for `@nnx.dataclass`,
-    and for what would be a value or structure otherwise, such as a tuple that is a setting.
+    Numbers, strings and callables are static anyway. Use it for defaults, for `@nnx.dataclass`,
+    and for settings that would otherwise be values or structure, such as a tuple.
 
     >>> import nnx
     >>> @nnx.dataclass
@@ -114,9 +114,9 @@ def _given_value(field: str, given: tuple[Any, ...]) -> TypeError:
     name = field.split("(")[0]
     kind = "int" if name == "static" else "jax.Array"
     return TypeError(
-        f"nnx.{name} makes a field of the class, which takes no value as an argument, but got a "
+        f"nnx.{name} declares a field of the class and takes no value, but got a "
         f"{type(given[-1]).__name__}. Declare it in the class body, `w: {kind} = nnx.{field}`, and "
-        f"assign the value in __init__, self.w = ...; or say default=, or default_factory=, which "
+        f"assign the value in __init__, self.w = ...; or pass default=, or default_factory=, which "
         f"makes one for each instance. A Ref without a field is nnx.Ref(value, collection)."
     )
 
@@ -125,8 +125,8 @@ def _given_value(field: str, given: tuple[Any, ...]) -> TypeError:
 def dataclass(cls: type[T]) -> type[T]:
     """Give a module class an `__init__` made from its annotated fields, in order.
 
-    A field takes part with its specifier (`param()`, `ref(...)`, `static()`) or as a plain
-    annotation, with or without a default. Equality stays identity.
+    Fields are those with a specifier (`param()`, `ref(...)`, `static()`) and plain annotations, with
+    or without a default. Equality is still identity.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> @nnx.dataclass
@@ -139,7 +139,7 @@ def dataclass(cls: type[T]) -> type[T]:
     36.0
     """
     own = {name: f for name, f in vars(cls).items() if isinstance(f, Field)}
-    # An annotation alone keeps the specifier of the base class, as it keeps a default.
+    # A mere annotation keeps the specifier of the base class, just as it keeps a default.
     inherited = {name: getattr(cls, name, None) for name in inspect.get_annotations(cls)}
     own |= {name: f for name, f in inherited.items() if isinstance(f, Field)}
     for name, f in own.items():
@@ -167,9 +167,9 @@ def dataclass(cls: type[T]) -> type[T]:
 
 
 def check_after_init(cls: type) -> None:
-    """Call the `__check_init__` of each class after `__init__`, those of base classes first.
+    """Call the `__check_init__` of each class after `__init__`, base classes first.
 
-    That is Equinox's hook: a subclass cannot forget to call it, since nobody calls it.
+    This is Equinox's hook: a subclass cannot forget to call it, because it is called automatically.
     """
     checks = [vars(b)["__check_init__"] for b in cls.__mro__[::-1] if "__check_init__" in vars(b)]
     if not checks:
@@ -188,7 +188,7 @@ def check_after_init(cls: type) -> None:
 
 
 def own_init(cls: type) -> None:
-    """Undo `check_after_init`, so that a class has the `__init__` that its user wrote, or none."""
+    """Undo `check_after_init`, so that a class has its user's `__init__` again, or none."""
     init = vars(cls).get("__init__")
     own = _unchecked(init)
     if own is init:

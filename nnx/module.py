@@ -85,7 +85,7 @@ ALTERNATIVES.update(
 )
 ADVICE.update(
     batch_stats="keep the statistics as they are: model.apply(use_running_average=True)(x)",
-    rngs="draw with a key of its own: model.apply(rngs=key)(x)",
+    rngs="draw with its own key: model.apply(rngs=key)(x)",
 )
 
 M = TypeVar("M", bound="Module")
@@ -96,7 +96,7 @@ class _ModuleType(NodeType):
     """The class of module classes."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        # As by a decorator of the class, which checks types.
+        # A class decorator that checks types does this.
         super().__setattr__(name, layer_call(value) if name == "__call__" else value)
 
 

@@ -29,7 +29,7 @@ class MissingFlagError(RefError):
 
 class Scope(Node):
     """Streams and flags. It is a Node, so it crosses a boundary like any argument: its streams are
-    Refs that advance, and its flags are static, so another value of a flag means a new trace.
+    Refs that advance, and its flags are static, so a new value of a flag causes a new trace.
     """
 
     def __init__(self, streams: dict[str, RngStream], flags: dict[str, Any]):
@@ -48,14 +48,14 @@ def make_scope(rngs: Any = None, **flags: Any) -> Scope:
             raise _array_flag(name, flag)
         if name == "flags" and isinstance(flag, Mapping):
             raise UnhashableStaticError(
-                f"A scope was given a {type(flag).__name__} as a flag called 'flags'. Flags are given "
-                f"by name: {', '.join(f'{key}={value!r}' for key, value in flag.items())}; from a "
+                f"A scope was given a {type(flag).__name__} as a flag called 'flags'. Pass flags by "
+                f"name: {', '.join(f'{key}={value!r}' for key, value in flag.items())}; from a "
                 f"dict, write **flags."
             )
         if name in _KEYS and isinstance(flag, int) and not isinstance(flag, bool):
             raise TypeError(
                 f"A scope was given the number {flag} as a flag called {name!r}, which does not "
-                f"seed anything. Did you mean rngs={flag}? Keys and seeds are given by rngs, the "
+                f"seed anything. Did you mean rngs={flag}? Pass keys and seeds as rngs, the "
                 "first argument."
             )
     outer: Scope | None = ambient.scope
@@ -73,11 +73,11 @@ def _array_flag(name: str, flag: Any) -> UnhashableStaticError:
     if jnp.issubdtype(flag.dtype, jax.dtypes.prng_key) or flag.dtype == jnp.uint32:
         stream = "key" if name in _KEYS else f"{{{name!r}: key}}"
         return UnhashableStaticError(
-            f"{what}. Did you mean rngs={stream}? Random keys are given by rngs, the first argument."
+            f"{what}. Did you mean rngs={stream}? Pass random keys as rngs, the first argument."
         )
     return UnhashableStaticError(
-        f"{what}, but flags are static. Pass a Python value, as with bool(...), or give an array to "
-        f"the function as an argument."
+        f"{what}, but flags are static. Pass a Python value, as with bool(...), or pass the array "
+        f"as an argument of the function."
     )
 
 

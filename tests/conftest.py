@@ -1,4 +1,4 @@
-"""What has to be set before JAX starts; and modules that many tests use."""
+"""Settings that JAX needs before it starts, and modules that many tests use."""
 
 import os
 
@@ -13,7 +13,7 @@ import pytest
 
 from tests.models import Dense, Net
 
-# A program that test_processes.py starts, several times at once.
+# test_processes.py starts several processes of this program at once.
 collect_ignore = ["nnx/processes.py"]
 
 

@@ -23,7 +23,7 @@ class Dense(nnx.Module):
 
 
 class Net(nnx.Module):
-    """Two blocks that share one layer, in a list, and one layer of its own."""
+    """Two blocks in a list that share one layer, and a separate layer."""
 
     def __init__(self):
         shared = Dense(seed=1)

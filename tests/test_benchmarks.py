@@ -1,4 +1,4 @@
-"""What the benchmarks compare computes the same."""
+"""The contenders of the benchmarks compute the same numbers."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""The README and the docs are run, so that they cannot lie."""
+"""The code in the README and the docs runs, so that they cannot lie."""
 
 import re
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""The tables of the docs: every line of ours in them runs, and pages that are made are up to date.
+"""The tables of the docs: every line of ours in them runs, and generated pages are up to date.
 
-`UPDATE_DOCS=1 pytest tests/test_docs_tables.py` makes `docs/errors.md` and the picture of the tutorial anew.
+`UPDATE_DOCS=1 pytest tests/test_docs_tables.py` rewrites `docs/errors.md` and the picture in the tutorial.
 """
 
 import ast
@@ -77,7 +77,7 @@ def test_the_errors_are_those_that_are_raised(maker, errors):
 
 def test_the_tracebacks_of_the_errors_are_short(errors):
     for error in errors:
-        # The first frame is that of the script, which a user does not have.
+        # The first frame is the test itself, which a user does not have.
         files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)][1:]
         assert files[0] == "example.py" and len(files) <= 9, files
 

@@ -1,4 +1,4 @@
-"""The programs of the documents that this project was made from, in our terms."""
+"""Programs from the documents of other projects, in our terms."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""What type checkers see: pyright and mypy, over programs of a user."""
+"""Type checking: pyright and mypy over programs of a user."""
 
 import json
 import os

@@ -32,8 +32,8 @@ def from_flax(
 def from_flax(theirs: Any, ours: Any, names: Names | None = None, *, strict: bool = True) -> Any:
     """Move every weight of a flax model into our model, by path.
 
-    Layers of nnx have the attribute names and shapes of their `flax.nnx` namesakes. So if our model
-    uses the same attribute names as the flax model, the weights fit as they are. Values are cast to
+    Our layers have the attribute names and shapes of the `flax.nnx` layers of the same name. So if our
+    model uses the same attribute names as the flax model, the weights fit as they are. Values are cast to
     our model's dtypes and go to the devices of its values, or to those that its shapes name. An
     `nnx.Stack` takes the weights of a list of layers, and a list takes those of stacked layers.
 

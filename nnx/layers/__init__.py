@@ -1,4 +1,4 @@
-"""Layers: modules with the arguments, names, shapes and numerics of their flax.nnx namesakes."""
+"""Layers: modules with the arguments, names, shapes and numerics of the flax.nnx layers of the same name."""
 
 from jax.nn import (
     celu,

@@ -1,4 +1,4 @@
-"""Where two modules differ, in the words of a message."""
+"""Finds the first difference between two modules, and says it in the words of a message."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__: list[str] = []
 
 
 def difference(a: Any, b: Any, here: str, there: str) -> str | None:
-    """The first thing in which two modules differ, beside the values; None if there is nothing.
+    """The first difference between two modules, apart from their values; None if there is none.
 
     Args:
       a, b: the modules.

@@ -1,4 +1,4 @@
-"""What MultiHeadAttention checks, and the norms of its heads."""
+"""The checks of MultiHeadAttention, and the norms of its heads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["check_inputs", "check_mask", "check_sizes", "norm_of_heads", "takes"
 
 
 def window_of(layer: Any) -> tuple[int | None, int | None] | None:
-    """How many positions before and after its own a query sees."""
+    """How many positions before and after itself a query sees."""
     window = layer.local_window_size
     return (window, window) if isinstance(window, int) else window
 
@@ -30,8 +30,8 @@ def check_inputs(layer: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
             raise shape_error(layer, name, f"(*batch, length, {size})", jnp.shape(x))
     if q.shape[:-2] != k.shape[:-2] or k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
-            f"MultiHeadAttention expects queries, keys and values of the same batch, and keys "
-            f"and values of the same length, but got shapes {q.shape}, {k.shape} and {v.shape}."
+            f"MultiHeadAttention expects queries, keys and values with the same batch, and keys "
+            f"and values with the same length, but got shapes {q.shape}, {k.shape} and {v.shape}."
         )
 
 
@@ -45,7 +45,7 @@ def check_mask(layer: Any, mask: jax.Array | None, queries: tuple[int, ...], len
         raise ValueError(
             f"MultiHeadAttention expects a mask that broadcasts to {wanted}, (*batch, heads, "
             f"query length, key length), but got one of shape {mask.shape}. When decoding, the "
-            f"key length is that of the cache."
+            f"key length is the length of the cache."
         )
 
 
@@ -53,17 +53,17 @@ def check_sizes(layer: Any) -> None:
     if layer.qkv_features % layer.num_heads:
         raise ValueError(
             f"MultiHeadAttention cannot divide qkv_features={layer.qkv_features} among "
-            f"num_heads={layer.num_heads}. Make it a multiple."
+            f"num_heads={layer.num_heads}. Make qkv_features a multiple of num_heads."
         )
     if layer.v_features % layer.num_heads:
         raise ValueError(
             f"MultiHeadAttention cannot divide v_features={layer.v_features} among "
-            f"num_heads={layer.num_heads}. Make it a multiple."
+            f"num_heads={layer.num_heads}. Make v_features a multiple of num_heads."
         )
     if layer.num_heads % layer.num_kv_heads:
         raise ValueError(
             f"MultiHeadAttention cannot divide num_heads={layer.num_heads} query heads among "
-            f"num_kv_heads={layer.num_kv_heads} key heads. Make it a multiple."
+            f"num_kv_heads={layer.num_kv_heads} key heads. Make num_heads a multiple of num_kv_heads."
         )
     window = window_of(layer)
     if window is not None and (
@@ -73,11 +73,11 @@ def check_sizes(layer: Any) -> None:
     ):
         raise ValueError(
             f"The local_window_size of MultiHeadAttention says how many positions before and after "
-            f"its own a query sees, such as 128 or (127, 0), but got {layer.local_window_size!r}."
+            f"itself a query sees, such as 128 or (127, 0), but got {layer.local_window_size!r}."
         )
     if not 0 <= layer.dropout_rate <= 1:
         raise ValueError(
-            f"The dropout_rate of MultiHeadAttention is a probability, from 0 to 1, but got "
+            f"The dropout_rate of MultiHeadAttention must be a probability, from 0 to 1, but got "
             f"{layer.dropout_rate}."
         )
     if layer.rotary is not None and layer.rotary.features != layer.head_dim:
@@ -99,17 +99,17 @@ def takes(fn: Callable[..., Any], name: str) -> bool:
 def norm_of_heads(
     kind: Any, features: int, options: dict[str, Any], scale_metadata: Metadata
 ) -> Any:
-    """The norm of queries or keys that `normalize_qk` says."""
+    """The norm of queries or keys that `normalize_qk` asks for."""
     if kind is False or kind is None:
         return None
     if kind is True:
         return LayerNorm(features, use_bias=False, scale_metadata=scale_metadata, **options)
     if not callable(kind) or isinstance(kind, Module):
         raise TypeError(
-            f"normalize_qk of MultiHeadAttention is True, False or a class of norms, which is called "
-            f"with the size of a head, such as nnx.RMSNorm, but got {kind!r:.80}."
+            f"normalize_qk of MultiHeadAttention must be True, False or a norm class such as "
+            f"nnx.RMSNorm, which is called with the size of a head, but got {kind!r:.80}."
         )
-    # A norm of the user's need not have all the options of ours, and what a partial says stays.
+    # A user's norm need not have all the options of ours, and options of a partial are kept.
     given = {**options, "scale_metadata": scale_metadata}
     for name in kind.keywords if isinstance(kind, functools.partial) else ():
         given.pop(name, None)

@@ -1,4 +1,4 @@
-"""What recurrent cells have in common: the base class, settings, carries, and the two products."""
+"""Code that the recurrent cells share: the base class, settings, carries, and the two products."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["RNNCellBase"]
 
 
 def orthogonal(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
-    """An orthogonal matrix. It is made in float32, as QR decomposition has no half precision."""
+    """An orthogonal matrix. It is made in float32, because QR decomposition has no half precision."""
     return _orthogonal(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
 
@@ -36,11 +36,11 @@ _orthogonal = initializers.orthogonal()
 
 
 class RNNCellBase(Module):
-    """What `nnx.RNN` needs of a cell: `initialize_carry`, a call, and `num_feature_axes`.
+    """The methods that `nnx.RNN` needs in a cell: `initialize_carry`, a call, and `num_feature_axes`.
 
-    Attributes: `sums_in_float32`, False by default: whether the cell computes the same, but for
-    rounding, if a carry in half precision comes in float32. Then `nnx.RNN` adds up the steps, and
-    the gradients of parameters, in float32.
+    Attributes: `sums_in_float32`, False by default: whether a half-precision carry may come in
+    float32 and the cell still computes the same, up to rounding. If so, `nnx.RNN` adds up the steps,
+    and the gradients of parameters, in float32.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> class Sum(nnx.RNNCellBase):
@@ -76,12 +76,12 @@ class RNNCellBase(Module):
 
     @property
     def num_feature_axes(self) -> int:
-        """The number of axes of an input that are features; all before are batch axes."""
+        """How many axes of an input are features; all axes before them are batch axes."""
         raise NotImplementedError(f"{type(self).__name__} must define num_feature_axes.")
 
 
 class Cell(RNNCellBase):
-    """What the cells here share: their settings, and a carry of arrays `(*batch, hidden)`."""
+    """The base class of the cells here, with their settings and a carry of arrays `(*batch, hidden)`."""
 
     in_features: int
     hidden_features: int
@@ -90,7 +90,7 @@ class Cell(RNNCellBase):
     carry_init: Initializer | None
 
     sums_in_float32 = True
-    # A layer of the hidden state, whose dtype is that of the first carry.
+    # The name of a layer for the hidden state, which determines the dtype of the first carry.
     _of_hidden = "dense_h"
 
     def _linears(
@@ -159,8 +159,8 @@ class Cell(RNNCellBase):
 
         Args:
           input_shape: shape of the input of one step: `(*batch, in_features)`.
-          carry_init: initializer; without it, the cell's own, and without that, zeros. Others draw
-            from the stream `"carry"`.
+          carry_init: initializer; by default the cell's `carry_init`, or else zeros. Initializers
+            other than zeros draw from the stream `"carry"`.
         """
         return self._first(input_shape, carry_init)
 
@@ -173,14 +173,14 @@ class Cell(RNNCellBase):
 def products(
     dense_i: Callable[..., Any], dense_h: Callable[..., Any], x: jax.Array, h: Any
 ) -> tuple[Dtype, jax.Array, jax.Array]:
-    """What two layers make of input and hidden state, in float32 at least.
+    """The dtype of the products, and the products of input and hidden state in at least float32.
 
-    The dtype is that of the product with the input: a carry in float32, which is there to sum in,
-    does not make the products so.
+    The dtype is that of the product with the input. A carry may be in float32 only to sum in it, so
+    it does not count.
     """
     mesh = explicit_mesh(h)
     if mesh is not None and isinstance(dense_i, Linear) and isinstance(dense_h, Linear):
-        # A carry stays as it is sharded, so the products are too.
+        # A carry keeps its sharding, so the products get the same.
         wanted = NamedSharding(mesh, PartitionSpec(*spec_of(h)))
         a = dense_i(x, wanted)
         b = dense_h(cast(h, a.dtype), wanted)
@@ -200,5 +200,5 @@ def cast(x: Any, dtype: Dtype) -> Any:
 
 
 def carried(new: jax.Array, old: Any, dtype: Dtype) -> jax.Array:
-    """In the dtype of the carry before, or that of the products if it has more digits."""
+    """`new` in the dtype of the old carry, or of the products if that has more digits."""
     return cast(new, jnp.promote_types(jnp.result_type(old), dtype))

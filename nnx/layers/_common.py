@@ -1,4 +1,4 @@
-"""What the layers share: dtype promotion, initial values, and the names of argument types."""
+"""Code that the layers share: dtype promotion, initial values, and the names of argument types."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ ones: Initializer = initializers.ones
 
 
 def promote_dtype(arrays: Sequence[Any], *, dtype: Dtype = None) -> tuple[Any, ...]:
-    """Cast arrays to `dtype`, or without it to the floating dtype that they promote to together.
+    """Cast arrays to `dtype`, by default to the floating dtype that all of them promote to.
 
-    A None among the arrays stays None.
+    None stays None.
     """
     if dtype is None:
         dtype = jnp.result_type(*(x for x in arrays if x is not None))
@@ -40,7 +40,7 @@ def new_ref(
 ) -> Ref[jax.Array]:
     """A parameter with its initial value; constants take no key from the stream."""
     key = None if init in (zeros, ones) else make_rng("params")
-    # JAX draws in the dtype, and some of the small ones cannot hold what is between.
+    # JAX draws in the dtype, and some small dtypes cannot hold the intermediate values.
     small = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
     drawn_in = jnp.float32 if small else dtype
     value = drawn_in_place(init, key, shape, drawn_in, metadata.get("sharding"))
@@ -57,22 +57,22 @@ def shape_error(layer: Module, what: str, expected: str, got: Any) -> ValueError
 
 
 def check_parameters(layer: Module, **expected: tuple[int, ...]) -> None:
-    """Raise for a parameter of another shape than the layer was made with.
+    """Raise if a parameter no longer has the shape with which the layer was made.
 
-    It is for where a call has failed: JAX's own error would not say which array is wrong.
+    Layers call this after a failed call, because JAX's own error does not say which array is wrong.
     """
     for name, shape in expected.items():
         got = getattr(layer, name)
         if got is not None and jnp.shape(got) != shape:
             raise ValueError(
                 f"The {name} of {type(layer).__name__} has the shape {jnp.shape(got)}, but the "
-                f"layer was made for one of shape {shape}. Assign an array of this shape, or make "
-                f"a layer of the other sizes."
+                f"layer was made for the shape {shape}. Assign an array of that shape, or make "
+                f"a new layer with other sizes."
             )
 
 
 def as_array(layer: Module, x: Any) -> jax.Array:
-    """The input of a layer as an array, where it is a number or a list of numbers.
+    """The input of a layer as an array; it may be a number or a list of numbers.
 
     Raises:
       TypeError: it is anything else.
@@ -83,15 +83,15 @@ def as_array(layer: Module, x: Any) -> jax.Array:
         return jnp.asarray(x)
     except (TypeError, ValueError):
         raise TypeError(
-            f"{type(layer).__name__} takes an array, but got an object of the type "
+            f"{type(layer).__name__} takes an array, but got an object of type "
             f"{type(x).__name__!r}."
         ) from None
 
 
 def evaluates(layer: Module, flag: str, given: bool | None) -> bool:
-    """The value of a flag that is on in evaluation: `deterministic`, `use_running_average`.
+    """The value of a flag that is True in evaluation: `deterministic` or `use_running_average`.
 
-    In this order, the first that is not None: the argument of the call, the scope flag of that
+    It is the first of these that is not None: the argument of the call, the scope flag of that
     name, the opposite of the scope flag `training`, the attribute of the layer.
 
     Raises:
@@ -110,7 +110,7 @@ def evaluates(layer: Module, flag: str, given: bool | None) -> bool:
         return own
     name = type(layer).__name__
     raise MissingFlagError(
-        f"{name} does not know whether this is training: {flag!r} is None as its attribute and set "
-        f"by no call or scope. Call model.train() or model.eval(), or use nnx.scope(training=...) "
+        f"{name} does not know whether this is training: its attribute {flag!r} is None, and no "
+        f"call or scope sets it. Call model.train() or model.eval(), or use nnx.scope(training=...) "
         f"or model.apply(training=...), or make it with {name}(..., {flag}=False)."
     )

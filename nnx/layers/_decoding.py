@@ -1,6 +1,6 @@
-"""A cache of keys and values: where new ones go, and who sees them.
+"""A cache of keys and values: where new ones go, and which queries see them.
 
-The token at position p is at place `p % room`, so that a cache that is full forgets its oldest tokens.
+The token at position p is at index `p % room`, so a full cache forgets its oldest tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def check_room(cache: tuple[int, ...], queries: tuple[int, ...], keys: tuple[int
         raise ValueError(
             f"MultiHeadAttention has a cache for inputs of shape {(*batch, room)}, (*batch, length), "
             f"and adds a key for each query, but got queries of shape {queries[:-1]} and keys of "
-            f"shape {keys[:-1]}. Call init_cache for another batch; pass decode=False for cross "
+            f"shape {keys[:-1]}. Call init_cache for another batch. Pass decode=False for cross "
             f"attention."
         )
     if queries[-2] > room:
@@ -33,7 +33,7 @@ def check_room(cache: tuple[int, ...], queries: tuple[int, ...], keys: tuple[int
 
 
 def append(cached: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Array:
-    """What is cached, with the new keys or values from position `start` on."""
+    """The cached keys or values, with the new ones from position `start` on."""
     axis = cached.ndim - 3
     room, count = cached.shape[axis], new.shape[axis]
     cached, new = placed_as(cached, new, axis), new.astype(cached.dtype)
@@ -56,15 +56,15 @@ def seen(
     """The mask for queries from position `start` on: each sees itself and those before it.
 
     Args:
-      mask: another one that must hold as well.
+      mask: another mask; a query sees a key only if both masks allow it.
       start: the position of the first query.
       count: how many queries there are.
       room: length of the cache.
-      window: how many positions before and after a query it sees; None for all.
+      window: how many positions before and after itself a query sees; None for all.
       ndim: how many axes queries have.
     """
     last = start + count - 1
-    # The latest position that has this place; less than 0 where there was none yet.
+    # The latest position at each index of the cache; less than 0 where there is none yet.
     positions = last - (last - jnp.arange(room)) % room
     at = start + jnp.arange(count)[:, None]
     causal = (positions >= 0) & (positions <= at)
@@ -75,7 +75,7 @@ def seen(
 
 
 def within(window: Window, queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """Whether keys at these positions are in the window of queries at those."""
+    """Whether each key position is in the window of each query position."""
     before, after = window
     found = jnp.ones(jnp.broadcast_shapes(queries.shape, keys.shape), bool)
     if before is not None:

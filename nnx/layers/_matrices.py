@@ -1,4 +1,4 @@
-"""How the weight of a layer is a matrix, from its inputs to its outputs."""
+"""Views the weight of a layer as a matrix, from its inputs to its outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Matrix", "matrix_of"]
 
 
 class Matrix(NamedTuple):
-    """A weight as a matrix, or as one for each index of a batch: which of its axes are what."""
+    """The roles of a weight's axes, as a matrix or as one matrix for each index of a batch."""
 
     name: str
     shape: tuple[int, ...]
@@ -24,11 +24,11 @@ class Matrix(NamedTuple):
     outputs: tuple[int, ...]
 
     def sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
-        """The sizes of some of its axes."""
+        """The sizes of these axes."""
         return tuple(self.shape[axis] for axis in axes)
 
     def weight(self, matrix: jax.Array) -> jax.Array:
-        """The array that has the axes of the weight, of the matrix: `(*stack, *batch, in, out)`."""
+        """Turn a matrix `(*stack, *batch, in, out)` back into an array with the axes of the weight."""
         order = (*self.batch, *self.inputs, *self.outputs)
         stacked = matrix.ndim - len(self.batch) - 2
         x = matrix.reshape(*matrix.shape[:stacked], *self.sizes(order))
@@ -37,10 +37,10 @@ class Matrix(NamedTuple):
 
 
 def matrix_of(layer: Any) -> Matrix:
-    """How the weight of a layer is a matrix.
+    """View the weight of a layer as a matrix.
 
     Raises:
-      ValueError: the equation of an Einsum uses its kernel in another way than as one.
+      ValueError: the equation of an Einsum does not use its kernel as a matrix.
     """
     if isinstance(layer, Einsum):
         return _of_einsum(layer)
@@ -59,7 +59,7 @@ def matrix_of(layer: Any) -> Matrix:
 def _blocks(
     name: str, batch: tuple[int, ...], inputs: tuple[int, ...], outputs: tuple[int, ...]
 ) -> Matrix:
-    """A weight whose axes are in this order."""
+    """A weight whose axes come in this order."""
     first, last = len(batch), len(batch) + len(inputs)
     axes = tuple(range(last + len(outputs)))
     return Matrix(name, (*batch, *inputs, *outputs), axes[:first], axes[first:last], axes[last:])
@@ -70,9 +70,9 @@ def _of_einsum(layer: Einsum) -> Matrix:
     apart = set(right) - set(left) - set(result)
     if "..." in right or len(set(right)) < len(right) or apart:
         raise ValueError(
-            f"The kernel of Einsum {layer.einsum_str!r} is no matrix: it has "
-            f"{'an ellipsis' if '...' in right else 'a sum of its own' if apart else 'a diagonal'}. "
-            f"A low-rank adapter needs axes that the input or the output has, each once."
+            f"The kernel of Einsum {layer.einsum_str!r} is not a matrix: it has "
+            f"{'an ellipsis' if '...' in right else 'an axis summed alone' if apart else 'a diagonal'}. "
+            f"A low-rank adapter needs a kernel whose axes differ, each one from the input or the output."
         )
     batch, inputs, outputs = (
         tuple(i for i, label in enumerate(right) if (label in left, label in result) == where)

@@ -1,4 +1,4 @@
-"""Mean and variance over some axes, over devices and under a mask, that offsets do not spoil."""
+"""Mean and variance over axes, devices and a mask, computed so that offsets lose no precision."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["Moments", "moments"]
 
 
 class Moments(NamedTuple):
-    """The moments of an array over some axes, which stay with size 1.
+    """The moments of an array over some axes, which are kept with size 1.
 
     Attributes:
-      centered: the array less `shift`, a constant near its mean.
+      centered: the array minus `shift`, a constant near its mean.
       shift: that constant.
-      mean: the mean of `centered`, so that `shift + mean` is that of the array.
+      mean: the mean of `centered`; the mean of the array is `shift + mean`.
       var: the variance, divided by the number of elements.
-      count: how many elements there are; an int unless a mask says it.
+      count: how many elements there are; an int, unless there is a mask.
     """
 
     centered: jax.Array
@@ -42,21 +42,21 @@ def moments(
     fast: bool = True,
     groups: int | None = None,
 ) -> Moments:
-    """The moments of `x`, which is in float32 at least.
+    """The moments of `x`, which must be in at least float32.
 
-    `E[x²] - E[x]²` loses every digit where the mean is far from zero, so a constant is subtracted
-    first: with `fast` one element, else the mean, which takes another pass. The mean and the
+    `E[x²] - E[x]²` loses all digits if the mean is far from zero. So a constant is subtracted
+    first: one element if `fast`, otherwise the mean, which takes another pass. The mean and the
     variance of no elements are zero.
 
     Args:
       x: the array.
-      axes: which axes, counted from the front.
-      mask: which elements count, broadcasting to `x`.
+      axes: the axes, counted from the front.
+      mask: which elements count; broadcasts to `x`.
       axis_name, axis_index_groups: a mapped axis; all its lanes count together.
-      fast: whether to take one pass. A mask takes two, as no element is sure to count,
-        and groups take two, which XLA fuses better on CPUs.
-      groups: into how many groups the last axis, one of `axes`, is divided. Each has moments of its
-        own, which stand at each of its elements: the last axis keeps its size.
+      fast: whether to take only one pass. With a mask it takes two, because any element may be
+        hidden. With groups it takes two, because XLA fuses that better on CPUs.
+      groups: into how many groups the last axis, one of `axes`, is divided. Each group has its own
+        moments, repeated for each of its elements, so the last axis keeps its size.
     """
     total = _Total(x, axes, mask, axis_name, axis_index_groups, groups)
     if math.prod(x.shape[axis] for axis in axes) == 0:
@@ -75,7 +75,7 @@ def moments(
 
 
 def mean_square(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None, **lanes: Any) -> Any:
-    """The mean of the squares of `x`, and the count, with arguments as of `moments`."""
+    """The mean of the squares of `x`, and the count; arguments as for `moments`."""
     total = _Total(x, axes, mask, lanes.get("axis_name"), lanes.get("axis_index_groups"))
     return jnp.real(total.of(squared(x))[0]), total.count
 
@@ -86,7 +86,7 @@ def squared(x: jax.Array) -> jax.Array:
 
 
 class _Total:
-    """Averages over axes, lanes and what a mask lets through."""
+    """Averages over axes and lanes, of the elements that a mask lets through."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class _Total:
         groups: int | None = None,
     ):
         self.groups = groups
-        # The last axis is summed by groups after the others: of a few elements each, they are slow.
+        # The groups of the last axis are summed after the other axes, because small groups are slow.
         self.axes = axes if groups is None else axes[:-1]
         self.name, self.lanes = name, lanes
         self.mask: Any = None
@@ -118,10 +118,10 @@ class _Total:
         (self.count,) = self._collected(jax.lax.psum, self._by_group(kept))
 
     def of(self, *arrays: jax.Array) -> list[jax.Array]:
-        """The averages of arrays of the shape of `x`; of no elements, zero."""
+        """The averages of arrays with the shape of `x`; zero if there are no elements."""
         if self.mask is None:
             return self.over_lanes(*(self._sum(a) / max(1, self.size) for a in arrays))
-        # What is hidden may be NaN, which no factor of zero removes.
+        # Hidden elements may be NaN, and multiplying NaN by zero gives NaN.
         sums = [self._sum(jnp.where(self.mask, a, 0)) for a in arrays]
         return [a / jnp.maximum(self.count, 1) for a in self._collected(jax.lax.psum, *sums)]
 
@@ -135,13 +135,13 @@ class _Total:
         return jnp.broadcast_to(grouped.sum(-1, keepdims=True), grouped.shape).reshape(x.shape)
 
     def over_lanes(self, *arrays: jax.Array) -> list[jax.Array]:
-        """The averages over lanes that have as many elements each."""
+        """The averages over lanes with the same number of elements each."""
         return self._collected(jax.lax.pmean, *arrays)
 
     def _collected(self, collective: Any, *arrays: jax.Array) -> list[jax.Array]:
         if self.name is None:
             return list(arrays)
-        # Together, so that devices exchange one message.
+        # Stacked, so that devices exchange only one message.
         stacked = jnp.stack(arrays)
         return list(collective(stacked, self.name, axis_index_groups=self.lanes))
 

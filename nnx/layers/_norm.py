@@ -1,4 +1,4 @@
-"""What the layers of `layer_norm.py` share: normalizing by statistics over some axes."""
+"""The base of the layers in `layer_norm.py`: normalizing by statistics over some axes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Axes = int | Sequence[int]
 
 
 class Norm(Module):
-    """The base of the layers: `scale`, `bias`, and the statistics."""
+    """The base class of the layers, with `scale`, `bias` and the statistics."""
 
     scale: jax.Array | None = param()
     bias: jax.Array | None = param()
@@ -79,9 +79,9 @@ class Norm(Module):
         return found
 
     def _cast(self, x: jax.Array, *parameters: jax.Array | None) -> tuple[Any, ...]:
-        """The dtype of the result, and `x` and the parameters in the dtype that it is computed in.
+        """The dtype of the result, and `x` and the parameters in the dtype of the computation.
 
-        Half precision is not enough to sum over features, nor for what an offset leaves.
+        Half precision is not enough for sums over features, nor for differences of large numbers.
         """
         dtype = result_dtype(self.dtype, x, *parameters)
         cast = self.promote_dtype((x, *parameters), dtype=wide(x.dtype, dtype))
@@ -98,7 +98,7 @@ class Norm(Module):
         center: bool = True,
         groups: int | None = None,
     ) -> jax.Array:
-        """Normalize over the axes; `along` is the shape in which the parameters broadcast to `x`."""
+        """Normalize over the axes; `along` is the shape that makes the parameters broadcast to `x`."""
         lanes = {"axis_name": self.axis_name, "axis_index_groups": self.axis_index_groups}
         if center:
             found = moments(x, axes, mask, fast=self.use_fast_variance, groups=groups, **lanes)
@@ -107,7 +107,7 @@ class Norm(Module):
             y = x
             var, count = mean_square(x, axes, mask, **lanes)
         if mask is not None:
-            # Where all is hidden there is nothing to normalize by.
+            # If everything is hidden, there is nothing to normalize by.
             var = jnp.where(count > 0, var, 1.0)
         factor = jax.lax.rsqrt(var + self.epsilon)
         try:

@@ -1,4 +1,4 @@
-"""`out_sharding=` of the layers: what it means on each kind of mesh, and the error where it is missing."""
+"""`out_sharding=` of the layers: its meaning on each kind of mesh, and the error when it is missing."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ OutSharding = Any
 
 
 class Wanted(NamedTuple):
-    """Where a result is to be: by the explicit axes of a mesh, and by those that XLA looks after."""
+    """The requested sharding of a result, along the Explicit axes of a mesh and along the Auto axes."""
 
     explicit: NamedSharding | None = None
     auto: NamedSharding | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        """The argument for a function of JAX that makes the result."""
+        """The argument for the JAX function that computes the result."""
         return {} if self.explicit is None else {"out_sharding": self.explicit}
 
     def merged(self, axes: int) -> Wanted:
-        """The same for a result whose first axes are one."""
+        """The same for a result whose first axes are merged into one."""
         if self.explicit is None:
             return ANYWHERE
         spec: Any = self.explicit.spec
@@ -46,21 +46,21 @@ class Wanted(NamedTuple):
         return Wanted(NamedSharding(self.explicit.mesh, merged_spec(spec, axes)))
 
     def without_last(self, ndim: int) -> Wanted:
-        """The same for a result of other features, which are whole on every device."""
+        """The same for a result with other features, which are whole on every device."""
         if self.explicit is None:
             return ANYWHERE
         spec: Any = self.explicit.spec
         return Wanted(NamedSharding(self.explicit.mesh, PartitionSpec(*spec[: ndim - 1])))
 
     def batch(self, like: jax.Array, axes: int) -> list[Any]:
-        """The mesh axes of its first axes: what was said, or those of the input."""
+        """The mesh axes of the result's first axes: the requested ones, or those of the input."""
         if self.explicit is None:
             return spec_of(like)[:axes]
         spec: Any = self.explicit.spec
         return [*spec, *(None,) * (axes - len(spec))][:axes]
 
     def constrained(self, y: jax.Array) -> jax.Array:
-        """The result, where XLA has been told about its axes."""
+        """The result, with a constraint for XLA along the Auto axes."""
         if self.auto is None:
             return y
         if isinstance(y, Tracer):
@@ -74,20 +74,20 @@ ANYWHERE = Wanted()
 def wanted_sharding(
     layer: Module, given: OutSharding, shape: tuple[int, ...], *arrays: Any
 ) -> Wanted:
-    """What an argument `out_sharding` says of a result.
+    """The sharding that an argument `out_sharding` requests for a result.
 
-    Explicit axes of the mesh are for JAX's own `out_sharding`, those that XLA looks after become a
-    constraint, and along those of a `shard_map` around the call the result is a shard already.
-    Without a mesh there is nothing to say.
+    Explicit axes of the mesh go to JAX's own `out_sharding`, and Auto axes become a constraint. Along
+    the axes of a surrounding `shard_map` the result is already a shard. Without a mesh nothing is
+    requested.
 
     Args:
       layer: the layer, for errors.
       given: the argument of its call.
       shape: the shape of the result, with 0 for a size that is not known yet.
-      *arrays: what the result is made of, which may know a mesh where none is set.
+      *arrays: the operands, whose types may name a mesh when none is set.
 
     Raises:
-      ShardingError: the result cannot be sharded so.
+      ShardingError: the result cannot be sharded like this.
       TypeError: the argument is something else.
     """
     if given is None:
@@ -101,8 +101,8 @@ def wanted_sharding(
         mesh = current_mesh() or explicit_mesh(*arrays)
     else:
         raise TypeError(
-            f"{name} takes as out_sharding a PartitionSpec, a tuple of names or a NamedSharding, but "
-            f"got a {type(given).__name__}: {given!r:.80}."
+            f"The out_sharding of {name} must be a PartitionSpec, a tuple of names or a NamedSharding, "
+            f"but got a {type(given).__name__}: {given!r:.80}."
         )
     if mesh is None:
         return ANYWHERE
@@ -120,7 +120,7 @@ def wanted_sharding(
 
 
 def fewer_heads(layer: Module, given: OutSharding, ndim: int, heads: int, x: Any) -> OutSharding:
-    """What `out_sharding` says of arrays with these heads: nothing, where they cannot be divided."""
+    """`out_sharding` for arrays with this number of heads, which stay whole if it cannot divide them."""
     axis, parts = ndim - 2, 1
     for where in wanted_sharding(layer, given, (0,) * ndim, x):
         spec: Any = () if where is None else where.spec
@@ -139,35 +139,35 @@ def explain_sharding(
     argument: str = "out_sharding",
     **arrays: Any,
 ) -> None:
-    """Replace JAX's error that it cannot tell how a result is sharded by a clearer one.
+    """Raise a clearer error if JAX could not infer the sharding of a result.
 
     Args:
       layer: the layer whose call failed.
-      error: what was raised; any other than that one is left alone.
-      argument: the argument of the call that can say it.
-      **arrays: what the layer computes with, by name.
+      error: the exception; any other one is ignored.
+      argument: the argument of the call that sets the sharding.
+      **arrays: the operands of the layer, by name.
 
     Raises:
       ShardingError: with the types of the arrays.
     """
     for cause in (error, error.__cause__):
-        # A layer inside this one may have explained it, with an argument that its caller does not
-        # have.
+        # A layer inside this one may have explained it already, in terms of an argument that the user
+        # cannot pass.
         if type(cause).__name__ == "ShardingTypeError":
             break
     else:
         return
     shown = ", ".join(f"{k} {jax.typeof(x)}" for k, x in arrays.items() if x is not None)
-    what = "its result" if argument == "out_sharding" else "what is inside of it"
+    what = "its result" if argument == "out_sharding" else "its intermediate results"
     raise ShardingError(
-        f"{type(layer).__name__} does not know how {what} is to be sharded. It has {shown}. Say it in "
+        f"{type(layer).__name__} does not know how to shard {what}. It has {shown}. Say it in "
         f"the call, as in layer(x, {argument}=P({_example(arrays)})), with a mesh axis or None for "
-        f"each axis. Or make the mesh with axis_types of the kind Auto, where XLA chooses."
+        f"each axis. Or make the mesh with Auto axes (axis_types=), where XLA chooses."
     ) from cause
 
 
 def _example(arrays: dict[str, Any]) -> str:
-    """The first axis of the input as it is; the rest is for the user to choose."""
+    """The sharding of the input's first axis; the user chooses the rest."""
     first = next(iter(arrays.values()))
     spec = spec_of(first)
     return ", ".join([repr(spec[0]), "..."]) if spec else "..."

@@ -1,4 +1,4 @@
-"""Arrays on a mesh with explicit axes, where the sharding of an array is part of its type."""
+"""Arrays on a mesh with Explicit axes, where the sharding of an array is part of its type."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ __all__ = [
 
 
 def on_one_device(x: Any) -> bool:
-    """Whether `x` is an array on one device: a quick way to see that nothing is to be placed."""
+    """Whether `x` is an array on one device: a quick test that nothing needs placing."""
     return not isinstance(x, Tracer) and type(getattr(x, "sharding", None)) is SingleDeviceSharding
 
 
@@ -58,18 +58,18 @@ def explicit_mesh(*arrays: Any) -> Any:
 
 
 def placement(x: Any) -> NamedSharding | None:
-    """How the type of `x` says that it is sharded, along no axis it may be; None without a mesh."""
+    """The sharding in the type of `x`, perhaps along no axis; None without a mesh."""
     mesh = explicit_mesh(x)
     return None if mesh is None else NamedSharding(mesh, PartitionSpec(*spec_of(x)))
 
 
 def spec_of(x: Any) -> list[Any]:
-    """The mesh axes of each axis of `x`, as its type says; None where it is not sharded."""
+    """The mesh axes of each axis of `x`, from its type; None for an axis that is not sharded."""
     return _axes(_explicit(x), jnp.ndim(x))
 
 
 def shards(x: Any, axis: int) -> int:
-    """In how many parts the type of `x` says that an axis is."""
+    """Into how many parts an axis of `x` is split, according to its type."""
     sharding = _explicit(x)
     if sharding is None:
         return 1
@@ -77,11 +77,11 @@ def shards(x: Any, axis: int) -> int:
 
 
 def _explicit(x: Any) -> NamedSharding | None:
-    """The sharding that the type of `x` says; None where nothing is sharded or XLA is to choose."""
+    """The sharding in the type of `x`; None if nothing is sharded or XLA chooses."""
     sharding: Any = jax.typeof(x).sharding
     if not any(sharding.spec):
         return None
-    # That of a type is without devices, which only a trace can do without.
+    # The sharding in a type has no devices. Only a trace can do without them.
     concrete = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
     return concrete if isinstance(concrete, NamedSharding) else sharding
 
@@ -92,18 +92,18 @@ def _axes(sharding: NamedSharding | None, ndim: int) -> list[Any]:
 
 
 def explicit_axes(x: jax.Array) -> set[int]:
-    """The axes of `x` that its type says are sharded."""
+    """The axes of `x` that are sharded according to its type."""
     return {i for i, axis in enumerate(_axes(_explicit(x), jnp.ndim(x))) if axis is not None}
 
 
 def dropped(x: jax.Array, rate: float, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Zero with the probability `rate`, and else scaled by `1 / (1 - rate)`.
+    """`x` with each element set to zero with probability `rate`, or else scaled by `1 / (1 - rate)`.
 
     Args:
       x: any array.
       rate: from 0 to less than 1.
-      key: what to draw with.
-      shape: one that broadcasts to that of `x`: of the draws.
+      key: the random key.
+      shape: the shape of the random draws; broadcasts to the shape of `x`.
     """
     sharding = _explicit(x)
     if sharding is None or shape != x.shape or not isinstance(x, Tracer):
@@ -119,7 +119,7 @@ def dropped(x: jax.Array, rate: float, key: jax.Array, shape: tuple[int, ...]) -
 def looked_up(
     table: jax.Array, indices: jax.Array, sharding: NamedSharding | None = None
 ) -> jax.Array:
-    """Rows of a table, sharded as is said, or as the indices are and in the last axis as the table."""
+    """Rows of a table, by default sharded like the indices, and along the last axis like the table."""
     if sharding is not None:
         return table.at[indices].get(mode="fill", out_sharding=sharding)
     of_indices, of_table = _explicit(indices), _explicit(table)
@@ -127,7 +127,7 @@ def looked_up(
         return jnp.take(table, indices, axis=0)
     along, features = _axes(of_indices, indices.ndim), _axes(of_table, 2)[1]
     taken = {name for axis in along for name in names_in(axis)}
-    # A mesh axis that shards the indices already cannot shard the features as well.
+    # A mesh axis that already shards the indices cannot also shard the features.
     if taken.intersection(names_in(features)):
         features = None
     mesh = (of_indices or of_table).mesh  # pyright: ignore[reportOptionalMemberAccess]
@@ -136,12 +136,12 @@ def looked_up(
 
 
 def placed_as(x: jax.Array, like: jax.Array, axes: int, start: int = 0) -> jax.Array:
-    """`x` with its first axes sharded as axes of `like`, where these have a sharding.
+    """`x` with its first axes sharded like axes of `like`, if those are sharded.
 
     Args:
-      x: an array whose first axes are among those of `like`.
+      x: an array whose first axes are also axes of `like`.
       like: an array.
-      axes: how many axes that are.
+      axes: the number of these axes.
       start: where in `like` they begin.
     """
     wanted, along = _explicit(like), slice(start, start + axes)
@@ -153,9 +153,9 @@ def placed_as(x: jax.Array, like: jax.Array, axes: int, start: int = 0) -> jax.A
 
 
 def fitted(parameter: jax.Array, shape: Sequence[int], like: jax.Array) -> jax.Array:
-    """A parameter in a shape that broadcasts to `like`, sharded as the last axes of `like` are.
+    """A parameter in a shape that broadcasts to `like`, sharded like the last axes of `like`.
 
-    So what a layer returns is sharded as its input, or its product, wherever the parameter is kept.
+    So the output of a layer is sharded like its input, or its product, wherever the parameter is.
     """
     own = None if on_one_device(parameter) else _explicit(parameter)
     if own is None:
@@ -168,7 +168,7 @@ def fitted(parameter: jax.Array, shape: Sequence[int], like: jax.Array) -> jax.A
         given = iter(wanted)
         spec = [None if size == 1 else next(given) for size in parameter.shape]
     else:
-        # A reshape that splits a sharded axis is more than JAX does.
+        # JAX cannot do a reshape that splits a sharded axis.
         spec = []
     if spec != _axes(own, parameter.ndim):
         parameter = _put(parameter, NamedSharding(own.mesh, PartitionSpec(*spec)))
@@ -176,7 +176,7 @@ def fitted(parameter: jax.Array, shape: Sequence[int], like: jax.Array) -> jax.A
 
 
 def as_placed(new: jax.Array, old: jax.Array) -> jax.Array:
-    """A new value sharded as the old one, so that a Ref keeps its placement."""
+    """A new value sharded like the old one, so that a Ref keeps its placement."""
     mesh = explicit_mesh(new)
     if mesh is None or spec_of(new) == spec_of(old):
         return new
@@ -194,9 +194,9 @@ def gathered(x: jax.Array, axes: Sequence[int]) -> jax.Array:
 
 
 def heads_beside(query: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
-    """Keys and values where the queries are: their batch and heads, and the whole length.
+    """Keys and values placed like the queries: the same batch and heads, and the whole length.
 
-    Where there are fewer heads than devices for them, a device has a copy of those that it needs.
+    If there are fewer key heads than devices for them, each device gets a copy of the heads that it needs.
     """
     mesh = explicit_mesh(query, *others)
     if mesh is None or not any(any(spec_of(x)) for x in (query, *others)):
@@ -215,7 +215,7 @@ def heads_beside(query: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def merged(x: jax.Array, axes: int) -> jax.Array:
-    """`x` with its first axes as one, which is sharded along the mesh axes of all of them."""
+    """`x` with its first axes merged into one, which is sharded along the mesh axes of all of them."""
     shape = (math.prod(x.shape[:axes]), *x.shape[axes:])
     sharding = _explicit(x)
     if sharding is None:
@@ -224,13 +224,13 @@ def merged(x: jax.Array, axes: int) -> jax.Array:
 
 
 def merged_spec(spec: Sequence[Any], axes: int) -> PartitionSpec:
-    """What a spec becomes where the first axes are merged."""
+    """The spec after the first axes are merged."""
     names = tuple(name for axis in spec[:axes] for name in names_in(axis))
     return PartitionSpec(entry_of(names), *spec[axes:])
 
 
 def unmerged(y: jax.Array, batch: Sequence[int], spec: Sequence[Any]) -> jax.Array:
-    """`y` with axes of the sizes `batch`, sharded as `spec` says, in the place of its first."""
+    """`y` with its first axis split into axes of the sizes `batch`, sharded according to `spec`."""
     shape = (*batch, *y.shape[1:])
     sharding = _explicit(y)
     if sharding is None:
@@ -248,5 +248,5 @@ def _reshaped(x: jax.Array, shape: Any, sharding: NamedSharding, spec: Partition
 def _put(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     if isinstance(sharding.mesh, AbstractMesh):
         return reshard(x, sharding)
-    # Outside of a trace it may be on other devices.
+    # Outside a trace, it may be on other devices.
     return jax.device_put(x, sharding)

@@ -14,12 +14,12 @@ Path = tuple[str, ...]
 
 
 def call_with(layer: Module, weights: Mapping[Path, Any], how: str, args: Any, kwargs: Any) -> Any:
-    """Call a copy of the layer that has these weights, and keep what it writes into other Refs.
+    """Call a copy of the layer with these weights, and keep its writes to other Refs.
 
     Args:
       layer: the layer.
       weights: arrays by path.
-      how: what the weights are, for messages, as in "with normalized weights".
+      how: a description of the weights for messages, such as "with normalized weights".
       args, kwargs: arguments of the call.
 
     Raises:
@@ -35,16 +35,15 @@ def call_with(layer: Module, weights: Mapping[Path, Any], how: str, args: Any, k
     arrays = [path for path in values if path not in cells]
     if now is not dagdef or any(after[path] is not values[path] for path in arrays):
         raise StructureError(
-            f"A {type(layer).__name__} changed an attribute that is no Ref while it was called "
-            f"{how}, on a copy, so the change would be lost. Keep what changes in a "
-            f"Ref: a ref() field, or nnx.Ref(...)."
+            f"A {type(layer).__name__} changed an attribute that is not a Ref while it was called "
+            f"{how}. That call runs on a copy, so the change would be lost. Keep values that change "
+            f"in a Ref: a ref() field, or nnx.Ref(...)."
         )
     written = {path for path, cell in cells.items() if cell.value is not before[path]}
     if lost := sorted(written.intersection(weights)):
         raise NotMutableError(
-            f"{type(layer).__name__} wrote its parameter {'.'.join(lost[0])!r} while it was called "
-            f"{how}. Leave the parameter out of what is normalized, or write it "
-            f"outside of the call."
+            f"{type(layer).__name__} wrote to its parameter {'.'.join(lost[0])!r} while it was called "
+            f"{how}. Do not normalize that parameter, or write to it outside the call."
         )
     if written:
         own = refs(layer)

@@ -1,4 +1,4 @@
-"""Where a path leads in a model, if a list of layers and a `Stack` are two forms of one thing."""
+"""Follows paths into a model, where a list of layers and a `Stack` are two forms of one thing."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ __all__: list[str] = []
 
 
 class Spot(NamedTuple):
-    """A place in a model, and the part of a Stack's arrays that is meant."""
+    """A place in a model; inside a Stack, also which part of its arrays."""
 
     at: Any
-    """What is there; inside a Stack, one layer that has shapes for values."""
+    """The object there; inside a Stack, a single layer with shapes as values."""
     path: Path
-    """Its path by our names."""
+    """Its path, in our names."""
     levels: tuple[int, ...] = ()
-    """For each Stack on the way, where in the path its `layers` is,"""
+    """For each Stack on the way, the position of its `layers` in the path."""
     indices: tuple[int, ...] = ()
-    """and the number of the layer: indices of the leading axes of the Refs in it."""
+    """For each Stack on the way, the number of the layer: an index of a leading axis of its Refs."""
     part: tuple[tuple[int, int], ...] = ()
-    """For each layer that the path does not name, its number and how many there are: the value has a
-    leading axis for these."""
+    """The number of the layer and the count of layers, for each number that the path leaves out. The
+    value has a leading axis for each."""
 
     @property
     def name(self) -> Path:
-        """The path in the form that lists have: with the number of a layer for `layers`."""
+        """The path in the form for lists: with the number of a layer instead of `layers`."""
         return named(self.path, self.levels, self.indices)
 
 
@@ -48,7 +48,7 @@ def named(path: Path, levels: Sequence[int], index: Sequence[int]) -> Path:
 
 
 class _Layers(NamedTuple):
-    """What is behind the name `layers` of a Stack or, in a file of one, behind that of a list."""
+    """The value of `layers` in a Stack; also a list, when the path was made for a Stack."""
 
     of: Any
 
@@ -64,11 +64,11 @@ class Unrolled:
         self._templates: dict[int, Any] = {}
 
     def spots(self, path: Sequence[str], rename: Rename = lambda at, name: name) -> list[Spot]:
-        """The places that a path means; a single one with `NOTHING` in it if there is nothing.
+        """The places that a path means; a single one that holds `NOTHING` if there are none.
 
         Args:
           path: the names.
-          rename: gives our name for a part of what is there.
+          rename: returns our name for a name in the path, given the object that has it.
         """
         spots = [Spot(self._tree, ())]
         for i, name in enumerate(path):
@@ -79,7 +79,7 @@ class Unrolled:
         return spots
 
     def expanded(self, spot: Spot) -> list[Spot]:
-        """A place for each layer of a list or Stack; the place itself, where it is not one."""
+        """A place for each layer of a list or Stack; for anything else, the place itself."""
         at = spot.at.of if isinstance(spot.at, _Layers) else spot.at
         if isinstance(at, Stack):
             inside = spot if isinstance(spot.at, _Layers) else self._into(spot)
@@ -146,13 +146,13 @@ class Unrolled:
         if id(stack) not in self._templates:
             dagdef, values = refx.split(stack.layers)
             shapes = jax.tree.map(_inner, values)
-            # The Stack is kept with it, so that its number stays its own.
+            # Keep the Stack too, so that no other object gets its id.
             self._templates[id(stack)] = (refx.merge(dagdef, shapes), stack)
         return self._templates[id(stack)][0]
 
 
 NOTHING: Any = object()
-"""What is at a path that the model does not have."""
+"""Stands for the object at a path that the model does not have."""
 
 
 def _position(name: str, length: int) -> int | None:
@@ -184,7 +184,7 @@ def part_of(value: Any, spot: Spot) -> Any:
 
 
 def take(x: Any, index: Any) -> Any:
-    """`x[index]`, also of the shape that stands for an array."""
+    """`x[index]`, also for a shape that stands for an array."""
     if not isinstance(x, jax.ShapeDtypeStruct):
         return x[index]
     count = len(index) if isinstance(index, tuple) else 1
@@ -192,7 +192,7 @@ def take(x: Any, index: Any) -> Any:
 
 
 def stacked(pieces: Mapping[tuple[int, ...], Any], lead: tuple[int, ...]) -> Any:
-    """The values of layers, by number, as one with leading axes."""
+    """The values of layers, by number, as one value with leading axes."""
 
     def stack(*values: Any) -> Any:
         numpy = not any(isinstance(x, jax.Array) for x in values)

@@ -1,4 +1,4 @@
-"""Pooling to a given number of positions, whatever the number of the input's."""
+"""Pooling to a fixed number of positions, whatever the size of the input."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["adaptive_avg_pool", "adaptive_max_pool"]
 
 
 def adaptive_avg_pool(inputs: jax.Array, output_shape: int | Sequence[int | None]) -> jax.Array:
-    """The averages of as many windows as the output has positions, as PyTorch divides them.
+    """Average over windows, one for each position of the output, divided as in PyTorch.
 
     Output position i of n is the average of the input positions from `floor(i * size / n)` to
-    `ceil((i + 1) * size / n)`. Sums are in float32 at least; integers give float32.
+    `ceil((i + 1) * size / n)`. Sums are in at least float32; integers give float32.
 
     Args:
       inputs: of shape `(*batch, *spatial, channels)`, with any number of batch axes.
       output_shape: the number of positions along each spatial axis; None leaves an axis as it is. An
-        int is that of one axis.
+        int means a single spatial axis.
 
     Returns:
       An array of shape `(*batch, *output_shape, channels)`.
@@ -48,7 +48,7 @@ def adaptive_avg_pool(inputs: jax.Array, output_shape: int | Sequence[int | None
 
 
 def adaptive_max_pool(inputs: jax.Array, output_shape: int | Sequence[int | None]) -> jax.Array:
-    """The maxima of as many windows as the output has positions; as `adaptive_avg_pool`.
+    """The maximum over windows, one for each position of the output; otherwise like `adaptive_avg_pool`.
 
     >>> import jax.numpy as jnp, nnx
     >>> nnx.adaptive_max_pool(jnp.arange(5)[:, None], 3).ravel().tolist()
@@ -56,7 +56,7 @@ def adaptive_max_pool(inputs: jax.Array, output_shape: int | Sequence[int | None
     """
 
     def reduce(windows: jax.Array, valid: jax.Array, axis: int) -> jax.Array:
-        # What is beyond a window is its last position again.
+        # Positions beyond the window repeat its last one.
         del valid
         return jnp.max(windows, axis)
 
@@ -68,7 +68,7 @@ def _pooled(
     output_shape: int | Sequence[int | None],
     reduce: Callable[[jax.Array, jax.Array, int], Any],
 ) -> jax.Array:
-    """The windows of one axis after the other, since each is a product of intervals."""
+    """Pool along one axis after the other, because each window is a product of intervals."""
     sizes = (output_shape,) if isinstance(output_shape, int) else tuple(output_shape)
     first = inputs.ndim - 1 - len(sizes)
     if first < 0:
@@ -82,8 +82,8 @@ def _pooled(
             continue
         if count < 1 or size < 1:
             raise ValueError(
-                f"Pooling to {sizes} needs a position along each axis of input and output, but the "
-                f"inputs have the shape {tuple(inputs.shape)}."
+                f"Pooling to {sizes} needs at least one position along each axis of input and output, "
+                f"but the inputs have the shape {tuple(inputs.shape)}."
             )
         starts = np.arange(count) * size // count
         ends = -(-(np.arange(count) + 1) * size // count)

@@ -45,51 +45,51 @@ class MultiHeadAttention(Module):
     grouped-query attention (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245).
 
     To decode, make a cache with `init_cache`, and call with `decode=True` (or set the attribute, or
-    the flag with `model.apply(decode=True)`): the keys and values of the new tokens, one or many, go
-    into the cache after those of the calls before, and each token sees itself and all before it that
-    are in the cache. A full cache forgets its oldest tokens, so it is a sliding window; positions go on.
-    The next text continues the last one, unless `init_cache` empties the cache in between.
+    the flag with `model.apply(decode=True)`). Each call appends the keys and values of its tokens, one
+    or many, to the cache. Each token sees itself and all earlier tokens in the cache. A full cache forgets
+    its oldest tokens, so it becomes a sliding window; positions keep counting. The next text continues the
+    last one, unless `init_cache` empties the cache in between.
 
     Args:
       num_heads: number of query heads.
       in_features: size of the last axis of the queries' input.
-      qkv_features: size of all query heads together; without it, `in_features`.
-      out_features: size of the last axis of the output; without it, `in_features`.
-      num_kv_heads: number of key and value heads, which divides `num_heads`; without it, `num_heads`.
-      in_kv_features: size of the last axis of the keys' and values' input; without it, `in_features`.
-      dtype: dtype of the computation; without it, what input and parameters promote to.
+      qkv_features: size of all query heads together; by default `in_features`.
+      out_features: size of the last axis of the output; by default `in_features`.
+      num_kv_heads: number of key and value heads, a divisor of `num_heads`; by default `num_heads`.
+      in_kv_features: size of the last axis of the keys' and values' input; by default `in_features`.
+      dtype: dtype of the computation; by default, the dtype that input and parameters promote to.
       param_dtype: dtype of the parameters.
       broadcast_dropout: drop the same weights in every batch entry and head.
       dropout_rate: the probability that an attention weight is dropped. Keys come from the ambient
         stream `"dropout"`.
-      deterministic: drop nothing. An argument of the call wins over it, then a scope flag of this
-        name, then the scope flag `training`, which says the opposite; `model.train()` and
-        `model.eval()` set it.
+      deterministic: drop nothing. These override it, in this order: the argument of the call, the scope
+        flag of this name, the opposite of the scope flag `training`. `model.train()` and `model.eval()`
+        set it.
       precision: precision of the products, as for `jax.lax.dot_general`.
       kernel_init, bias_init: initializers of the four projections.
-      out_kernel_init, out_bias_init: those of `out`, if others.
+      out_kernel_init, out_bias_init: the initializers of `out`, if they differ.
       use_bias: whether the projections have a bias.
       attention_fn: a function with the arguments of `nnx.dot_product_attention`.
-      decode: use the cache. An argument of the call, then a scope flag of this name, wins over it.
+      decode: use the cache. The argument of the call overrides it, and so does a scope flag of this name.
       normalize_qk: normalize each head of queries and keys (https://arxiv.org/abs/2302.05442): True
-        for a `LayerNorm` without bias; or a class of norms, such as `nnx.RMSNorm` or
+        for a `LayerNorm` without bias; or a norm class, such as `nnx.RMSNorm` or
         `functools.partial(nnx.RMSNorm, epsilon=1e-5)`, which is called with the size of a head.
-      rotary: rotates queries and keys by their positions, after that normalization.
-      qkv_promote_dtype, out_promote_dtype, ln_promote_dtype: functions for the casts of the
-        projections `query`, `key`, `value`; of `out`; of the normalizations.
+      rotary: rotates queries and keys by their positions, after this normalization.
+      qkv_promote_dtype, out_promote_dtype, ln_promote_dtype: functions that cast for the
+        projections `query`, `key`, `value`; for `out`; for the normalizations.
       qkv_dot_general, out_dot_general, qkv_dot_general_cls, out_dot_general_cls: as for
         `LinearGeneral`.
       kernel_metadata, bias_metadata, query_ln_scale_metadata, key_ln_scale_metadata: metadata of the
         Refs.
-      out_kernel_metadata, out_bias_metadata: those of `out`, if others.
-      in_v_features: size of the last axis of the values' input; without it, `in_kv_features`.
-      v_features: size of the values of all query heads together; without it, `qkv_features`.
-      local_window_size: a query sees only the keys at most so many positions before and after its
-        own: a pair, or one number for both, as for `jax.nn.dot_product_attention`. `(w - 1, 0)` is
-        the sliding window of w tokens of Mistral (https://arxiv.org/abs/2310.06825).
-      sow_weights: store the weights, before dropout, by `nnx.sow` as `attention_weights`, so that
-        `nnx.capture(model, None)` has them. An argument of the call wins over it. An `attention_fn`
-        of your own must then take `module=`, and pass it on to `nnx.dot_product_attention`.
+      out_kernel_metadata, out_bias_metadata: the metadata of `out`, if they differ.
+      in_v_features: size of the last axis of the values' input; by default `in_kv_features`.
+      v_features: size of the values of all query heads together; by default `qkv_features`.
+      local_window_size: how many positions before and after itself a query sees: a pair, or one number
+        for both, as for `jax.nn.dot_product_attention`. `(w - 1, 0)` is Mistral's sliding window of w
+        tokens (https://arxiv.org/abs/2310.06825).
+      sow_weights: store the weights, before dropout, with `nnx.sow` as `attention_weights`, so that
+        `nnx.capture(model, None)` returns them. The argument of the call overrides it. Your own
+        `attention_fn` must then take `module=`, and pass it to `nnx.dot_product_attention`.
 
     Attributes: the projections `query`, `key` (kernels of shape `(in, heads, head_dim)`), `value`
     (`(in, heads, v_head_dim)`) and `out` (`(num_heads, v_head_dim, out_features)`), which are
@@ -97,10 +97,10 @@ class MultiHeadAttention(Module):
     `cache_index`, in the collection `"cache"`, None before `init_cache`.
 
     Raises:
-      ValueError: the features or the key heads cannot be divided among the heads; a window that is
-        not of sizes from 0 on.
-      TypeError: `normalize_qk` is neither a bool nor a class of norms.
-      MissingStreamError: made outside of a scope with a `"params"` stream.
+      ValueError: the features or the key heads cannot be divided among the heads; a size of the window
+        is negative.
+      TypeError: `normalize_qk` is neither a bool nor a norm class.
+      MissingStreamError: made outside a scope with a `"params"` stream.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> layer = nnx.MultiHeadAttention.init(jax.random.key(0))(num_heads=4, in_features=16)
@@ -227,25 +227,25 @@ class MultiHeadAttention(Module):
         self.cached_key = self.cached_value = self.cache_index = None
 
     def init_cache(self, input_shape: Sequence[int], dtype: Dtype = None) -> None:
-        """Make an empty cache, or empty the one there is.
+        """Make an empty cache, or empty the existing one.
 
-        For the layers of a `Stack`, each makes its own:
-        `nnx.vmap(lambda block: block.attention.init_cache(shape))(stack.layers)`. All caches of a model
-        are emptied by `model["cache"] = jax.tree.map(jnp.zeros_like, model["cache"])`.
+        In a `Stack`, let each layer make its own:
+        `nnx.vmap(lambda block: block.attention.init_cache(shape))(stack.layers)`. To empty all caches of
+        a model, write `model["cache"] = jax.tree.map(jnp.zeros_like, model["cache"])`.
 
         Args:
-          input_shape: `(*batch, length, in_features)`: there is room for the last `length` tokens. For
-            a window of w tokens and inputs of at most n at a time, `w + n - 1` are as good as all.
-          dtype: dtype of the cached keys and values; without it, `dtype` of the layer, or else those
-            of the kernels that make them.
+          input_shape: `(*batch, length, in_features)`: the cache has room for `length` tokens. For
+            a window of w tokens and inputs of at most n at a time, a length of `w + n - 1` is enough.
+          dtype: dtype of the cached keys and values; by default `dtype` of the layer, or else the dtype
+            of the kernels that compute them.
 
         Raises:
-          ValueError: the shape is not of this form.
+          ValueError: the shape does not have this form.
         """
         shape = tuple(input_shape)
         if len(shape) < 2 or shape[-1] != self.in_features:
             expected = f"(*batch, length, {self.in_features})"
-            raise shape_error(self, "to make a cache for an input", expected, shape)
+            raise shape_error(self, "a cache for an input", expected, shape)
         dtype = dtype or self.dtype
 
         def empty(projection: LinearGeneral, size: int) -> jax.Array:
@@ -277,42 +277,42 @@ class MultiHeadAttention(Module):
         """Attend from each query to the keys; the result is `(*batch, query length, out_features)`.
 
         When decoding, the key length is the length of the cache, and the token at position p is at
-        place `p % length` in it: once it is full, each call forgets as many tokens as it brings.
+        index `p % length` in it. Once the cache is full, new tokens overwrite the oldest ones.
 
         Args:
           inputs_q: an input of shape `(*batch, query length, in_features)`.
-          inputs_k: one of shape `(*batch, key length, in_kv_features)`; without it, `inputs_q`.
-          inputs_v: one of shape `(*batch, key length, in_v_features)`; without it, `inputs_k`.
-          mask: where it is 0 or False a query does not see a key; broadcasts to
+          inputs_k: an input of shape `(*batch, key length, in_kv_features)`; by default `inputs_q`.
+          inputs_v: an input of shape `(*batch, key length, in_v_features)`; by default `inputs_k`.
+          mask: where it is 0 or False, a query does not see a key; broadcasts to
             `(*batch, heads, query length, key length)`.
           deterministic: whether to drop no weights.
           decode: whether to use the cache.
-          is_causal: let query i see the keys 0 to i only. With the cache this is so in any case.
+          is_causal: let query i see only the keys 0 to i. With the cache this is always so.
           positions: positions of the queries, for `rotary`, of shape `(query length,)` or
-            `(*batch, query length)`; without it, 0, 1, ..., which go on from call to call when
-            decoding, until `init_cache`.
-          key_positions: those of the keys; without it, `positions` if the keys are from `inputs_q`,
-            else 0, 1, ....
-          rng: a key for dropout, instead of the ambient stream's next one.
+            `(*batch, query length)`; by default 0, 1, .... When decoding, the default continues from call
+            to call, until `init_cache`.
+          key_positions: positions of the keys; by default `positions` if the keys come from `inputs_q`,
+            otherwise 0, 1, ....
+          rng: a key for dropout, instead of the next one from the stream.
           sow_weights: whether to store the weights for `nnx.capture`.
-          out_sharding: how the output is sharded, as for `Linear`.
-          qkv_sharding: how queries, keys and values are, which have the axes `(*batch, length, heads,
-            head_dim)`: `P("data", None, "model")` shards the heads. Where the key heads cannot be
-            divided, they are whole on every device.
+          out_sharding: how to shard the output, as for `Linear`.
+          qkv_sharding: how to shard queries, keys and values, which have the axes `(*batch, length, heads,
+            head_dim)`: `P("data", None, "model")` shards the heads. If the key heads cannot be divided,
+            they are whole on every device.
 
         Raises:
-          ValueError: shapes that do not fit; no cache, or more tokens than it has room for in one
-            call; values without keys; weights to store, of an `attention_fn` without `module=`; one
-            of the shardings is needed, or does not fit.
-          MissingFlagError: weights may be dropped, and `deterministic` is None everywhere.
-          MissingStreamError: weights must be dropped, but no stream gives a key.
+          ValueError: the shapes do not fit; there is no cache, or one call has more tokens than the cache
+            has room for; there are values without keys; the weights are to be stored, but `attention_fn`
+            has no `module=`; one of the shardings is missing or does not fit.
+          MissingFlagError: `dropout_rate` is not 0, and `deterministic` is None everywhere.
+          MissingStreamError: dropout needs a key, but no stream gives one.
         """
         inputs_q = as_array(self, inputs_q)
         if inputs_k is None:
             if inputs_v is not None:
                 raise ValueError(
-                    "MultiHeadAttention got inputs_v without inputs_k. Pass what both keys and "
-                    "values are made of as inputs_k."
+                    "MultiHeadAttention got inputs_v without inputs_k. To compute keys and values from "
+                    "the same input, pass it as inputs_k."
                 )
             inputs_k = inputs_q
             key_positions = positions if key_positions is None else key_positions
@@ -348,7 +348,7 @@ class MultiHeadAttention(Module):
             explain_sharding(self, error, says, inputs_q=inputs_q)
             raise
         if cache is not None:
-            # Last, so that a call that raises leaves the cache as it was.
+            # Write last, so that a call that raises leaves the cache as it was.
             self.cached_key, self.cached_value, self.cache_index = key, value, cache[2] + count
         return y
 
@@ -368,7 +368,7 @@ class MultiHeadAttention(Module):
     def _options(
         self, deterministic: bool | None, rng: jax.Array | None, sow_weights: bool | None
     ) -> dict[str, Any]:
-        """What `attention_fn` is called with in any case."""
+        """The keyword arguments that every call of `attention_fn` gets."""
         drops = self.dropout_rate > 0 and not evaluates(self, "deterministic", deterministic)
         if not drops:
             rng = None
@@ -377,9 +377,9 @@ class MultiHeadAttention(Module):
         sows = self.sow_weights if sow_weights is None else sow_weights
         if sows and not takes(self.attention_fn, "module"):
             raise ValueError(
-                "MultiHeadAttention is to store its weights, but its attention_fn does not take them "
-                "out. Give that function an argument `module`, and pass it on: "
-                "nnx.dot_product_attention(..., module=module); or leave out sow_weights."
+                "MultiHeadAttention cannot store its weights, because its attention_fn has no argument "
+                "`module`. Add that argument, and pass it on: "
+                "nnx.dot_product_attention(..., module=module). Or leave out sow_weights."
             )
         return {
             **({"module": self} if sows else {}),
@@ -403,8 +403,8 @@ class MultiHeadAttention(Module):
             if positions is None and key_positions is None:
                 return query, key
             raise ValueError(
-                "MultiHeadAttention got positions, but has no rotary embedding to use them. Make it "
-                f"with rotary=RotaryEmbedding({self.head_dim}), or leave them out."
+                "MultiHeadAttention got positions, but it has no rotary embedding to use them. Make it "
+                f"with rotary=RotaryEmbedding({self.head_dim}), or leave the positions out."
             )
         if positions is None:
             positions = first + jnp.arange(query.shape[-3])

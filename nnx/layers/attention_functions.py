@@ -36,35 +36,35 @@ def dot_product_attention(
 ) -> jax.Array:
     """Scaled dot-product attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
 
-    It is `jax.nn.dot_product_attention` where that can do it, and else that function's arithmetic,
-    as with dropout, a `precision` or float64: logits and softmax are in float32 at least.
+    It calls `jax.nn.dot_product_attention` where that suffices. Otherwise (dropout, a `precision`,
+    float64) it computes the same: logits and softmax are in at least float32.
 
-    On a mesh with explicit axes the result is sharded as the query is; keys and values go where the
-    queries are, which are whole along their features.
+    On a mesh with Explicit axes, the result is sharded like the query. Keys and values are moved to the
+    queries, which must be whole along their features.
 
     Args:
       query: an array of shape `(*batch, query length, heads, features)`.
-      key: an array of shape `(*batch, key length, key heads, features)`. The key heads divide the
-        heads; each serves a group of neighbouring query heads (https://arxiv.org/abs/2305.13245).
+      key: an array of shape `(*batch, key length, key heads, features)`. The number of heads is a multiple
+        of the key heads; each key head serves neighbouring query heads (https://arxiv.org/abs/2305.13245).
       value: an array of shape `(*batch, key length, key heads, value features)`.
-      bias: is added to the logits; broadcasts to `(*batch, heads, query length, key length)`.
-      mask: where it is 0 or False a query does not see a key; broadcasts to the same shape. A query
+      bias: added to the logits; broadcasts to `(*batch, heads, query length, key length)`.
+      mask: where it is 0 or False, a query does not see a key; broadcasts to the same shape. A query
         that sees no key gets the mean of all values.
       broadcast_dropout: drop the same weights in every batch entry and head.
       dropout_rng: a key, needed if weights are dropped.
       dropout_rate: the probability that a weight is dropped.
       deterministic: drop nothing.
-      dtype: dtype of the computation; without it, what the three promote to.
+      dtype: dtype of the computation; by default, the dtype that the three arrays promote to.
       precision: precision of the products, as for `jax.lax.dot_general`.
       promote_dtype: a function for the casts, called with `(query, key, value), dtype=`.
-      is_causal: let query i see the keys 0 to i only.
-      module: a module that stores the weights, before dropout, as `attention_weights` with `nnx.sow`.
+      is_causal: let query i see only the keys 0 to i.
+      module: a module for which to store the weights, before dropout, as `attention_weights` (`nnx.sow`).
 
     Returns:
       An array of shape `(*batch, query length, heads, value features)`.
 
     Raises:
-      ValueError: shapes that do not fit each other; weights are to be dropped without a key.
+      ValueError: the shapes do not fit each other; dropout has no key.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 4, 8))
@@ -75,7 +75,7 @@ def dot_product_attention(
     _check_shapes(query, key, value)
     key, value = heads_beside(query, key, value)
     drops = dropout_rate > 0 and not deterministic
-    # It computes logits in float32 whatever the dtype, and has no float16 on CPU.
+    # JAX's function computes logits in float32 whatever the dtype, and has no float16 on CPU.
     fits = query.dtype in (jnp.float32, jnp.bfloat16) and key.shape == value.shape
     if fits and not drops and precision is None and module is None:
         return _plain(query, key, value, bias, mask, is_causal)
@@ -116,7 +116,7 @@ def dot_product_attention_weights(
     is_causal: bool = False,
     module: Module | None = None,
 ) -> jax.Array:
-    """The weights that `dot_product_attention` gives the values, with the same arguments.
+    """The weights with which `dot_product_attention` sums the values; the arguments are the same.
 
     Returns:
       An array of shape `(*batch, heads, query length, key length)`; without dropout its last axis
@@ -132,7 +132,7 @@ def dot_product_attention_weights(
     (key,) = heads_beside(query, key)
     heads, groups = query.shape[-2], key.shape[-2]
     grouped = query.reshape(*query.shape[:-2], groups, heads // groups, query.shape[-1])
-    # As jax.nn does it, so that training with dropout and evaluation round alike.
+    # Compute as jax.nn does, so that training with dropout and evaluation round alike.
     wide = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum(
         "...tkgh,...skh->...kgts",
@@ -158,7 +158,7 @@ def dot_product_attention_weights(
         return weights
     if dropout_rng is None:
         raise ValueError(
-            f"dot_product_attention drops weights at the rate {dropout_rate}, so it needs a key. "
+            f"dot_product_attention has a dropout_rate of {dropout_rate}, so it needs a key. "
             f"Pass dropout_rng=jax.random.key(...), or deterministic=True to drop nothing."
         )
     if dropout_rate >= 1:
@@ -192,7 +192,7 @@ def _plain(
 
 
 def _one_batch(x: jax.Array | None, batch: tuple[int, ...]) -> jax.Array | None:
-    """A mask or bias with exactly one batch axis, of size 1 where it is the same for all."""
+    """A mask or bias with exactly one batch axis, of size 1 if it is the same for the whole batch."""
     if x is None:
         return None
     x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)

@@ -1,4 +1,4 @@
-"""Modules made of modules."""
+"""Modules that consist of modules."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ __all__ = ["Identity", "Sequential", "Stack"]
 
 
 class Identity(Module):
-    """Returns its argument: the layer to put where there is nothing to do.
+    """Returns its input unchanged: a placeholder for a layer.
 
     Args:
-      *args, **kwargs: ignored, so that it can stand for any other layer.
+      *args, **kwargs: ignored, so that it can replace any other layer.
 
     >>> import nnx
     >>> nnx.Identity()(3)
@@ -45,7 +45,7 @@ class Identity(Module):
 
 
 def _number(key: Any) -> int | None:
-    """The position that a key in brackets means; None for a filter."""
+    """The position that a key in brackets stands for; None for a filter."""
     if isinstance(key, bool):
         return None
     try:
@@ -63,15 +63,15 @@ def _checked(layer: Module, number: int, length: int) -> int:
 
 
 class Sequential(Module):
-    """Calls functions and modules one after the other, each with what the one before returned.
+    """Calls functions and modules in order, each with the result of the previous one.
 
-    A tuple that one returns is taken as the positional arguments of the next, a dict as its
-    keyword arguments. It has the length, the positions, the slices and the iteration of a list: a
-    slice is a Sequential with the same layers.
+    If one returns a tuple, the next gets it as positional arguments; if it returns a dict, as keyword
+    arguments. A Sequential supports `len`, indices, slices and iteration like a list. A slice is a
+    Sequential with the same layers.
 
     Args:
-      *fns: callables: modules, activations, or any other function. They are in the plain list
-        `layers`, which may be changed.
+      *fns: callables: modules, activations, or any other functions. The attribute `layers` holds them
+        in a plain list, which you may change.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> with nnx.scope(jax.random.key(0)):
@@ -87,12 +87,12 @@ class Sequential(Module):
             if not callable(fn):
                 raise TypeError(
                     f"Sequential takes callables, but number {i} is a {type(fn).__name__}: {fn!r}. "
-                    f"A list of layers is unpacked with a star: Sequential(*layers)."
+                    f"To pass a list of layers, unpack it: Sequential(*layers)."
                 )
             if inspect.isclass(fn):
                 raise TypeError(
-                    f"Sequential takes instances, but number {i} is the class {fn.__name__}. Make "
-                    f"one of it: {fn.__name__}(...)."
+                    f"Sequential takes instances, but number {i} is the class {fn.__name__}. Call "
+                    f"the class: {fn.__name__}(...)."
                 )
         self.layers = list(fns)
 
@@ -100,14 +100,14 @@ class Sequential(Module):
         return len(self.layers)
 
     def __bool__(self) -> bool:
-        # Without this a module without layers would be false, as in `module or default`.
+        # Without this, a Sequential without layers would be false, as in `module or default`.
         return True
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return iter(self.layers)
 
     def __getitem__(self, key: Any) -> Any:
-        """The layer with a number, or a Sequential of those in a slice; else as for any module."""
+        """The layer at an index, or a Sequential for a slice; other keys work as for any module."""
         if isinstance(key, slice):
             return Sequential(*self.layers[key])
         number = _number(key)
@@ -116,7 +116,7 @@ class Sequential(Module):
         return self.layers[_checked(self, number, len(self.layers))]
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Replace the layer with a number. Other names work as for any module."""
+        """Replace the layer at an index. Other keys work as for any module."""
         number = _number(key)
         if number is None:
             super().__setitem__(key, value)
@@ -125,7 +125,7 @@ class Sequential(Module):
             self.layers[number] = Sequential(value).layers[0]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the layers in order; without any, give back the one argument."""
+        """Call the layers in order. Without layers, return the single argument."""
         if not self.layers:
             return args[0] if len(args) == 1 and not kwargs else args
         out: Any = self.layers[0](*args, **kwargs)
@@ -140,32 +140,32 @@ class Sequential(Module):
 
 
 class Stack(Module):
-    """Layers of one kind, one after the other, compiled in the time of one.
+    """A sequence of layers with the same structure, compiled in the time of one layer.
 
     The parameters of the layers are stacked along a leading axis, and the layers run in `nnx.scan`.
-    Each layer has its own initial values, and takes what the one before returned.
+    Each layer has its own initial values, and gets the output of the previous one.
 
-    A list of layers and a Stack are two forms of one thing: `Stack.of(layers)` and `stack.unstack()`
-    lead from one to the other, and weights of either form (`blocks.3.kernel`, or `blocks.kernel` with
-    a leading axis) are read into either by `nnx.load_state` and `nnx.bridge`. `stack[i]` is layer `i`
-    whose own Refs hold copies. After changing it, write it back with `stack[i] = layer`.
-    `stack[i:j]` is a Stack of copies, and iteration gives the layers as `stack[i]` does.
+    A list of layers and a Stack are two forms of the same thing. `Stack.of(layers)` and
+    `stack.unstack()` convert between them. `nnx.load_state` and `nnx.bridge` read weights of either form
+    (`blocks.3.kernel`, or `blocks.kernel` with a leading axis) into either. `stack[i]` is layer `i` with
+    its own Refs, which hold copies. After changing it, write it back with `stack[i] = layer`.
+    `stack[i:j]` is a Stack of copies, and iteration yields the layers as `stack[i]` does.
 
     Args:
       make: makes one layer, such as a module class or a function; called without arguments.
       length: number of layers.
-      remat: compute what is inside a layer again in the backward pass, instead of keeping it.
-      policy: what to keep nevertheless, as for `jax.checkpoint`.
+      remat: compute the intermediate values of a layer again in the backward pass, instead of storing them.
+      policy: which values to store anyway, as for `jax.checkpoint`.
       unroll: as for `jax.lax.scan`.
       partition_name: the entry of the leading axis in the `sharding` metadata of the Refs, such as
-        "layers" or a mesh axis. Inside a layer, and for `stack[i]`, that entry is not there.
+        "layers" or a mesh axis. Inside a layer, and for `stack[i]`, that entry is removed.
 
-    Attributes: `layers`, a module as `make` makes it, whose Refs have a leading axis.
+    Attributes: `layers`, a module like those from `make`, whose Refs have a leading axis.
 
     Raises:
-      CarryError: a layer returns another shape or dtype than it takes.
-      ShardingError: a layer returns what is sharded along other Explicit axes than its input; the
-        `sharding` of a Ref is for another number of dimensions than its value has.
+      CarryError: the output of a layer does not have the shape and dtype of its input.
+      ShardingError: the output of a layer is sharded along other Explicit axes than its input; or the
+        `sharding` of a Ref has the wrong number of dimensions for its value.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> stack = nnx.Stack.init(jax.random.key(0))(lambda: nnx.Linear(4, 4), 8)
@@ -207,10 +207,10 @@ class Stack(Module):
         unroll: int = 1,
         partition_name: str | tuple[str, ...] | None = None,
     ) -> Stack:
-        """The Stack of a list of layers, with copies of their values.
+        """A Stack made from a list of layers, with copies of their values.
 
         Args:
-          layers: at least one; all with the same structure, settings, shapes and dtypes.
+          layers: at least one; all must have the same structure, settings, shapes and dtypes.
           remat, policy, unroll, partition_name: as for `Stack`.
 
         Raises:
@@ -247,12 +247,12 @@ class Stack(Module):
         return (self[i] for i in range(self.length))
 
     def __getitem__(self, key: Any) -> Any:
-        """Layer `i`, or the Stack of those in a slice, as copies; else as for any module."""
+        """A copy of layer `i`, or a Stack of copies for a slice; other keys work as for any module."""
         if isinstance(key, slice):
             numbers = range(self.length)[key]
             if not numbers:
                 raise IndexError(
-                    f"The slice selects none of the {self.length} layers, and a Stack needs one."
+                    f"The slice selects none of the {self.length} layers, but a Stack needs at least one."
                 )
             stack = type(self).__new__(type(self))
             layers = self._part(np.array(numbers))
@@ -271,10 +271,10 @@ class Stack(Module):
         return refx.merge(dagdef, jax.tree.map(lambda x: _take(x, key), values))
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Write the values of a layer into layer `i`; else as for any module.
+        """Write the values of a layer into layer `i`; other keys work as for any module.
 
         Raises:
-          ValueError: the layer has another structure, or other shapes or dtypes, than those here.
+          ValueError: the structure, shapes or dtypes differ from those of the layers in the Stack.
         """
         number = _number(key)
         if number is None:
@@ -315,22 +315,22 @@ def _take(x: Any, key: Any) -> Any:
 
 
 def _check_placed(x: Any, y: Any) -> None:
-    """Raise where a layer's output is sharded along other Explicit axes than its input."""
+    """Raise if a layer's output is sharded along other Explicit axes than its input."""
     if jax.tree.structure(x) != jax.tree.structure(y):
         return
     for old, new in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
         if np.shape(old) == np.shape(new) and spec_of(old) != spec_of(new):
             spec = PartitionSpec(*spec_of(old))
             raise ShardingError(
-                f"A layer of Stack gets an input {jax.typeof(old)} and returns {jax.typeof(new)}. The "
-                f"layers are one program, so each must return what is sharded along the same Explicit "
-                f"axes: inside it, call the last layer with out_sharding={spec}, or use "
+                f"A layer of Stack gets an input {jax.typeof(old)} and returns {jax.typeof(new)}. All "
+                f"layers run as one program, so each output must be sharded along the same Explicit "
+                f"axes as the input. Inside it, call the last layer with out_sharding={spec}, or use "
                 f"jax.sharding.reshard(x, {spec})."
             )
 
 
 def _join(layers: list[Module], entry: Any) -> Any:
-    """One module with the values of all of them along a leading axis."""
+    """One module, with the values of all layers stacked along a leading axis."""
     _check_alike(layers, [f"layer {i}" for i in range(len(layers))])
     seen: dict[Any, tuple[int, str]] = {}
     for i, layer in enumerate(layers):
@@ -338,8 +338,8 @@ def _join(layers: list[Module], entry: Any) -> Any:
             if ref in seen:
                 j, first = seen[ref]
                 raise ValueError(
-                    f"Layers {j} and {i} share the Ref {first!r}, which would be a copy for each in "
-                    f"a Stack. Give each its own (nnx.clone(layer)), or keep them in a list."
+                    f"Layers {j} and {i} share the Ref {first!r}, but a Stack would give each a copy "
+                    f"of it. Give each its own (nnx.clone(layer)), or keep them in a list."
                 )
             seen[ref] = (i, ".".join(path))
     dagdef, first = refx.split(layers[0])
@@ -363,6 +363,6 @@ def _check_alike(layers: list[Any], names: list[str]) -> None:
         found = difference(layers[0], layer, names[0], name)
         if found:
             raise ValueError(
-                f"The layers of a Stack are alike, but {found}. Keep layers that differ in a list or "
-                f"an nnx.Sequential."
+                f"The layers of a Stack must be alike, but {found}. Keep layers that differ in a list "
+                f"or an nnx.Sequential."
             )

@@ -41,30 +41,30 @@ Padding = str | int | Sequence[int | tuple[int, int]]
 class Conv(Module):
     """A convolution over any number of spatial axes, with the channels last.
 
-    `kernel_size` says how many spatial axes there are: for images, write `(3, 3)`. With an int, as in
-    `Conv(3, 8, 3)`, there is one, and images `(batch, height, width, channels)` are taken for
-    batches of rows: only the width is convolved.
+    `kernel_size` determines the number of spatial axes: for images, write `(3, 3)`. An int, as in
+    `Conv(3, 8, 3)`, means one axis, so images `(batch, height, width, channels)` count as batches of
+    rows, and only the width is convolved.
 
     Args:
       in_features: channels of the input.
       out_features: channels of the output.
       kernel_size: size of the kernel along each spatial axis; an int is one axis, not a square.
-      strides: one for all axes or one each.
+      strides: one number for all axes, or one for each.
       padding: `"SAME"`, `"VALID"`, `"CIRCULAR"`, `"REFLECT"`, `"CAUSAL"` (one axis only), an int
         for all sides, or for each axis an int or a pair (before, after).
-      input_dilation, kernel_dilation: one for all axes or one each.
-      feature_group_count: number of groups that the channels are divided in.
-      use_bias: whether to add a bias; without it `bias` is None.
-      mask: an array of the kernel's shape that the kernel is multiplied with.
+      input_dilation, kernel_dilation: one number for all axes, or one for each.
+      feature_group_count: number of groups into which the channels are divided.
+      use_bias: whether to add a bias; if not, `bias` is None.
+      mask: an array of the kernel's shape, multiplied with the kernel.
       dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype, preferred_element_type,
         kernel_metadata, bias_metadata: as for `Linear`.
-      conv_general_dilated: a function to use in place of `jax.lax.conv_general_dilated`.
+      conv_general_dilated: a function to use instead of `jax.lax.conv_general_dilated`.
 
     Attributes: `kernel` of shape `(*kernel_size, in_features // feature_group_count,
     out_features)` and `bias` of shape `(out_features,)`, in the collection `"params"`.
 
     Raises:
-      ValueError: the channels cannot be divided in so many groups; the mask has another shape.
+      ValueError: the channels cannot be divided into this many groups; the mask has the wrong shape.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> conv = nnx.Conv.init(jax.random.key(0))(3, 8, (3, 3))
@@ -102,7 +102,7 @@ class Conv(Module):
         size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
         if in_features % feature_group_count or out_features % feature_group_count:
             raise ValueError(
-                f"Conv cannot divide {in_features} input and {out_features} output channels in "
+                f"Conv cannot divide {in_features} input and {out_features} output channels into "
                 f"{feature_group_count} groups. Both must be multiples of feature_group_count."
             )
         shape = (*size, in_features // feature_group_count, out_features)
@@ -137,22 +137,22 @@ class Conv(Module):
     def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
         """Apply the layer to an input of shape `(*batch, *spatial, in_features)`.
 
-        Any number of batch axes, none included.
+        There may be any number of batch axes, or none.
 
         Args:
           x: the input.
-          out_sharding: how the output is sharded, as for `Linear`. JAX has to be told wherever the
-            channels or the kernel are sharded along an explicit axis.
+          out_sharding: how to shard the output, as for `Linear`. JAX needs it if the channels or the
+            kernel are sharded along an Explicit axis.
 
         Raises:
-          ValueError: too few axes, or another number of channels; nothing along a spatial axis to
+          ValueError: too few axes, or the wrong number of channels; an empty spatial axis has nothing to
             pad with. The message has both shapes.
         """
         x = self._checked(x)
         kernel, bias = self.kernel, self.bias
         try:
             if self.mask is not None:
-                # The mask must not change the dtype of what flows through the network.
+                # The mask must not change the dtype of the activations.
                 kernel = kernel * self.mask.astype(kernel.dtype)
             x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
             wanted = wanted_sharding(self, out_sharding, (0,) * x.ndim, x, kernel)
@@ -166,7 +166,7 @@ class Conv(Module):
             raise
 
     def _checked(self, x: Any) -> jax.Array:
-        """The input, which has the shape that the layer takes."""
+        """The input as an array; raises if its shape does not fit."""
         x = as_array(self, x)
         axes = len(self.kernel_size)
         if x.ndim < axes + 1 or x.shape[-1] != self.in_features:
@@ -178,7 +178,7 @@ class Conv(Module):
         return x
 
     def _convolved(self, x: jax.Array, kernel: jax.Array, wanted: Wanted = ANYWHERE) -> jax.Array:
-        """The input convolved with a kernel, which may have other output channels than the layer."""
+        """The input convolved with a kernel, whose output channels may differ from the layer's."""
         axes = len(self.kernel_size)
         batch = x.shape[: x.ndim - axes - 1]
         lead, flat = wanted.batch(x, len(batch)), wanted.merged(len(batch))
@@ -205,7 +205,7 @@ class Conv(Module):
         return unmerged(y, batch, lead)
 
     def _padded(self, x: jax.Array, mode: str) -> jax.Array:
-        # What is put around the array comes from its other end.
+        # Each padded axis must be whole on a device, because its padding comes from the other end.
         x = gathered(x, range(1, x.ndim - 1))
         reach = [(k - 1) * d for k, d in zip(self.kernel_size, self.kernel_dilation, strict=True)]
         if mode == "CAUSAL":
@@ -240,7 +240,7 @@ def checked_padding(
             )
         if padding not in modes:
             raise ValueError(
-                f"{padding!r} is no padding of {layer}. Use {', '.join(map(repr, modes))}, an int, "
+                f"{layer} has no padding {padding!r}. Use {', '.join(map(repr, modes))}, an int, "
                 f"or for each axis an int or a pair."
             )
         return padding

@@ -35,21 +35,21 @@ class ConvTranspose(Module):
     """A transposed convolution over any number of spatial axes, with the channels last.
 
     Each element of the input adds a multiple of the kernel to the output, at `strides` times its
-    position: so strides make the output larger.
+    position. So strides make the output larger.
 
     Args:
       in_features: channels of the input.
       out_features: channels of the output.
       kernel_size: size of the kernel along each spatial axis, `(4, 4)` for images; an int is one
         axis, not a square.
-      strides: one for all axes or one each.
-      padding: `"SAME"`: the output is `strides` times the size of the input; `"VALID"`: all of the
+      strides: one number for all axes, or one for each.
+      padding: `"SAME"`: the output is `strides` times the size of the input; `"VALID"`: the full
         output; `"CIRCULAR"`: the size of `"SAME"`, wrapped around; `"CAUSAL"` (one axis only): the
-        size of `"SAME"`, and no output depends on later inputs. Or zeros around the dilated input:
-        an int for all sides, or for each axis an int or a pair (before, after).
-      kernel_dilation: one for all axes or one each.
-      use_bias: whether to add a bias; without it `bias` is None.
-      mask: an array of the kernel's shape that the kernel is multiplied with.
+        size of `"SAME"`, and no output depends on later inputs. Or a number of zeros around the dilated
+        input: an int for all sides, or for each axis an int or a pair (before, after).
+      kernel_dilation: one number for all axes, or one for each.
+      use_bias: whether to add a bias; if not, `bias` is None.
+      mask: an array of the kernel's shape, multiplied with the kernel.
       transpose_kernel: flip the kernel's spatial axes and swap its channel axes: with `"VALID"`
         padding it is the transpose of `Conv` with the same kernel.
       dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype, preferred_element_type,
@@ -60,7 +60,7 @@ class ConvTranspose(Module):
     `(out_features,)`, in the collection `"params"`.
 
     Raises:
-      ValueError: sizes or a padding that do not fit the kernel; the mask has another shape.
+      ValueError: the sizes or the padding do not fit the kernel; the mask has the wrong shape.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> up = nnx.ConvTranspose.init(jax.random.key(0))(3, 8, (4, 4), strides=2)
@@ -126,15 +126,15 @@ class ConvTranspose(Module):
     def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
         """Apply the layer to an input of shape `(*batch, *spatial, in_features)`.
 
-        Any number of batch axes, none included.
+        There may be any number of batch axes, or none.
 
         Args:
           x: the input.
-          out_sharding: how the output is sharded, as for `Linear`. JAX has to be told wherever the
-            channels or the kernel are sharded along an explicit axis.
+          out_sharding: how to shard the output, as for `Linear`. JAX needs it if the channels or the
+            kernel are sharded along an Explicit axis.
 
         Raises:
-          ValueError: too few axes, an empty spatial axis, or another number of channels; the message
+          ValueError: too few axes, an empty spatial axis, or the wrong number of channels; the message
             has both shapes.
         """
         x = as_array(self, x)
@@ -158,7 +158,7 @@ class ConvTranspose(Module):
             padding = ((reach, self.strides[0] - 1),)
         try:
             if self.mask is not None:
-                # The mask must not change the dtype of what flows through the network.
+                # The mask must not change the dtype of the activations.
                 kernel = kernel * self.mask.astype(kernel.dtype)
             x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
             if self.padding == "CIRCULAR":
@@ -194,14 +194,14 @@ class ConvTranspose(Module):
         return wanted.constrained(unmerged(y, batch, lead))
 
     def _wrapped(self, y: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
-        """Add up what is a whole period apart, so that the middle of `y` stays where it is."""
+        """Add up elements that are a whole period apart, so that the middle of `y` stays in place."""
         for axis, (size, stride) in enumerate(zip(sizes, self.strides, strict=True), start=1):
             period = size * stride
-            # So much is to be added for `y` to begin and to end with a whole period around one.
+            # The padding with which `y` has whole periods before and after the middle one.
             missing = -(y.shape[axis] - period) % (2 * period)
             less, more = missing // 2, missing - missing // 2
             pads = [(0, 0)] * y.ndim
-            # Where it cannot be halved, a transposed kernel has the longer half after.
+            # If it is odd, a transposed kernel has the longer half at the end.
             pads[axis] = (less, more) if self.transpose_kernel else (more, less)
             y = jnp.pad(y, pads)
             y = y.reshape(*y.shape[:axis], -1, period, *y.shape[axis + 1 :]).sum(axis)

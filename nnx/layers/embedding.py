@@ -33,24 +33,24 @@ _default_embedding_init: Initializer = initializers.variance_scaling(
 class Embed(Module):
     """A table of vectors, one for each integer from 0 to `num_embeddings - 1`.
 
-    An index that is out of range gives NaN: under `jax.jit` nothing can be raised, and a clipped
-    index would train another row in silence. Negative indices count from the end, from
-    `-num_embeddings`. A table of one row gives that row for every index.
+    An index out of range gives NaN: compiled code cannot raise, and a clipped index would silently
+    train another row. Negative indices down to `-num_embeddings` count from the end. A table with one
+    row returns that row for every index.
 
     Args:
       num_embeddings: number of rows.
       features: size of a row.
-      dtype: dtype of the result; without it, that which the table has at the call.
+      dtype: dtype of the result; by default, the dtype of the table at the time of the call.
       param_dtype: dtype of the table.
       embedding_init: initializer, called with a key, a shape and a dtype.
-      promote_dtype: a function for the casts, called with the rows that were found, `(rows,),
-        dtype=`, or, to attend, with `(query, embedding), dtype=`.
+      promote_dtype: a function for the casts, called with the rows, `(rows,), dtype=`, or by `attend`
+        with `(query, embedding), dtype=`.
       embedding_metadata: metadata of the Ref.
 
     Attributes: `embedding` of shape `(num_embeddings, features)` in the collection `"params"`.
 
     Raises:
-      MissingStreamError: made outside of a scope with a `"params"` stream.
+      MissingStreamError: made outside a scope with a `"params"` stream.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> embed = nnx.Embed.init(jax.random.key(0))(5, 3)
@@ -85,7 +85,7 @@ class Embed(Module):
 
     @property
     def dtype(self) -> Dtype:
-        """The dtype of the result: the one that was given, or that of the table as it is now."""
+        """The dtype of the result: the constructor's argument, or else the dtype of the table."""
         return self._dtype or self.embedding.dtype
 
     @dtype.setter
@@ -93,21 +93,21 @@ class Embed(Module):
         self._dtype = dtype
 
     def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
-        """Look up integers of any shape; the result has a last axis of size `features` more.
+        """Look up integers of any shape; the result has an additional last axis of size `features`.
 
         Args:
           x: the integers.
-          out_sharding: how the result is sharded, as for `Linear`. Without it, on a mesh with
-            explicit axes, it is sharded as the integers are, and the last axis as that of the table.
+          out_sharding: how to shard the result, as for `Linear`. On a mesh with Explicit axes, it is by
+            default sharded like the integers, and along the last axis like the table.
 
         Raises:
-          ValueError: the dtype is not an integer one; `out_sharding` does not fit.
+          ValueError: the dtype is not an integer dtype; `out_sharding` does not fit.
         """
         x = as_array(self, x)
         if not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(
                 f"{type(self).__name__}({self.num_embeddings}, {self.features}) looks up integers, "
-                f"but got an input of dtype {x.dtype} and shape {x.shape}. Cast it, as in "
+                f"but got an input of dtype {x.dtype} and shape {x.shape}. Cast it with "
                 f"x.astype(jnp.int32), or use a Linear for vectors."
             )
         table = self.embedding
@@ -118,25 +118,25 @@ class Embed(Module):
             found = jnp.broadcast_to(row, shape, **wanted.options).astype(table.dtype)
         else:
             found = rows(table, x, wanted.explicit)
-        # Only now, so that the gradient of the table is a sum in the dtype of the table.
+        # Cast only now, so that the gradient of the table is summed in the dtype of the table.
         return wanted.constrained(self.promote_dtype((found,), dtype=self.dtype)[0])
 
     def attend(self, query: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
-        """The product of each query with each row: logits, with the table of the input.
+        """The product of each query with each row: logits from the same table as the inputs.
 
-        The rows are drawn with length about 1, which suits logits; models that use one table for
-        both often multiply what they look up by the square root of `features`.
+        The initial rows have a length of about 1, which suits logits. Models that use one table for
+        both often multiply the rows that they look up by the square root of `features`.
 
         Args:
           query: an array of shape `(..., features)`.
-          out_sharding: how the result is sharded, as for `Linear`.
+          out_sharding: how to shard the result, as for `Linear`.
 
         Returns:
           An array of shape `(..., num_embeddings)`.
 
         Raises:
-          ValueError: the last axis has another size; the message has both shapes. Or `out_sharding`
-            is needed, or does not fit.
+          ValueError: the last axis has the wrong size; the message has both shapes. Or `out_sharding`
+            is missing or does not fit.
 
         >>> import jax, jax.numpy as jnp, nnx
         >>> nnx.Embed.init(jax.random.key(0))(5, 3).attend(jnp.ones((2, 3))).shape

@@ -1,4 +1,4 @@
-"""Normalization of each example by itself: over its features, groups of them, or its positions."""
+"""Normalization of each example on its own: over its features, groups of them, or its positions."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ __all__ = ["GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 class LayerNorm(Norm):
     """Layer normalization (Ba et al. 2016, https://arxiv.org/abs/1607.06450).
 
-    Each example is normalized to mean 0 and variance 1 over its features, whatever the others are.
+    Each example is normalized to mean 0 and variance 1 over its features, independently of the others.
 
     Args:
       num_features: size of the feature axis, or product of the sizes if there are several.
-      epsilon: is added to the variance.
-      dtype: dtype of the result; without it, what input and parameters promote to. The statistics
-        are in float32 at least.
+      epsilon: added to the variance.
+      dtype: dtype of the result; by default, the dtype that input and parameters promote to. The
+        statistics are in at least float32.
       param_dtype: dtype of `scale` and `bias`.
-      use_bias, use_scale: whether there are such parameters; without, the attribute is None.
+      use_bias, use_scale: whether to have these parameters; if not, the attribute is None.
       bias_init, scale_init: initializers.
-      reduction_axes: the axes that the statistics are over.
+      reduction_axes: the axes to compute the statistics over.
       feature_axes: the axes along which `scale` and `bias` have an element for each position.
       axis_name: name of a mapped axis (`nnx.vmap`, `nnx.shard_map`) to average over as well.
       axis_index_groups: groups along that axis, as for `jax.lax.pmean`.
-      use_fast_variance: one pass over the input, centered at one of its elements, instead of two,
-        centered at the mean.
-      promote_dtype: a function for the casts, called with `(x, scale, bias), dtype=`, float32 at least.
+      use_fast_variance: compute the variance in one pass, with deviations from an element of the input,
+        instead of two, with deviations from the mean.
+      promote_dtype: a function for the casts, called with `(x, scale, bias), dtype=`; the dtype is at
+        least float32.
       bias_metadata, scale_metadata: metadata of the Refs.
 
     Attributes: `scale` and `bias` of shape `(num_features,)`, in the collection `"params"`.
@@ -94,11 +95,11 @@ class LayerNorm(Norm):
 
         Args:
           x: an input whose feature axes have `num_features` elements.
-          mask: a boolean array that broadcasts to `x`: which elements the statistics are of. Where all
-            are hidden, the mean is taken for 0 and the variance for 1.
+          mask: a boolean array that broadcasts to `x`: which elements count in the statistics. If none
+            does, the mean counts as 0 and the variance as 1.
 
         Raises:
-          ValueError: the feature axes have another size; the message has both shapes.
+          ValueError: the feature axes have the wrong size; the message has both shapes.
         """
         x = as_array(self, x)
         features = self._features(x, self.feature_axes)
@@ -115,9 +116,10 @@ class RMSNorm(Norm):
 
     Args:
       num_features: size of the feature axis, or product of the sizes if there are several.
-      epsilon: is added to the mean square.
+      epsilon: added to the mean square.
       use_fast_variance: has no effect, because no mean is subtracted.
-      promote_dtype: a function for the casts, called with `(x, scale), dtype=`, float32 at least.
+      promote_dtype: a function for the casts, called with `(x, scale), dtype=`; the dtype is at least
+        float32.
       dtype, param_dtype, use_scale, scale_init, reduction_axes, feature_axes, axis_name,
         axis_index_groups, scale_metadata: as for `LayerNorm`.
 
@@ -161,7 +163,7 @@ class RMSNorm(Norm):
         self.feature_axes = feature_axes
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Normalize, with arguments and errors as of `LayerNorm`."""
+        """Normalize; arguments and errors as for `LayerNorm`."""
         x = as_array(self, x)
         features = self._features(x, self.feature_axes)
         axes = self._axes(x, self.reduction_axes, "reduction axes")
@@ -173,25 +175,25 @@ class RMSNorm(Norm):
 class GroupNorm(Norm):
     """Group normalization (Wu and He 2018, https://arxiv.org/abs/1803.08494).
 
-    The channels, the last axis by default, are divided in groups, and each group of each example is
+    The channels, by default the last axis, are divided into groups. Each group of each example is
     normalized over its channels and all positions.
 
     Args:
       num_features: number of channels.
-      num_groups: number of groups, or None and instead
-      group_size: number of channels in a group.
-      reduction_axes: the axes that the statistics are over. The axis of the channels must be
-        one; without it, all but the first.
+      num_groups: number of groups; None if `group_size` is given.
+      group_size: number of channels in a group, instead of `num_groups`.
+      reduction_axes: the axes to compute the statistics over. They must include the axis of the
+        channels. By default, all but the first.
       feature_axis: the axis of the channels: 1 for inputs with the channels first.
       epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init, axis_name,
         axis_index_groups, promote_dtype, bias_metadata, scale_metadata: as for `LayerNorm`.
-      use_fast_variance: accepted as flax accepts it; the variance is always centered at the mean.
+      use_fast_variance: has no effect; the variance always uses deviations from the mean.
 
     Attributes: `scale` and `bias` of shape `(num_features,)`, in the collection `"params"`.
 
     Raises:
-      ValueError: the channels cannot be divided so, or not exactly one of `num_groups` and
-        `group_size` is given.
+      ValueError: the channels cannot be divided into these groups; or not exactly one of `num_groups`
+        and `group_size` is given.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> norm = nnx.GroupNorm(6, num_groups=3)
@@ -223,16 +225,16 @@ class GroupNorm(Norm):
     ):
         if (num_groups is None) == (group_size is None):
             raise ValueError(
-                f"GroupNorm takes num_groups (32 by default) or group_size, but num_groups is "
+                f"GroupNorm takes either num_groups (32 by default) or group_size, but num_groups is "
                 f"{num_groups} and group_size is {group_size}. Set the other one to None: "
                 f"GroupNorm({num_features}, num_groups=None, group_size=...)."
             )
         parts = num_groups if group_size is None else group_size
         if parts is None or parts <= 0 or num_features % parts:
-            what = "groups" if group_size is None else "channels a group"
+            groups = f"{parts} equal groups" if group_size is None else f"groups of {parts}"
             raise ValueError(
-                f"GroupNorm cannot divide {num_features} channels in equal groups with {parts} "
-                f"{what}. It must be a divisor of the number of channels."
+                f"GroupNorm cannot divide {num_features} channels into {groups}. Use a divisor of the "
+                f"number of channels."
             )
         options = {
             "num_features": num_features,
@@ -252,17 +254,17 @@ class GroupNorm(Norm):
         self.feature_axis = feature_axis
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        """Normalize an input of shape `(batch, ..., num_features)`; the result has its shape.
+        """Normalize an input of shape `(batch, ..., num_features)`; the result has the same shape.
 
-        With another `feature_axis` than the last, the channels are there.
+        With `feature_axis`, the channels are along that axis instead of the last.
 
         Args:
-          x: the input; with several batch axes, or none, give `reduction_axes`.
-          mask: a boolean array that broadcasts to `x`: which elements the statistics are of. Where all
-            are hidden, the mean is taken for 0 and the variance for 1.
+          x: the input; if it has several batch axes, or none, set `reduction_axes`.
+          mask: a boolean array that broadcasts to `x`: which elements count in the statistics. If none
+            does, the mean counts as 0 and the variance as 1.
 
         Raises:
-          ValueError: another number of channels; the message has both shapes.
+          ValueError: the wrong number of channels; the message has both shapes.
         """
         x = as_array(self, x)
         (channels,) = self._features(x, self.feature_axis)
@@ -273,8 +275,8 @@ class GroupNorm(Norm):
         if channels not in axes:
             where = "the last axis" if channels == x.ndim - 1 else f"axis {channels}"
             raise ValueError(
-                f"GroupNorm has the reduction_axes {self.reduction_axes}, but {where}, the "
-                f"channels, must be one of them. The input has the shape {tuple(x.shape)}."
+                f"GroupNorm has the reduction_axes {self.reduction_axes}, but they must include {where}, "
+                f"which has the channels. The input has the shape {tuple(x.shape)}."
             )
         if channels != x.ndim - 1:
             if mask is not None:
@@ -287,11 +289,11 @@ class GroupNorm(Norm):
         return self._last(x, axes, mask)
 
     def _last(self, x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None) -> jax.Array:
-        """Normalize where the channels are the last axis."""
+        """Normalize an input whose last axis is the channels."""
         dtype, x, scale, bias = self._cast(x, self.scale, self.bias)
         given, channels = x, x.ndim - 1
         if self.num_groups % shards(x, channels):
-            # A group is in the hands of several devices.
+            # A group is spread over several devices.
             x = gathered(x, [channels])
         along = (*(1,) * (x.ndim - 1), self.num_features)
         y = self._normalized(x, axes, mask, scale, bias, along, groups=self.num_groups)
@@ -305,8 +307,8 @@ class InstanceNorm(Norm):
 
     Args:
       num_features: number of channels.
-      feature_axes: the axes that are channels. The first axis is the batch; the statistics are over
-        all others.
+      feature_axes: the axes of the channels. The first axis is the batch. The statistics are computed
+        over all other axes.
       epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init, axis_name,
         axis_index_groups, use_fast_variance, promote_dtype, bias_metadata, scale_metadata: as for
         `LayerNorm`.
@@ -353,7 +355,7 @@ class InstanceNorm(Norm):
         self.feature_axes = feature_axes
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        """Normalize an input `(batch, ...)`, with arguments and errors as of `LayerNorm`."""
+        """Normalize an input `(batch, ...)`; arguments and errors as for `LayerNorm`."""
         x = as_array(self, x)
         features = self._features(x, self.feature_axes)
         if 0 in features:

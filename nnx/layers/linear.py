@@ -36,12 +36,12 @@ class Linear(Module):
     Args:
       in_features: size of the last axis of the input.
       out_features: size of the last axis of the output.
-      use_bias: whether to add a bias; without it `bias` is None.
-      dtype: dtype of the computation; without it, what input and parameters promote to.
+      use_bias: whether to add a bias; if not, `bias` is None.
+      dtype: dtype of the computation; by default, the dtype that input and parameters promote to.
       param_dtype: dtype of the parameters.
       precision: precision of the product, as for `jax.lax.dot_general`.
       kernel_init, bias_init: initializers, called with a key, a shape and a dtype.
-      dot_general: a function to use in place of `jax.lax.dot_general`.
+      dot_general: a function to use instead of `jax.lax.dot_general`.
       promote_dtype: a function to use for the casts, called with `(x, kernel, bias), dtype=`.
       preferred_element_type: dtype to accumulate in and to return, as for `jax.lax.dot_general`.
       kernel_metadata, bias_metadata: metadata of the Refs.
@@ -50,7 +50,7 @@ class Linear(Module):
     `(out_features,)`, both in the collection `"params"`.
 
     Raises:
-      MissingStreamError: made outside of a scope with a `"params"` stream.
+      MissingStreamError: made outside a scope with a `"params"` stream.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> layer = nnx.Linear.init(jax.random.key(0))(3, 4)
@@ -92,7 +92,7 @@ class Linear(Module):
         self.dot_general = dot_general
         self.promote_dtype = promote_dtype
         self.preferred_element_type = preferred_element_type
-        # Then a matrix product is all there is to do, and eager code need not look at the settings.
+        # With the default settings, the call is only a matrix product, so eager code is fast.
         self._plain = (
             precision is None
             and dtype is None
@@ -106,15 +106,14 @@ class Linear(Module):
 
         Args:
           x: the input.
-          out_sharding: how the output is sharded: a `PartitionSpec` or a tuple of names, as of
-            `nnx.axis_rules`, or a `NamedSharding`. On a
-            mesh with explicit axes JAX has to be told where it cannot infer it, as where input and
-            kernel are both sharded along the axis that is summed over; on other axes it is a
-            constraint, and without a mesh it is ignored.
+          out_sharding: how to shard the output: a `PartitionSpec` or a tuple of names, as for
+            `nnx.axis_rules`, or a `NamedSharding`. On a mesh with Explicit axes, it is needed where JAX
+            cannot infer the sharding, for example if input and kernel are both sharded along the axis
+            to sum over. On Auto axes it is a constraint, and without a mesh it is ignored.
 
         Raises:
-          ValueError: the last axis has another size, or the layer was given a kernel or a bias that
-            does not fit; the message has both shapes. Or `out_sharding` is needed, or does not fit.
+          ValueError: the last axis has the wrong size, or the layer was given a kernel or a bias that
+            does not fit; the message has both shapes. Or `out_sharding` is missing or does not fit.
           TypeError: the input is neither an array nor a list of numbers.
         """
         kernel, bias = self.kernel, self.bias

@@ -38,26 +38,26 @@ class LinearGeneral(Module):
     with the result in two axes again.
 
     Args:
-      in_features: sizes of the axes `axis` of the input, in the order of the axes in the input.
+      in_features: sizes of the input along the axes `axis`, in the order of the axes in the input.
       out_features: sizes of the new axes, which come last in the output.
-      axis: the axes of the input that are summed over. Their order does not matter.
-      batch_axis: a mapping from leading axes 0, 1, ... of the input to their sizes: each index along
+      axis: the axes of the input to sum over. Their order does not matter.
+      batch_axis: a mapping from leading axes 0, 1, ... of the input to their sizes. Each index along
         them has its own weights.
-      use_bias: whether to add a bias; without it `bias` is None.
+      use_bias: whether to add a bias; if not, `bias` is None.
       dtype, param_dtype, precision, promote_dtype, preferred_element_type, kernel_metadata,
         bias_metadata: as for `Linear`.
       kernel_init, bias_init: initializers, called with a key, the shape of the parameter flattened
         to `(inputs, outputs)` or `(outputs,)`, and a dtype.
-      dot_general: a function to use in place of `jax.lax.dot_general`.
-      dot_general_cls: makes such a function at every call, called without arguments.
+      dot_general: a function to use instead of `jax.lax.dot_general`.
+      dot_general_cls: returns such a function; called without arguments at every call of the layer.
 
     Attributes: `kernel` of shape `(*batch sizes, *in_features, *out_features)` and `bias` of shape
     `(*batch sizes, *out_features)`, both in the collection `"params"`. The attributes
     `in_features`, `out_features` and `axis` are tuples.
 
     Raises:
-      ValueError: not as many axes as sizes; batch axes that are not the leading ones.
-      MissingStreamError: made outside of a scope with a `"params"` stream.
+      ValueError: the numbers of axes and sizes differ; or the batch axes are not the leading ones.
+      MissingStreamError: made outside a scope with a `"params"` stream.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> layer = nnx.LinearGeneral.init(jax.random.key(0))((2, 3), (4, 5), axis=(1, -1))
@@ -103,7 +103,7 @@ class LinearGeneral(Module):
                 f"batch_axis has {tuple(batch_axis)}."
             )
         batch = tuple(batch_axis[i] for i in range(len(batch_axis)))
-        # Initializers take the last two axes for fan-in and fan-out.
+        # Initializers treat the last two axes as fan-in and fan-out.
         flat = (math.prod(batch) * math.prod(inputs), math.prod(outputs))
         self.kernel = new_ref(  # pyright: ignore[reportAttributeAccessIssue]
             _flattened(kernel_init, flat), (*batch, *inputs, *outputs), param_dtype, kernel_metadata
@@ -132,11 +132,11 @@ class LinearGeneral(Module):
 
         Args:
           x: the input.
-          out_sharding: how the output is sharded, as for `Linear`.
+          out_sharding: how to shard the output, as for `Linear`.
 
         Raises:
-          ValueError: an axis is missing or has another size; the message has both shapes. Or
-            `out_sharding` is needed, or does not fit.
+          ValueError: an axis is missing or has the wrong size; the message has both shapes. Or
+            `out_sharding` is missing or does not fit.
         """
         x = as_array(self, x)
         shape = tuple(x.shape)
@@ -168,7 +168,7 @@ class LinearGeneral(Module):
             raise
 
     def _summed_axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The axes to sum over, counted from the front and in order; raises if `x` has them not."""
+        """The axes to sum over, counted from the front, in order; raises if the input does not have them."""
         axes = sorted(a + len(shape) if a < 0 else a for a in self.axis)
         wanted = [*zip(axes, self.in_features, strict=True), *self.batch_axis.items()]
         fits = len({a for a, _ in wanted}) == len(wanted)
@@ -182,24 +182,24 @@ class LinearGeneral(Module):
 
 
 class Einsum(Module):
-    """A learnable kernel, and bias, in an einsum: `einsum(einsum_str, x, kernel) + bias`.
+    """An einsum with a learned kernel, plus a bias: `einsum(einsum_str, x, kernel) + bias`.
 
     Args:
       einsum_str: an equation with two operands, the input and the kernel, and with `->`, such as
-        `"nta,hab->nthb"`. It may have an ellipsis for axes of the input.
+        `"nta,hab->nthb"`. An ellipsis may stand for axes of the input.
       kernel_shape: shape of the kernel.
-      bias_shape: sizes of those axes of the output that the kernel has, in the order of the output;
+      bias_shape: sizes of the output axes that come from the kernel, in the order of the output;
         None for no bias.
       dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype, preferred_element_type,
         kernel_metadata, bias_metadata: as for `Linear`.
-      einsum_op: a function to use in place of `jax.numpy.einsum`.
+      einsum_op: a function to use instead of `jax.numpy.einsum`.
 
     Attributes: `kernel` of shape `kernel_shape` and `bias` of shape `bias_shape` or None, both in the
     collection `"params"`.
 
     Raises:
-      ValueError: the equation is not of this form, or has another number of axes than the kernel.
-      MissingStreamError: made outside of a scope with a `"params"` stream.
+      ValueError: the equation does not have this form; or the kernel has the wrong number of axes.
+      MissingStreamError: made outside a scope with a `"params"` stream.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> layer = nnx.Einsum.init(jax.random.key(0))("nta,hab->nthb", (8, 2, 4), (8, 4))
@@ -255,11 +255,11 @@ class Einsum(Module):
 
         Args:
           x: the first operand.
-          einsum_str: an equation to use in place of the layer's own.
-          out_sharding: how the output is sharded, as for `Linear`.
+          einsum_str: an equation to use instead of the layer's own.
+          out_sharding: how to shard the output, as for `Linear`.
 
         Raises:
-          ValueError: the input or the bias does not fit the equation; `out_sharding` is needed, or
+          ValueError: the input or the bias does not fit the equation; `out_sharding` is missing or
             does not fit.
         """
         equation = self.einsum_str if einsum_str is None else einsum_str.replace(" ", "")
@@ -268,7 +268,7 @@ class Einsum(Module):
         self._check_input(x, equation, left, right)
         shape = jnp.shape(x)
         x, kernel, bias = self.promote_dtype((x, self.kernel, self.bias), dtype=self.dtype)
-        # Axes of an ellipsis are aligned at the right, so they are counted from there.
+        # Axes of an ellipsis are aligned on the right, so they are counted from the right.
         hidden = len(self.kernel_shape) - len(right.replace("...", ""))
         rest = max(hidden, len(shape) - len(left.replace("...", "")))
         labels = _labels(result, rest)
@@ -295,8 +295,8 @@ class Einsum(Module):
         along = [sizes.get(label, 1) for label in labels]
         if math.prod(along) != bias.size:
             raise ValueError(
-                f"The bias of Einsum {equation!r} must have the axes that the output has from the "
-                f"kernel, of sizes {tuple(n for n in along if n != 1)}, but bias_shape is "
+                f"The bias of Einsum {equation!r} must have the output axes that come from the "
+                f"kernel, with sizes {tuple(n for n in along if n != 1)}, but bias_shape is "
                 f"{self.bias_shape}."
             )
         return wanted.constrained(add_bias(y, fitted(bias, along, y)))
@@ -325,7 +325,7 @@ class Einsum(Module):
         hidden = len(self.kernel_shape) - len(right.replace("...", ""))
         sizes = dict(zip(_labels(right, hidden), self.kernel_shape, strict=True))
         labels = _labels(left, len(shape) - letters) if fits else []
-        # Sizes along an ellipsis may broadcast; numbers stand for its axes.
+        # Numbers label the axes of an ellipsis, whose sizes may broadcast.
         if fits and all(
             isinstance(label, int) or sizes.get(label, size) == size
             for label, size in zip(labels, shape, strict=True)
@@ -355,6 +355,6 @@ def _sums_alone(left: str, right: str, result: str) -> bool:
 
 
 def _labels(subscripts: str, hidden: int) -> list[Any]:
-    """The labels of the axes, with the numbers -hidden, ..., -1 in place of an ellipsis."""
+    """The labels of the axes, with the numbers -hidden, ..., -1 for an ellipsis."""
     before, dots, after = subscripts.partition("...")
     return [*before, *(range(-hidden, 0) if dots else ()), *after]

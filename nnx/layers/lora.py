@@ -1,4 +1,4 @@
-"""Low-rank adapters: small matrices that are trained beside large ones that are not."""
+"""Low-rank adapters: small matrices, trained beside large frozen ones."""
 
 from __future__ import annotations
 
@@ -31,22 +31,23 @@ default_a_initializer: Initializer = initializers.he_uniform()
 class LoRA(Module):
     """Low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
-    The product of two narrow matrices, `x @ lora_a @ lora_b`, added to what `base_module` returns.
-    Their collection is `"lora"`, so `nnx.grad(loss, wrt="lora")` trains them alone.
+    It adds the product of two narrow matrices, `x @ lora_a @ lora_b`, to the output of `base_module`.
+    Their collection is `"lora"`, so `wrt="lora"` trains only them.
 
     Args:
       in_features: size of the last axis of the input.
       lora_rank: number of columns of `lora_a` and of rows of `lora_b`.
       out_features: size of the last axis of the output.
-      base_module: a module to call with the same input, cast to `dtype` if there is one; its result is
-        added, and says the dtype of the sum if it is in half precision.
-      dtype: dtype of the products; without it, what input and parameters promote to.
+      base_module: a module to call with the same input, cast to `dtype` if that is set. Its result is
+        added. If the result has half precision, the sum has its dtype.
+      dtype: dtype of the products; by default, the dtype that input and parameters promote to.
       param_dtype: dtype of `lora_a` and `lora_b`.
-      a_initializer, b_initializer: initializers; `lora_b` is zero at first, and changes nothing.
-      lora_param_type: the collection of the two.
+      a_initializer, b_initializer: initializers. By default `lora_b` starts at zero, so the adapter
+        changes nothing at first.
+      lora_param_type: the collection of the two matrices.
       promote_dtype: a function for the casts, called with `(x, lora_a, lora_b), dtype=`.
       a_metadata, b_metadata: metadata of the Refs.
-      alpha: the product is multiplied with `alpha / lora_rank`, with None not at all.
+      alpha: if set, the product is multiplied by `alpha / lora_rank`.
 
     Attributes: `lora_a` of shape `(in_features, lora_rank)`, `lora_b` of shape `(lora_rank,
     out_features)`, `base_module`, and `scale`.
@@ -82,7 +83,7 @@ class LoRA(Module):
         alpha: float | None = None,
     ):
         if lora_rank < 1:
-            raise ValueError(f"The rank of LoRA must be 1 at least, but is {lora_rank}.")
+            raise ValueError(f"The rank of LoRA must be at least 1, but is {lora_rank}.")
         if base_module is not None and not callable(base_module):
             raise TypeError(
                 f"The base_module of LoRA must be callable, but is a {type(base_module).__name__}."
@@ -106,16 +107,16 @@ class LoRA(Module):
     def __call__(
         self, x: jax.Array, *, out_sharding: OutSharding = None, **kwargs: Any
     ) -> jax.Array:
-        """Apply it to an input of shape `(..., in_features)`.
+        """Apply the adapter to an input of shape `(..., in_features)`.
 
         Args:
           x: the input.
-          out_sharding: how the output is sharded, as for `Linear`; `base_module` gets it as well.
+          out_sharding: how to shard the output, as for `Linear`; `base_module` gets it too.
           **kwargs: arguments for `base_module`.
 
         Raises:
-          ValueError: the last axis has another size; the message has both shapes. Or `out_sharding`
-            is needed, or does not fit.
+          ValueError: the last axis has the wrong size; the message has both shapes. Or `out_sharding`
+            is missing or does not fit.
         """
         if not jnp.ndim(x) or jnp.shape(x)[-1] != self.in_features:
             raise shape_error(self, "an input", f"(..., {self.in_features})", jnp.shape(x))
@@ -135,20 +136,20 @@ class LoRA(Module):
         y = self.scaled(y)
         if self.base_module is None:
             return y
-        # Not in the dtype that only the adapter has.
+        # The dtype of the adapter must not change the dtype of the result.
         return added(self.base_module(given if self.dtype is None else x, **kwargs), y)
 
     def promoted(self, *inputs: jax.Array) -> tuple[jax.Array, ...]:
-        """Inputs, `lora_a` and `lora_b` in the dtype of the products."""
+        """The inputs, `lora_a` and `lora_b`, in the dtype of the products."""
         return self.promote_dtype((*inputs, self.lora_a, self.lora_b), dtype=self.dtype)
 
     def scaled(self, product: jax.Array) -> jax.Array:
-        """What a product with both matrices adds."""
+        """A product with both matrices, scaled by `alpha / lora_rank`."""
         return product if self.scale == 1 else product * self.scale
 
 
 class WithAdapter(Module):
-    """What the layers with an adapter have in common: the base class of the layer comes after it."""
+    """The first base class of the layers with an adapter; the class of the plain layer is the second."""
 
     def __init__(
         self,
@@ -192,7 +193,7 @@ class LoRALinear(WithAdapter, Linear):
         lora_promote_dtype, a_metadata, b_metadata, alpha: as for `LoRA`.
       **kwargs: all other arguments of `Linear`.
 
-    Attributes: `kernel` and `bias` as of `Linear`, and the adapter `lora`, with `lora_a` and
+    Attributes: `kernel` and `bias` as for `Linear`, and the adapter `lora`, with `lora_a` and
     `lora_b`.
 
     >>> import jax, jax.numpy as jnp, nnx
@@ -202,7 +203,7 @@ class LoRALinear(WithAdapter, Linear):
     """
 
     def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
-        """Apply the layer to an input of shape `(..., in_features)`, as a `Linear`."""
+        """Apply the layer to an input of shape `(..., in_features)`, like a `Linear`."""
         y = super().__call__(x, out_sharding)
         return added(y, self.lora(x, out_sharding=placement(y)))
 
@@ -210,7 +211,7 @@ class LoRALinear(WithAdapter, Linear):
 class LoRALinearGeneral(WithAdapter, LinearGeneral):
     """A `LinearGeneral` with a low-rank adapter beside it; see `LoRA` and `apply_lora`.
 
-    The adapter takes the axes that are summed over as one, and gives the new axes as one. With
+    To the adapter, the axes that are summed over are one axis, and so are the new axes. With
     batch axes, each index along them has its own adapter.
 
     Args:
@@ -220,7 +221,7 @@ class LoRALinearGeneral(WithAdapter, LinearGeneral):
         lora_promote_dtype, a_metadata, b_metadata, alpha: as for `LoRA`.
       **kwargs: all other arguments of `LinearGeneral`.
 
-    Attributes: `kernel` and `bias` as of `LinearGeneral`, and the adapter `lora`, with `lora_a` of
+    Attributes: `kernel` and `bias` as for `LinearGeneral`, and the adapter `lora`, with `lora_a` of
     shape `(*batch sizes, inputs, lora_rank)` and `lora_b` of shape `(*batch sizes, lora_rank,
     outputs)`, where inputs and outputs are the products of `in_features` and of `out_features`.
 
@@ -231,7 +232,7 @@ class LoRALinearGeneral(WithAdapter, LinearGeneral):
     """
 
     def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
-        """Apply the layer, as a `LinearGeneral`."""
+        """Apply the layer, like a `LinearGeneral`."""
         y = super().__call__(x, out_sharding)
         axes = self._summed_axes(jnp.shape(x))
         others = [axis for axis in range(jnp.ndim(x)) if axis not in axes]
@@ -239,13 +240,13 @@ class LoRALinearGeneral(WithAdapter, LinearGeneral):
         n = len(self.batch_axis)
         batch, rows = x.shape[:n], x.shape[n : len(others)]
         if batch:
-            # A product of stacks of matrices wants exactly one axis of rows.
+            # A product of stacked matrices needs exactly one axis of rows.
             rows = (math.prod(rows),)
         flat = x.reshape(*batch, *rows, self.lora.in_features)
         where = placement(y)
         if where is None:
             return added(y, self.lora(flat).reshape(y.shape))
-        # Once the outputs are one axis, that is sharded as the first of them.
+        # After the output axes are merged into one, it is sharded like the first of them.
         spec: Any = where.spec
         first = y.ndim - len(self.out_features)
         lead = [*spec[:n], merged_spec(spec[n:first], first - n)[0]] if batch else spec[:first]
@@ -255,13 +256,13 @@ class LoRALinearGeneral(WithAdapter, LinearGeneral):
 
 
 def added(y: jax.Array, low_rank: jax.Array) -> jax.Array:
-    """Their sum, in the dtype of `y`: an adapter in float32 does not make a network so."""
+    """Their sum, in the dtype of `y`, so that a float32 adapter keeps a network in half precision."""
     total = y + placed_as(low_rank, y, y.ndim)
     return total.astype(y.dtype) if is_half(y.dtype) else total
 
 
 def beside(layer: Any, rank: int, **options: Any) -> LoRA:
-    """An adapter that fits a layer, with the layer's leading axes, and options of `LoRA`.
+    """An adapter that fits a layer, with the layer's leading axes and the options of `LoRA`.
 
     Raises:
       ValueError: the weight's shape does not match the layer's settings, or it is not a matrix.
@@ -272,17 +273,17 @@ def beside(layer: Any, rank: int, **options: Any) -> LoRA:
     stacked = len(shape) - len(matrix.shape)
     if stacked < 0 or shape[stacked:] != matrix.shape:
         raise ValueError(
-            f"A low-rank adapter of a {type(layer).__name__} from {inputs} to {outputs} features "
-            f"needs its {matrix.name} to be of shape {matrix.shape}, or with axes of a stack before "
-            f"these, but it has shape {shape}. Stack along the first axis, as nnx.Stack does."
+            f"For a low-rank adapter, the {matrix.name} of a {type(layer).__name__} from {inputs} to "
+            f"{outputs} features must have the shape {matrix.shape}, perhaps with axes of a stack before "
+            f"it, but it has the shape {shape}. Stack along the first axis, as nnx.Stack does."
         )
     if getattr(layer, "mask", None) is not None:
         raise ValueError(
-            f"A {type(layer).__name__} with a mask can have no low-rank adapter, as the product would "
-            f"not have the mask. Leave it out by a filter, or multiply its kernel with the mask once."
+            f"A {type(layer).__name__} with a mask cannot have a low-rank adapter, because the mask would "
+            f"not apply to it. Leave the layer out with a filter, or multiply its kernel by the mask once."
         )
     if matrix.name == "embedding" and options["a_initializer"] is default_a_initializer:
-        # One row is looked up, and not the sum over all of them.
+        # A call looks up one row and does not sum over all rows, so fan-in does not count.
         options["a_initializer"] = initializers.normal(rank**-0.5)
     lead = (*shape[:stacked], *matrix.sizes(matrix.batch))
     for name in ("a_initializer", "b_initializer"):
@@ -291,7 +292,7 @@ def beside(layer: Any, rank: int, **options: Any) -> LoRA:
 
 
 def _independent(init: Initializer, lead: tuple[int, ...]) -> Initializer:
-    """The initializer with leading axes, along which the values are independent."""
+    """The initializer for an array with leading axes, along which the values are independent."""
     if not lead:
         return init
 

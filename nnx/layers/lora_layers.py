@@ -22,8 +22,8 @@ __all__ = ["LoRAConv", "LoRAEinsum", "LoRAEmbed"]
 class LoRAConv(WithAdapter, Conv):
     """A `Conv` with a low-rank adapter beside it; see `LoRA` and `apply_lora`.
 
-    The adapter is a convolution over the same window to `lora_rank` channels, and a matrix from these
-    to the output. With groups of channels, each group has the same `lora_a`.
+    The adapter is a convolution over the same window to `lora_rank` channels, followed by a matrix from
+    these to the output. With groups of channels, all groups have the same `lora_a`.
 
     Args:
       in_features, out_features, kernel_size, strides: as for `Conv`.
@@ -32,12 +32,12 @@ class LoRAConv(WithAdapter, Conv):
         lora_promote_dtype, a_metadata, b_metadata, alpha: as for `LoRA`.
       **kwargs: all other arguments of `Conv`.
 
-    Attributes: `kernel` and `bias` as of `Conv`, and the adapter `lora`, with `lora_a` of shape
-    `(inputs, lora_rank)`, where inputs are the positions of the window times the channels of a group,
+    Attributes: `kernel` and `bias` as for `Conv`, and the adapter `lora`, with `lora_a` of shape
+    `(inputs, lora_rank)`, where inputs is the size of the window times the channels of a group,
     and `lora_b` of shape `(lora_rank, out_features)`.
 
     Raises:
-      ValueError: the layer has a mask, which the product of the adapter would not have.
+      ValueError: the layer has a mask, which would not apply to the adapter.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> conv = nnx.LoRAConv.init(jax.random.key(0))(3, 8, (5, 5), lora_rank=2)
@@ -46,7 +46,7 @@ class LoRAConv(WithAdapter, Conv):
     """
 
     def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
-        """Apply the layer, as a `Conv`."""
+        """Apply the layer, like a `Conv`."""
         y = super().__call__(x, out_sharding)
         x, a, b = self.lora.promoted(self._checked(x))
         narrow = wanted_sharding(self, placement(y), (0,) * y.ndim).without_last(y.ndim)
@@ -64,11 +64,11 @@ class LoRAEmbed(WithAdapter, Embed):
       num_embeddings, features: as for `Embed`.
       lora_rank: the rank of the adapter.
       lora_dtype, lora_param_dtype, a_initializer, b_initializer, lora_param_type,
-        lora_promote_dtype, a_metadata, b_metadata, alpha: as for `LoRA`. Without an `a_initializer`
-        the rows of `lora_a` have length about 1, as only one of them is looked up at a time.
+        lora_promote_dtype, a_metadata, b_metadata, alpha: as for `LoRA`. By default, the rows of
+        `lora_a` have a length of about 1, because a lookup uses only one of them.
       **kwargs: all other arguments of `Embed`.
 
-    Attributes: `embedding` as of `Embed`, and the adapter `lora`, with `lora_a` of shape
+    Attributes: `embedding` as for `Embed`, and the adapter `lora`, with `lora_a` of shape
     `(num_embeddings, lora_rank)` and `lora_b` of shape `(lora_rank, features)`.
 
     >>> import jax, jax.numpy as jnp, nnx
@@ -78,7 +78,7 @@ class LoRAEmbed(WithAdapter, Embed):
     """
 
     def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
-        """Look up integers, as an `Embed`."""
+        """Look up integers, like an `Embed`."""
         y = super().__call__(x, out_sharding)
         a = self.lora.lora_a
         found = jnp.broadcast_to(a, (*jnp.shape(x), a.shape[-1])) if len(a) == 1 else rows(a, x)
@@ -86,7 +86,7 @@ class LoRAEmbed(WithAdapter, Embed):
         return added(y, self.lora.scaled(found @ b))
 
     def attend(self, query: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
-        """The product of each query with each row, as of `Embed`."""
+        """The product of each query with each row, like `Embed.attend`."""
         y = super().attend(query, out_sharding)
         query, a, b = self.lora.promoted(query)
         return added(y, self.lora.scaled((query @ b.T) @ a.T))
@@ -95,9 +95,8 @@ class LoRAEmbed(WithAdapter, Embed):
 class LoRAEinsum(WithAdapter, Einsum):
     """An `Einsum` with a low-rank adapter beside it; see `LoRA` and `apply_lora`.
 
-    The axes of the kernel that the input has and the output has not are the inputs of the adapter, taken as
-    one; those that the output alone has are its outputs; for those that both have, there is an
-    adapter for each index.
+    The kernel axes that only the input has form the inputs of the adapter, as one axis. Those that only
+    the output has form its outputs. For the axes that both have, each index has its own adapter.
 
     Args:
       einsum_str, kernel_shape, bias_shape: as for `Einsum`.
@@ -106,11 +105,11 @@ class LoRAEinsum(WithAdapter, Einsum):
         lora_promote_dtype, a_metadata, b_metadata, alpha: as for `LoRA`.
       **kwargs: all other arguments of `Einsum`.
 
-    Attributes: `kernel` and `bias` as of `Einsum`, and the adapter `lora`, with `lora_a` of shape
+    Attributes: `kernel` and `bias` as for `Einsum`, and the adapter `lora`, with `lora_a` of shape
     `(*batch sizes, inputs, lora_rank)` and `lora_b` of shape `(*batch sizes, lora_rank, outputs)`.
 
     Raises:
-      ValueError: the kernel has an ellipsis, an axis twice, or one that is summed over alone.
+      ValueError: the kernel has an ellipsis, the same axis twice, or an axis that is summed alone.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> layer = nnx.LoRAEinsum.init(jax.random.key(0))("nta,hab->nthb", (8, 2, 4), lora_rank=3)

@@ -50,35 +50,35 @@ def apply_lora(
     lora_param_type: Hashable = "lora",
     rngs: Any = None,
 ) -> M:
-    """Put low-rank adapters beside layers of a model, in place: by default its linear ones.
+    """Put low-rank adapters beside layers of a model, in place: by default, its linear layers.
 
-    `Linear`, `LinearGeneral`, `Einsum`, `Conv` and `Embed` can have one. In the place of each that is
-    selected comes a `LoRALinear`, `LoRALinearGeneral`, `LoRAEinsum`, `LoRAConv` or `LoRAEmbed` with the
-    same Refs: one with one adapter for a layer that the model holds at several paths, in modules,
-    lists, tuples and dicts. Layers that are stacked, as in `nnx.Stack`, get stacked adapters. What
-    the model computes stays the same at first, as `lora_b` is zero.
+    `Linear`, `LinearGeneral`, `Einsum`, `Conv` and `Embed` can have an adapter. Each selected layer is
+    replaced by a `LoRALinear`, `LoRALinearGeneral`, `LoRAEinsum`, `LoRAConv` or `LoRAEmbed` with the
+    same Refs. A layer that the model holds at several paths gets a single adapter. Stacked layers, as in
+    `nnx.Stack`, get stacked adapters. At first the model computes the same as before, because `lora_b`
+    is zero.
 
     Args:
       model: the model.
       rank: the rank of the adapters.
-      filter: which of these layers: a class, a filter of paths, such as `nnx.PathContains("query")`,
-        several of them in a tuple, a predicate `(path, module) -> bool`, or `...` for all. Without it,
-        every `Linear` and `LinearGeneral`. Other layers, subclasses of these and layers that have an
-        adapter are never taken.
-      alpha: the adapters' products are multiplied with `alpha / rank`, with None not at all.
-      dtype, param_dtype: of the adapters; without them, those of the layer.
+      filter: which of these layers to select: a class, a filter of paths such as
+        `nnx.PathContains("query")`, a predicate `(path, module) -> bool`, a tuple of these, or `...` for
+        all. By default, every `Linear` and `LinearGeneral`. Other layers, subclasses of these, and layers
+        that already have an adapter are never selected.
+      alpha: if set, the adapters' products are multiplied by `alpha / rank`.
+      dtype, param_dtype: dtypes of the adapters; by default, those of the layer.
       a_initializer, b_initializer, lora_param_type: as for the layers, such as `LoRALinear`.
-      rngs: a key or a seed for the initial values, as for `nnx.scope`; without it they are drawn
-        from the ambient stream `"params"`.
+      rngs: a key or a seed for the initial values, as for `nnx.scope`; by default, keys come
+        from the stream `"params"` of the scope.
 
     Returns:
       The model.
 
     Raises:
       MissingStreamError: `rngs` is missing, and no scope has the stream.
-      ValueError: no layer is selected (the message lists those that there are); a kernel has not
-        the shape that its layer says, as with a stack along another axis than the first; or the
-        model is itself such a layer.
+      ValueError: no layer is selected (the message lists the possible ones); the shape of a kernel does
+        not match the settings of its layer, for example after stacking along another axis than the first;
+        or the model is itself such a layer.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> with nnx.scope(jax.random.key(0)):
@@ -87,7 +87,7 @@ def apply_lora(
     >>> list(model["lora"])
     [('layers', '0', 'lora', 'lora_a'), ('layers', '0', 'lora', 'lora_b')]
 
-    Of an attention, the projections of queries and values:
+    Adapt the projections of queries and values in an attention:
 
     >>> attention = nnx.MultiHeadAttention.init(jax.random.key(0))(num_heads=4, in_features=16)
     >>> which = nnx.PathContains("query"), nnx.PathContains("value")
@@ -121,15 +121,15 @@ def apply_lora(
         already = f", and {_listed(adapted)} with an adapter already" if adapted else ""
         raise ValueError(
             f"apply_lora selects no layer of {type(model).__name__} with the filter {filter!r}. "
-            f"Its {_kinds(layers)} layers are: {_listed(layers)}{already}. A filter selects "
-            f"by these paths, as PathContains does, or is a class or a predicate (path, module) -> "
-            f"bool; a collection is none."
+            f"Its {_kinds(layers)} layers are: {_listed(layers)}{already}. Pass a filter of these "
+            f"paths, such as PathContains, or a class, or a predicate (path, module) -> bool, but not "
+            f"a collection."
         )
     if () in selected:
         name, weight = type(model).__name__, "embedding" if isinstance(model, Embed) else "kernel"
         raise ValueError(
-            f"apply_lora puts other layers into a model, so {'an' if name[0] in 'AEIOU' else 'a'} {name} "
-            f"alone cannot be the model. Put it into one, or make an nnx.LoRA{name} and tie its {weight}."
+            f"apply_lora replaces layers inside a model, so {'an' if name[0] in 'AEIOU' else 'a'} {name} "
+            f"alone cannot be the model. Put it in a module, or make an nnx.LoRA{name} and tie its {weight}."
         )
 
     def adapted_one(path: Path, layer: Any) -> Module:
@@ -145,7 +145,7 @@ def apply_lora(
                 alpha=alpha,
             )
         except ValueError as error:
-            error.add_note(f"This was in apply_lora, for {'.'.join(path)!r}.")
+            error.add_note(f"This happened in apply_lora, for the layer {'.'.join(path)!r}.")
             raise
         return _made_of(_ADAPTED[type(layer)], {**layer.__getstate__(), "lora": lora})
 
@@ -160,18 +160,17 @@ def apply_lora(
 def merge_lora(model: M) -> M:
     """Add the adapter of every layer that has one, such as a `LoRALinear`, to its kernel.
 
-    This is in place: the Ref of the kernel (of an `Embed`, the embedding) gets
-    `kernel + scale * lora_a @ lora_b`, in its dtype, and the layer without an adapter, such as a
-    `Linear`, with the same Refs comes in the place of the layer. What the model computes stays the
-    same, but for rounding.
+    This happens in place: the Ref of the kernel (in an `Embed`, the embedding) gets the value
+    `kernel + scale * lora_a @ lora_b`, in its dtype. The layer is replaced by one without an adapter,
+    such as a `Linear`, with the same Refs. The model computes the same as before, up to rounding.
 
     Returns:
       The model.
 
     Raises:
       ValueError: the model has no such layer; a kernel is tied to another place, which would
-        change, too; or a kernel is normalized by `nnx.WeightNorm` or `nnx.SpectralNorm`, which
-        would normalize the sum.
+        change too; or `nnx.WeightNorm` or `nnx.SpectralNorm` normalizes a kernel, and would then
+        normalize the sum.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> with nnx.scope(jax.random.key(0)):
@@ -186,9 +185,9 @@ def merge_lora(model: M) -> M:
     layers = {path: layer for path, layer in found.items() if type(layer) in _PLAIN and path}
     if not layers:
         raise ValueError(
-            f"merge_lora found no LoRALinear or LoRALinearGeneral in {type(model).__name__}, and no "
-            f"other layer with an adapter. One that is itself the model has no place to put another "
-            f"layer in; put it into a module."
+            f"merge_lora found no layer with an adapter, such as a LoRALinear, in "
+            f"{type(model).__name__}. If the layer is itself the model, it cannot be replaced: put it "
+            f"in a module."
         )
     kernels: list[tuple[Ref[Any], jax.Array]] = []
     for path, layer in layers.items():
@@ -212,12 +211,12 @@ def _without_adapter(layer: Any) -> Module:
 def _check_merge(
     found: dict[Path, Any], path: Path, layer: Any, kernel: Ref[Any], name: str
 ) -> None:
-    """Raise where adding to this kernel would not be all that happens."""
+    """Raise if adding the product to this kernel would have other effects."""
     for other, holder in found.items():
         if holder is not layer and any(x is kernel for x in _direct(holder)):
             raise ValueError(
                 f"The {name} of {'.'.join(path)!r} is tied to {'.'.join(other)!r}, which would "
-                f"change, too. Untie it first: layer.{name} = nnx.Ref(layer.{name}, 'params')."
+                f"change too. Untie it first: layer.{name} = nnx.Ref(layer.{name}, 'params')."
             )
         if isinstance(holder, WeightNorm | SpectralNorm) and any(
             cell is kernel
@@ -226,19 +225,18 @@ def _check_merge(
         ):
             raise ValueError(
                 f"The {name} of {'.'.join(path)!r} is normalized by {type(holder).__name__}, but "
-                f"the product of its adapter is not, so the two cannot be added. Leave the adapter "
-                f"where it is."
+                f"the product of its adapter is not, so the two cannot be added. Keep the adapter."
             )
 
 
 def _direct(module: Any) -> list[Any]:
-    """What a module holds itself, in lists and tuples too, but not by another module."""
+    """The objects that a module holds itself, also in lists and tuples, but not in other modules."""
     held = list(module.__getstate__().values())
     return opened.leaves(held)
 
 
 def _kinds(layers: Mapping[Path, Any]) -> str:
-    """The names of the classes that there are, of those that can have an adapter."""
+    """The names of the linear classes, and of the other classes among these layers."""
     linear = [Linear, LinearGeneral]
     others = [kind for kind in _ADAPTED if kind not in linear]
     there = {type(layer) for layer in layers.values()}
@@ -251,7 +249,7 @@ def _listed(paths: Iterable[Path]) -> str:
 
 
 def _made_of(cls: type[L], attributes: Mapping[str, Any]) -> L:
-    """A layer with these attributes, Refs included, and nothing drawn or allocated."""
+    """A layer with these attributes, including Refs, made without drawing or allocating anything."""
     layer = cls.__new__(cls)
     for name, value in attributes.items():
         setattr(layer, name, value)

@@ -1,4 +1,4 @@
-"""Masks for attention: which key each query may see.
+"""Masks for attention: which keys each query may see.
 
 A mask broadcasts to `(*batch, heads, query length, key length)`; where it is 0 or False, the query
 does not see the key.
@@ -29,12 +29,12 @@ def make_attention_mask(
     extra_batch_dims: int = 0,
     dtype: Dtype = jnp.float32,
 ) -> jax.Array:
-    """A mask from a function of every pair of a query's and a key's entry.
+    """A mask computed from every pair of a query entry and a key entry.
 
     Args:
-      query_input: an array of shape `(*batch, query length)`, such as which tokens are real.
+      query_input: an array of shape `(*batch, query length)`, for example 1 for each real token.
       key_input: an array of shape `(*batch, key length)`.
-      pairwise_fn: compares elementwise, with broadcasting.
+      pairwise_fn: a function that compares elementwise, with broadcasting.
       extra_batch_dims: number of axes of size 1 to put before the others.
       dtype: dtype of the mask.
 
@@ -54,7 +54,7 @@ def make_attention_mask(
 def make_causal_mask(
     x: jax.Array, extra_batch_dims: int = 0, dtype: Dtype = jnp.float32
 ) -> jax.Array:
-    """A mask by which a position sees itself and the ones before.
+    """A mask that lets each position see itself and the positions before it.
 
     Args:
       x: an array of shape `(*batch, length)`; only its shape is used.
@@ -79,12 +79,12 @@ def make_window_mask(
     extra_batch_dims: int = 0,
     dtype: Dtype = jnp.float32,
 ) -> jax.Array:
-    """A mask by which a position sees itself and its neighbours (https://arxiv.org/abs/2004.05150).
+    """A mask that lets each position see itself and its neighbours (https://arxiv.org/abs/2004.05150).
 
     Args:
       x: an array of shape `(*batch, length)`; only its shape is used.
-      before: number of positions before its own that it sees.
-      after: number of positions after its own that it sees; with 0 the mask is causal.
+      before: how many positions before itself it sees.
+      after: how many positions after itself it sees; with 0 the mask is causal.
       extra_batch_dims: number of axes of size 1 to put before the others.
       dtype: dtype of the mask.
 
@@ -106,11 +106,11 @@ def make_window_mask(
 def make_padding_mask(
     lengths: jax.Array, length: int, extra_batch_dims: int = 0, dtype: Dtype = jnp.float32
 ) -> jax.Array:
-    """A mask by which nobody sees the padding at the end of a sequence.
+    """A mask that hides the padding at the end of each sequence.
 
     Args:
-      lengths: how many entries of each sequence are real, an array of shape `batch`.
-      length: length of the sequences with the padding.
+      lengths: an array of shape `batch`: how many entries of each sequence are real.
+      length: length of the sequences, including the padding.
       extra_batch_dims: number of axes of size 1 to put before the others.
       dtype: dtype of the mask.
 
@@ -126,17 +126,17 @@ def make_padding_mask(
 
 
 def combine_masks(*masks: jax.Array | None, dtype: Dtype = jnp.float32) -> jax.Array | None:
-    """The mask by which a query sees what all of these let it see.
+    """A mask that lets a query see a key only if all of these masks do.
 
     Args:
-      *masks: masks of the same number of axes, with shapes that broadcast; None is left out.
+      *masks: masks with the same number of axes, and shapes that broadcast; None is ignored.
       dtype: dtype of the mask.
 
     Returns:
-      A mask, or None if there are only Nones.
+      A mask, or None if all masks are None.
 
     Raises:
-      ValueError: the masks have not the same number of axes.
+      ValueError: the masks do not have the same number of axes.
 
     >>> import jax.numpy as jnp, nnx
     >>> mask = nnx.combine_masks(
@@ -150,7 +150,7 @@ def combine_masks(*masks: jax.Array | None, dtype: Dtype = jnp.float32) -> jax.A
         return None
     if len({mask.ndim for mask in given}) > 1:
         raise ValueError(
-            f"combine_masks needs masks of the same number of axes, (*batch, heads, query length, "
+            f"combine_masks needs masks with the same number of axes, (*batch, heads, query length, "
             f"key length), but got shapes {', '.join(str(mask.shape) for mask in given)}."
         )
     combined = given[0]

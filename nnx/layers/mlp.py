@@ -23,17 +23,17 @@ class MLP(Module):
 
     Args:
       in_features: size of the last axis of the input.
-      hidden_features: size of the hidden layer, or sizes of several; none give one linear layer.
-      out_features: size of the last axis of the output; without it, `in_features`.
-      activation: a function, or a module, that comes after each hidden layer.
-      final_activation: one that comes at the end.
+      hidden_features: size of the hidden layer, or sizes of several; an empty list gives one linear layer.
+      out_features: size of the last axis of the output; by default `in_features`.
+      activation: a function or module to apply after each hidden layer.
+      final_activation: a function or module to apply at the end.
       dropout_rate: the probability that an element of a hidden layer is dropped; see `Dropout`.
       use_bias, dtype, param_dtype, precision, kernel_init, bias_init: as for `Linear`.
 
     Attributes: `layers`, a list of `Linear`, and `dropout`.
 
     Raises:
-      MissingStreamError: made outside of a scope with a `"params"` stream.
+      MissingStreamError: made outside a scope with a `"params"` stream.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> mlp = nnx.MLP.init(jax.random.key(0))(3, [16, 16], 1, activation=jnp.tanh)
@@ -86,8 +86,8 @@ class MLP(Module):
 
         Args:
           x: the input.
-          out_sharding: how the output is sharded, as for `Linear`.
-          hidden_sharding: how what each hidden layer returns is.
+          out_sharding: how to shard the output, as for `Linear`.
+          hidden_sharding: how to shard the output of each hidden layer.
         """
         given, says = x, "hidden_sharding"
         try:

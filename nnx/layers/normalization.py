@@ -33,35 +33,36 @@ __all__ = ["BatchNorm"]
 class BatchNorm(Module):
     """Batch normalization (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167).
 
-    In training it normalizes by the statistics of the batch and moves its running averages towards
-    them; with `use_running_average` it normalizes by the running averages and writes nothing.
+    In training, it normalizes by the statistics of the batch and moves its running averages towards
+    them. With `use_running_average`, it normalizes by the running averages and writes nothing.
 
     Args:
       num_features: size of the feature axis.
-      use_running_average: an argument of the call wins over it, then a scope flag of this name,
-        then the scope flag `training`, which says the opposite; `model.train()` and `model.eval()`
-        set it.
-      axis: the feature axis; the statistics are over all others.
+      use_running_average: normalize by the running averages. These override it, in this order: the
+        argument of the call, the scope flag of this name, the opposite of the scope flag `training`.
+        `model.train()` and `model.eval()` set it.
+      axis: the feature axis; the statistics are computed over all other axes.
       momentum: the running averages become `momentum * old + (1 - momentum) * new`.
-      epsilon: is added to the variance.
-      dtype: dtype of the result; without it, what input, `scale` and `bias` promote to. The
-        statistics are in float32 at least.
+      epsilon: added to the variance.
+      dtype: dtype of the result; by default, the dtype that input, `scale` and `bias` promote to. The
+        statistics are in at least float32.
       param_dtype: dtype of `scale` and `bias`.
-      use_bias, use_scale: whether there are such parameters; without, the attribute is None.
+      use_bias, use_scale: whether to have these parameters; if not, the attribute is None.
       bias_init, scale_init: initializers.
       axis_name: name of a mapped axis (`nnx.vmap`, `nnx.shard_map`) to average over as well.
-      axis_index_groups: groups along that axis, as for `jax.lax.pmean`, which has them in `jax.pmap`
-        and in `nnx.shard_map(..., check_vma=False)` only; there the averages kept are of one group.
-      use_fast_variance: one pass over the batch, centered at one of its elements, instead of two,
-        centered at the mean.
-      promote_dtype: a function for the casts, called with `(x, mean, var, scale, bias), dtype=`,
-        float32 at least.
+      axis_index_groups: groups along that axis, as for `jax.lax.pmean`, which supports them only in
+        `jax.pmap` and `nnx.shard_map(..., check_vma=False)`. There, the running averages are those of a
+        single group.
+      use_fast_variance: compute the variance in one pass, with deviations from an element of the batch,
+        instead of two, with deviations from the mean.
+      promote_dtype: a function for the casts, called with `(x, mean, var, scale, bias), dtype=`; the
+        dtype is at least float32.
       bias_metadata, scale_metadata: metadata of the Refs.
-      correction: what is subtracted from the number of elements to divide by for the running variance:
-        0 as in flax, 1 as in PyTorch. The batch itself is normalized with 0 in either case.
+      correction: subtracted from the number of elements in the denominator of the running variance:
+        0 as in flax, 1 as in PyTorch. The batch itself is always normalized with 0.
 
     Attributes, all of shape `(num_features,)`: `scale` and `bias` in the collection `"params"`,
-    `mean` and `var`, in float32 at least, in `"batch_stats"`.
+    `mean` and `var`, in at least float32, in `"batch_stats"`.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> norm = nnx.BatchNorm(3)
@@ -133,11 +134,11 @@ class BatchNorm(Module):
         Args:
           x: an input whose axis `axis` has size `num_features`.
           use_running_average: whether to use the running averages.
-          mask: a boolean array that broadcasts to `x`: which elements the statistics are of. Where all
-            are hidden, and for an empty batch, the running averages stay, and are what it normalizes by.
+          mask: a boolean array that broadcasts to `x`: which elements count in the statistics. If none
+            does, or the batch is empty, it normalizes by the running averages and leaves them unchanged.
 
         Raises:
-          ValueError: the feature axis has another size; the message has both shapes.
+          ValueError: the feature axis has the wrong size; the message has both shapes.
           MissingFlagError: `use_running_average` is None everywhere.
         """
         use_running_average = evaluates(self, "use_running_average", use_running_average)
@@ -148,7 +149,7 @@ class BatchNorm(Module):
         feature_axis = self.axis % x.ndim
         others = tuple(i for i in range(x.ndim) if i != feature_axis)
         dtype = result_dtype(self.dtype, x, self.scale, self.bias)
-        # The statistics are in float32, and do not make the result so.
+        # The statistics are in float32, but they must not turn the result into float32.
         x, mean, var, scale, bias = self.promote_dtype(
             (x, self.mean, self.var, self.scale, self.bias), dtype=wide(x.dtype, dtype)
         )
@@ -167,7 +168,7 @@ class BatchNorm(Module):
                     fast=self.use_fast_variance,
                 )
                 self._move(found)
-                # Where all is hidden, nothing but the running averages says what to normalize by.
+                # If everything is hidden, only the running averages are left to normalize by.
                 known = True if mask is None else found.count > 0
                 y = found.centered - _where(known, found.mean, mean)
                 var = _where(known, found.var, var)
@@ -184,7 +185,7 @@ class BatchNorm(Module):
         return y.astype(dtype)
 
     def _move(self, found: Moments) -> None:
-        """Move the running averages, where there is anything to move them towards."""
+        """Move the running averages, unless there are no elements to move them towards."""
         mean, var = jax.lax.stop_gradient((found.shift + found.mean, found.var))
         count = found.count
         left: Any = count - self.correction
@@ -203,6 +204,6 @@ def _averaged(old: jax.Array, new: jax.Array, keep: float, known: Any) -> jax.Ar
     if known is False:
         return old
     average = keep * old + (1 - keep) * as_placed(new.reshape(old.shape), old)
-    # Of a float64 batch it would become float64, which no loop could carry.
+    # A float64 batch would turn it into float64, and then no loop could carry it.
     average = average if jnp.iscomplexobj(average) else average.astype(old.dtype)
     return average if known is True else jnp.where(known.reshape(old.shape), average, old)

@@ -25,21 +25,21 @@ def pool(
     strides: Sequence[int] | None = None,
     padding: Padding = "VALID",
 ) -> jax.Array:
-    """Reduce each window of positions to one, channel by channel.
+    """Reduce each window of positions to a single value, channel by channel.
 
-    Gradients are known for the reductions of the other functions here, and not for every other.
+    The reductions of the other functions here have gradients. Others may not.
 
     Args:
-      inputs: of shape `(*batch, *spatial, channels)`, with any number of batch axes, none included,
+      inputs: of shape `(*batch, *spatial, channels)`, with any number of batch axes, or none,
         and as many spatial axes as the window has.
-      init: the value that the reduction starts with, and that padding has.
+      init: the start value of the reduction, and the value of the padding.
       reduce_fn: a function of two arrays, such as `jax.lax.max`.
       window_shape: size of the window along each spatial axis.
-      strides: steps from window to window along each spatial axis; without it, ones.
+      strides: steps from window to window along each spatial axis; by default 1.
       padding: `"SAME"`, `"VALID"`, or for each spatial axis a pair (before, after).
 
     Raises:
-      ValueError: too few axes, or strides or paddings of another number of axes than the window;
+      ValueError: too few axes, or the number of strides or paddings does not match the window;
         the message has both.
 
     >>> import jax, jax.numpy as jnp, nnx
@@ -97,7 +97,7 @@ def max_pool(
     """The maximum of each window; arguments and errors as for `pool`.
 
     Raises:
-      ValueError: values that have no order, such as complex ones.
+      ValueError: the values have no order, such as complex numbers.
 
     >>> import jax.numpy as jnp, nnx
     >>> nnx.max_pool(jnp.ones((2, 28, 28, 8)), (2, 2), (2, 2)).shape
@@ -117,7 +117,7 @@ def min_pool(
     """The minimum of each window; arguments and errors as for `pool`.
 
     Raises:
-      ValueError: values that have no order, such as complex ones.
+      ValueError: the values have no order, such as complex numbers.
 
     >>> import jax.numpy as jnp, nnx
     >>> nnx.min_pool(jnp.arange(4.0)[:, None], (2,)).ravel().tolist()
@@ -154,7 +154,7 @@ def avg_pool(
     total = _pool(inputs, 0.0, jax.lax.add, window_shape, strides, padding)
     if count_include_pad:
         return (total / math.prod(window_shape)).astype(dtype)
-    # The same count for each batch and channel.
+    # The count is the same for each batch and channel.
     axes = len(window_shape)
     spatial = inputs.shape[-axes - 1 : -1]
     one = jnp.ones((*(1,) * (inputs.ndim - axes - 1), *spatial, 1), inputs.dtype)
@@ -162,17 +162,17 @@ def avg_pool(
 
 
 def _widened(x: jax.Array) -> jax.Array:
-    """Floats in float32 at least, and so are the sums that gradients are."""
+    """Floats in at least float32, so that gradients are summed in at least float32 too."""
     return x.astype(wide(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _extremes(x: jax.Array) -> tuple[Any, Any]:
-    """The least and the greatest value of a dtype, as constants: gradients need to know them."""
+    """The least and the greatest value of a dtype, as constants, because gradients need them."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         greatest = np.array(np.inf, x.dtype)
         if np.isinf(greatest):
             return -greatest, greatest
-        # Some of eight bits and less have no infinity.
+        # Some dtypes of eight bits or fewer have no infinity.
         info = jnp.finfo(x.dtype)
     elif x.dtype == jnp.bool_:
         return np.array(False), np.array(True)
@@ -181,7 +181,7 @@ def _extremes(x: jax.Array) -> tuple[Any, Any]:
     else:
         raise ValueError(
             f"max_pool and min_pool need values that have an order, but got inputs of dtype "
-            f"{x.dtype} and shape {tuple(x.shape)}. Pool jnp.abs(x), or its real and imaginary "
-            f"parts by themselves."
+            f"{x.dtype} and shape {tuple(x.shape)}. Pool jnp.abs(x), or pool the real and imaginary "
+            f"parts separately."
         )
     return np.array(info.min, x.dtype), np.array(info.max, x.dtype)

@@ -1,4 +1,4 @@
-"""Where a token stands: sinusoids to add, and rotations of queries and keys."""
+"""Positions of tokens: sinusoids to add, and rotations of queries and keys."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def sinusoidal_positions(
 ) -> jax.Array:
     """A table of fixed position encodings (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
 
-    Row p has the sines and cosines of `p / base ** (2 i / features)`. Add it to the embeddings; when
-    decoding, add the rows of the new positions, `table[positions]`.
+    Row p has the sines and cosines of `p / base ** (2 i / features)`. Add the table to the embeddings.
+    When decoding, add the rows of the new positions, `table[positions]`.
 
     Args:
       length: number of positions.
       features: size of a row, an even number.
       base: the longest wavelength is nearly `2 π base`.
-      interleaved: sine and cosine by turns, as in the paper; else first all sines.
+      interleaved: alternate sines and cosines, as in the paper; otherwise all sines come first.
       dtype: dtype of the table. It is computed in float64.
 
     Returns:
@@ -68,15 +68,15 @@ def apply_rotary(
 
     Args:
       x: queries or keys of shape `(*batch, length, heads, features)`.
-      positions: the position of each token, of shape `(length,)` or `(*batch, length)`, or another
+      positions: the position of each token, of shape `(length,)`, `(*batch, length)`, or any other shape
         that broadcasts to the latter.
       base, rotary_features, interleaved: as for `RotaryEmbedding`.
 
     Returns:
-      An array of the shape and dtype of `x`. The rotation is computed in float32 at least.
+      An array of the shape and dtype of `x`. The rotation is computed in at least float32.
 
     Raises:
-      ValueError: `rotary_features` is odd or more than there are; the positions do not fit.
+      ValueError: `rotary_features` is odd or too large; the positions do not fit.
 
     >>> import jax.numpy as jnp, nnx
     >>> x = jnp.ones((5, 2, 4))  # 5 tokens, 2 heads
@@ -92,7 +92,7 @@ def apply_rotary(
     dtype = wide(x.dtype)
     angles = _angles(positions[..., None, None], _frequencies(rotated, base), dtype)
     sin, cos = jnp.sin(angles), jnp.cos(angles)
-    # A pair of features is in the hands of one device.
+    # Both features of a pair must be on one device.
     x = gathered(x, [x.ndim - 1])
     part = x[..., :rotated].astype(dtype)
     if interleaved:
@@ -111,19 +111,20 @@ def apply_rotary(
 class RotaryEmbedding(Module):
     """Rotary position embedding (Su et al. 2021, RoFormer, https://arxiv.org/abs/2104.09864).
 
-    Pair i of the features of a query or key at position p is rotated in its plane by the angle
-    `p / base ** (2 i / rotary_features)`. The product of a query with a key then depends on their
-    distance and not on where they stand.
+    It rotates feature pair i of a query or key at position p by the angle
+    `p / base ** (2 i / rotary_features)`. The product of a query and a key then depends on their
+    distance but not on their positions.
 
-    A feature is paired with the one half of the rotated features further on, as in Llama and
-    GPT-NeoX checkpoints in their usual form; with `interleaved`, with its neighbour, as in the paper
-    and in GPT-J. Weights trained with one pairing are wrong with the other, without an error.
+    Each feature in the first half of the rotated features is paired with its counterpart in the second
+    half, as in the usual Llama and GPT-NeoX checkpoints. With `interleaved`, it is paired with its
+    neighbour, as in the paper and in GPT-J. Weights trained with one pairing give wrong results with the
+    other, without an error.
 
     Args:
       features: size of a head.
-      base: base of the wavelengths; long-context models take a larger one.
-      rotary_features: number of features, the first ones, that are rotated; the others stay as they
-        are. Without it, all.
+      base: base of the wavelengths; long-context models use a larger one.
+      rotary_features: how many of the first features to rotate; the others stay as they are. By default
+        all are rotated.
       interleaved: pair neighbours.
 
     It has no parameters. `MultiHeadAttention(..., rotary=...)` applies it to queries and keys.
@@ -155,14 +156,14 @@ class RotaryEmbedding(Module):
         _check_features(self.rotary_features, features)
 
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        """Rotate `x`; shape and dtype stay.
+        """Rotate `x`; its shape and dtype stay the same.
 
         Args:
           x: queries or keys of shape `(*batch, length, heads, features)`.
-          positions: as for `apply_rotary`; without it, 0, 1, ....
+          positions: as for `apply_rotary`; by default 0, 1, ....
 
         Raises:
-          ValueError: the heads have another size, or the positions do not fit.
+          ValueError: the heads have the wrong size, or the positions do not fit.
         """
         x = as_array(self, x)
         if x.ndim < 3 or x.shape[-1] != self.features:
@@ -182,10 +183,10 @@ def _frequencies(features: int, base: float) -> np.ndarray:
 
 
 def _angles(positions: jax.Array, frequencies: np.ndarray, dtype: Dtype) -> jax.Array:
-    """`positions * frequencies`, less whole turns.
+    """`positions * frequencies`, minus whole turns.
 
-    The product in float32 would be off by 0.004 at position 100,000, so whole positions are counted
-    in turns of 2³² steps, which integers wrap by themselves.
+    A float32 product would be off by 0.004 at position 100,000. So a turn has 2³² steps, and whole
+    positions are multiplied as integers, which wrap around after a turn.
     """
     if dtype == jnp.float64:
         return positions * jnp.asarray(frequencies, dtype)
@@ -209,7 +210,7 @@ def _check_features(rotated: int, features: int) -> None:
     if rotated % 2 or not 0 < rotated <= features:
         raise ValueError(
             f"A rotary embedding rotates pairs of features, so it needs an even number of them, "
-            f"from 2 to the {features} there are, but got {rotated}. Set rotary_features."
+            f"from 2 to all {features}, but got {rotated}. Set rotary_features."
         )
 
 
@@ -221,6 +222,6 @@ def _check_positions(x: Any, positions: Any) -> None:
         fits = False
     if not fits:
         raise ValueError(
-            f"The positions of a rotary embedding must broadcast to {wanted}, (*batch, length) of "
-            f"its input of shape {x.shape}, but have shape {positions.shape}."
+            f"The positions of a rotary embedding must broadcast to {wanted}, the (*batch, length) of "
+            f"its input of shape {x.shape}, but they have shape {positions.shape}."
         )

@@ -18,12 +18,12 @@ __all__ = ["PReLU"]
 
 
 class PReLU(Module):
-    """`x` where it is positive, and else a learned multiple of it (https://arxiv.org/abs/1502.01852).
+    """`x` where it is positive, otherwise a learned multiple of it (https://arxiv.org/abs/1502.01852).
 
     Args:
-      negative_slope_init: the first value of the slope: a number, or an array that broadcasts to
-        the input, such as one slope for each channel.
-      dtype: dtype of the result; without it, that of the input.
+      negative_slope_init: the initial slope: a number, or an array that broadcasts to the input, such as
+        one slope for each channel.
+      dtype: dtype of the result; by default the dtype of the input.
       param_dtype: dtype of the slope.
       promote_dtype: a function for the casts, called with `(x, negative_slope), dtype=`.
       negative_slope_metadata: metadata of the Ref.
@@ -53,7 +53,7 @@ class PReLU(Module):
         self.promote_dtype = promote_dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply it to an array of any shape; the result has that shape.
+        """Apply the activation to an array of any shape; the result has the same shape.
 
         Raises:
           ValueError: the slope is an array that does not broadcast to the input; the message has
@@ -70,7 +70,7 @@ class PReLU(Module):
                 f"{type(self).__name__} has a negative_slope of shape {shape}, which does not "
                 f"broadcast to an input of shape {tuple(x.shape)}."
             )
-        # A slope of higher precision must not change the dtype of what flows through the network.
+        # A slope of higher precision must not change the dtype of the activations.
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else None
         dtype = dtype if self.dtype is None else self.dtype
         x, slope = self.promote_dtype((x, self.negative_slope), dtype=dtype)

@@ -38,33 +38,34 @@ _FLOATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3", "float8_e3m4", "float8
 class QuantizedLinear(Module):
     """A linear layer whose kernel is stored in int8 or float8, with a scale for each output.
 
-    The kernel is 4 times smaller than in float32, and 2 times smaller than in bfloat16. It is made of a
-    layer that is trained, by `QuantizedLinear.of`, of all in a model by
-    `nnx.replace(model, nnx.Linear, nnx.QuantizedLinear.of)`, and is not trained itself: it is in the
-    collection `"quantized"`, and gradients go through it to the input and the bias.
+    The kernel is 4 times smaller than in float32, and 2 times smaller than in bfloat16.
+    `QuantizedLinear.of` makes it from a trained layer, and
+    `nnx.replace(model, nnx.Linear, nnx.QuantizedLinear.of)` replaces all linear layers of a model. The
+    kernel is not trained: it is in the collection `"quantized"`. Gradients flow through it to the input
+    and the bias.
 
-    In int8 no element is off by more than 1/254 of the largest one of its output; in float8_e4m3fn by
-    more than 1/16 of itself, or 1/2 ** 18 of the largest one. The output of a layer of some hundred
-    inputs with normal weights is off by about 1 % (int8) and 3 % (float8_e4m3fn) of its size.
+    In int8, each element is off by at most 1/254 of the largest one for the same output; in
+    float8_e4m3fn, by at most 1/16 of itself, or 1/2 ** 18 of the largest one. The output of a layer with
+    some hundred inputs and normal weights is off by about 1 % (int8) or 3 % (float8_e4m3fn).
 
     Args:
-      in_features: size of the last axis of the input; or sizes of the axes that are summed over.
-      out_features: size of the last axis of the output; or sizes of the axes that come in place.
-      axis: the axes of the input that are summed over.
-      use_bias: whether there is a bias.
-      quantized_dtype: dtype that the kernel is stored in: int8, or one of the float8 types.
-      dtype: dtype of the computation; without it, what the input and `param_dtype` promote to.
-      param_dtype: dtype of the bias, and that which the kernel stands for.
+      in_features: size of the last axis of the input; or sizes of the axes to sum over.
+      out_features: size of the last axis of the output; or sizes of the new axes.
+      axis: the axes of the input to sum over.
+      use_bias: whether to add a bias.
+      quantized_dtype: dtype of the stored kernel: int8, or one of the float8 types.
+      dtype: dtype of the computation; by default, the dtype that the input and `param_dtype` promote to.
+      param_dtype: dtype of the bias, and of the kernel before quantization.
       precision: as for `Linear`.
       kernel_init, bias_init: initializers; the kernel is drawn, and then quantized.
       promote_dtype: a function for the casts.
 
     Attributes: `quantized` of shape `(*in_features, *out_features)`, and `scale`, float32, of shape
     `out_features`, in the collection `"quantized"`; `bias` of shape `out_features` or None, in
-    `"params"`; and `kernel`, the array that the first two stand for.
+    `"params"`; and `kernel`, the array that the first two represent.
 
     Raises:
-      ValueError: a dtype that is not one of these.
+      ValueError: `quantized_dtype` is another dtype.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> with nnx.scope(jax.random.key(0)):
@@ -112,20 +113,20 @@ class QuantizedLinear(Module):
 
     @classmethod
     def of(cls, layer: Any, quantized_dtype: Dtype = jnp.int8) -> QuantizedLinear:
-        """The quantized form of a layer, with its bias; a quantized one is returned as it is.
+        """The quantized form of a layer, with its bias; a quantized layer is returned unchanged.
 
-        `functools.partial(nnx.QuantizedLinear.of, quantized_dtype=jnp.float8_e4m3fn)` is for
-        `nnx.replace` with another dtype, and `(nnx.Linear, nnx.LinearGeneral)` are all linear layers of
-        a model with those of its attentions. Layers of a `Stack` may be stacked.
+        For another dtype, pass `functools.partial(nnx.QuantizedLinear.of,
+        quantized_dtype=jnp.float8_e4m3fn)` to `nnx.replace`. Select `(nnx.Linear, nnx.LinearGeneral)` to
+        include the layers of attentions. Layers of a `Stack` may be stacked.
 
         Args:
           layer: a `Linear`, or a `LinearGeneral` without batch axes.
           quantized_dtype: int8, or one of the float8 types.
 
         Raises:
-          TypeError: another layer, such as one with an adapter, which `nnx.merge_lora` would add.
-          ValueError: batch axes, a kernel of another shape than its layer says, one that is not
-            finite, or another dtype.
+          TypeError: any other layer, such as one with an adapter (call `nnx.merge_lora` first).
+          ValueError: the layer has batch axes, its kernel has the wrong shape or is not finite, or the
+            dtype is not supported.
 
         >>> import functools, jax.numpy as jnp, nnx
         >>> small = nnx.QuantizedLinear.of(nnx.Linear.init(0)(8, 4), jnp.float8_e4m3fn)
@@ -137,19 +138,19 @@ class QuantizedLinear(Module):
         if type(layer) not in (Linear, LinearGeneral):
             raise TypeError(
                 f"QuantizedLinear.of takes a Linear or a LinearGeneral, but got a "
-                f"{type(layer).__name__}. Of a layer with an adapter, call nnx.merge_lora first; leave "
-                f"other layers out of what nnx.replace selects."
+                f"{type(layer).__name__}. For a layer with an adapter, call nnx.merge_lora first. In "
+                f"nnx.replace, do not select other layers."
             )
         plain = layer.dot_general in (None, jax.lax.dot_general)
         if not plain or getattr(layer, "dot_general_cls", None) or layer.preferred_element_type:
             raise ValueError(
-                f"QuantizedLinear has no dot_general and no preferred_element_type of its own, as this "
-                f"{type(layer).__name__} has. Leave it out of what nnx.replace selects."
+                f"This {type(layer).__name__} has its own dot_general or preferred_element_type, which "
+                f"QuantizedLinear does not support. In nnx.replace, do not select this layer."
             )
         if getattr(layer, "batch_axis", None):
             raise ValueError(
                 f"QuantizedLinear has no batch axes, but the LinearGeneral has {layer.batch_axis}. "
-                f"Leave it out of what nnx.replace selects."
+                f"In nnx.replace, do not select this layer."
             )
         made = cls.__new__(cls)
         made._set_sizes(layer.in_features, layer.out_features, getattr(layer, "axis", -1))
@@ -157,10 +158,10 @@ class QuantizedLinear(Module):
         if len(shape) < len(sizes) or shape[len(shape) - len(sizes) :] != sizes:
             raise ValueError(
                 f"The kernel of {type(layer).__name__} has the shape {shape}, but the layer was "
-                f"made for one of shape {sizes}. Stack along the first axis, as nnx.Stack does."
+                f"made for the shape {sizes}. Stack along the first axis, as nnx.Stack does."
             )
         made._store(get_ref(layer, "kernel"), quantized_dtype)
-        # Tied, so that a bias that is shared stays so.
+        # Tied, so that a shared bias stays shared.
         made.bias = get_ref(layer, "bias") if layer.bias is not None else None  # pyright: ignore
         made.use_bias = layer.bias is not None
         made.dtype = layer.dtype
@@ -180,17 +181,17 @@ class QuantizedLinear(Module):
             )
 
     def _summed(self, ndim: int) -> tuple[int, ...]:
-        """The axes of a kernel with so many, stacked or not, that are summed over."""
+        """The axes to sum over, of a kernel with `ndim` axes, stacked or not."""
         first = ndim - len(self.in_features) - len(self.out_features)
         return tuple(range(first, first + len(self.in_features)))
 
     def _store(self, kernel: Ref[Any], dtype: Dtype) -> None:
-        """Set `quantized` and `scale`, placed on devices as the kernel is."""
+        """Set `quantized` and `scale`, placed on the same devices as the kernel."""
         dtype, value = jnp.dtype(dtype), kernel.value
         if dtype != jnp.int8 and dtype.name not in _FLOATS:
             raise ValueError(
-                f"QuantizedLinear stores its kernel in int8 or in 8 bits of floating point, "
-                f"{', '.join(_FLOATS[:2])} or another, but got {dtype.name}."
+                f"QuantizedLinear stores its kernel in int8 or in 8-bit floating point "
+                f"({', '.join(_FLOATS[:2])}, ...), but got {dtype.name}."
             )
         summed = self._summed(value.ndim)
         if isinstance(value, jax.ShapeDtypeStruct):
@@ -215,19 +216,19 @@ class QuantizedLinear(Module):
 
     @property
     def kernel(self) -> jax.Array:
-        """The array that the stored kernel stands for, in `param_dtype`."""
+        """The array that the stored kernel represents, in `param_dtype`."""
         scale = jnp.expand_dims(self.scale, self._summed(self.quantized.ndim))
         return (self.quantized.astype(jnp.float32) * scale).astype(self.param_dtype)
 
     def __call__(self, x: jax.Array, out_sharding: OutSharding = None) -> jax.Array:
-        """Apply the layer to an input with the sizes `in_features` along `axis`.
+        """Apply the layer to an input with sizes `in_features` along `axis`.
 
         Args:
           x: the input.
-          out_sharding: how the output is sharded, as for `Linear`.
+          out_sharding: how to shard the output, as for `Linear`.
 
         Raises:
-          ValueError: the input has other sizes; the message has its shape. Or `out_sharding` does
+          ValueError: the input has the wrong sizes; the message has its shape. Or `out_sharding` does
             not fit.
         """
         x = as_array(self, x)
@@ -238,12 +239,12 @@ class QuantizedLinear(Module):
             if self.axis != (-1,):
                 expected = f"with sizes {self.in_features} along the axes {self.axis}"
             raise shape_error(self, "an input", expected, x.shape)
-        # A number in the dtype that the kernel stands for, so that the casts are those of `Linear`.
+        # This stands for the kernel, so that the casts are those of `Linear`.
         like = jnp.zeros((), self.param_dtype)
         x, bias, _ = self.promote_dtype((x, self.bias, like), dtype=self.dtype)
         shape = (*(n for i, n in enumerate(x.shape) if i not in axes), *self.out_features)
         wanted = wanted_sharding(self, out_sharding, shape, x, self.quantized)
-        # All values of 8 bits are exact in each of the dtypes that a network computes in.
+        # Every 8-bit value is exact in every dtype that networks compute in.
         y = jax.lax.dot_general(
             x,
             self.quantized.astype(x.dtype),
@@ -257,13 +258,13 @@ class QuantizedLinear(Module):
 
 
 def _quantized(kernel: jax.Array, axes: tuple[int, ...], dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """The kernel in 8 bits, and what it is to be multiplied with: the same along some axes."""
+    """The kernel in 8 bits, and its scale, which is constant along these axes."""
     full = kernel.astype(jnp.float32)
     largest = jnp.max(jnp.abs(full), axis=axes)
-    # Not where it is nan, which the result shall be.
+    # A nan stays, so that the result is nan too.
     largest = jnp.where(largest == 0, 1.0, largest)
     top = 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
-    # First to at most 1: a scale may be too small to divide by.
+    # Divide by the largest value, because the scale itself may be too small to divide by.
     steps = full / jnp.expand_dims(largest, axes) * top
     if dtype == jnp.int8:
         steps = jnp.round(steps)

@@ -40,10 +40,10 @@ class LSTMCell(Cell):
       kernel_init: initializer of the kernels of the input.
       recurrent_kernel_init: initializer of the kernels of the hidden state.
       bias_init: initializer of the biases.
-      dtype: dtype of the products and of the output; without it, what input and parameters promote
-        to. The gates are computed in float32 at least.
-      param_dtype: dtype of the parameters. The first carry has the dtype that these have.
-      carry_init: initializer of the first carry; without it, zeros.
+      dtype: dtype of the products and of the output; by default, the dtype that input and parameters
+        promote to. The gates are computed in at least float32.
+      param_dtype: dtype of the parameters, and so of the first carry.
+      carry_init: initializer of the first carry; by default zeros.
       promote_dtype: a function for the casts, as for `Linear`.
       kernel_metadata, recurrent_kernel_metadata, bias_metadata: metadata of the Refs.
 
@@ -115,7 +115,7 @@ class LSTMCell(Cell):
           inputs: of shape `(*batch, in_features)`.
 
         Raises:
-          ValueError: the last axis of one of them has another size; the message has both shapes.
+          ValueError: the last axis of one of them has the wrong size; the message has both shapes.
         """
         c, h = carry
         self._check(inputs, c, h)
@@ -132,7 +132,7 @@ class LSTMCell(Cell):
 
 
 class OptimizedLSTMCell(LSTMCell):
-    """An `LSTMCell` whose four gates are one product: the same function, mostly faster.
+    """An `LSTMCell` that computes its four gates in one product: the same function, usually faster.
 
     Args: as for `LSTMCell`.
 
@@ -162,7 +162,7 @@ class OptimizedLSTMCell(LSTMCell):
 class GRUCell(Cell):
     """Gated recurrent unit (Cho et al. 2014, https://arxiv.org/abs/1406.1078).
 
-    With the carry `h` and the input `x`, and `*` elementwise, where `i` and `h` of each gate are
+    With the carry `h` and the input `x`, and `*` elementwise. The `i` and `h` of each gate are
     thirds of `dense_i(x)` and of `dense_h(h)`::
 
         r = gate_fn(i_r + h_r)                z = gate_fn(i_z + h_z)
@@ -234,17 +234,17 @@ class GRUCell(Cell):
 class SimpleCell(Cell):
     """The cell of Elman (1990, doi:10.1016/0364-0213(90)90002-E).
 
-    With the carry `h` and the input `x`: `h' = activation_fn(dense_i(x) + dense_h(h))`, and with
-    `residual` plus `h` inside.
+    With the carry `h` and the input `x`: `h' = activation_fn(dense_i(x) + dense_h(h))`. With
+    `residual`, `h` is added inside the activation.
 
     Args:
-      residual: whether `h` is added before the activation.
+      residual: whether to add `h` before the activation.
       in_features, hidden_features, dtype, param_dtype, carry_init, activation_fn, kernel_init,
         recurrent_kernel_init, bias_init, promote_dtype, kernel_metadata, recurrent_kernel_metadata,
         bias_metadata: as for `LSTMCell`.
 
     Attributes: the `Linear`s `dense_i` of the input, with bias, and `dense_h` of the hidden state,
-    without.
+    without bias.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> cell = nnx.SimpleCell.init(jax.random.key(0))(3, 4)

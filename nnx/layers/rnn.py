@@ -1,4 +1,4 @@
-"""Recurrent networks: a cell over a sequence, in one direction or in both."""
+"""Recurrent networks: a cell that runs along a sequence, in one direction or in both."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def _concatenate(a: jax.Array, b: jax.Array) -> jax.Array:
 class RNN(Module):
     """A recurrent network: a cell that `nnx.scan` runs along a sequence.
 
-    What the cell writes into its Refs is carried from step to step, and random streams advance, so
-    cells with batch statistics or dropout inside work. The carry keeps the dtype that it starts
-    with; in half precision, the cells of this library add up the steps in float32.
+    The loop carries the Refs that the cell writes from step to step, and random streams advance. So
+    cells with batch statistics or dropout work. The carry keeps its initial dtype. In half precision,
+    the cells of this library add up the steps in float32.
 
     Args:
       cell: an `RNNCellBase`, or any module with its methods.
-      time_major: whether the time axis of inputs and outputs is the first; else it is the last
-        before the features.
-      return_carry: whether to return the final carry as well.
-      reverse: whether to go through the sequence from its end.
-      keep_order: with `reverse`, whether the outputs are in the order of the inputs; else they are
-        in that of the computation.
+      time_major: whether the time axis of inputs and outputs is the first; otherwise it is the last
+        one before the features.
+      return_carry: whether to return the final carry too.
+      reverse: whether to go through the sequence backwards.
+      keep_order: with `reverse`, whether to return the outputs in the order of the inputs; otherwise
+        they are in the order of the computation.
       unroll: number of steps in one iteration of the loop, as for `jax.lax.scan`.
-      state_axes: a dict from filter to `nnx.CARRY` or 0, as `axes` of `nnx.scan`: Refs of the cell
-        that have a value for each step, along their leading axis. Others are carried.
-      broadcast_rngs: names of random streams that give the same keys at every step, such as
-        `"dropout"` for the same mask at every step.
+      state_axes: a dict from filter to `nnx.CARRY` or 0, like `axes` of `nnx.scan`. 0 means that the
+        Refs have a value for each step, along their leading axis. All others are carried.
+      broadcast_rngs: names of random streams that give the same keys in every step, such as
+        `"dropout"` for the same mask in every step.
 
     Attributes: `cell`.
 
@@ -97,19 +97,19 @@ class RNN(Module):
 
         Args:
           inputs: of shape `(*batch, time, *features)`, or `(time, *batch, *features)`.
-          initial_carry: the carry before the first step; without it, the cell's own.
-          seq_lengths: integers of shape `(*batch,)`: how many steps of each sequence are valid, the
-            others being padding at its end. The final carry is that after the last valid step, and
+          initial_carry: the carry before the first step; by default from the cell's `initialize_carry`.
+          seq_lengths: integers of shape `(*batch,)`: how many steps of each sequence are valid. The rest
+            is padding at the end. The final carry is the one after the last valid step, and
             reversing leaves the padding at the end.
-          return_carry, time_major, reverse, keep_order: win over the attributes.
+          return_carry, time_major, reverse, keep_order: override the attributes.
 
         Returns:
           The outputs, with the time axis where the inputs have it; with `return_carry`, the final
           carry and the outputs.
 
         Raises:
-          ValueError: too few axes, or `seq_lengths` of another shape; the message has both shapes.
-          CarryError: the cell changes shape or structure of its carry.
+          ValueError: too few axes, or `seq_lengths` has the wrong shape; the message has both shapes.
+          CarryError: the cell changes the shape or structure of its carry.
         """
         return_carry = self.return_carry if return_carry is None else return_carry
         time_major = self.time_major if time_major is None else time_major
@@ -144,7 +144,7 @@ class RNN(Module):
         """The final carry, after the last valid step if there are lengths, and the outputs."""
         keys: dict[str, jax.Array] = {}
         for name in self.broadcast_rngs:
-            # Without a stream it is the cell's business whether it needs one.
+            # If there is no stream, the cell may not need one.
             with contextlib.suppress(MissingStreamError):
                 keys[name] = make_rng(name)
 
@@ -156,7 +156,7 @@ class RNN(Module):
                     new, y = call_with(cell, own, "with parameters in float32", (carry, x), {})
                 else:
                     new, y = cell(carry, x)
-            # What does not fit is left as it is, for nnx.scan to say so.
+            # Leave a carry that does not fit unchanged: nnx.scan raises the error.
             if _shapes(new) == _shapes(carry):
                 new = jax.tree.map(_as_before, new, carry)
                 if seq_lengths is not None:
@@ -168,7 +168,7 @@ class RNN(Module):
         weights: dict[Any, jax.Array] = {}
         given = first
         if getattr(self.cell, "sums_in_float32", False):
-            # The loop adds up steps and gradients in the dtypes of what it carries and closes over.
+            # The loop adds up steps and gradients in the dtypes of its carry and its closed-over values.
             first = jax.tree.map(_widened, first)
             for path, cell in refs(self.cell).items():
                 if cell.collection == "params" and _is_half(cell.value):
@@ -186,15 +186,15 @@ class RNN(Module):
 
 
 class Bidirectional(Module):
-    """Two recurrent networks over one sequence, forwards and backwards, and their outputs merged.
+    """Runs two recurrent networks over a sequence, forwards and backwards, and merges their outputs.
 
     Args:
-      forward_rnn, backward_rnn: two `RNN`s, or modules with the arguments of their call. One for
-        both shares its parameters.
-      merge_fn: a function of the two outputs; it concatenates them along the last axis by default.
-      time_major, return_carry: as for `RNN`; they win over the attributes of the two.
-      reverse, keep_order: as for `RNN`: go through the sequence from its end, so that the forward
-        network begins there, and whether the outputs are in the order of the inputs nevertheless.
+      forward_rnn, backward_rnn: two `RNN`s, or modules that take the same arguments. Pass the same
+        one twice to share its parameters.
+      merge_fn: a function of the two outputs; by default it concatenates them along the last axis.
+      time_major, return_carry: as for `RNN`; they override the attributes of the two.
+      reverse, keep_order: as for `RNN`. With `reverse`, the forward network starts at the end of the
+        sequence; with `keep_order`, the outputs are still in the order of the inputs.
 
     Attributes: `forward_rnn` and `backward_rnn`.
 
@@ -238,11 +238,11 @@ class Bidirectional(Module):
         """Run both; arguments and errors as for a call of `RNN`.
 
         Args:
-          initial_carry: the two carries, forwards and backwards.
+          initial_carry: the two carries, first forwards, then backwards.
 
         Returns:
           The merged outputs, in the order of the inputs unless `reverse` is set without
-          `keep_order`; with `return_carry`, the two final carries and these.
+          `keep_order`; with `return_carry`, the two final carries and the outputs.
         """
         return_carry = self.return_carry if return_carry is None else return_carry
         time_major = self.time_major if time_major is None else time_major
@@ -274,12 +274,12 @@ class Bidirectional(Module):
 def flip_sequences(
     inputs: jax.Array, seq_lengths: jax.Array | None, num_batch_dims: int, time_major: bool
 ) -> jax.Array:
-    """Reverse sequences along their time axis, and leave padding at the end.
+    """Reverse sequences along the time axis, and leave the padding at the end.
 
     Args:
       inputs: of shape `(*batch, time, ...)`, or `(time, *batch, ...)` with `time_major`.
-      seq_lengths: integers of shape `(*batch,)`: how much of each sequence is not padding; without
-        it, all is. The padding is reversed in its place.
+      seq_lengths: integers of shape `(*batch,)`: how many steps of each sequence are not padding; by
+        default, all. The padding is reversed separately.
       num_batch_dims: number of batch axes.
       time_major: whether the time axis is the first.
 
@@ -295,13 +295,13 @@ def flip_sequences(
     lengths = jnp.expand_dims(jnp.asarray(seq_lengths), time_axis)
     backwards = jnp.arange(steps - 1, -1, -1)
     backwards = backwards.reshape([steps if i == time_axis else 1 for i in range(lengths.ndim)])
-    # Modulo the length of the axis, the first ones come from the valid part.
+    # Modulo the length of the axis, the first indices point into the valid part.
     places = _along((backwards + lengths) % steps, inputs)
     return jnp.take_along_axis(inputs, places, axis=time_axis)
 
 
 def _along(flags: jax.Array, array: jax.Array) -> jax.Array:
-    """With axes of size 1 at the end, so that it broadcasts along the first axes of `array`."""
+    """`flags` with axes of size 1 at the end, so that they broadcast along the first axes of `array`."""
     return flags.reshape(*flags.shape, *(1,) * (jnp.ndim(array) - flags.ndim))
 
 
@@ -318,7 +318,7 @@ def _shapes(tree: Any) -> Any:
 
 
 def _as_before(new: Any, old: Any) -> Any:
-    """In the dtype of the carry before, where both are real numbers: mixed precision changes it."""
+    """`new` in the dtype of the old carry, if both are real, because mixed precision may change it."""
     kinds = jnp.result_type(new), jnp.result_type(old)
     if all(jnp.issubdtype(kind, jnp.floating) for kind in kinds):
         return jnp.asarray(new, kinds[1])

@@ -17,20 +17,20 @@ __all__ = ["Dropout"]
 class Dropout(Module):
     """Dropout (Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html).
 
-    Each element is zero with the probability `rate`, and the others are scaled by
-    `1 / (1 - rate)`. Keys come from the ambient stream: call it in `nnx.scope(key)` or with
+    It sets each element to zero with probability `rate`, and scales the others by
+    `1 / (1 - rate)`. Keys come from the scope: call it in `nnx.scope(key)` or with
     `model.apply(rngs=key)`.
 
     Args:
       rate: the probability that an element is dropped, from 0 to 1.
       broadcast_dims: axes along which all elements are dropped together.
-      deterministic: return the input as it is. An argument of the call wins over it, then a scope
-        flag of this name, then the scope flag `training`, which says the opposite;
-        `model.train()` and `model.eval()` set it.
-      rng_collection: name of the stream.
+      deterministic: return the input unchanged. These override it, in this order: the argument of the
+        call, the scope flag of this name, the opposite of the scope flag `training`. `model.train()` and
+        `model.eval()` set it.
+      rng_collection: name of the random stream.
 
     Raises:
-      ValueError: `rate` is not from 0 to 1.
+      ValueError: `rate` is not between 0 and 1.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> drop = nnx.Dropout(0.5)
@@ -49,7 +49,9 @@ class Dropout(Module):
         rng_collection: str = "dropout",
     ):
         if not 0 <= rate <= 1:
-            raise ValueError(f"The rate of Dropout is a probability, from 0 to 1, but got {rate}.")
+            raise ValueError(
+                f"The rate of Dropout must be a probability, from 0 to 1, but got {rate}."
+            )
         self.rate = rate
         self.broadcast_dims = tuple(broadcast_dims)
         self.deterministic = deterministic
@@ -62,12 +64,12 @@ class Dropout(Module):
         deterministic: bool | None = None,
         rng: jax.Array | None = None,
     ) -> jax.Array:
-        """Drop elements of `x`; the shape stays, and so does a floating-point dtype.
+        """Drop elements of `x`; the shape stays the same, and so does a floating-point dtype.
 
         Args:
           x: any array.
-          deterministic: whether to return `x` as it is.
-          rng: a key to use instead of the ambient stream's next one.
+          deterministic: whether to return `x` unchanged.
+          rng: a key to use instead of the next one from the stream.
 
         Raises:
           MissingStreamError: a key is needed, but no stream gives one.

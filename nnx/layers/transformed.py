@@ -1,7 +1,7 @@
-"""Transformations as modules: callables that hold what they transform, and are saved and split with it.
+"""Transformations as modules: each holds the callable that it transforms, and is saved and split with it.
 
-They are for a model that carries its own transformations: `nnx.Jit(nnx.VMap(model))` is one object that
-can be passed on, saved, and loaded. A step of training is a function, and takes `nnx.jit`.
+Use them for a model that carries its own transformations: `nnx.Jit(nnx.VMap(model))` is one object that
+you can pass on, save and load. For a function such as a training step, use `nnx.jit`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from refx import Filter, to_predicate
 __all__ = ["Grad", "Jit", "Partial", "Remat", "VMap"]
 
 
-# The compiled methods of classes are kept here and not in modules, so that those of one class share
-# them. A function may hold a whole model, so that of one is kept with its `Jit`.
+# Compiled methods of classes are cached here, so that all modules of a class share them. A compiled
+# function may hold a whole model, so it is kept in its `Jit` instead.
 @functools.lru_cache(maxsize=512)
 def _jitted(fn: Callable[..., Any], options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
     return transforms.jit(fn, **dict(options))
@@ -34,7 +34,7 @@ def _check(kind: str, fn: Any) -> None:
         )
     if isinstance(fn, type):
         raise TypeError(
-            f"nnx.{kind} takes an instance, but got the class {fn.__name__}. Make one of it: "
+            f"nnx.{kind} takes an instance, but got the class {fn.__name__}. Call the class: "
             f"nnx.{kind}({fn.__name__}(...))."
         )
 
@@ -42,15 +42,15 @@ def _check(kind: str, fn: Any) -> None:
 class Jit(Module, hidden_slots=True):
     """`nnx.jit` as a module: `Jit(model)(x)` is `nnx.jit(model)(x)`, and updates propagate.
 
-    Modules of one class share compiled programs. Compiled programs are not part of the module, so a
-    clone of a module that holds a function compiles again.
+    Modules of the same class share compiled programs. Compiled programs are not part of the module, so a
+    clone of a `Jit` that holds a function compiles again.
 
     Args:
       fn: a module, a bound method of one, or a function.
       donate: as for `nnx.jit`.
-      static_argnums, static_argnames: as for `nnx.jit`; the numbers are those of the call.
+      static_argnums, static_argnames: as for `nnx.jit`; the numbers count the arguments of the call.
 
-    Attributes: `fn`, which is shared with whoever else holds it.
+    Attributes: `fn`, the same object, not a copy.
 
     Raises:
       TypeError: `fn` cannot be called.
@@ -103,18 +103,19 @@ class Jit(Module, hidden_slots=True):
         return kept[2](*args, **kwargs)
 
 
-# Past the attributes, which are the structure.
+# Set without the attribute machinery, because attributes are part of the structure.
 _keep = Jit._compiled.__set__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class VMap(Module):
-    """`nnx.vmap` as a module: maps what it holds over an axis of the arguments of the call.
+    """`nnx.vmap` as a module: maps its callable over an axis of the arguments of the call.
 
     Args:
       fn: a module, a bound method of one, or a function. A module is the same in every lane.
-      in_axes, out_axes, axis_name, axis_size: as for `nnx.vmap`; `in_axes` are those of the call.
+      in_axes, out_axes, axis_name, axis_size: as for `nnx.vmap`; `in_axes` are for the arguments of the
+        call.
 
-    Attributes: `fn`, which is shared with whoever else holds it.
+    Attributes: `fn`, the same object, not a copy.
 
     Raises:
       TypeError: `fn` cannot be called.
@@ -154,14 +155,14 @@ class VMap(Module):
 
 
 class Grad(Module):
-    """`nnx.grad` as a module: a call gives the gradient of what it holds.
+    """`nnx.grad` as a module: a call returns the gradient of its callable.
 
     Args:
-      fn: a function, whose first argument is differentiated; or a module or a bound method, which
-        itself is.
-      wrt, argnums, has_aux: as for `nnx.grad`. Of a module or a method, it is argument 0.
+      fn: a function to differentiate with respect to its first argument; or a module or a bound method,
+        to differentiate with respect to the module.
+      wrt, argnums, has_aux: as for `nnx.grad`. The module itself is argument 0.
 
-    Attributes: `fn`, which is shared with whoever else holds it.
+    Attributes: `fn`, the same object, not a copy.
 
     Raises:
       TypeError: `fn` cannot be called.
@@ -192,7 +193,7 @@ class Grad(Module):
         self.has_aux = has_aux
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The gradient, as `nnx.grad` gives it."""
+        """The gradient, as `nnx.grad` returns it."""
         gradient = transforms.grad(
             self.fn, wrt=self.wrt, argnums=self.argnums, has_aux=self.has_aux
         )
@@ -200,13 +201,13 @@ class Grad(Module):
 
 
 class Remat(Module):
-    """`nnx.remat` as a module: what is inside is computed again in the backward pass.
+    """`nnx.remat` as a module: the backward pass computes its intermediate values again.
 
     Args:
       fn: a module, a bound method of one, or a function.
       prevent_cse, policy: as for `nnx.remat`.
 
-    Attributes: `fn`, which is shared with whoever else holds it.
+    Attributes: `fn`, the same object, not a copy.
 
     Raises:
       TypeError: `fn` cannot be called.
@@ -236,12 +237,12 @@ class Remat(Module):
 
 
 class Partial(Module):
-    """A module or function with some arguments given, as `functools.partial`, but a module itself.
+    """A module or function with some arguments already given: `functools.partial` as a module.
 
     Args:
       fn: a module, a bound method of one, or a function.
       *args, **kwargs: its first arguments, and some by name. Arrays, Refs and modules among them
-        are values of this module, everything else is static.
+        are values of this module; everything else is static.
 
     Attributes: `fn`, `args` and `keywords`.
 
@@ -261,5 +262,5 @@ class Partial(Module):
         self.keywords = kwargs
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        """Call the function with the arguments that were given and those of the call."""
+        """Call the function with the stored arguments and those of the call."""
         return self.fn(*self.args, *args, **{**self.keywords, **kwargs})

@@ -27,25 +27,25 @@ _HOW = "with normalized weights"
 class WeightNorm(Module):
     """Weight normalization (Salimans and Kingma 2016, https://arxiv.org/abs/1602.07868).
 
-    It calls a layer with weights whose norm, over all axes but the feature axes, is 1, times a
-    learned scale. The layer's own parameters stay as they are, and their gradients are those
-    through the normalization.
+    It calls a layer with normalized weights, times a learned scale: their norm over all axes except
+    the feature axes is 1. The layer's own parameters stay as they are, and their gradients flow through
+    the normalization.
 
     Args:
       layer_instance: the layer, any module that can be called.
-      feature_axes: the axes along which there is a norm for each position; None is one norm for the
+      feature_axes: the axes along which each position has its own norm; None means one norm for the
         whole array.
-      use_scale: whether there is a learned scale.
+      use_scale: whether to multiply by a learned scale.
       scale_init: initializer of the scale.
-      epsilon: is added to the square of the norm.
-      dtype: dtype of the normalized weights; without it, what weight and scale promote to. They are
-        computed in float32 at least.
+      epsilon: added to the square of the norm.
+      dtype: dtype of the normalized weights; by default, the dtype that weight and scale promote to. They
+        are computed in at least float32.
       param_dtype: dtype of the scale.
-      variable_filter: which parameters of the layer are normalized.
+      variable_filter: which parameters of the layer to normalize.
       promote_dtype: a function for the cast, called with `(weight,), dtype=`.
 
-    Attributes: `layer_instance`, and `scales`, nested dicts with the layer's names that hold the
-    Refs of the scales, in the collection `"params"`, or None.
+    Attributes: `layer_instance`, and `scales`: nested dicts with the layer's names, which hold the
+    Refs of the scales in the collection `"params"`, or None.
 
     Raises:
       ValueError: the filter selects no parameter of the layer.
@@ -100,10 +100,10 @@ class WeightNorm(Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer with these arguments and normalized weights.
 
-        What the layer writes into Refs, such as batch statistics, it keeps.
+        The layer keeps what it writes to Refs, such as batch statistics.
 
         Raises:
-          ValueError: the layer has got another parameter since it was wrapped.
+          ValueError: a parameter was added to the layer after it was wrapped.
         """
         weights = {path: self._normalized(path, w) for path, w in self._selected().items()}
         return call_with(self.layer_instance, weights, _HOW, args, kwargs)
@@ -118,7 +118,7 @@ class WeightNorm(Module):
             raise ValueError(
                 f"WeightNorm has the feature_axes {self.feature_axes}, but the parameter "
                 f"{'.'.join(path)!r} has the shape {tuple(weight.shape)}. Choose axes that it has, "
-                f"or parameters that have them with variable_filter."
+                f"or use variable_filter to select parameters that have them."
             )
         return tuple(sorted({axis % weight.ndim for axis in self.feature_axes}))
 
@@ -138,28 +138,28 @@ class WeightNorm(Module):
 class SpectralNorm(Module):
     """Spectral normalization (Miyato et al. 2018, https://arxiv.org/abs/1802.05957).
 
-    It calls a layer with each weight matrix divided by its largest singular value, which is found
-    by power iteration that goes on from call to call. Arrays of more axes are matrices of their
-    last axis and all others together; vectors and scalars stay as they are.
+    It calls a layer with each weight matrix divided by its largest singular value. A power iteration
+    finds that value, and continues from call to call. An array with more axes counts as a matrix: its
+    last axis, and all others merged. Vectors and scalars stay as they are.
 
     Args:
       layer_instance: the layer, any module that can be called.
       n_steps: number of steps of the power iteration in a call.
-      epsilon: is added to the square of norms.
-      dtype: dtype of the normalized weights; without it, that of the weight. They are computed in
-        float32 at least.
+      epsilon: added to the squares of the norms.
+      dtype: dtype of the normalized weights; by default the dtype of the weight. They are computed in
+        at least float32.
       param_dtype: dtype of the statistics.
-      error_on_non_matrix: whether a parameter of more than two axes is an error.
-      update_stats: whether a call keeps the result of the power iteration. An argument of the call
-        wins over it, then the scope flag `use_running_average`, which says the opposite, then the
-        scope flag `training`; `model.train()` and `model.eval()` set it.
+      error_on_non_matrix: whether a parameter with more than two axes is an error.
+      update_stats: whether a call keeps the result of the power iteration. These override it, in this
+        order: the argument of the call, the opposite of the scope flag `use_running_average`, the scope
+        flag `training`. `model.train()` and `model.eval()` set it.
 
-    Attributes: `layer_instance`, and `batch_stats`, nested dicts with the layer's names and then
-    `u`, of shape `(1, n)`, and `sigma`, of shape `()`, for each matrix with n columns: Refs in the
+    Attributes: `layer_instance`, and `batch_stats`: nested dicts with the layer's names, which hold `u`
+    of shape `(1, n)` and `sigma` of shape `()` for each matrix with n columns. Both are Refs in the
     collection `"batch_stats"`.
 
     Raises:
-      ValueError: there are no steps; or a parameter is not a matrix, with `error_on_non_matrix`.
+      ValueError: `n_steps` is less than 1; or a parameter is not a matrix, with `error_on_non_matrix`.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> with nnx.scope(jax.random.key(0)):
@@ -189,7 +189,7 @@ class SpectralNorm(Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.error_on_non_matrix = error_on_non_matrix
-        # Under this name train() and eval() find it.
+        # train() and eval() set the attribute with this name.
         self.use_running_average = not update_stats
         self.batch_stats: dict[str, Any] = {}
         for path, weight in self._matrices().items():
@@ -202,7 +202,7 @@ class SpectralNorm(Module):
     def __call__(self, x: Any, update_stats: bool | None = None, **kwargs: Any) -> Any:
         """Call the layer as `layer(x, **kwargs)` with normalized weights.
 
-        What the layer writes into Refs, such as batch statistics, it keeps.
+        The layer keeps what it writes to Refs, such as batch statistics.
 
         Args:
           x: the layer's input.
@@ -210,7 +210,7 @@ class SpectralNorm(Module):
           **kwargs: passed on to the layer.
 
         Raises:
-          ValueError: the layer has got another parameter since it was wrapped.
+          ValueError: a parameter was added to the layer after it was wrapped.
         """
         if update_stats is None:
             update_stats = not evaluates(self, "use_running_average", None)
@@ -224,7 +224,7 @@ class SpectralNorm(Module):
                 raise ValueError(
                     f"SpectralNorm has error_on_non_matrix=True, and the parameter "
                     f"{'.'.join(path)!r} of {type(self.layer_instance).__name__} has the shape "
-                    f"{tuple(weight.shape)}, which is no matrix."
+                    f"{tuple(weight.shape)}, which is not a matrix."
                 )
             if weight.ndim > 1:
                 found[path] = weight
@@ -235,19 +235,19 @@ class SpectralNorm(Module):
         sigma_ref = _get(self, self.batch_stats, (*path, "sigma"))
         wide_weight = weight.astype(wide(weight.dtype))
         matrix = merged(wide_weight, weight.ndim - 1)
-        # The vectors are whole on every device: the matrix alone says how a product is sharded.
+        # The vectors are whole on every device, so only the matrix determines the sharding of a product.
         u = v = gathered(u_ref.value.astype(wide(u_ref.value.dtype, weight.dtype)), [0, 1])
         for _ in range(self.n_steps):
             v = gathered(_unit(u @ matrix.T, None, self.epsilon), [1])
             u = gathered(_unit(v @ matrix, None, self.epsilon), [1])
-        # The singular vectors are constants: the gradient is that of u and v at the optimum.
+        # The singular vectors count as constants: at the optimum, sigma is stationary in them.
         u, v = jax.lax.stop_gradient(u), jax.lax.stop_gradient(v)
         sigma = (v @ matrix @ u.T)[0, 0]
         if update_stats:
             u_ref.value = as_placed(u.astype(u_ref.value.dtype), u_ref.value)
             sigma_ref.value = jax.lax.stop_gradient(sigma).astype(sigma_ref.value.dtype)
         unit = wide_weight / jnp.where(sigma != 0, sigma, 1)
-        # The statistics are in float32, and do not make the weights so.
+        # The statistics are in float32, but they must not turn the weights into float32.
         return unit.astype(weight.dtype if self.dtype is None else self.dtype)
 
 
@@ -272,8 +272,8 @@ def _get(layer: Module, tree: dict[str, Any], path: Path) -> Ref[Any]:
     if isinstance(at, Ref):
         return at
     raise ValueError(
-        f"{type(layer).__name__} has nothing for {'.'.join(path)!r}: the layer that it wraps has "
-        f"got another parameter since. Wrap it after it is complete."
+        f"{type(layer).__name__} has no statistics or scale for {'.'.join(path)!r}: the parameter was "
+        f"added to the layer after it was wrapped. Wrap the layer when it is complete."
     )
 
 

@@ -1,11 +1,11 @@
 """How the nnx transformations carry the probes that are active around them.
 
-A transformation that is called while a probe is active is called by the context instead: with
-a body that begins a new context from its inputs (the arrays of patches, what is added to
-outputs), and that returns what was recorded in it as one more output. So a value leaves by the one way
-that JAX has for it, it is computed once, and a compiled function knows the probe by its content.
+While a probe is active, its context calls each transformation with another body. That body begins a new
+context from its inputs (the arrays of patches, and the values to add to outputs). It returns the
+records as one more output. So recorded values leave as outputs, the only way that JAX offers, and are
+computed only once. A compiled function identifies the probe by its content.
 
-Bodies of transformations that keep programs close over nothing but the user's function and a `Key`.
+Bodies of transformations that keep programs close over only the user's function and a `Key`.
 Loops and branches are in `lift_loops`.
 """
 
@@ -33,7 +33,7 @@ from refx.node import is_identity
 
 __all__: list[str] = []
 
-# The most programs that a jitted function keeps for different probes.
+# A jitted function keeps at most this many programs for different probes.
 _MOST = 64
 
 

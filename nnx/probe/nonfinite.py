@@ -92,10 +92,10 @@ def find_nonfinite(fn: Callable[..., Any]) -> Callable[..., NonFinite | None]:
     """Find where the first nan or infinity of a computation comes from.
 
     The function runs on copies. Nothing that it writes is kept, and random streams do not advance.
-    Meanwhile the values that are not finite are counted in the output of each module, in every nnx
-    transformation. Compiled functions are compiled for this once. In `nnx.grad` and
+    It counts the values that are not finite in the output of each module, in every nnx
+    transformation. Compiled functions are compiled once for this. In `nnx.grad` and
     `nnx.value_and_grad`, the gradients of these outputs are checked too, from the last to the
-    first. In loops, each step is checked. The inside of plain `jax` transformations is not seen.
+    first. In loops, each step is checked. Code inside plain `jax` transformations is not checked.
 
     Args:
       fn: a function (compiled or not), a module, or a bound method of a module. Modules are found

@@ -1,7 +1,7 @@
 """A stand-in for a tree of modules: new objects, of subclasses, that hold the very same Refs.
 
-So calls can be watched without changing the modules, their classes or the way in which modules are
-called. Other threads and later calls notice nothing. The marks of a stand-in are part of its
+So calls can be watched without changing the modules, their classes or the way modules are called.
+Other threads and later calls notice nothing. The marks of a stand-in are part of its
 structure, so they survive every transformation.
 """
 
@@ -38,7 +38,7 @@ class Watched:
     _stands_for: type
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        # Skip those of the classes in between, which may keep lists of their subclasses.
+        # Skip the hooks of the user's classes, which may keep lists of their subclasses.
         Node.__init_subclass__.__func__(cls)  # pyright: ignore[reportFunctionMemberAccess]
         # A dataclass has no defaults here: its `__init__` sets them.
         set_on_class(cls, "_defaults", cls._stands_for._defaults)  # pyright: ignore
@@ -69,7 +69,7 @@ def watched(kind: type, methods: frozenset[str], around: Around) -> type:
 
 def _wrapped(kind: Any, name: str, around: Around) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # The class may have received a new one since.
+        # The class may have received a new method since.
         return around(name, getattr(kind, name), self, args, kwargs)
 
     call = functools.wraps(getattr(kind, name), updated=())(call)

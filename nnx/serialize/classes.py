@@ -1,4 +1,4 @@
-"""What a class says about its instances: its declared fields, and the attributes they may have."""
+"""The declared fields of a class, and the attributes that its instances may have."""
 
 from __future__ import annotations
 

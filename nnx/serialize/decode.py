@@ -1,6 +1,6 @@
 """The inverse of `encode.py`: rebuilds the tree from JSON and named arrays.
 
-Do not trust the JSON: anybody may have written it. So all of it is checked against the grammar
+The JSON is not trusted: anybody may have written it. So all of it is checked against the grammar
 first. Objects are made without calling their classes. Nothing is returned unless everything was
 understood.
 """

@@ -89,8 +89,7 @@ _saves = threading.Lock()
 @functools.cache
 def _wait_at_end() -> None:
     """Make the program wait for the last save before it ends."""
-    # An ordinary atexit handler runs too late: executors no longer take the work that Orbax has
-    # left.
+    # An ordinary atexit handler runs too late: by then, executors refuse the remaining work of Orbax.
     getattr(threading, "_register_atexit", atexit.register)(_settle_at_end)
 
 
@@ -228,8 +227,8 @@ def _finish(
             raise _told(failure, path)
         if sibling is None and not _is_committed(said["path"], token):
             raise SaveError(
-                f"{path} cannot be saved: another process could not write its part; its own error "
-                "says why. What was there before is unchanged. This is process "
+                f"{path} cannot be saved: another process could not write its part; the error there "
+                "says why. The old checkpoint is unchanged. This is process "
                 f"{jax.process_index()}."
             )
     finally:
@@ -243,8 +242,8 @@ def _check_marks(path: str, mark: str) -> None:
     for process in range(jax.process_count()):
         if not os.path.exists(f"{mark}{process}"):
             raise SaveError(
-                f"{path} cannot be saved: process {process} could not write its part; its own "
-                "error says why. What was there before is unchanged."
+                f"{path} cannot be saved: process {process} could not write its part; the error "
+                "there says why. The old checkpoint is unchanged."
             )
         os.unlink(f"{mark}{process}")
 

@@ -26,7 +26,7 @@ def dtype_of(name: str) -> np.dtype:
     """The dtype of a name that `dtype_name` returned."""
     dtype = jnp.dtype(name)
     if dtype.hasobject:
-        raise Damaged(f"the dtype {name!r} is one of Python objects")
+        raise Damaged(f"the dtype {name!r} is for Python objects")
     if dtype_name(dtype) != name:
         raise Damaged(f"the dtype {clip(name)} is not spelled as save spells it")
     return dtype

@@ -59,7 +59,7 @@ def save(
     `nnx.load_state(path, into=(model, optimizer, stream))`.
 
     A path without a suffix, such as `"run/"`, becomes a directory: the same structure in
-    `nnx.json`, and the arrays through Orbax (`pip install 'nnx[checkpoint]'`). After a crash it
+    `nnx.json`, and the arrays through Orbax (`pip install orbax-checkpoint`). After a crash it
     holds either the old checkpoint or the new one. In a program of several processes, every process
     calls `save` with the same tree and writes its own shards. All of them must share one file
     system.
@@ -196,8 +196,8 @@ def load(
     Args:
       path: the path of the file or directory, or a file that is open for bytes, which is read from
         its current position.
-      kind: the class of what was saved, if it is known: anything else is an error, and editors and type
-        checkers know what comes: `nnx.load("net.npz", Net)` is a `Net`.
+      kind: the class of the saved object, if you know it. Any other class is an error, and to editors
+        and type checkers the result has that class: `nnx.load("net.npz", Net)` is a `Net`.
       only: a filter that selects the values to read. All others become `jax.ShapeDtypeStruct`s.
         With `None` that is all of them, so no device holds anything.
       specs: a dict from filter to PartitionSpec, or a callable `(path, ref) -> PartitionSpec`, such as
@@ -207,9 +207,9 @@ def load(
       progress: called as `progress(bytes_done, bytes_in_all)` from time to time, but not for a directory.
 
     Raises:
-      LoadError: the file is damaged, cut short, foreign or newer, or a class is not imported or its
-        fields have changed, or it holds no `kind`; the message names the file and the part. Where
-        there is no such file, or it may not be read, it is also the `OSError` that it is.
+      LoadError: the file is damaged, cut short, foreign or newer; a class is not imported, or its
+        fields have changed; or the file does not hold a `kind`. The message names the file and the part.
+        If the file does not exist or may not be read, the error is also the matching `OSError`.
 
     >>> import jax, jax.numpy as jnp, nnx, tempfile, os
     >>> shared = nnx.Ref(jnp.ones(3), "params")
@@ -240,7 +240,7 @@ def _of_kind(kind: Any, found: Any) -> Any:
     if kind is None or isinstance(found, kind):
         return found
     wanted = getattr(kind, "__name__", repr(kind))
-    raise LoadError(f"it holds a {type(found).__name__}, and not a {wanted}")
+    raise LoadError(f"it holds a {type(found).__name__}, not a {wanted}")
 
 
 def load_state(

@@ -37,7 +37,7 @@ class LoadReport:
       loaded: the paths that were read; for a shared Ref, its canonical path.
       missing: paths of the model that the file does not have.
       unexpected: paths of the file that the model does not have.
-      mismatched: paths whose shape or dtype differs, with those in the file and in the model.
+      mismatched: paths whose shape or dtype differs, with the shape and dtype in the file and in the model.
       skipped: names in the file that the caller's name map drops.
     """
 
@@ -246,7 +246,9 @@ class Fitting:
         elif not _equal(self._given[path][1], value):
             # All names of a tied weight load the same Ref, so their values must agree.
             first = self._given[path][0]
-            there = f"{_text(jax.tree.leaves(value))} with other values than {dotted(first)!r}"
+            there = (
+                f"{_text(jax.tree.leaves(value))} with values that differ from {dotted(first)!r}"
+            )
             self._mismatched[given] = (there, f"tied to {dotted(path)!r}")
 
     def _find(self, given: Path) -> Path | None:

@@ -26,7 +26,7 @@ def is_first() -> bool:
 
 
 def meet(key: str, path: str, timeout: float, orbax: Any) -> None:
-    """Wait until every process of the program has come here.
+    """Wait until every process of the program has arrived here.
 
     Args:
       key: names the barrier; it must be the same in every process.

@@ -43,7 +43,7 @@ def to_host(x: Any) -> np.ndarray:
 
 
 def stored_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype in the file for a dtype: for bfloat16, float8 and int4, an integer dtype of the same bits."""
+    """The dtype in the file for a dtype: for bfloat16, float8 and int4, an integer dtype of the same size."""
     # NumPy's format lacks dtypes that other packages have registered (isbuiltin 2).
     if dtype.isbuiltin == 2:
         return np.dtype(f"uint{8 * dtype.itemsize}")

@@ -134,7 +134,7 @@ class Reader:
         return structure
 
     def read(self, name: str, dtype: str | None, shape: tuple[int, ...] | None) -> np.ndarray:
-        """An array. `dtype` and `shape`, where they are known, must be those of the array."""
+        """Read an array. If `dtype` and `shape` are given, the array must have them."""
         if name not in self._parts:
             raise LoadError(f"its array {name!r} is missing")
         found = self._aligned(name)

@@ -1,4 +1,4 @@
-"""What a file has no form for, and what to do instead."""
+"""The errors for objects that a file cannot hold, and what to do instead."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__: list[str] = []
 
 
 def at(path: Path) -> str:
-    """How a message begins that is about the value at a path."""
+    """The beginning of a message about the value at a path."""
     return f"The value at {dotted(path)!r}" if path else "The object given to nnx.save"
 
 
 def unsaveable(x: Any, path: Path) -> SaveError:
-    """The error for what a file has no form for."""
+    """The error for an object that a file cannot hold."""
     kind = type(x)
     if isinstance(x, jax.ShapeDtypeStruct):
         return SaveError(

@@ -1,5 +1,5 @@
-"""Placement on devices: say it once, beside a parameter or by rule. It holds from construction to
-checkpoint.
+"""Placement on devices: you say it once, beside a parameter or by rule, and it holds from construction
+to checkpoint.
 """
 
 from nnx.sharding.placing import constrain, fsdp, shard, shardings

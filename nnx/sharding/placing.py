@@ -95,13 +95,13 @@ def map_value(
 
 
 def _map_tree(value: Any, said: Any, mesh: AnyMesh, rules: Rules, where: str) -> Any:
-    """As `map_value`, where each array in the value has its own sharding."""
+    """Like `map_value`, but each array in the value has its own sharding."""
     treedef = jax.tree.structure(value)
     try:
         each = treedef.flatten_up_to(said)
     except ValueError:
         raise ShardingError(
-            f"{where} got the sharding {said!r:.100}, which is not one, nor a tree of them like its "
+            f"{where} got {said!r:.100}, which is neither a sharding nor a tree of shardings like its "
             f"value. Give a PartitionSpec, or a tuple with a name or None for each dimension."
         ) from None
     leaves = zip(jax.tree.leaves(value), each, strict=True)
@@ -122,16 +122,17 @@ def shardings(
 ) -> Partition:
     """Where each value of a tree belongs.
 
-    Nothing is moved: see `shard`. The result fits `jax.jit`'s `in_shardings`, and `nnx.load(specs=)`.
+    Nothing is moved: see `shard`. You can pass the result to `jax.jit` as `in_shardings`, and to
+    `nnx.load` as `specs`.
 
     Args:
-      tree: a module, a Ref, or a pytree that holds some; of arrays or of shapes (`nnx.eval_shape`).
-      specs: a dict from filter to PartitionSpec, where the first filter that selects a Ref counts, or a
-        function `(path, ref) -> PartitionSpec`, such as `nnx.fsdp("data")`, which may be a value
-        of the dict, too; or a Partition by path, as this function returns it. They win over the
-        metadata. A Ref that no filter selects, or for which the function returns None, has what
-        its `sharding` metadata says, and without that it is whole on every device.
-      axes: axis rules for this call, in front of those of `nnx.axis_rules`.
+      tree: a module, a Ref, or a pytree that holds some, with arrays or shapes (`nnx.eval_shape`).
+      specs: a dict from filter to PartitionSpec, where the first filter that selects a Ref counts; or a
+        function `(path, ref) -> PartitionSpec`, such as `nnx.fsdp("data")`, which may also be a value
+        of the dict; or a Partition by path, as this function returns it. They override the
+        metadata. If no filter selects a Ref, or the function returns None for it, its `sharding`
+        metadata counts. Without metadata, it is whole on every device.
+      axes: axis rules for this call, which come before those of `nnx.axis_rules`.
       mesh: a `jax.sharding.Mesh`, or an `AbstractMesh` for devices that do not exist yet. The
         default is the mesh of `jax.set_mesh`.
 
@@ -140,7 +141,7 @@ def shardings(
 
     Raises:
       ShardingError: an array cannot have its sharding, or a spec has a name that neither the mesh nor
-        the rules know; the message names the Ref, its shape and the axis. There is no mesh.
+        the rules know; the message names the Ref, its shape and the axis. Or there is no mesh.
       FilterError: a filter of `specs` selects nothing.
 
     >>> import jax, nnx
@@ -214,7 +215,7 @@ def _by_path(specs: Partition) -> Callable[[Path, Any], Any]:
         if path not in said:
             raise ShardingError(
                 f"The Partition of shardings has none for {dotted(path)!r}; it has {listed(said)}. "
-                f"Make it of a tree of the same structure, or use a dict from filter to PartitionSpec."
+                f"Make it from a tree with the same structure, or use a dict from filter to PartitionSpec."
             )
         return said[path]
 
@@ -222,11 +223,11 @@ def _by_path(specs: Partition) -> Callable[[Path, Any], Any]:
 
 
 def _check_path(filter: Any, paths: list[Path]) -> None:
-    """Raise for a filter by path that selects nothing: what it should place would stay whole."""
+    """Raise for a path filter that selects nothing, because its values would stay whole unnoticed."""
     if _asks_for_path(filter):
         raise FilterError(
             f"The filter {filter!r} of specs selects nothing; the paths are {listed(paths, 4)}. Leave "
-            f"it out, or write a path that is there."
+            f"it out, or write an existing path."
         )
 
 

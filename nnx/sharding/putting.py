@@ -18,7 +18,7 @@ def is_key(x: Any) -> bool:
 
 
 def spec_in_type(x: Any) -> PartitionSpec:
-    """The Explicit axes along which an array, or the shape of one, is sharded; they are in its type."""
+    """The Explicit axes along which an array, or a shape, is sharded, from its type."""
     parts = list(getattr(jax.typeof(x).sharding, "spec", ()))
     return PartitionSpec(*parts, *[None] * (np.ndim(x) - len(parts)))
 

@@ -1,4 +1,4 @@
-"""From names to places: what `sharding` metadata, axis rules and a mesh say about one array."""
+"""From names to places: what `sharding` metadata, axis rules and a mesh mean for an array."""
 
 from __future__ import annotations
 
@@ -313,22 +313,22 @@ def inserted(said: Any, axis: int, entry: Any = None) -> Any:
 
 
 def removed(said: Any, axis: int = 0) -> Any:
-    """A sharding without the entry of an axis that is taken away, counted from 0."""
+    """A sharding without the entry of a removed axis, counted from 0."""
     parts = [*entries(said)]
     del parts[axis : axis + 1]
     return PartitionSpec(*parts) if isinstance(said, PartitionSpec) else tuple(parts)
 
 
 def check_rank(said: Any, value: Any, where: str) -> None:
-    """Raise where a sharding cannot follow a change of axes, since it is not for this value."""
+    """Raise if a sharding cannot follow a change of axes, because it does not fit the value."""
     parts, partial = entries(said), isinstance(said, PartitionSpec)
     for x in jax.tree.leaves(value):
         ndim = getattr(x, "ndim", 0)
         if len(parts) > ndim or (parts and not partial and len(parts) != ndim):
             raise ShardingError(
                 f"{where} has the shape {tuple(getattr(x, 'shape', ()))}, but its sharding "
-                f"{_shown(said)} has {_count(parts)}, so it cannot follow an axis that is added or taken "
-                f"away. Give one entry for each dimension; None leaves a dimension whole."
+                f"{_shown(said)} has {_count(parts)}, so it cannot follow when an axis is added or removed. "
+                f"Give one entry for each dimension; None leaves a dimension whole."
             )
 
 

@@ -40,17 +40,17 @@ def with_shardings(dagdef: DagDef, change: Callable[[int, Any], Any]) -> DagDef:
 def without_axes(
     name: str, dagdef: DagDef, values: Sequence[Any], axes: Sequence[int | None], skip: int = 0
 ) -> DagDef:
-    """The structure of slices: without the entries of the axes that are taken away.
+    """The structure of slices, without the `sharding` entries of the removed axes.
 
     Args:
-      name: what takes slices, for messages.
-      dagdef: the structure of what is sliced.
+      name: the transformation that takes slices, for messages.
+      dagdef: the structure to slice.
       values: for each Ref the whole value, or its shape.
       axes: for each Ref the axis that it loses, or None.
-      skip: how many parts of a path a message leaves out.
+      skip: how many parts of a path messages leave out.
 
     Raises:
-      ShardingError: a `sharding` is for another number of dimensions than the value has.
+      ShardingError: a `sharding` has the wrong number of dimensions for its value.
     """
     numbers = [n for n, node in enumerate(dagdef.nodes) if type(node) is RefDef]
     at = {n: i for i, n in enumerate(numbers)}
@@ -67,16 +67,16 @@ def without_axes(
 
 
 def stacked(name: str, dagdef: DagDef, values: Sequence[Any], entry: Any = None) -> DagDef:
-    """The structure of stacked values, which have one more leading axis than the structure says.
+    """The structure of stacked values, which have one more leading axis than in the given structure.
 
     Args:
-      name: what stacks, for messages.
-      dagdef: the structure of one of those that are stacked.
-      values: for each Ref the value of that one.
-      entry: what the `sharding` says of the new axis.
+      name: the transformation that stacks, for messages.
+      dagdef: the structure of a single one of the stacked trees.
+      values: for each Ref the value in that tree.
+      entry: the entry of the new axis in the `sharding`.
 
     Raises:
-      ShardingError: a `sharding` is for another number of dimensions than the value has.
+      ShardingError: a `sharding` has the wrong number of dimensions for its value.
     """
     numbers = [n for n, node in enumerate(dagdef.nodes) if type(node) is RefDef]
     at = {n: i for i, n in enumerate(numbers)}
@@ -103,12 +103,12 @@ def check_entry(name: str, entry: Any) -> Any:
     parts = entry if isinstance(entry, tuple) else (entry,)
     if entry is not None and not all(isinstance(part, str) for part in parts):
         raise TypeError(
-            f"{name} got the partition name {entry!r}. It is the name of an axis, a tuple of names, or "
-            f"None for an axis that is not sharded."
+            f"{name} got the partition name {entry!r}. It must be the name of an axis, a tuple of names, "
+            f"or None for an axis that is not sharded."
         )
     return entry
 
 
 def named(name: str, path: Sequence[str]) -> str:
-    """How a message calls a Ref at a path in what `name` works on."""
+    """The name of a Ref in messages, from its path in the argument of `name`."""
     return f"{name}: Ref {dotted(path)!r}" if path else f"{name}: a Ref"

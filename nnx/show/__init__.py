@@ -1,7 +1,7 @@
 """Show a model as text, tables, pages and pictures.
 
-Modules print by `tree_repr`, `tree_html` and `show_node`, and `tabulate` is built on modules. So these
-three are loaded when something is printed, which also keeps an import of nnx quick.
+Modules print with `tree_repr`, `tree_html` and `show_node`, but `tabulate` is built on modules. So these
+three are loaded only when something is printed, which also keeps `import nnx` quick.
 """
 
 import importlib

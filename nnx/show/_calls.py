@@ -97,7 +97,7 @@ class Call(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """The module, and the record, for which a stand-in stands."""
+    """The module that a stand-in represents, and the record of its calls."""
 
     token: int
     path: Path

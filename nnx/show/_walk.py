@@ -30,7 +30,7 @@ NODE, LIST, MAP, TREE, REF, ARRAY, STATIC, BACK = range(8)
 
 
 class Item:
-    """Something that a model holds, at one place.
+    """Something that a model holds, in one place.
 
     `name` is its name in the item number `parent`. `end` is the number after the last item inside
     it. For an object that was met before (BACK), `target` is the number of its first item.

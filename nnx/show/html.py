@@ -20,7 +20,7 @@ def display(model: Any, path: str | os.PathLike[str] | None = None) -> None:
 
     In a notebook, the tree is the output of the cell; elsewhere, it is printed as text. A module or
     Ref in several places is shown at the first place, with the number of places, and named at the
-    others. This needs treescope: `pip install nnx[display]`.
+    others. This needs treescope: `pip install treescope`.
 
     Args:
       model: a module, a Ref, a Partition, or any pytree of these.
@@ -88,7 +88,7 @@ def _treescope() -> Any:
         import treescope
     except ImportError as error:
         raise ImportError(
-            "nnx.display needs treescope, which is not installed: pip install nnx[display]. "
+            "nnx.display needs treescope, which is not installed: pip install treescope. "
             "print(model), nnx.tabulate and nnx.graph work without it."
         ) from error
     return treescope
@@ -150,7 +150,7 @@ _DEPTH = 10
 
 
 class _Again:
-    """Stands for an object that is shown at another place."""
+    """Stands for an object that is shown in another place."""
 
     def __init__(self, number: int):
         self.number = number
@@ -163,7 +163,7 @@ class _Again:
 
 
 def show_node(node: Node, path: str | None, inner: Any) -> Any:
-    """Render a module for treescope: the part of `__treescope_repr__` that knows treescope."""
+    """Render a module for treescope: the part of `__treescope_repr__` that needs treescope."""
     register()
     if _drawing.root is not None:
         return _shown_once(node, path, inner)

@@ -94,7 +94,7 @@ def _print(walk: Walk, run: list[int], depth: int, out: list[str], todo: list[An
         out.append(f"{line}{item.text}{_times(run)}")
     else:
         head, tail = _ends(item, run)
-        # What a class of ours, such as an optimizer, shows in place of its parts.
+        # Some of our classes, such as the optimizer, show a summary instead of their parts.
         nested = item.kind == NODE and depth > 0
         summary = getattr(type(item.obj), "__nnx_summary__", None) if nested else None
         inner = (summary(item.obj) if summary else None) or list(_inner(walk, run[0]))

@@ -1,4 +1,4 @@
-"""How the Refs of an optimizer's state belong to the optax state and to the parameters."""
+"""Maps the Refs of an optimizer's state to the optax state and to the parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__: list[str] = []
 
 
 class Layout:
-    """How the Refs of the state and the optax state belong together; static.
+    """The mapping between the Refs of the state and the optax state. It is static.
 
     `targets` are the parameters that the optimizer was made for, with their shapes.
     """
@@ -59,10 +59,10 @@ def facts_of_state(
     shapes: Collection[tuple[int, ...]],
     facts: Mapping[str, Any],
 ) -> Mapping[str, Any]:
-    """The metadata of an array of the state: that of its parameter, as far as it has its dimensions.
+    """The metadata of an array of the state: that of its parameter, for the dimensions that both have.
 
-    Factored states, such as adafactor's, lack one dimension of the parameter. Of two that are as long,
-    optax leaves out the last in `v_row` and the first in `v_col`.
+    Factored states, such as adafactor's, lack one dimension of the parameter. If the two candidates have
+    the same size, optax leaves out the last in `v_row` and the first in `v_col`.
     """
     if shape in shapes:
         return facts
@@ -77,7 +77,7 @@ def facts_of_state(
 
 
 def state_path(keys: Any, params: Mapping[str, Path]) -> tuple[Path, Path | None]:
-    """The path of an array of the state, and the parameter that it is for, if there is one."""
+    """The path of an array of the state, and the path of its parameter, if it has one."""
     path: Path = ()
     param: Path | None = None
     for key in keys:

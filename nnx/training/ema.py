@@ -109,7 +109,7 @@ class EMA(Module):
         return "\n  ".join(["EMA(", *lines]) + "\n)" if lines else super().__repr__()
 
     def __nnx_summary__(self) -> list[str] | None:
-        """What is shown of it: the average has the paths of the model."""
+        """A summary to print, because the average has the same paths as the model."""
         if not {"step", "average", "decay", "filter"} <= attributes(self).keys():
             return None
         walk = Walk(self)

@@ -148,7 +148,7 @@ class Optimizer(Module):
         return "\n  ".join(["Optimizer(", *lines]) + "\n)" if lines else super().__repr__()
 
     def __nnx_summary__(self) -> list[str] | None:
-        """What is shown of it, by itself and in a module: the state of each parameter would be long."""
+        """A summary to print, because the state of each parameter would be long."""
         if not {"step", "state", "tx", "layout"} <= attributes(self).keys():
             return None
         walk = Walk(self)

@@ -28,7 +28,7 @@ def sample(model, *args):
 
 
 def test_numpyro_takes_a_frozen_module_as_a_constant(net):
-    # The mean of what is left when the module has predicted, of which the posterior is known.
+    # The mean of the residuals of the module's predictions, whose posterior is known.
     def model(net, x, y):
         shift = numpyro.sample("shift", distributions.Normal(0.0, 1.0))
         numpyro.sample("y", distributions.Normal(net(x)[:, 0] + shift, 1.0), obs=y)
@@ -53,7 +53,7 @@ def test_numpyro_samples_the_weights_of_a_module(net):
 
     samples = sample(model, X, Y)
     assert jnp.allclose(samples["kernel"].mean(0)[:, 0], jnp.array([1.0, -2.0]), atol=0.15)
-    # What is sampled is a stack of models.
+    # The samples are a stack of models.
     outputs = jax.vmap(lambda weights: pure(nnx.Partition(weights), X)[0])(samples)
     assert outputs.shape == (40, 16, 1)
 

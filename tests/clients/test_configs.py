@@ -69,7 +69,7 @@ def test_a_change_of_a_setting_is_seen(name, transform):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_settings_are_no_values(name):
+def test_settings_are_not_values(name):
     net = Net.init(0)(CONFIGS[name]())
     assert list(nnx.get_partition(net)) == [("linear", "kernel"), ("linear", "bias")]
     assert (nnx.grad(lambda net: net(X).sum())(net)["linear.bias"] == 6).all()

@@ -38,7 +38,7 @@ def test_orbax_restores_plain_dicts_that_update_takes(tmp_path):
     model, other = make(), make(1)
     values = nnx.get_partition(model)
     with ocp.PyTreeCheckpointer() as checkpointer, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it has no sharding to go by
+        warnings.simplefilter("ignore")  # a warning that there is no sharding
         checkpointer.save(tmp_path / "flat", values)
         checkpointer.save(tmp_path / "nested", values.nested())
         flat = checkpointer.restore(tmp_path / "flat")

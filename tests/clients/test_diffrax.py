@@ -11,13 +11,13 @@ Y0 = jnp.array([1.0, 0.5])
 
 
 class Field(nnx.Module):
-    """y' = A y + b, of which the solution is known."""
+    """y' = A y + b, whose solution is known."""
 
     a: jax.Array = nnx.param()
 
     def __init__(self):
         self.a = jnp.array([[-0.5, 1.0], [-1.0, -0.3]])
-        self.steps = jnp.array(3)  # an array that nobody differentiates
+        self.steps = jnp.array(3)  # an array that is never differentiated
 
     def __call__(self, t, y, args):
         return self.a @ y

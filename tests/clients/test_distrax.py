@@ -33,7 +33,7 @@ class InCall(nnx.Module):
 class InInit(nnx.Module):
     def __init__(self):
         self.net = conditioner()
-        # Bijectors flatten what they hold, here a bijector in a bijector.
+        # Bijectors flatten their contents, here a bijector in a bijector.
         self.bijector = distrax.Inverse(distrax.MaskedCoupling(MASK, self.net, affine))
 
     def __call__(self, x):

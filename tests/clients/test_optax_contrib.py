@@ -1,4 +1,4 @@
-"""optax.contrib: each transformation takes the steps on a module that it takes on a dict of arrays."""
+"""optax.contrib: each transformation takes the same steps on a module as on a dict of arrays."""
 
 import warnings
 
@@ -38,7 +38,7 @@ TRANSFORMATIONS = {
     "schedule_free_adamw": lambda: contrib.schedule_free_adamw(0.1),
     "sophia": lambda: contrib.sophia(0.05),
 }
-# What their updates need beside the gradient.
+# The arguments that their updates need besides the gradient.
 NEED_THE_LOSS = {"momo", "reduce_on_plateau"}
 
 
@@ -98,7 +98,7 @@ def test_weights_to_evaluate_with():
 def test_gradients_of_each_example_for_private_training():
     model = nnx.Linear.init(1)(3, 2)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it will be called key
+        warnings.simplefilter("ignore")  # a warning that it will be called key
         tx = contrib.dpsgd(0.1, l2_norm_clip=0.5, noise_multiplier=0.0, seed=0)
     optimizer = nnx.Optimizer(model, tx)
 

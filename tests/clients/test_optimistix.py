@@ -55,7 +55,7 @@ def test_a_module_is_what_is_found():
     solver = optimistix.LevenbergMarquardt(rtol=1e-6, atol=1e-6)
     found = optimistix.least_squares(lambda m, _: m(x) - target, solver, line).value
     assert jnp.allclose(found.kernel, jnp.array([[1.0], [-2.0]]), atol=1e-3)
-    found.bias = found.bias + 1  # it is a module like any other
+    found.bias = found.bias + 1  # a module like any other
     assert not jnp.allclose(line.bias, 3, atol=0.1)
 
     pure, state = nnx.functional(line)

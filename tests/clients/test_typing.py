@@ -99,7 +99,7 @@ def test_a_checked_class_has_subclasses_and_the_names_of_its_layers():
     with pytest.raises(BeartypeCallHintParamViolation):
         net.blocks[1](None)
     assert nnx.capture(net, "blocks.0")(X)[1]["blocks.0"].shape == (4, 2)
-    # As may any decorator of the class, or a patch, set it.
+    # Any class decorator or patch may set it like this.
     call = Block.__call__
     Block.__call__ = lambda self, x: call(self, x) + 1
     again = nnx.jit(lambda m, x: m(x)).lower(net, X).as_text(debug_info=True)

@@ -1,4 +1,4 @@
-"""The models of the examples, which the examples themselves train."""
+"""Tests of the models in the examples. The examples themselves train them."""
 
 import importlib
 import sys
@@ -10,7 +10,7 @@ FOLDER = Path(__file__).parent.parent.parent / "examples"
 
 
 def example(name):
-    """The module of an example; they import each other by name."""
+    """The module of an example. Examples import each other by name."""
     sys.path.insert(0, str(FOLDER))
     try:
         return importlib.import_module(name)

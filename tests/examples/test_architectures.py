@@ -32,7 +32,7 @@ def test_experts_take_what_is_sent_to_them_and_pass_the_rest_on():
     np.testing.assert_allclose(sown["balance"], 3 * (share * chances.mean(0)).sum(), rtol=1e-5)
 
 
-def test_translating_with_a_cache_says_what_the_whole_model_says():
+def test_translating_with_a_cache_equals_the_whole_model():
     model = architectures.Seq2Seq.init(0)(7, features=8, heads=2)
     tokens = np.random.default_rng(0).integers(1, 7, (3, 5))
     written = architectures.translate(model, tokens, 5)
@@ -53,5 +53,5 @@ def test_images_go_in_and_every_parameter_has_a_gradient(name):
     grads, y = nnx.jit(nnx.grad(loss, has_aux=True))(model.train())
     assert y.shape == ((4, 8, 8, 1) if name == "UNet" else (4, 10))
     without = [path for path, g in grads.items() if not g.any()]
-    # Softmax does not see what is added to every key.
+    # Softmax ignores what is added to every key.
     assert all(path[-2:] == ("key", "bias") for path in without), without

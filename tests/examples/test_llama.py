@@ -1,4 +1,4 @@
-"""Llama: against NumPy in float64, in and out by Hugging Face's names, decoding, training."""
+"""Llama: against NumPy in float64, Hugging Face's names in both directions, decoding, training."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def llama_config(model_type, **changes):
 
 
 def llama_state(c, seed=0):
-    """Random weights by the names, and in the shapes, that a file of Hugging Face's has."""
+    """Random weights with the names and shapes of a Hugging Face file."""
     size, inner = c["hidden_size"], c["intermediate_size"]
     heads, kv, head = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
     shapes = {"model.embed_tokens.weight": (c["vocab_size"], size)}
@@ -66,7 +66,7 @@ def llama_state(c, seed=0):
 
 
 def llama_logits(c, state, tokens):
-    """What the papers say, for one sequence, in float64."""
+    """The model of the papers, for one sequence, in float64."""
     w = {name: x.astype(np.float64) for name, x in state.items()}
     heads, kv, head = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
     count = len(tokens)
@@ -134,7 +134,7 @@ def write(folder, config, state, shards=1):
     ],
     ids=["llama", "llama-tied", "mistral", "qwen3"],
 )  # fmt: skip
-def test_a_checkpoint_by_the_names_of_hugging_face(tmp_path, config, shards):
+def test_a_checkpoint_with_hugging_face_names(tmp_path, config, shards):
     state, tokens = llama_state(config), np.arange(9) * 5 % 19
     write(tmp_path, config, state, shards)
     model = llama.load(tmp_path)
@@ -155,7 +155,7 @@ def test_a_checkpoint_by_the_names_of_hugging_face(tmp_path, config, shards):
         nnx.bridge.to_state_dict(model, names, like=state),
         nnx.bridge.to_state_dict(model, names),
     ):
-        # The one table is there by both of its names where nobody says which.
+        # By default, the one table is there under both of its names.
         extra = {"lm_head.weight"} if config["tie_word_embeddings"] else set()
         assert set(back) - set(state) <= extra
         for name, array in state.items():
@@ -168,7 +168,7 @@ def test_a_checkpoint_by_the_names_of_hugging_face(tmp_path, config, shards):
     assert all(np.array_equal(back[name], x) for name, x in state.items())
 
 
-def test_the_dtype_of_a_checkpoint_and_a_model_that_is_none_of_these(tmp_path):
+def test_the_dtype_of_a_checkpoint_and_an_unsupported_model(tmp_path):
     config = llama_config("qwen3", dtype="bfloat16")
     write(tmp_path, config, llama_state(config))
     model = llama.load(tmp_path, remat=False)
@@ -195,7 +195,7 @@ def pair():
 
 
 @pytest.mark.parametrize("guesses", [1, 3])
-def test_speculative_decoding_says_what_greedy_decoding_says(pair, guesses):
+def test_speculative_decoding_equals_greedy_decoding(pair, guesses):
     model, draft = pair
     prompt = jnp.array([[3, 1, 4]])
     tokens = prompt
@@ -211,7 +211,7 @@ def test_speculative_decoding_says_what_greedy_decoding_says(pair, guesses):
     np.testing.assert_array_equal(found, expected)
     perfect, least = llama.speculate(model, model, prompt, 12, guesses)
     np.testing.assert_array_equal(perfect, expected)
-    # One pass for the prompt; each other one says its guesses, all of them right, and one more.
+    # One pass for the prompt; each further one confirms all guesses, and gives one more token.
     assert least == 1 + math.ceil(11 / (guesses + 1)) and least <= passes <= 12
 
 

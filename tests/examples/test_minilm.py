@@ -1,4 +1,4 @@
-"""MiniLM: against NumPy in float64, in and out by Hugging Face's names."""
+"""MiniLM: against NumPy in float64, and Hugging Face's names in both directions."""
 
 import json
 import math
@@ -94,7 +94,7 @@ def test_sentence_vectors_are_those_of_numpy(tmp_path):
     assert minilm.back_is_the_same(
         tmp_path / "model.safetensors", tmp_path / "back.safetensors"
     ) == len(state)
-    # A change comes out, and what ours has nothing like stays.
+    # A change is written, and arrays that our model lacks stay as they are.
     model.layers.layers.up.kernel *= 2
     minilm.write_back(model, tmp_path, tmp_path / "back.safetensors")
     back = load_file(tmp_path / "back.safetensors")

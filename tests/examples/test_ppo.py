@@ -1,4 +1,4 @@
-"""PPO: the pole, environments that begin again, advantages, an iteration."""
+"""PPO: the pole, environments that restart, advantages, an iteration."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ def test_the_pole_falls_as_in_gymnasium():
     assert fallen and int(env.time) == step + 1
 
 
-def test_environments_begin_again_each_by_itself():
+def test_each_environment_restarts_independently():
     with nnx.scope(0):
         episodes = nnx.vmap(lambda: ppo.Episodes(ppo.CartPole()), axis_size=4)()
     step = nnx.jit(nnx.vmap(lambda e, a: e.step(a)))
@@ -72,7 +72,7 @@ def test_advantages_are_those_of_the_definition():
     for i in range(3):
         for t in range(39):
             later = np.asarray(steps.state[t + 1, i])
-            if np.abs(later).max() > 0.05:  # it did not begin again
+            if np.abs(later).max() > 0.05:  # it did not restart
                 delta = 1 + 0.99 * value[t + 1, i] - value[t, i]
                 expected = delta + 0.99 * 0.95 * float(steps.advantage[t + 1, i])
                 np.testing.assert_allclose(steps.advantage[t, i], expected, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Run as many random programs as wanted: `python -m tests.laws --programs 100000 --seed 1`."""
+"""Run any number of random programs: `python -m tests.laws --programs 100000 --seed 1`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.laws.program import forget
 
 
 def main() -> int:
-    """Run, print how many ran, and give the status of the process."""
+    """Run, print how many ran, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.laws", description=__doc__)
     parser.add_argument("--programs", type=int, default=1000, help="how many in all")
     parser.add_argument(

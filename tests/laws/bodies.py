@@ -14,11 +14,11 @@ from tests.laws.world import World, number
 
 @dataclass
 class Scope:
-    """What can be named at one place of a program.
+    """The names that are available at one place of a program.
 
     `scalars` may be read and written, `locked` only read. `modules` and `owned` are pairs of an expression and the
-    name of the module in the world; the structure of what is owned may change. Under `vmap`, `lanes` are
-    scalars that are mapped, and `varying` are numbers that differ between the lanes.
+    name of the module in the world; the structure of owned modules may change. Under `vmap`, `lanes` are
+    mapped scalars, and `varying` are numbers that differ between the lanes.
     """
 
     scalars: list[str]
@@ -30,7 +30,7 @@ class Scope:
     varying: list[str] = field(default_factory=list)
     mapped: bool = False
 
-    # Whether functions close over no numbers, which are new arrays at each call.
+    # Whether functions must not close over numbers, because these are new arrays at each call.
     typed: bool = False
 
     def inner(self) -> Scope:
@@ -57,9 +57,9 @@ class Options:
     branches: float = 1.0
     plain: float = 1.0
     lanes: float = 0.5
-    # Whether functions may be called without a transformation, too.
+    # Whether functions may also be called without a transformation.
     direct: bool = True
-    # Whether every value keeps its dtype, weak or not, and nothing is closed over but modules.
+    # Whether every value keeps its dtype, weak or not, and functions close over modules only.
     typed: bool = False
 
 
@@ -81,9 +81,9 @@ class Bodies:
         self.options = options
         self.real = real
         self.may: dict[str, str] = {}
-        # Calls of compiled functions that may be made again.
+        # Calls of compiled functions that may be repeated.
         self.calls: list[str] = []
-        # What such a call goes through, for changes between calls: kind and name.
+        # The objects that such a call goes through, for changes between calls: kind and name.
         self.routes: list[tuple[str, str]] = []
         self._count = 0
 
@@ -93,7 +93,7 @@ class Bodies:
         return f"{prefix}{self._count}"
 
     def top(self) -> Scope:
-        """What can be named outside of every function."""
+        """The names that are available outside all functions."""
         world = self.world
         scalars = [f"{r}.value" for r in world.refs]
         scalars += [f"{m}{end}" for m in world.modules for end in world.scalars[m]]
@@ -118,7 +118,7 @@ class Bodies:
         return rng.choice(pool) if pool else f"array({number(rng, self.real)})"
 
     def expression(self, scope: Scope, *, varying: bool = True) -> str:
-        """A number of two things that can be read."""
+        """A number computed from two readable things."""
         rng = self.rng
         a = self.read(scope, varying=varying)
         b = self.read(scope, varying=varying) if rng.random() < 0.6 else number(rng, self.real)
@@ -166,7 +166,7 @@ class Bodies:
             found = [m for m, w in scope.modules if w in self.world.settings]
             if found:
                 group = rng.choice(TWINS[:5])
-                # What numpy compares with a tuple is an array.
+                # NumPy compares an array with a tuple elementwise.
                 setting = rng.choice([x for x in group if "np." not in x])
                 line = Line(
                     f"{rng.choice(scope.scalars)} = {self.expression(scope, varying=False)}"
@@ -217,7 +217,7 @@ class Bodies:
         return self.rearrangement(name, other, new)
 
     def let_go(self, name: str, other: str) -> list[Node]:
-        """A change of what the module then holds no more: another name may hold it."""
+        """A change of a part that the module no longer holds; another name may hold it."""
         kids, rng = self.name("k"), self.rng
         if rng.random() < 0.25:
             lines = (f"{kids} = {name}.kids", f"{name}.kids = []", f"{kids}.append({other})")
@@ -229,7 +229,7 @@ class Bodies:
         return [Block(f"if {is_module}:", tuple(map(Line, lines)))]
 
     def rearrangement(self, name: str, other: str, new: str) -> list[Node]:
-        """A change of what two names share: lists, dicts, Refs and modules that move or are tied."""
+        """A change of things that two names share: lists, dicts, Refs and modules that move or are tied."""
         kids = f'hasattr({name}, "kids") and hasattr({other}, "kids")'
         table = f'hasattr({name}, "table")'
         ref = self.name("r")
@@ -280,9 +280,9 @@ class Bodies:
         return [Block(f"if {condition}:", (Line(self.rng.choice(ways[condition])),))]
 
     def closed_surgery(self, scope: Scope) -> list[Node]:
-        """A change of a list of a module that is closed over, or that a variable holds, too."""
+        """A change of a module's list that is also closed over, or held by a variable."""
         found = [m for m, w in scope.modules if w in self.world.plains]
-        # In lanes and in derivatives the body runs once, and in Python several times.
+        # In lanes and derivatives the body runs once, but in Python it runs several times.
         if not found or scope.mapped or scope.locked:
             return self.simple(scope)
         name, other = self.rng.choice(found), self.rng.choice(scope.modules)[0]

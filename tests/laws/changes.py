@@ -1,7 +1,7 @@
-"""What ordinary Python changes between two calls, and functions that have to see it.
+"""Changes by ordinary Python between two calls, and functions that must see them.
 
-Two changes are not tried, since nothing but a walk at each call could see them: `object.__setattr__(module, ...)` from outside of
-the class, and the `__code__` of a function replaced in place.
+Two changes are not tried, because only a walk at each call could see them: `object.__setattr__(module, ...)` from outside
+the class, and replacing the `__code__` of a function in place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.laws.world import World
 
 
 def eager(bodies: Bodies, scope: Scope) -> list[Node]:
-    """A change of the modules themselves, outside of every function."""
+    """A change of the modules themselves, outside all functions."""
     rng = bodies.rng
     kind = rng.random()
     if kind < 0.4:
@@ -32,7 +32,7 @@ def eager(bodies: Bodies, scope: Scope) -> list[Node]:
 
 
 def twin(rng: random.Random, world: World) -> list[Node]:
-    """A setting is replaced by one that Python calls equal, or that is easily taken for it."""
+    """Replace a setting with one that Python calls equal, or that is easily mistaken for it."""
     name = rng.choice(list(world.settings))
     group = next((g for g in TWINS if world.settings[name] in g), TWINS[0])
     setting = world.settings[name] = rng.choice(group)
@@ -41,7 +41,7 @@ def twin(rng: random.Random, world: World) -> list[Node]:
     return [Line(f"{name}.mode = {setting}")]
 
 
-# How a function is called that is not compiled, by the parameters that it then has; "{}" is the function.
+# How to call a function that is not compiled, by the parameters that it then has; "{}" is the function.
 _EAGER = (
     ("x", "y = cond(array(1) > 0, {0}, {0}, array(3))"),
     ("x", "y = cond(array(1) > 0, lambda x: {0}(x), lambda x: {0}(x), array(3))"),
@@ -58,7 +58,7 @@ _EAGER = (
 
 
 def fresh(bodies: Bodies) -> tuple[list[Node], list[Node]]:
-    """A prelude and steps of law 5: a function, called again after changes of what leads to its modules."""
+    """A prelude and steps of law 5: a function, called again after changes of the steps to its modules."""
     rng = bodies.rng
     routes = Routes(bodies)
     params, read, wrap = routes.route()
@@ -121,7 +121,7 @@ def fresh(bodies: Bodies) -> tuple[list[Node], list[Node]]:
 
 
 def _with_variable(bodies: Bodies, routes: Routes, prelude: list[Node], seen: str) -> str:
-    """Let a function read a number, a text or an array from a variable, and that variable change."""
+    """Let a function read a number, a text or an array from a variable, and change that variable."""
     rng = bodies.rng
     variable, helper = bodies.name("d"), bodies.name("h")
     if rng.random() < 0.3:

@@ -1,4 +1,4 @@
-"""Law 8: a call that is like one before traces nothing and compiles nothing, and nothing grows."""
+"""Law 8: a call like an earlier one traces nothing and compiles nothing, and nothing grows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make(seed: int) -> Program:
     scope = bodies.top()
     scope.owned = []
     compiled = rng.random() < 0.35
-    # Not compiled, `vmap`, `grad`, `remat` and a new `jit` run their function at each call, as JAX's do.
+    # Outside compiled code, `vmap`, `grad`, `remat` and a new `jit` run their function at each call, as in JAX.
     body = bodies.region(scope.inner(), 0) if compiled else bodies.loop(scope.inner(), 0)
     body = [*body, *bodies.simple(scope.inner())]
     if compiled:
@@ -45,7 +45,7 @@ def make(seed: int) -> Program:
     step: list[Node] = [Block("def step(m):", tuple(body))]
     if compiled:
         step.append(Line("step = jit(step)"))
-    # Another module of the same structure, a new one in each call, is like the first.
+    # A new module with the same structure in each call counts as the same.
     call = rng.choice(["step(l0)", "step(clone(l0))"]) if compiled else "step(None)"
     return Program(
         8, (*world.lines, *step), (Line(call),), tuple(bodies.may.items()), real, seed=seed
@@ -53,7 +53,7 @@ def make(seed: int) -> Program:
 
 
 def _ticking(nodes: tuple[Node, ...], depth: int = 0) -> tuple[Node, ...]:
-    """The same with a `tick()` at the head of every inner function: it counts the traces."""
+    """The same program with a `tick()` at the start of every inner function, which counts the traces."""
     new: list[Node] = []
     for node in nodes:
         if isinstance(node, Block):
@@ -79,7 +79,7 @@ def judge(program: Program) -> Verdict:
         for _ in range(_WARM):
             exec(call, names)
     except Exception as error:
-        # Whether it may raise is not the question here.
+        # This check does not care whether it may raise.
         NNX.restore()
         return Verdict("void", f"{type(error).__name__}: {error}")
     ticks[0] = _compiled[0] = 0
@@ -97,7 +97,7 @@ def judge(program: Program) -> Verdict:
     if ticks[0] or _compiled[0]:
         kind = "compiled again" if _compiled[0] else "traced again"
         return Verdict(kind, f"{3 * _CALLS} calls: {ticks[0]} traces, {_compiled[0]} compilations")
-    # What every call leaves behind is there after each round of calls.
+    # Whatever every call leaves behind is there after each round of calls.
     rounds = [after - before for before, after in pairwise(counts)]
     grown = {k: n for k, n in rounds[-1].items() if all(r[k] >= _CALLS for r in rounds)}
     return Verdict("grew", f"by {grown} in {_CALLS} calls") if grown else Verdict("ok")

@@ -1,4 +1,4 @@
-"""Law 7: whatever raises, wherever, nothing of the caller's changed, and nothing stays alive for it."""
+"""Law 7: whatever raises, wherever, the caller's objects are unchanged, and nothing stays alive because of it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def make(seed: int) -> Program:
     """A program of law 3 or 4 in which a function raises somewhere."""
     rng = random.Random(f"7 {seed}")
     program = programs.general(rng.choice([3, 4]), rng, seed, direct=False)
-    # What ordinary Python did before it raised stays done, so no call may lose its transformation.
+    # What ordinary Python did before the error stays done, so every call must keep its transformation.
     steps = tuple(Line(x.text) if isinstance(x, Line) else x for x in program.steps)
     places = list(_places(steps, ()))
     if places and rng.random() < 0.85:
         line = rng.choice(["raise Boom()", "raise Boom()", "fail()"])
         steps = _insert(steps, rng.choice(places), line)
-    # What is traced and not taken raises, too.
+    # Branches that are traced but not taken raise too.
     may = (
         *program.may,
         ("Boom", "tracing goes through every branch"),
@@ -70,7 +70,7 @@ _OURS = (nnx.Ref, nnx.Module, jax.core.Tracer)
 
 
 def census(kinds: tuple[type, ...] = _OURS) -> collections.Counter[str]:
-    """How many objects of these classes are alive; `gc.freeze` takes out what was there before."""
+    """How many objects of these classes are alive, without those from before `gc.freeze`."""
     gc.collect()
     counts: collections.Counter[str] = collections.Counter()
     for x in gc.get_objects():
@@ -81,7 +81,7 @@ def census(kinds: tuple[type, ...] = _OURS) -> collections.Counter[str]:
 
 
 def judge(program: Program) -> Verdict:
-    """Compare with Python, and then look at what is still alive."""
+    """Compare with Python, and then check which objects are still alive."""
     program, expected = expected_of(program)
     if expected is None:
         return Verdict("void", "means nothing in Python")
@@ -92,8 +92,8 @@ def judge(program: Program) -> Verdict:
         return verdict
     grown = census() - before
     if verdict.error and "jit(" in str(program):
-        # A trace of jax.jit that an exception ends keeps its tracers and its constants, if the
-        # function closes over arrays: JAX's own. Every other trace comes to its end first.
+        # If an exception ends a trace of jax.jit whose function closes over arrays, JAX itself keeps
+        # the tracers and constants. Every other trace finishes first.
         del grown["DynamicJaxprTracer"]
         watched = [w for w in watched if not isinstance(w(), jax.Array)]
     alive = [type(x).__name__ for w in watched if (x := w()) is not None]

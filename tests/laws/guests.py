@@ -1,4 +1,4 @@
-"""More of what other libraries do to a module as a pytree: what they compute with it, keep of it, and hold it in."""
+"""More habits of other libraries with a module as a pytree: computing with it, keeping its parts, holding it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.laws.program import NNX, difference, same, state_of
 
 
 class Record:
-    """A pytree of another library that takes apart whatever its attributes hold, in one go."""
+    """A pytree of another library that flattens everything in its attributes at once."""
 
     def __init__(self, **held: Any):
         self.__dict__.update(held)
@@ -36,7 +36,7 @@ def _state(tree: Any) -> Any:
 
 
 def _one(tree: Any, rng: random.Random) -> Any:
-    """A module of the tree; only inside of one does JAX's rebuilding keep what is shared."""
+    """A module of the tree; only inside a module does JAX's rebuilding keep sharing."""
     found = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, (nnx.Module, nnx.Ref)))
     return rng.choice([x for x in found if isinstance(x, (nnx.Module, nnx.Ref))])
 
@@ -51,12 +51,12 @@ def _only_numbers(tree: Any) -> bool:
 
 
 def _floating(tree: Any) -> Any:
-    """The tree with floating-point numbers for its arrays."""
+    """The tree with its arrays as floating-point numbers."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
 
 
 def _sum(tree: Any) -> Any:
-    """A number that is not linear in the arrays of a tree."""
+    """A number that depends nonlinearly on the arrays of a tree."""
     found = jnp.float32(0)
     for i, x in enumerate(jax.tree.leaves(tree)):
         found = found + (i + 1) * jnp.sum(jnp.sin(jnp.asarray(x, jnp.float32)))
@@ -76,7 +76,7 @@ def _combine(first: Any, second: Any) -> Any:
     )
 
 
-# How a function of one tree is called, that gives its value; all are what libraries do with a function.
+# Ways in which libraries call a function of one tree; each returns its value.
 _CALLS: dict[str, Callable[..., Any]] = {
     "plain": lambda f, x: f(x),
     "jit": lambda f, x: jax.jit(f)(x),
@@ -99,12 +99,12 @@ _CALLS: dict[str, Callable[..., Any]] = {
 
 
 def combined_in_a_transformation(tree: Any, rng: random.Random) -> str | None:
-    """Half of a module is an argument and the other closed over, as a constant, in every transformation."""
+    """One half of a module is an argument and the other a closed-over constant, in every transformation."""
     if not _only_numbers(tree):
         return None
     tree = _floating(tree)
     count = len(jax.tree.leaves(tree))
-    # A Ref that holds an array may be no constant of a program that plain JAX keeps.
+    # A Ref that holds an array must not be a constant of a program that plain JAX keeps.
     first, second = _halves(tree, [True] * count)
     name = rng.choice(list(_CALLS))
     got = _CALLS[name](lambda p: _sum(_combine(p, second)), first)
@@ -144,7 +144,7 @@ def gradient_of_a_half(tree: Any, rng: random.Random) -> str | None:
 
 
 def written_where_nobody_sees(tree: Any, rng: random.Random) -> str | None:
-    """A copy that plain JAX made may not be written where the update would be lost; elsewhere it is a copy."""
+    """A copy that plain JAX made cannot be written if the update would be lost; otherwise it is an ordinary copy."""
     tree = _one(tree, rng)
     refs = [r for r in NNX.refs(tree) if isinstance(r.value, jax.Array)]
     if not refs or not _only_numbers(tree):
@@ -190,7 +190,7 @@ def mapped_and_back(tree: Any, rng: random.Random) -> str | None:
         made[id(found)] = found
         return found
 
-    # What stands for a leaf may be a tree itself, unless one stops at it.
+    # The replacement of a leaf may itself be a tree, so `is_leaf` stops at it.
     mapped = jax.tree.map(new, tree)
     back = jax.tree.map(lambda _: next(values), mapped, is_leaf=lambda x: id(x) in made)
     if not same(_state(tree), _state(back)):
@@ -205,8 +205,8 @@ def mapped_and_back(tree: Any, rng: random.Random) -> str | None:
 
 
 def kept_and_changed(tree: Any, rng: random.Random) -> str | None:
-    """What was kept of a module is as it was, whatever happens to the structure of the module since."""
-    # The tree is not the caller's: it is changed here.
+    """Kept parts of a module stay as they were, whatever happens to its structure afterwards."""
+    # The tree is not the caller's, so it may change here.
     tree = nnx.clone(_one(tree, rng))
     was = _state(tree)
     leaves, treedef = jax.tree.flatten(tree)
@@ -239,7 +239,7 @@ def kept_and_changed(tree: Any, rng: random.Random) -> str | None:
 
 
 def held_in_a_record(tree: Any, rng: random.Random) -> str | None:
-    """A pytree that takes modules apart itself: alone, in another, beside the module, and replaced later."""
+    """A pytree that flattens modules itself: alone, inside another, beside the module, and replaced later."""
     if not _only_numbers(tree) or not all(_is_number(r.value) for r in NNX.refs(tree)):
         return None
     tree = _one(_floating(tree), rng)
@@ -259,7 +259,7 @@ def held_in_a_record(tree: Any, rng: random.Random) -> str | None:
 
     way = rng.randrange(4)
     if way == 0:
-        # The gradient goes through the record to the one Ref, whichever way it is reached.
+        # The gradient goes through the record to the one Ref, however it is reached.
         params = nnx.get_partition(outer)
         if not len(params):
             return None
@@ -268,7 +268,7 @@ def held_in_a_record(tree: Any, rng: random.Random) -> str | None:
         got = [g for path, g in grads.items() if np.any(np.asarray(g) != 0)]
         return None if got or not given else f"no gradient reached {list(grads)}"
     if way == 1:
-        # Updates inside of nnx.jit come back through it.
+        # Updates inside nnx.jit come back through it.
         refs = NNX.refs(tree)
         if not refs:
             return None
@@ -287,7 +287,7 @@ def held_in_a_record(tree: Any, rng: random.Random) -> str | None:
 
 
 def record_as_an_argument(tree: Any, rng: random.Random) -> str | None:
-    """A pytree that takes a module apart itself, beside the module: what is written by one name is read by the other."""
+    """A pytree that flattens a module itself, beside the module: a write by one name is read by the other."""
     if not _only_numbers(tree) or not all(_is_number(r.value) for r in NNX.refs(tree)):
         return None
     tree = _one(_floating(tree), rng)
@@ -371,12 +371,12 @@ def ref_without_arrays(tree: Any, rng: random.Random) -> str | None:
         try:
             ref.value = make(i + 1)
         except nnx.ClosureError:
-            # A program that plain JAX keeps has it: it may not be written any more.
+            # A program that plain JAX keeps has it as a constant, so it must not be written any more.
             return None if name in _KEPT else f"{name}: {ref.value!r} may not be written"
     return None
 
 
-# Where plain JAX keeps a program for the next call.
+# The transformations for which plain JAX keeps a program for the next call.
 _KEPT = ("jit", "checkpoint", "cond", "scan", "while", "callback")
 
 GUESTS = (

@@ -24,16 +24,16 @@ MISSING = object()
 
 
 def _own(cls: type) -> dict[str, Any]:
-    """The attributes of a class that a program can mean; what a library keeps there is its own."""
+    """The attributes of a class that belong to the program, and not to the library."""
     return {k: v for k, v in vars(cls).items() if not k.startswith("_") or k == "__call__"}
 
 
 class Library:
-    """What both libraries have: functions over modules that are written in ordinary Python."""
+    """The part that both libraries share: functions over modules in ordinary Python."""
 
     def __init__(self, name: str):
         self.name = name
-        # Programs compute with whole numbers, exactly, or with small real ones where they differentiate.
+        # Programs compute exactly with whole numbers, or with small real numbers if they differentiate.
         self.real = False
         self.classes = define(self)
         self._pristine = {cls: _own(cls) for cls in self.classes.values()}
@@ -91,7 +91,7 @@ class Library:
 
         def visit(x: Any) -> Any:
             parts = self.parts(x)
-            # Which tuple it is means nothing: Python makes one of two that are equal, or not.
+            # The identity of a tuple means nothing: Python may or may not merge two equal ones.
             if (parts is not None and type(x) is not tuple) or isinstance(x, self.Ref):
                 if id(x) in seen:
                     return self.scaled(seen[id(x)])
@@ -108,7 +108,7 @@ class Library:
         return visit(x)
 
     def scaled(self, n: int) -> Any:
-        """A whole number as one that a program computes with."""
+        """A whole number in the form that programs compute with."""
         return n / 100 if self.real else n
 
     def bump(self, x: Any) -> None:
@@ -152,12 +152,12 @@ def _boom() -> None:
     raise Boom
 
 
-# JAX logs what a callback raises, beside raising it.
+# JAX logs the error of a callback in addition to raising it.
 logging.getLogger("jax._src.callback").setLevel(logging.CRITICAL)
 
 
 class Nnx(Library):
-    """The library that is judged."""
+    """The library under test."""
 
     Ref = nnx.Ref
     Module = nnx.Module
@@ -177,7 +177,7 @@ class Nnx(Library):
     grad = staticmethod(nnx.grad)
 
     def fail(self) -> None:
-        """Raise when the program runs, and not when it is traced."""
+        """Raise when the program runs, but not when it is traced."""
         jax.experimental.io_callback(_boom, None, ordered=True)
 
     def array(self, x: Any) -> Any:
@@ -202,14 +202,14 @@ class Nnx(Library):
 
 
 class Stop(Exception):
-    """A program was told to end where it calls a transformation."""
+    """A program was told to end at a call of a transformation."""
 
 
 class Python(Library):
-    """What a program means.
+    """The meaning of a program.
 
-    `turn` (1 to 7) chooses other branches than the program does, and `stop` ends it at one of the calls of
-    transformations that are in no other: both to find out what an error may have come from.
+    `turn` (1 to 7) chooses other branches than the program does, and `stop` ends it at one of the outermost
+    calls of transformations. Both help to find the cause of an error.
     """
 
     turn = 0
@@ -228,7 +228,7 @@ class Python(Library):
     ref = staticmethod(reference.Field)
 
     def namespace(self) -> dict[str, Any]:
-        """The names; with `stop`, each transformation counts the calls of it."""
+        """The names; with `stop`, each transformation counts its calls."""
         names = super().namespace()
         if self.stop is None:
             return names

@@ -11,13 +11,13 @@ from tests.laws.program import Program, Verdict, forget
 from tests.laws.shrink import shrink
 
 LAWS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
-# So many programs of each law in a round: those that compile nothing are a hundred times cheaper.
+# The number of programs of each law in a round. Programs that compile nothing are a hundred times cheaper.
 SHARES = {1: 15, 2: 15, 3: 3, 4: 3, 5: 3, 6: 2, 7: 2, 8: 1, 9: 4}
 _TREES = (1, 2, 9)
 
 
 def make(law: int, seed: int) -> Program:
-    """The program of a law with one seed; the same each time."""
+    """The program of a law for a seed; it is the same each time."""
     if law in _TREES:
         return trees.make(law, seed)
     if law == 7:
@@ -26,7 +26,7 @@ def make(law: int, seed: int) -> Program:
 
 
 def judge(program: Program) -> Verdict:
-    """Run a program and say how it went."""
+    """Run a program and return the outcome."""
     if program.law in _TREES:
         return trees.judge(program)
     if program.law == 7:
@@ -36,7 +36,7 @@ def judge(program: Program) -> Verdict:
 
 @dataclass
 class Outcome:
-    """How it went; the program is the smallest that goes the same way."""
+    """The outcome, with the smallest program that has the same outcome."""
 
     kind: str
     detail: str
@@ -52,7 +52,7 @@ def run_one(law: int, seed: int, seconds: float = 30.0) -> Outcome:
         return Outcome(verdict.kind, verdict.detail, program, False)
 
     def fails(smaller: Program) -> bool:
-        # What earlier programs left in caches must not decide.
+        # The outcome must not depend on what earlier programs left in caches.
         if law not in _TREES:
             forget()
         found = judge(smaller)

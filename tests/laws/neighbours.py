@@ -1,4 +1,4 @@
-"""What other libraries do to a module as a pytree."""
+"""Habits of other libraries with a module as a pytree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.laws.program import NNX, difference, same, state_of
 
 
 class Holder:
-    """A pytree of another library that takes a module apart by itself."""
+    """A pytree of another library that flattens a module itself."""
 
     def __init__(self, module: Any):
         self.module = module
@@ -35,7 +35,7 @@ def _state(tree: Any) -> Any:
 
 
 def _module(tree: Any, rng: random.Random) -> Any:
-    """One module of the tree: only inside of one does JAX's rebuilding keep what is shared."""
+    """One module of the tree: only inside a module does JAX's rebuilding keep sharing."""
     found = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, (nnx.Module, nnx.Ref)))
     return rng.choice([x for x in found if isinstance(x, (nnx.Module, nnx.Ref))])
 
@@ -46,7 +46,7 @@ def _arrays_only(tree: Any) -> bool:
 
 
 def _numbers(leaves: list[Any]) -> Any:
-    """One number of the arrays among some leaves."""
+    """One number computed from the arrays among some leaves."""
     found = jnp.float32(0)
     for i, x in enumerate(leaves):
         # A number in a Ref is an array in a compiled program.
@@ -59,7 +59,7 @@ def _numbers(leaves: list[Any]) -> Any:
 
 
 def partition_and_combine(tree: Any, rng: random.Random) -> str | None:
-    """Equinox's idiom: two trees with None where the other has a leaf, and one again."""
+    """Equinox's idiom: split into two trees, each with None where the other has a leaf, and combine them."""
     tree = _module(tree, rng)
     marks = {id(x): rng.random() < 0.5 for x in jax.tree.leaves(tree)}
     first = jax.tree.map(lambda x: x if marks[id(x)] else None, tree)
@@ -75,7 +75,7 @@ def partition_under_jit(tree: Any, rng: random.Random) -> str | None:
     """The same with one half closed over and the other an argument of `jax.jit`, or of `jax.grad`."""
     leaves = jax.tree.leaves(tree)
     kind = rng.choice([jax.jit, nnx.jit_filter, nnx.jit, lambda f: f])
-    # A Ref that holds an array may not become a constant of a program that `jax.jit` keeps.
+    # A Ref that holds an array must not become a constant of a program that `jax.jit` keeps.
     all_arrays = kind is jax.jit
     marks = [
         isinstance(x, (jax.Array, np.ndarray)) and (all_arrays or rng.random() < 0.5)
@@ -97,7 +97,7 @@ def partition_under_jit(tree: Any, rng: random.Random) -> str | None:
 
 
 def mask_closed_over(tree: Any, rng: random.Random) -> str | None:
-    """A tree of bools, made by `jax.tree.map` and closed over; then another one by the same name."""
+    """A closed-over tree of bools from `jax.tree.map`; then another one under the same name."""
     if not all(isinstance(x, (jax.Array, np.ndarray, float, int)) for x in jax.tree.leaves(tree)):
         return None
     kind = rng.choice([jax.jit, nnx.jit, nnx.jit_filter])
@@ -115,7 +115,7 @@ def mask_closed_over(tree: Any, rng: random.Random) -> str | None:
     compiled = kind(f)
     for i in range(3):
         if i == 2 and kind is jax.jit:
-            break  # JAX keeps what a function closes over.
+            break  # JAX keeps the closed-over values as constants.
         if i == 2:
             mask = new_mask()
         got, expected = compiled(tree), f(tree)
@@ -190,7 +190,7 @@ def constants_among_values(tree: Any, rng: random.Random) -> str | None:
 
 
 def kept_for_later(tree: Any, rng: random.Random) -> str | None:
-    """Leaves and structure that were kept give the tree as it was, whatever happened to it since."""
+    """Kept leaves and structure give the tree as it was, whatever happened to it since."""
     tree = _module(tree, rng)
     was = _state(tree)
     leaves, treedef = jax.tree.flatten(tree)
@@ -241,7 +241,7 @@ def _is_plain_number(x: Any) -> bool:
 
 
 def shapes_only(tree: Any, rng: random.Random) -> str | None:
-    """A tree of ShapeDtypeStructs can be read where it was made, and in any transformation."""
+    """A tree of ShapeDtypeStructs can be read where it was made and in any transformation."""
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(getattr(x, "shape", ()), getattr(x, "dtype", np.float32)),
         tree,
@@ -303,7 +303,7 @@ def ahead_of_time(tree: Any, rng: random.Random) -> str | None:
 
 
 def second_derivative(tree: Any, rng: random.Random) -> str | None:
-    """`jax.grad` and `jax.hessian` over a module, beside those over its leaves."""
+    """`jax.grad` and `jax.hessian` over a module, compared with those over its leaves."""
     leaves, treedef = jax.tree.flatten(tree)
     if not leaves:
         return None

@@ -1,4 +1,4 @@
-"""A program as data: how it reads, how it runs, and what it left behind."""
+"""A program as data: its text, how to run it, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NNX, PYTHON = Nnx("nnx"), Python("Python")
 
 @dataclass(frozen=True)
 class Line:
-    """One line. `simpler` are lines that may stand in its place when the program is shrunk."""
+    """One line. `simpler` are lines that may replace it when the program shrinks."""
 
     text: str
     simpler: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Block:
-    """A line that ends with a colon, and what is indented under it."""
+    """A line that ends with a colon, and the lines indented under it."""
 
     head: str
     body: tuple[Node, ...]
@@ -43,10 +43,10 @@ Node = Line | Block
 
 @dataclass(frozen=True)
 class Program:
-    """What is made first, and what is then done with it, step by step.
+    """The prelude, which makes things, and the steps, which use them.
 
-    `law` is the law that it was made for; `may` are the names of the errors of nnx that are right for it, with
-    the reason of each; `cells` puts all names in one function, so that functions close over cells and not over globals.
+    `law` is the law that the program tests. `may` holds the names of the errors that nnx may raise for it, each with
+    a reason. `cells` puts all names in one function, so that functions close over cells instead of globals.
     """
 
     law: int
@@ -74,20 +74,20 @@ def render(nodes: tuple[Node, ...], depth: int) -> Iterator[str]:
 
 @dataclass
 class Result:
-    """The states after each step, the first being that after the prelude; and the error that ended it."""
+    """The state after the prelude and after each step, and the error that ended the run."""
 
     states: list[Any] = field(default_factory=list)
     error: BaseException | None = None
-    # What was there when a step raised, just after it.
+    # The state just after a step raised.
     after_error: Any = None
-    # Whether nothing went wrong before the prelude was through.
+    # Whether the prelude ran without an error.
     began: bool = False
 
 
 def execute(
     program: Program, lib: Library, watched: list[weakref.ref[Any]] | None = None
 ) -> Result:
-    """Run a program with one of the libraries; `watched` gets what it made at the start, by weak references."""
+    """Run a program with one of the libraries; `watched` gets weak references to what it made at the start."""
     result = Result()
     lib.real = program.real
     names = lib.namespace()
@@ -113,7 +113,7 @@ def execute(
     finally:
         lib.restore()
         running.close()
-        # As if each name was deleted: what a program still keeps then is a leak.
+        # Delete every name: whatever is still alive then is a leak.
         names.clear()
     return result
 
@@ -150,7 +150,7 @@ def _compiled(source: str) -> types.CodeType:
 
 
 def _label(lib: Library, names: dict[str, Any], labels: dict[int, str], keep: list[Any]) -> None:
-    """Name every object that the prelude made, by the first way to it."""
+    """Name every object that the prelude made after the first way to reach it."""
     # Python lists the variables of a function in an order that depends on what closes over them.
     todo = [(x, name) for name, x in sorted(names.items(), reverse=True)]
     while todo:
@@ -166,7 +166,7 @@ def _label(lib: Library, names: dict[str, Any], labels: dict[int, str], keep: li
 
 
 def state_of(lib: Library, names: dict[str, Any], labels: dict[int, str]) -> dict[str, Any]:
-    """All that can be seen, as plain data: every name, every object once, and what classes hold."""
+    """Everything visible, as plain data: every name, every object once, and the contents of classes."""
     seen: dict[int, str] = {}
     state: dict[str, Any] = {}
 
@@ -189,7 +189,7 @@ def state_of(lib: Library, names: dict[str, Any], labels: dict[int, str]) -> dic
                 state[label] = (
                     type(x).__name__,
                     tuple(
-                        # A value that was computed may be a number here and an array there.
+                        # A computed value may be a number here and an array there.
                         (k if type(k) is str else text(k), show(v, k not in ("w", "c")))
                         for k, v in parts or []
                     ),
@@ -223,7 +223,7 @@ def value_of(lib: Library, x: Any) -> Any:
     if isinstance(x, (np.integer, np.floating)) or type(x) in (int, float):
         return float(x)
     if type(x).__name__ in ("TypedInt", "TypedFloat"):
-        # What `jax.checkpoint` makes of a Python number that a function returns.
+        # `jax.checkpoint` turns a Python number that a function returns into this.
         return float(x)
     if callable(x) and not isinstance(x, type):
         return None
@@ -242,7 +242,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def difference(expected: dict[str, Any], got: dict[str, Any]) -> str:
-    """The parts of two states that are not the same."""
+    """The parts in which two states differ."""
     lines = []
     for name in {**expected, **got}:
         a, b = expected.get(name, "nothing"), got.get(name, "nothing")
@@ -253,7 +253,7 @@ def difference(expected: dict[str, Any], got: dict[str, Any]) -> str:
 
 @dataclass
 class Verdict:
-    """How a program went: `kind` is "ok", "raised" (an error that is right), "void" or what is wrong."""
+    """The outcome of a program: `kind` is "ok", "raised" (an allowed error), "void", or the fault."""
 
     kind: str
     detail: str = ""
@@ -267,7 +267,7 @@ class Verdict:
 
 
 def expected_of(program: Program) -> tuple[Program, Result | None]:
-    """What a program means, and the part of it that means something; None if nothing does."""
+    """The meaning of a program, and the part of it that has a meaning; None if it has none."""
     expected = execute(program, PYTHON)
     if not expected.began or (
         expected.error is not None and not isinstance(expected.error, (Boom, Differs))
@@ -294,7 +294,7 @@ def judge(program: Program) -> Verdict:
 
 
 def compare(program: Program, expected: Result, got: Result) -> Verdict:
-    """What to say of the two runs of a program."""
+    """The outcome of the two runs of a program."""
     if not got.began and type(got.error).__name__ in dict(program.may):
         return Verdict("raised", type(got.error).__name__)
     if not got.began:
@@ -308,7 +308,7 @@ def compare(program: Program, expected: Result, got: Result) -> Verdict:
         if not same(got.states[-1], got.after_error) and not _half_way(program, got):
             changes = difference(got.states[-1], got.after_error)
             return Verdict("changed by an error", f"{name}: {got.error}\n{changes}", step, name)
-        # An error of a callback comes as one of JAX's runtime.
+        # An error in a callback arrives as an error of JAX's runtime.
         kinds = (nnx.RefError, Boom, jax.errors.JaxRuntimeError)
         meant = len(expected.states) == step and isinstance(expected.error, (Boom, Differs))
         if (meant and isinstance(got.error, kinds)) or name in dict(program.may):
@@ -322,9 +322,9 @@ def compare(program: Program, expected: Result, got: Result) -> Verdict:
 
 
 def _half_way(program: Program, got: Result) -> bool:
-    """Whether Python leaves the same behind where it stops at a call of a transformation.
+    """Whether Python leaves the same state if it stops at a call of a transformation.
 
-    What an ordinary function did before that call stays done, as it does for any error.
+    What an ordinary function did before that call stays done, as with any error.
     """
     for stop in range(_MOST_CALLS):
         with _python(stop=stop) as lib:
@@ -383,6 +383,6 @@ def finite(x: Any) -> bool:
 
 
 def forget() -> None:
-    """Drop the programs that JAX keeps: one run has very many of them."""
+    """Drop the programs that JAX caches, because one run has very many of them."""
     jax.clear_caches()
     gc.collect()

@@ -1,4 +1,4 @@
-"""A random program for each of the laws that are about programs."""
+"""Random programs for the laws about programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.laws.program import Node, Program
 from tests.laws.regions import kinds
 from tests.laws.world import make_world
 
-# Errors that are right for programs of a law, and why. A program adds those that come with what it does.
+# Errors that programs of a law may raise, and why. A program adds more, depending on what it does.
 MAY: dict[int, dict[str, str]] = {
     3: {},
     4: {},
@@ -24,7 +24,7 @@ _SURGERY = {
 
 
 def make(law: int, seed: int) -> Program:
-    """The program of one law with one seed; the same each time."""
+    """The program of a law for a seed; it is the same each time."""
     rng = random.Random(f"{law} {seed}")
     return general(law, rng, seed) if law in (3, 4) else _calls(law, rng, seed)
 
@@ -48,7 +48,7 @@ def general(law: int, rng: random.Random, seed: int, *, direct: bool = True) -> 
     steps: list[Node] = list(bodies.region(scope, 0))
     for _ in range(rng.randint(1, 3)):
         steps += between(bodies, scope) if rng.random() < 0.7 else bodies.statement(scope, 0)
-    # Between calls the structure changes, too, so that an expression may lead elsewhere.
+    # Between calls the structure changes too, so an expression may then lead elsewhere.
     may = dict(MAY[law]) | bodies.may | _SURGERY
     return _program(law, world.lines, steps, may, real, rng, seed)
 

@@ -1,4 +1,4 @@
-"""What the transformations mean, in plain Python."""
+"""The meaning of the transformations, in plain Python."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-# Every Ref that is alive: what a lane of a `vmap`, or one pass of `grad`, has to find as it was.
+# Every live Ref. Each lane of a `vmap` and each pass of `grad` must find them as they were.
 alive: weakref.WeakSet[Ref] = weakref.WeakSet()
 
 
 class Differs(Exception):
-    """The lanes of a `vmap` wrote different values to a Ref that all of them share: that means nothing."""
+    """The lanes of a `vmap` wrote different values to a Ref that all share, which has no meaning."""
 
 
 class Ref:
@@ -141,7 +141,7 @@ def scan(lib: Any, f: Callable[..., Any], carry: Any, xs: Any, length: int | Non
 
 
 def vmap(lib: Any, f: Callable[..., Any], in_axes: Any, *args: Any) -> Any:
-    """Each lane by itself. A Ref that is not mapped is the same in every lane, before and after."""
+    """Run each lane separately. A Ref that is not mapped is the same in every lane, before and after."""
     axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
     mapped = [arg for arg, axis in zip(args, axes, strict=True) if axis == 0]
     sliced = {ref: ref.value for arg in mapped for ref in lib.refs(arg)}
@@ -188,7 +188,7 @@ def grad(lib: Any, f: Callable[..., Any], *args: Any) -> Any:
 
 
 def clone(x: Any, memo: dict[int, Any] | None = None) -> Any:
-    """The same tree of new objects."""
+    """The same tree, made of new objects."""
     memo = {} if memo is None else memo
     if id(x) in memo:
         return memo[id(x)]

@@ -27,7 +27,7 @@ def _take(bodies: Bodies, scope: Scope, inner: Scope, most: int = 2) -> list[tup
 
 
 def _others(bodies: Bodies, call: list[str]) -> list[str]:
-    """The arguments of a call with other modules of the same kind in them."""
+    """The arguments of a call, with other modules of the same kind."""
     found = []
     for argument in call:
         start, _, name = argument.rpartition("=")
@@ -39,7 +39,7 @@ def _others(bodies: Bodies, call: list[str]) -> list[str]:
 
 
 def _result(bodies: Bodies, scope: Scope, inner: Scope, modules: bool = True) -> tuple[str, str]:
-    """What a function returns, and the names that take it."""
+    """The result of a function, and the names that it is assigned to."""
     rng = bodies.rng
     number_ = bodies.expression(inner)
     kind = rng.randrange(6)
@@ -75,7 +75,7 @@ def _result(bodies: Bodies, scope: Scope, inner: Scope, modules: bool = True) ->
 
 
 def plain(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
-    """`jit`, `remat` or `checkify` of a function, with arguments by each way there is."""
+    """`jit`, `remat` or `checkify` of a function, with arguments passed in every way."""
     rng = bodies.rng
     kind = rng.choice(
         ["jit", "jit", "jit", "remat", "checkify", *([""] if bodies.options.direct else [])]
@@ -290,7 +290,7 @@ def slope(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
     """`grad` with respect to the parameters of a module, or to a number."""
     rng = bodies.rng
     inner = scope.inner()
-    # What is closed over is a constant.
+    # Closed-over Refs are constants.
     inner.locked = inner.locked + inner.scalars or ["array(0.5)"]
     inner.varying = inner.varying + inner.lanes
     inner.scalars, inner.lanes = [], []
@@ -317,7 +317,7 @@ def slope(bodies: Bodies, scope: Scope, depth: int) -> list[Node]:
 
 
 def kinds(options: Options, scope: Scope, real: bool) -> dict[Any, float]:
-    """What may stand at a place, and how likely it is."""
+    """The statements that may stand at a place, and how likely each is."""
     return {
         plain: options.plain * 2,
         method: options.plain * 0.3,

@@ -1,4 +1,4 @@
-"""Ways from a function to a module that it does not get as an argument, and what changes each of them."""
+"""Ways from a function to a module that is not an argument, and the changes of each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.laws.world import number
 
 
 class Routes:
-    """A function that finds a module by some steps, and the ways to change each of them."""
+    """A function that reaches a module through some steps, and the ways to change each step."""
 
     def __init__(self, bodies: Bodies):
         self.bodies = bodies
@@ -33,11 +33,11 @@ class Routes:
         return "None" if self.rng.random() < 0.12 else self.module()
 
     def route(self) -> tuple[str, str, str]:
-        """A way to a module: parameters of the function, what reads the module, what wraps the function."""
+        """A way to a module: the function's parameters, the expression for the module, and a wrapper."""
         return self.rng.choice(_ROUTES)(self)
 
     def holder(self) -> tuple[str, str, str]:
-        """An attribute of a plain object, of its class or of a base of that; it may not be there at first."""
+        """An attribute of a plain object, of its class or of a base class; it may be missing at first."""
         rng = self.rng
         cls = rng.choice(["Box", "SubBox", "SubBox"])
         box = self.bodies.name("box")
@@ -124,7 +124,7 @@ class Routes:
         return f"{name}={self.anything()}", name, "{}"
 
     def kwdefault(self) -> tuple[str, str, str]:
-        """A default of a parameter that is given by keyword only."""
+        """A default of a keyword-only parameter."""
         name = self.bodies.name("d")
         self.changes.append(f"FN.__kwdefaults__ = dict({name}={self.anything()})")
         self.changes.append(f'FN.__kwdefaults__["{name}"] = {self.anything()}')

@@ -12,7 +12,7 @@ Nodes = tuple[Node, ...]
 
 
 def shrink(program: Program, fails: Callable[[Program], bool], seconds: float = 30.0) -> Program:
-    """Make a program smaller as long as `fails` says that it still fails."""
+    """Make a program smaller while `fails` says that it still fails."""
     end = time.monotonic() + seconds
     again = True
     while again and time.monotonic() < end:
@@ -40,7 +40,7 @@ def _smaller(program: Program) -> Iterator[Program]:
 
 
 def _chunks(nodes: Nodes) -> Iterator[Nodes]:
-    """Without large parts first, then without single nodes."""
+    """Versions without large parts, then without single nodes."""
     size = len(nodes) // 2
     while size >= 1:
         for start in range(0, len(nodes), size):
@@ -49,7 +49,7 @@ def _chunks(nodes: Nodes) -> Iterator[Nodes]:
 
 
 def _variants(nodes: Nodes) -> Iterator[Nodes]:
-    """With one node changed: a simpler call, a smaller body, a block without its head, a function inline."""
+    """Versions with one node changed: a simpler call, a smaller body, a block without its head, a function inline."""
     for i, node in enumerate(nodes):
         before, after = nodes[:i], nodes[i + 1 :]
         if isinstance(node, Line):
@@ -73,7 +73,7 @@ def _variants(nodes: Nodes) -> Iterator[Nodes]:
 
 
 def _shorter(text: str) -> Iterator[str]:
-    """The line with one call of `mix`, `total` or `tag` replaced by a part of it."""
+    """The line with one call of `mix`, `total` or `tag` replaced by one of its parts."""
     for call in ("mix(", "total(", "tag("):
         at = text.find(call)
         while at >= 0:
@@ -90,7 +90,7 @@ def _shorter(text: str) -> Iterator[str]:
 
 
 def _close(text: str, start: int) -> tuple[int, list[int]]:
-    """Where the bracket ends that was opened before `start`, and its commas, from `start` on."""
+    """The end of the bracket that was opened before `start`, and its commas from `start` on."""
     depth, commas = 1, []
     for i in range(start, len(text)):
         depth += (text[i] in "([{") - (text[i] in ")]}")

@@ -1,4 +1,4 @@
-"""A few hundred random programs in the suite; `python -m tests.laws` runs as many as wanted."""
+"""A few hundred random programs in the suite; `python -m tests.laws` runs any number."""
 
 import gc
 
@@ -7,7 +7,7 @@ import pytest
 from tests.laws.machine import LAWS, run_one
 from tests.laws.program import forget
 
-# So many programs of each law: those that compile nothing are a thousand times cheaper.
+# The number of programs of each law. Programs that compile nothing are a thousand times cheaper.
 COUNTS = {1: 150, 2: 150, 3: 30, 4: 20, 5: 30, 6: 30, 7: 20, 8: 12, 9: 30}
 PART = 10
 

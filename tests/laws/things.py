@@ -1,4 +1,4 @@
-"""What programs are made of: the classes and the static values, one set for each of the two libraries."""
+"""The classes and static values that programs use, one set for each of the two libraries."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ NAMES = (
 
 
 class Mode(enum.StrEnum):
-    """Equal to its string, and not the same."""
+    """Equal to its string, but not the same."""
 
     FAST = "fast"
     SLOW = "slow"
 
 
 class Size(enum.IntEnum):
-    """Equal to its number, and not the same."""
+    """Equal to its number, but not the same."""
 
     ONE = 1
     TWO = 2
 
 
 class Lenient:
-    """A setting whose `==` says yes to everything of its class."""
+    """A setting that equals everything of its class."""
 
     def __init__(self, name: str):
         self.name = name
@@ -69,13 +69,13 @@ class Conf:
 
 @dataclasses.dataclass(frozen=True)
 class Partly:
-    """A frozen record with a field that its `==` passes over."""
+    """A frozen record with a field that its `==` ignores."""
 
     rate: int = 1
     note: str = dataclasses.field(default="a", compare=False)
 
 
-# Groups of values that Python calls equal, or that are easily taken for one another.
+# Groups of values that Python calls equal, or that are easily mistaken for one another.
 TWINS: tuple[tuple[str, ...], ...] = (
     ('"fast"', "Mode.FAST", 'Loose("fast")', 'Loose("FAST")', 'b"fast"'),
     ('"slow"', "Mode.SLOW"),
@@ -96,7 +96,7 @@ TWINS: tuple[tuple[str, ...], ...] = (
 
 
 class Two(tuple):
-    """A tuple of a class of its own."""
+    """A tuple subclass."""
 
     __slots__ = ()
 
@@ -108,7 +108,7 @@ class Two(tuple):
 
 
 def text(value: Any) -> str:
-    """A static value by its type and all that it holds, whatever its `==` and `repr` say."""
+    """A static value by its type and contents, whatever its `==` and `repr` say."""
     kind = type(value)
     if isinstance(value, (tuple, frozenset)):
         return f"{kind.__name__}({', '.join(sorted(map(text, value)) if kind is frozenset else map(text, value))})"
@@ -123,7 +123,7 @@ def text(value: Any) -> str:
 
 
 def tag(value: Any) -> int:
-    """A small number that says which static value this is: what a program computes with it."""
+    """A small number for this static value, which programs can compute with."""
     number = 0
     for letter in text(value):
         number = (number * 31 + ord(letter)) % 89
@@ -131,7 +131,7 @@ def tag(value: Any) -> int:
 
 
 class Boom(Exception):
-    """What a program raises on purpose."""
+    """The error that a program raises on purpose."""
 
 
 SETTINGS: dict[str, Any] = {
@@ -177,10 +177,10 @@ def define(lib: Any) -> dict[str, type]:
             return self.step(x)
 
     class Over(Plain):
-        """A subclass, whose attributes may come to lie over those of its base."""
+        """A subclass, whose attributes may come to hide those of its base."""
 
     class Own(lib.Module):
-        """A class with a `__setattr__` of its own."""
+        """A class with its own `__setattr__`."""
 
         def __setattr__(self, name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
@@ -193,7 +193,7 @@ def define(lib: Any) -> dict[str, type]:
             return self.step(x)
 
     class Box:
-        """A plain object, which is no module."""
+        """A plain object, not a module."""
 
         def pick(self) -> Any:
             return getattr(self, "net", None)

@@ -1,4 +1,4 @@
-"""Laws 1, 2 and 9: random trees, and what JAX, refx and other libraries do with them."""
+"""Laws 1, 2 and 9: random trees, and the operations of JAX, refx and other libraries on them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _tree(rng: random.Random, modules: list[str], refs: list[str], depth: int) -
         [_tree(rng, modules, refs, depth - 1) for _ in range(rng.randint(1, 3))] if kind > 3 else []
     )
     if kind <= 2:
-        # Modules with more in them come last.
+        # Modules with more contents come last.
         return rng.choice(modules[len(modules) // 2 :])
     if kind == 3:
         return rng.choice([rng.choice(refs), f"{rng.choice(modules)}.step", rng.choice(modules)])
@@ -156,7 +156,7 @@ def objects_as_leaves(tree: Any, rng: random.Random) -> str | None:
 
 
 def trees_as_leaves(tree: Any, rng: random.Random) -> str | None:
-    """What is put in the place of leaves may be trees, or nothing; `is_leaf` stops at it."""
+    """The replacements of leaves may be trees or None; `is_leaf` stops at them."""
     _, treedef = jax.tree.flatten(tree)
     makers: list[Callable[[], Any]] = [
         lambda: (1, 2), lambda: None, lambda: [1], dict, lambda: {"a": object()}, lambda: 5,
@@ -182,7 +182,7 @@ def trees_as_leaves(tree: Any, rng: random.Random) -> str | None:
 
 
 def rebuilt(tree: Any, rng: random.Random) -> str | None:
-    """A tree that JAX rebuilt from its own leaves is like it, with objects of its own."""
+    """A tree that JAX rebuilt from its own leaves is equal to it, with new objects."""
     found = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, (nnx.Module, nnx.Ref)))
     for x in (x for x in found if isinstance(x, (nnx.Module, nnx.Ref))):
         leaves, treedef = jax.tree.flatten(x)
@@ -218,7 +218,7 @@ def split_and_merge(tree: Any, rng: random.Random) -> str | None:
 
 
 def all_or_nothing(tree: Any, rng: random.Random) -> str | None:
-    """An update writes all that it is given, or raises and writes nothing."""
+    """An update writes everything, or raises and writes nothing."""
     cells = nnx.refs(tree)
     arrays = {p: r for p, r in cells.items() if isinstance(r.value, jax.Array)}
     new: dict[Any, Any] = {
@@ -262,7 +262,7 @@ CHECKS: dict[int, tuple[Any, ...]] = {
     2: (split_and_merge, all_or_nothing),
     9: NEIGHBOURS + GUESTS,
 }
-# The errors that are right for a check, and why.
+# The errors that a check may raise, and why.
 MAY: dict[str, dict[str, str]] = {
     "held_by_another": {"ClosureError": "what the other library hides cannot be an input"},
 }

@@ -11,7 +11,7 @@ from tests.laws.things import TWINS
 
 @dataclass
 class World:
-    """The names that a prelude made, and the ways to their Refs and arrays.
+    """The names that a prelude made, and the paths to their Refs and arrays.
 
     `scalars` maps the name of a module to the ends of the expressions that read and write one of its Refs.
     """
@@ -36,7 +36,7 @@ class World:
 
 
 def number(rng: random.Random, real: bool) -> str:
-    """A small number as it is written."""
+    """A small number as source text."""
     return f"{rng.randint(-8, 8) / 8}" if real else f"{rng.randint(0, 40)}"
 
 

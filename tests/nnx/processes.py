@@ -1,5 +1,5 @@
 # ruff: noqa: E402
-"""One process of several, for test_processes.py: what it finds goes to standard output, a JSON object a line."""
+"""One of several processes for test_processes.py. It writes its results to standard output, one JSON object per line."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def train(run, steps):
 
 
 def begin():
-    """Train, save in the background, and go on."""
+    """Train, save in the background, and continue."""
     run = nnx.shard(make_run(), fsdp, mesh=mesh)
     first = train(run, 2)
     nnx.save(run_path, nnx.get_partition(run), wait=False)
@@ -83,7 +83,7 @@ def begin():
 
 
 def go_on():
-    """What begin has saved, in this number of processes."""
+    """Load what `begin` has saved, in this number of processes."""
     run = nnx.shard(nnx.eval_shape(make_run), fsdp, mesh=mesh)
     nnx.load_state(run_path, into=run)
     say(then=train(run, 2), step=int(run[1].step))
@@ -91,7 +91,7 @@ def go_on():
 
 
 def check():
-    """What works and what is an error with arrays of several processes."""
+    """Check what works, and what is an error, with arrays of several processes."""
     begin()
     replicated = nnx.shard(Dense(8, 4), mesh=mesh)
     sharded = nnx.shard(Dense(8, 4), fsdp, mesh=mesh)
@@ -144,7 +144,7 @@ def check():
     nnx.display(sharded)
     copied = nnx.clone(sharded, copy=True)
     say(shown=[bool(text) for text in shown], copied=copied.w.sharding == sharded.w.sharding)
-    # One saves, and the other does not; and then they find together again.
+    # One saves and the other does not; then they get in step again.
     alone = error_of(lambda: nnx.save(pair, sharded, timeout=1)) if process == 0 else time.sleep(2)
     other = error_of(lambda: nnx.save(pair, sharded if process else (sharded,), timeout=1))
     nowhere = error_of(lambda: nnx.save(os.path.join(folder, "no", "run"), sharded))
@@ -153,7 +153,7 @@ def check():
 
 
 def killed():
-    """Go on, and in the middle of a step or of a save process 1 is killed."""
+    """Continue; process 1 is killed in the middle of a step or of a save."""
     run = go_on()
     multihost_utils.sync_global_devices("ready")
     say(ready=True)

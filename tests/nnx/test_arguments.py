@@ -1,4 +1,4 @@
-"""No argument is ignored, or taken for another one, without an error."""
+"""No argument is silently ignored or mistaken for another one."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def test_flags_of_a_scope(flags, error, message, model):
         assert len(str(caught.value).splitlines()) <= 4
 
 
-def test_what_looks_like_it_and_is_a_flag():
+def test_what_looks_like_a_key_but_is_a_flag():
     with nnx.scope(0, flags=3, seed=None, key="major", rng=False):
         assert nnx.get_flag("flags") == 3 and nnx.get_flag("key") == "major"
 

@@ -39,7 +39,7 @@ class Theirs(fnx.Module):
 
 
 def trained(seed=0):
-    """A flax model whose batch statistics are no longer those at the start."""
+    """A flax model whose batch statistics have changed."""
     theirs = Theirs(fnx.Rngs(seed))
     theirs.train()
     theirs(DIGITS)
@@ -111,7 +111,7 @@ def test_linen_variables_both_ways():
     close(linear.kernel, ours.head.kernel)
 
 
-def test_linen_names_of_its_own_making():
+def test_names_that_linen_makes_itself():
     class Auto(nn.Module):
         @nn.compact
         def __call__(self, x):

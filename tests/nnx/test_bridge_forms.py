@@ -40,7 +40,7 @@ class Model(nnx.Module):
 
 
 def torch_state(seed=0):
-    """What PyTorch's `state_dict()` has for such a model."""
+    """PyTorch's `state_dict()` for such a model."""
     shapes = {"embed.weight": (5, 4)}
     for i in range(3):
         shapes |= {
@@ -117,7 +117,7 @@ def test_out_with_other_names_tied_weights_and_dtypes():
 
 
 class Tensor:
-    """Behaves as a tensor of torch in what the bridge uses."""
+    """Behaves like a torch tensor, as far as the bridge uses it."""
 
     def __init__(self, array, dtype):
         self.array, self.dtype, self.shape = array, dtype, array.shape

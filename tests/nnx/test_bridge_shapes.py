@@ -1,4 +1,4 @@
-"""Weights go straight into a model of shapes, as `nnx.eval_shape` makes it, and are those of a made one."""
+"""Weights go straight into a model of shapes from `nnx.eval_shape`, as into a real model."""
 
 import flax.linen as nn
 import flax.nnx as fnx
@@ -92,7 +92,7 @@ def test_dtypes_and_devices_are_those_of_the_shapes():
     from_state_dict(state, shapes)
     assert shapes.kernel.dtype == jnp.bfloat16 and shapes.kernel.sharding == columns
     np.testing.assert_array_equal(np.asarray(shapes.kernel, np.float32), state["weight"].T)
-    # A model that is there already keeps its devices too.
+    # An existing model keeps its devices too.
     model = nnx.Linear.init(0)(2, 8)
     model.kernel = jax.device_put(model.kernel, columns)
     assert from_state_dict(state, model).kernel.sharding == columns
@@ -130,7 +130,7 @@ def test_shapes_give_no_values():
         BridgeError, match="kernel (would get|gets) a shape without values from kernel"
     ):
         from_flax(theirs, ours)
-    # The other way, shapes say what is wanted.
+    # In the other direction, shapes say what is wanted.
     moved = to_flax(ours, theirs)
     assert (moved["params"]["kernel"] == ours.kernel).all()
     shapes = nnx.eval_shape(lambda: nnx.Linear.init(0)(2, 3))

@@ -150,7 +150,7 @@ def test_a_safetensors_file_that_cannot_be_read(tmp_path, monkeypatch):
 
 
 class Tensor:
-    """What this library uses of a torch tensor."""
+    """The part of a torch tensor that this library uses."""
 
     def __init__(self, array, dtype="torch.float32"):
         self._array, self.dtype = array, dtype

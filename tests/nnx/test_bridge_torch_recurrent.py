@@ -97,7 +97,7 @@ def test_one_layer(cell, step, gates):
     from_state_dict(theirs, ours, {"recurrent": "rnn", "fc": "head"})
     close(ours.rnn(X), torch_rnn(step, s, X), 1e-5)
     close(ours.head.kernel, head["fc.weight"].T)
-    # Those of a cell of PyTorch have no number; and they fit an RNN of it and the cell alone.
+    # The weights of a PyTorch cell have no number, and fit both an RNN of the cell and the cell alone.
     plain = {name.removesuffix("_l0"): value for name, value in s.items()}
     for source, other in ((plain, nnx.RNN), (plain, lambda c: c), (s, lambda c: c)):
         with nnx.scope(1):
@@ -149,7 +149,7 @@ def test_the_second_bias_of_a_gru():
     )
     s["bias_hh_l0"][2 * H :] = 0
     close(from_state_dict(s, ours)(X), torch_rnn(gru, s, X), 1e-5)
-    # The other way round it is the bias outside of the gate that must be zero.
+    # The other way round, the bias outside the gate must be zero.
     ours.cell.dense_h.bias, ours.cell.dense_i.bias = ours.cell.dense_i.bias, None
     with pytest.raises(BridgeError, match=r"bias_ih_l0 .* cell.dense_i.bias = jnp.zeros\(12\)"):
         from_state_dict(s, ours)

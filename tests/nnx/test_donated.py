@@ -1,4 +1,4 @@
-"""What a model whose buffers were donated can do: work, or raise one error that names the Ref."""
+"""A model whose buffers were donated either works, or raises one error that names the Ref."""
 
 import copy
 import pickle
@@ -32,7 +32,7 @@ def donating_step(model):
 
 @pytest.fixture
 def models():
-    """A model that lives, and a clone of it whose buffers it gave away."""
+    """A live model, and a clone whose buffers it donated."""
     live = Net()
     dead = nnx.clone(live)
     donating_step(live)

@@ -1,4 +1,4 @@
-"""Fields: what is declared in a class, and the `__init__` that is made from it."""
+"""Fields: declarations in a class, and the `__init__` generated from them."""
 
 import jax
 import jax.numpy as jnp

@@ -34,7 +34,7 @@ def test_a_filter_that_can_select_nothing_is_an_error(use, filters, model):
         USES[use](model, dict.fromkeys(filters))
 
 
-def test_paths_of_partitions_inside_of_an_argument(model):
+def test_paths_of_partitions_inside_an_argument(model):
     tree = {"model": model, "extra": nnx.Partition({"a.kernel": jnp.ones(2)})}
     grads = nnx.grad(
         lambda t: t["extra"]["a.kernel"].sum() * t["model"].bias.sum(),

@@ -51,7 +51,7 @@ def test_the_first_output_in_the_order_of_the_computation():
     ],
     ids=["jit", "remat", "vmap", "jit_filter", "jit in jit"],
 )
-def test_inside_of_transformations(wrap):
+def test_inside_transformations(wrap):
     model = net(Sqrt())
     model.layers[0].kernel, model.layers[0].bias = jnp.zeros((2, 2)), -jnp.ones(2)
     for _ in range(2):
@@ -69,7 +69,7 @@ def test_the_parameter_or_the_argument_that_was_so_before():
     )
     found = find_nonfinite(lambda model, x, data: model(x))(net(), X.at[1].set(jnp.inf), {"y": X})
     assert str(found) == "The argument 'x' was not finite before the call: 0 nan, 2 infinite."
-    # A mask of infinities that does no harm is nothing to report.
+    # A harmless mask of infinities is not reported.
     model = net()
     model.mask = nnx.Ref(jnp.array(-jnp.inf), "masks")
     assert (
@@ -144,7 +144,7 @@ def test_the_step_of_a_loop():
     assert (found.path, found.step) == ("s.layers.root", (3,))
     stack.layers.scale = jnp.array([1.0, 0.0, 1.0, 1.0])
     found = find_nonfinite(lambda s, x: nnx.grad(lambda s: s(x).sum())(s))(stack, X)
-    # From layer 1 on all is 0, and the root in layer 3 has no gradient there.
+    # From layer 1 on everything is 0, where the root in layer 3 has no gradient.
     assert (found.kind, found.path, found.step) == ("output gradient", "s.layers", (2,))
 
 

@@ -1,4 +1,4 @@
-"""What people read who write what they know from elsewhere; and hooks that they know from there."""
+"""Messages for users who write the code of another library, and hooks that they know from there."""
 
 import jax
 import jax.numpy as jnp
@@ -52,11 +52,11 @@ NET = Net.init(0)()
         ),
         (
             lambda: Net.init(0)(jnp.ones(2)),
-            "but it was given data, float32[2]. That comes with the call: model = Net.init(key)(...)",
+            "but it was given data, float32[2]. Pass data to the call: model = Net.init(key)(...)",
         ),
         (
             lambda: nnx.Linear.init(0)(2, 3, dtype="bfloat"),
-            "Linear got dtype='bfloat', which is not a dtype of JAX. Did you mean 'bfloat16'?",
+            "Linear got dtype='bfloat', which is not a JAX dtype. Did you mean 'bfloat16'?",
         ),
         (
             lambda: nnx.Optimizer(NET, optax.sgd(0.1)).update(NET["params"], NET),
@@ -217,7 +217,7 @@ def test_a_float_that_changes_at_each_step_is_warned_of_once():
     assert "A float is part of the program. Make it an array or a Ref" in str(seen[0].message)
 
 
-def test_data_in_the_place_of_a_size_that_has_a_default():
+def test_data_in_place_of_a_size_that_has_a_default():
     class Net(nnx.Module):
         def __init__(self, size=4):
             self.linear = nnx.Linear(size, size)
@@ -226,7 +226,7 @@ def test_data_in_the_place_of_a_size_that_has_a_default():
         Net.init(0)(jnp.ones((3, 4)))
     assert raised.value.__notes__[-1] == (
         "Net.init(key)(...) makes a Net, with the arguments of its constructor, but it was given data, "
-        "float32[3,4]. That comes with the call: model = Net.init(key)(...), then model(x)."
+        "float32[3,4]. Pass data to the call: model = Net.init(key)(...), then model(x)."
     )
     with pytest.raises(TypeError) as raised:
         Net.init(0)("4")

@@ -1,4 +1,4 @@
-"""An import of nnx computes nothing: JAX can still be configured after it."""
+"""`import nnx` computes nothing, so JAX can still be configured afterwards."""
 
 import subprocess
 import sys

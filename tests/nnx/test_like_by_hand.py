@@ -1,4 +1,4 @@
-"""Training on 8 devices beside the same by hand: no more collectives, the same memory and losses."""
+"""Training on 8 devices, compared with hand-written code: no more collectives, the same memory and losses."""
 
 import re
 from collections import Counter
@@ -105,7 +105,7 @@ def test_a_step_is_as_by_hand(kind):
     params = params[0] if stacked else params
     optimizer = nnx.Optimizer(model, TX)
     everywhere = NamedSharding(mesh, P())
-    # nnx.Optimizer counts the steps as well.
+    # nnx.Optimizer also counts the steps.
     state = jax.tree.map(
         lambda a: a if a.ndim else jax.device_put(a, everywhere),
         (optimizer.step, TX.init(params)),
@@ -150,7 +150,7 @@ def test_a_step_is_as_by_hand(kind):
     assert sum(collectives(theirs).values()) > 0
     if parts == 1:
         assert collectives(ours) == collectives(theirs)
-    # XLA merges sums over devices as it meets them, which depends on the order of the equations.
+    # How XLA merges sums over devices depends on the order of the equations.
     assert collectives(ours) <= collectives(theirs)
     assert memory(ours) == memory(theirs)
     for _ in range(3):

@@ -110,7 +110,7 @@ def test_what_a_plain_program_closes_over(name):
 
 
 class TestAdviceByCollection:
-    """A write that is not allowed says what people want there, by the collection that is written."""
+    """The error for a forbidden write suggests what users usually want, depending on the collection."""
 
     def step(self, gradient, deterministic, use_running_average=False):
         class Net(nnx.Module):
@@ -140,7 +140,7 @@ class TestAdviceByCollection:
     def test_a_dropout_in_a_solver(self):
         drop = nnx.Dropout(0.5)
         solve = lambda f: jax.lax.while_loop(lambda y: y.sum() < 9, lambda y: y + f(y), jnp.ones(3))
-        advice = r"or draw with a key of its own: model\.apply\(rngs=key\)\(x\)\."
+        advice = r"or draw with its own key: model\.apply\(rngs=key\)\(x\)\."
         with nnx.scope(0), pytest.raises(nnx.TraceLevelError, match=advice):
             nnx.jit(lambda m: solve(m))(drop)
         key = jax.random.key(0)

@@ -212,7 +212,7 @@ def test_the_class_of_a_module_stays():
         model.__class__ = nnx.Linear
 
 
-def test_a_module_of_gradients_is_no_partition(dense):
+def test_a_module_of_gradients_is_not_a_partition(dense):
     grads = jax.grad(lambda m: m.w.sum(), allow_int=True)(dense)
     where = r"takes a Partition.*got a Dense\. Pass.*nnx\.get_partition\(grads, 'params'\)\."
     with pytest.raises(nnx.ValueTypeError, match=where):

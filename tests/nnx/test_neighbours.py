@@ -1,4 +1,4 @@
-"""What other libraries do to a module as a pytree is right, or an error that says what to do."""
+"""Operations of other libraries on a module as a pytree are right, or an error says what to do."""
 
 import collections
 import types
@@ -108,7 +108,7 @@ def test_a_mask_becomes_a_model_where_it_is_given_values(net):
 
     double(mask)
     assert jnp.array_equal(mask.linear.kernel, net.linear.kernel * 2)
-    # What was the bool of a plain array, a leaf, is a part of the tree now.
+    # The leaf that held the bool of a plain array is now a subtree.
     mask.table = nnx.Linear.init(0)(2, 2)
     assert nnx.refs(mask)["table", "kernel"].value is mask.table.kernel
     assert any(x is mask.table.kernel for x in jax.tree.leaves(mask))
@@ -468,7 +468,7 @@ def test_equal_settings_of_two_models_are_not_mixed_up(kind, transform):
     assert step(first) == step(first) == 4
     first.config.scale = 3.0
     assert step(first) == step(first) == 6
-    # Traced for the other one now, whose settings are what those of the first were.
+    # Now it is traced for the other one, whose settings equal the old ones of the first.
     assert transform(lambda m: m())(second) == 4 and nnx.clone(second)() == 4
     assert jax.tree.map(lambda x: x, second)() == 4
     first.config.scale = 2.0

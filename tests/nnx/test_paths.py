@@ -1,4 +1,4 @@
-"""One language of paths: of JAX's key paths, Partitions, messages and filters."""
+"""One language for paths: in JAX's key paths, Partitions, messages and filters."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Placement that follows: slices and stacks, rules in and out of compiled functions, what a body places."""
+"""Placement of slices and stacks, rules for compiled functions, and placement inside a body."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def fails(match, error=nnx.ShardingError):
     return pytest.raises(error, match=match)
 
 
-# What is mapped, and what a body sees of it.
+# The mapped values, and what a body sees of them.
 
 
 @pytest.mark.parametrize("said", [("embed", "mlp"), P("embed", "mlp"), P("embed")])
@@ -193,9 +193,7 @@ def test_a_sharding_of_another_rank_cannot_follow():
     for f in (nnx.vmap, lambda f: lambda m: nnx.scan(lambda c, m: (c, f(m)), 0, m)):
         with fails(rf"nnx\.\w+\(.*\): {said}"):
             f(lambda m: read(m))(wrong)
-    with fails(
-        r"P\('a', 'b', 'c'\) has 3 entries, so it cannot follow an axis that is added or taken"
-    ):
+    with fails(r"P\('a', 'b', 'c'\) has 3 entries, so it cannot follow when an axis is added"):
         nnx.vmap(read)(ref(sharding=P("a", "b", "c")))
     with fails(r"nnx.vmap\(.*\): a new Ref has the shape \(4, 8\), but its sharding \(None,\)"):
         nnx.vmap(lambda x: nnx.Ref(x, sharding=()), axis_size=4)(jnp.ones((4, 8)))
@@ -203,7 +201,7 @@ def test_a_sharding_of_another_rank_cannot_follow():
     layer.kernel = nnx.Ref(layer.kernel, "params", sharding=("data",))
     with fails(r"Stack.of: Ref 'kernel' has the shape \(2, 2\)"):
         nnx.Stack.of([layer])
-    # What is not mapped does not matter.
+    # Values that are not mapped do not matter.
     assert nnx.vmap(lambda m, x: read(m) * x, in_axes=(None, 0))(wrong, jnp.ones(3)).shape == (3,)
 
 
@@ -214,12 +212,12 @@ def test_a_partition_name_is_a_name():
         lambda: nnx.Stack.of([nnx.Linear.init(0)(2, 2)], partition_name=3),
     ):
         with fails(
-            r"got the partition name .*3\)?\. It is the name of an axis, a tuple", TypeError
+            r"got the partition name .*3\)?\. It must be the name of an axis, a tuple", TypeError
         ):
             call()
 
 
-# Specs with names and filters that mean nothing.
+# Specs with unknown names, and filters that select nothing.
 
 
 def test_unknown_names_in_specs_are_errors_and_metadata_serves_every_mesh():
@@ -258,7 +256,7 @@ def test_a_filter_by_path_that_selects_nothing_is_an_error(filter):
     ):
         nnx.shard(net, {filter: P("data"), ...: P()}, mesh=AUTO)
     assert net.kernel is before
-    # A collection that a model lacks is none, nor is a filter that excludes all there is.
+    # A collection that a model lacks is not an error, nor is a filter that excludes everything.
     rest = nnx.All("params", nnx.Not(nnx.PathContains("*")))
     assert (
         nnx.shardings(net, {"batch_stats": P("data"), rest: P("data")}, mesh=AUTO)["bias"].spec
@@ -296,7 +294,7 @@ def test_a_partition_of_shardings_says_where_by_path():
         "bias": (None,),
     }
     with fails(
-        r"The Partition of shardings has none for 'bias'; it has 'kernel'. Make it of a tree"
+        r"The Partition of shardings has none for 'bias'; it has 'kernel'. Make it from a tree"
     ):
         nnx.shard(run["net"], nnx.Partition({"kernel": where["net.kernel"]}), mesh=AUTO)
 
@@ -311,14 +309,14 @@ def test_a_named_sharding_and_a_tree_of_them():
     again = nnx.shardings(tree, nnx.shardings(tree, lambda path, ref: given, mesh=AUTO), mesh=AUTO)
     assert jax.tree.map(lambda s: s.spec, again[()]) == {"a": P("data"), "b": None, "c": P("model")}
     with fails(
-        r"A Ref got the sharding \{'a': P\('data',\)\}, which is not one, nor a tree of them"
+        r"A Ref got \{'a': P\('data',\)\}, which is neither a sharding nor a tree of shardings"
     ):
         nnx.shard(tree, lambda path, ref: {"a": P("data")}, mesh=AUTO)
     with fails(r"Ref 'w' has shape \(3,\), and its dimension of size 3 cannot be divided into 2"):
         nnx.shard({"w": nnx.Ref(jnp.ones(3))}, {...: rows}, mesh=AUTO)
 
 
-# What a body places.
+# Placement inside a body.
 
 
 @KINDS
@@ -355,7 +353,7 @@ def test_what_is_made_and_placed_in_a_body_stays_though_its_metadata_says_otherw
     np.testing.assert_array_equal(net.kernel, left.kernel)
 
 
-# Rules for what goes into and comes out of a compiled function.
+# Rules for the arguments and results of a compiled function.
 
 
 def model_of_8():
@@ -408,7 +406,7 @@ def test_out_shardings_win_over_the_metadata_and_say_where_arrays_in_a_module_go
     assert spec(again[1].net.kernel) == (None, None)
 
 
-def test_bad_out_shardings_are_said():
+def test_bad_out_shardings_are_errors():
     def call(rules):
         return nnx.jit(model_of_8, out_shardings=rules)()
 
@@ -445,7 +443,7 @@ def test_in_shardings_are_rules_for_a_module_that_is_passed(mesh, form, donate):
         net.kernel = net.kernel * x
         return net.bias.sum()
 
-    net = model_of_8()  # on one device, and of nobody's choice: it goes where it is said
+    net = model_of_8()  # on one device that nobody chose, so it moves
     with jax.set_mesh(mesh):
         step(net, 2.0)
         assert spec(net.kernel) == (None, "data")
@@ -454,7 +452,7 @@ def test_in_shardings_are_rules_for_a_module_that_is_passed(mesh, form, donate):
     np.testing.assert_allclose(net.kernel, 4 * model_of_8().kernel, rtol=1e-6)
 
 
-def test_bad_in_shardings_are_said():
+def test_bad_in_shardings_are_errors():
     f = lambda rules: nnx.jit(lambda net: net.bias.sum(), in_shardings=(rules,))(model_of_8())  # noqa: E731
     with jax.set_mesh(AUTO):
         with fails(r"nnx.jit\(.*\): the input 'kernel' got a spec with 'dta'"):
@@ -465,7 +463,7 @@ def test_bad_in_shardings_are_said():
         f({nnx.PathContains("kernel"): ("data", None), ...: None})
 
 
-# Places that nobody chose.
+# Values with a place that nobody chose.
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_outputs_by_path_with_no_change_to_the_model_or_its_classes():
     assert nnx.refs(model) == cells
     # The counters are read, and the printed model shows them.
     assert re.sub(r"calls = \d", "calls = 0", repr(model)) == text
-    # It is a call like any other: what it writes is written.
+    # It is a call like any other: its writes take effect.
     assert int(model.blocks[0].calls) == 2 and int(model.blocks[1].calls) == 1
     check(captured, y, model)
 
@@ -72,14 +72,14 @@ def test_outputs_by_path_with_no_change_to_the_model_or_its_classes():
     ],
     ids=["jit", "closure", "grad", "remat", "cond", "jit in jit"],
 )
-def test_inside_of_a_transformation(run):
+def test_inside_a_transformation(run):
     model = Net()
     y, captured = run(model)
     assert int(model.blocks[0].calls) == 2
     check(captured, y, model)
 
 
-def test_inside_of_scan_and_vmap():
+def test_inside_scan_and_vmap():
     model = Net()
     xs = jnp.stack([X, 2 * X])
     _, (y, captured) = nnx.scan(lambda _, x: (None, capture(model)(x)), None, xs)
@@ -196,7 +196,7 @@ def test_a_stack_of_layers_gives_stacked_outputs(remat):
     close(captured["layers.mean"], inputs.mean((1, 2)))
 
 
-def test_transformations_inside_of_the_model():
+def test_transformations_inside_the_model():
     @nnx.jit
     def compiled(layer, x):
         return layer(x)
@@ -216,7 +216,7 @@ def test_transformations_inside_of_the_model():
 
     model = Inner.init(0)()
     compiled(model.a, X)
-    for _ in range(2):  # what is compiled already does not hide anything
+    for _ in range(2):  # compiled code must not hide anything
         y, captured = capture(model)(X)
         a = model.a(X)
         close(captured["a"], a)
@@ -230,7 +230,7 @@ def test_transformations_inside_of_the_model():
     assert set(model["params"]) == set(Inner.init(0)()["params"])
 
 
-def test_a_plain_transformation_inside_of_the_model_is_an_error_that_says_what_to_do():
+def test_a_plain_transformation_inside_the_model_is_an_error_that_says_what_to_do():
     class Plain(nnx.Module):
         def __init__(self):
             self.inner = nnx.Linear(2, 2)
@@ -438,7 +438,7 @@ def test_layers_on_shards_are_stacked_by_shard_and_axes_of_the_model_are_its_own
         capture(Wrong())(jnp.ones((4, 2)))
 
 
-# ---- what is called, and what is selected
+# ---- the call, and the selection
 
 
 class Tokens(nnx.Module):
@@ -507,7 +507,7 @@ def test_patches_in_order_and_all_probes_together():
     close(captured["layers.0"], 2 * (first(X) + 1))
     close(y, 2 * last(jnp.tanh(2 * (first(X) + 1))))
 
-    # The gradient is that of what comes after, patches and captured values included.
+    # The gradient covers everything afterwards, including patches and captured values.
     def loss(m, x):
         y, captured = capture(nnx.patch(m, {"layers.2": lambda h: 3 * h}), "layers.0")(x)
         return y.sum() + (captured["layers.0"] ** 2).sum()

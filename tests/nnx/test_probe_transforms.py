@@ -1,4 +1,4 @@
-"""Capture, patch and output_grad in every transformation that a model may have inside, against plain JAX."""
+"""Capture, patch and output_grad in every transformation that a model may use inside, against plain JAX."""
 
 import functools
 
@@ -146,7 +146,7 @@ def test_patch(case):
     close(
         nnx.jit(lambda m, x: nnx.patch(m, {"layer": lambda y: y * v + 0.1})(x))(model, X), expected
     )
-    # Gradients come through to what the patch closes over.
+    # Gradients reach the arrays that the patch closes over.
     got = jax.grad(lambda v: nnx.patch(model, {"layer": lambda y: y * v})(X).sum())(v)
     close(got, jax.grad(lambda v: jnp.tanh(hand(lambda x: layer(x) * v, X, zeros)[0]).sum())(v))
     close(model(X), jnp.tanh(hand(layer, X, zeros)[0]))
@@ -200,7 +200,7 @@ def test_functions_with_rules_are_patched_but_their_outputs_are_fixed(inside):
         nnx.capture(model)(X)
 
 
-def test_abstract_evaluation_inside_of_a_model():
+def test_abstract_evaluation_inside_a_model():
     def inside(m, x):
         shape = nnx.eval_shape(lambda m, x: m(x), m, x)
         jaxpr = nnx.make_jaxpr(lambda m, x: m(x))(m, x)
@@ -311,7 +311,7 @@ def test_one_layer_of_a_stack_by_its_number(remat):
     close(captured["layers.1.linear"], seen[1])
     got = nnx.patch(stack, {"layers.2.linear": lambda h: 2 * h})(X)
     close(got, blocks(stack, X, lambda i, h: 2 * h if i == 2 else h)[0])
-    # A layer without Refs is as much in the stack as its neighbours.
+    # A layer without Refs belongs to the stack like its neighbours.
     got = nnx.patch(stack, {"layers.1.drop": lambda h: h * 0})(X)
     close(got, _zeroed(stack, 1))
     grads = nnx.output_grad(lambda m, x: m(x).sum(), "layers.1.linear")(stack, X)

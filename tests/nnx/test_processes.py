@@ -1,4 +1,4 @@
-"""Programs of several processes: real ones, on this machine, that talk over the loopback device."""
+"""Programs of several real processes, which talk over the loopback device."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def start(count, folder, *task):
 
 
 def finish(processes, codes=None):
-    """What each process has said, as one dict."""
+    """The results of all processes, as one dict."""
     found = []
     for i, process in enumerate(processes):
         try:
@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    """What two processes say that check everything."""
+    """The results of two processes that check everything."""
     return finish(start(2, folder, "check"))
 
 
@@ -81,7 +81,7 @@ def test_what_is_not_addressable_is_shown_and_cloned(found):
         assert all(facts["shown"]) and facts["copied"]
 
 
-def test_one_that_saves_alone_is_told_so_in_time(found):
+def test_a_process_that_saves_alone_gets_an_error_in_time(found):
     kind, message, seconds = found[0]["alone"]
     assert kind == "SaveError" and "process 1 did not call it within 1 s" in message
     assert "Every process of the program must call nnx.save" in message and seconds < 20
@@ -96,10 +96,10 @@ def test_a_process_killed_in_a_step_or_in_a_save_and_a_restart_in_another_number
     for how in ("save", "step"):
         start_time = time.monotonic()
         first, second = finish(start(2, folder, "killed", how), codes=[None, -signal.SIGKILL])
-        # The other ends, by an error of the step or the save, or because JAX ends it.
+        # The other process ends, through an error in the step or the save, or because JAX ends it.
         assert first["ready"] and time.monotonic() - start_time < 400
         assert first.get("failed", "ended by JAX") is not None
-        # Both began with the last whole checkpoint.
+        # Both started from the last complete checkpoint.
         for facts in (first, second):
             assert np.allclose(facts["then"], found[0]["then"], rtol=1e-5)
     for count in (1, 3):

@@ -1,4 +1,4 @@
-"""purify: markers in plain functions, wherever JAX takes them."""
+"""purify: markers in plain functions, in every JAX transformation."""
 
 import gc
 import re
@@ -21,7 +21,7 @@ W = jnp.array([1.5, 0.25, -2.0])
 
 
 def hlo(f, *args, **kwargs):
-    """The optimized program of `f`, with what only names things renamed in order of appearance."""
+    """The optimized program of `f`, with all names replaced in order of appearance."""
     return program_of(jax.jit(f).lower(*args, **kwargs).compile())
 
 
@@ -47,7 +47,7 @@ def close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a, b)
 
 
-# What a function is written with, and the same by hand on a dict.
+# A function with markers, and the same by hand on a dict.
 
 
 def in_jit(p, x):
@@ -146,7 +146,7 @@ def by_hand(place):
 
 
 def traced_once(f, *args):
-    """`f` as the program that JAX makes of it, so that a loop in it is one loop at every call."""
+    """`f` as a program that JAX has traced once, so that a loop in it is the same loop at every call."""
     closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
     run = jaxpr_as_fun(closed)
     return lambda *args: jax.tree.unflatten(jax.tree.structure(shape), run(*jax.tree.leaves(args)))
@@ -158,7 +158,7 @@ def given(model, *args):
 
 
 def everything(f, place):
-    """What `f` gives, and its derivatives by parameters and argument, alone and over a batch."""
+    """The result of `f`, and its derivatives by parameters and argument, alone and over a batch."""
 
     def value(params, x):
         return f(params, x)
@@ -190,7 +190,7 @@ def test_values_derivatives_and_compiled_program_are_those_by_hand(place):
     theirs = everything(traced_once(hand, params, X), place).lower(params, X)
     one_trace = operations_of(ours) == operations_of(theirs)
     if not one_trace:
-        # A trace that is not kept, as after an import meanwhile, shares fewer loops, never more work.
+        # A trace that is not kept, for example after an import, shares fewer loops, but never adds work.
         most = everything(hand, place).lower(params, X)
         assert len(operations_of(ours)) <= len(operations_of(most))
     ours, theirs = ours.compile(), theirs.compile()
@@ -213,7 +213,7 @@ def test_the_comparison_of_programs_sees_a_difference():
     assert hlo(lambda x: jnp.sin(x) + 1, X) != hlo(lambda x: jnp.cos(x) + 1, X)
 
 
-# What JAX keeps between calls.
+# Programs that JAX keeps between calls.
 
 
 @jax.jit
@@ -249,12 +249,12 @@ def test_what_jax_keeps_is_never_stale(f, by_hand):
         close(second(params), 2 * value)
         close(jax.jit(first)(params), value)
         close(jax.grad(loss)(params)["w"], jax.grad(lambda w: 2 * by_hand(x, w).sum())(w))
-    # Outside of purify a marker is zeros.
+    # Outside purify, a marker is zeros.
     assert np.allclose(f(x), 0.0)
     close(first(params), value)
 
 
-def test_a_function_first_traced_outside_of_purify():
+def test_a_function_first_traced_outside_purify():
     @jax.jit
     def f(x):
         return x + param(3, "w")
@@ -306,7 +306,7 @@ def test_mutable_arrays_of_jax_beside_markers():
         return total[...]
 
     if jax.__version_info__ < (0, 10, 2):
-        # An effect of such a write counted the inputs of its program then.
+        # Then, the effect of such a write counted the inputs of its program.
         with pytest.raises(MarkerError, match="jit holds a marker and a write to a jax.Ref"):
             model({"w": W})
         return
@@ -323,7 +323,7 @@ def test_constants_come_out_as_arrays():
     assert isinstance(model.intermediates({})["half"], jax.Array)
 
 
-def test_modules_of_outside_are_constants_of_eager_calls_alone():
+def test_modules_from_outside_are_constants_of_eager_calls_only():
     layer = nnx.Linear.init(0)(2, 2)
     apply = lambda: layer(purify.param(2, "x"))
     params = {"x": jnp.ones(2)}

@@ -82,7 +82,7 @@ def test_wrong_shapes_and_dtypes(simple):
         match=r"'weight' .* declared with dtype float32, but got complex64, .* Cast it",
     ):
         simple({"weight": W.astype(jnp.complex64)}, x=X)
-    # What loses nothing is taken.
+    # A cast that loses nothing is allowed.
     close(simple({"weight": W.astype(jnp.bfloat16)}, x=[1, 2, 3]), W * jnp.array([1, 2, 3]))
     assert simple({"weight": np.ones(3)}, x=np.ones(3, np.float64)).dtype == jnp.float32
     tree = purify(lambda: param({"a": 2, "b": 3}, "tree"))
@@ -134,7 +134,7 @@ def test_a_jitted_function_called_twice_is_a_duplicate_too(between):
             model({}, X)
 
 
-def test_one_call_is_no_duplicate_however_often_jax_runs_it():
+def test_one_call_is_not_a_duplicate_however_often_jax_runs_it():
     energy = jax.jit(lambda x: jnp.sum(jnp.sin(param(3, "w") * x)))
     for f in (
         jax.hessian(energy),

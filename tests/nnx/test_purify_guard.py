@@ -30,14 +30,14 @@ PLACES = {}
 
 
 def place(make):
-    """A place that a function may read: `make` gives a function that reads it, and one that sets it."""
+    """A place that a function may read: `make` returns a function that reads it, and one that sets it."""
     PLACES[make.__name__] = make
     return make
 
 
 @pytest.fixture(autouse=True)
 def restored():
-    """What the places below change of Python's and JAX's own is put back."""
+    """Restore what the places below change in Python and JAX."""
     sinc = jnp.sinc
     yield
     jnp.sinc = sinc
@@ -579,7 +579,7 @@ def a_jitted_function_bound_again():
     return lambda: x[0](), lambda v: x.__setitem__(0, jax.jit(lambda: v))
 
 
-# What cannot be seen is traced at every call.
+# Functions whose reads cannot be seen are traced at every call.
 
 
 @place
@@ -710,7 +710,7 @@ HIDDEN = {
 
 
 def counted(*reads):
-    """A model of the sum of what is read, and a list with an item for each trace."""
+    """A model that sums the values it reads, and a list with an item for each trace."""
     traces = []
 
     def f():
@@ -725,7 +725,7 @@ def test_every_change_is_seen(name):
     read, change = PLACES[name]()
     change(2.0)
     f, traces = counted(read)
-    # Compiled, what cannot be seen is a constant, as it is under `jax.jit`.
+    # When compiled, values that cannot be seen are constants, as under `jax.jit`.
     models = [purify(f)] if name in HIDDEN else [purify(f), purify(lambda: f(), jit=True)]
     for v in (7.0, 3.0):
         change(v)
@@ -755,7 +755,7 @@ def eager(model, w, x):
 
 
 def compiled(model, w, x):
-    # A new function, since what `jax.jit` keeps of an old one is JAX's affair.
+    # Use a new function, because `jax.jit` keeps its own traces of an old one.
     return jax.jit(lambda w, x: model({"w": w}, x))(w, x)
 
 
@@ -779,7 +779,7 @@ def test_random_programs_with_random_changes(seed):
         return sum(way(w, read) for way, read in parts) + x.sum()
 
     model = purify(f)
-    # By length of the argument, the places that have changed since its last call.
+    # For each length of the argument, the places that have changed since the last call with it.
     changed: dict[int, set[str]] = {}
     for _ in range(15):
         if rng.random() < 0.5:
@@ -792,13 +792,13 @@ def test_random_programs_with_random_changes(seed):
         before = len(traces)
         close(call(model, w, jnp.ones(n)), w * sum(float(read()) for _, read in parts) + n)
         eager(model, w, jnp.ones(n))
-        # That a class was registered as a subclass is known, but not of which.
+        # It is known that a class was registered as a subclass, but not of which class.
         if n in changed and not changed[n] & {*used, "a_virtual_subclass"}:
             assert len(traces) == before, changed
         changed[n] = set()
 
 
-# What goes into a trace openly.
+# The visible inputs of a trace.
 
 
 def test_settings_of_jax_are_part_of_the_key():
@@ -845,7 +845,7 @@ def test_arguments_are_told_apart_by_type_and_structure():
     before = len(traces)
     for x in cases[:10]:
         model(p, x)
-    # Dictionaries whose keys are no strings are not kept.
+    # Traces for dictionaries whose keys are not strings are not kept.
     assert len(traces) == before
     Pair.scale = 5.0
     close(model(p, cases[-1]), 15.0)
@@ -860,7 +860,7 @@ def test_axis_names_around_the_model_are_part_of_the_key():
         each("j")
 
 
-# What it costs, and what is left behind.
+# The cost, and what is left behind.
 
 
 def test_one_trace_serves_every_method():
@@ -887,7 +887,7 @@ def test_a_function_that_counts_its_traces_is_not_traced_for_that():
         for n in (1, 2):
             close(model({"w": 2.0}, jnp.ones(n)), 2.0 * n)
     assert count == {"traces": 2}
-    # What others change is another matter.
+    # Changes by others do count.
     count["traces"] = 7
     model({"w": 2.0}, jnp.ones(1))
     assert count == {"traces": 8}
@@ -902,7 +902,7 @@ def test_side_effects_are_those_of_a_trace(capsys):
         lines.append("tracing")
         return param((), "w")
 
-    # What runs for the first time in a process may import something, which is a change, too.
+    # The first run in a process may import something, which is also a change.
     for _ in range(3):
         model({"w": 1.0})
     assert capsys.readouterr().out.split() == lines
@@ -922,7 +922,7 @@ def test_a_random_stream_is_drawn_from_at_every_call():
         close(counts({"w": 1.0}), float(i))
 
 
-def test_a_traced_value_of_outside_is_never_kept():
+def test_a_traced_value_from_outside_is_never_kept():
     @jax.jit
     def outer(x):
         y = x * 2

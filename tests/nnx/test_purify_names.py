@@ -134,7 +134,7 @@ def test_prefixes(layer):
         return jax.grad(lambda x: jax.checkpoint(prefix("three", block))(x).sum())(x)
 
     names = [f"{i}.{j}.{k}" for i in ("one", "two", "three") for j in "ab" for k in "wb"]
-    # The biases of the last block have no part in its gradient, and are parameters all the same.
+    # The biases of the last block do not affect its gradient, but they are still parameters.
     assert set(model.shapes(X)) == set(names)
     params = {
         k: np.full(s.shape, 0.1 * i, np.float32) for i, (k, s) in enumerate(model.shapes(X).items())
@@ -306,14 +306,14 @@ def test_pytrees_like_others():
         }
     assert not any(x.any() for x in jax.tree.leaves(zeros))
     assert purify.zeros_like([3, True, np.arange(2)])[2].dtype == jnp.int32
-    # Leaves are independent, of each other and of what else is there.
+    # Leaves are independent of each other and of other leaves in the tree.
     first = purify.normal_like(jax.random.key(0), {"a": [np.ones((2, 3))], "c": np.ones((2, 3))})
     close(first["a"][0], drawn["a"][0])
     assert not np.allclose(first["a"][0], first["c"])
     many = purify.normal_like(jax.random.key(1), [np.ones(20_000), np.ones(20_000)])
     assert abs(np.mean(many)) < 0.02 and abs(np.std(many) - 1) < 0.02
     assert abs(np.corrcoef(*many)[0, 1]) < 0.03
-    # What a model draws is this, by the same names.
+    # A model draws the same values, by the same names.
     model = purify(lambda: (param({"u": 3}, "w"), param((), "b")))
     close(model.normal(jax.random.key(2)), purify.normal_like(jax.random.key(2), model.shapes()))
     close(model.zeros(), purify.zeros_like(model.shapes()))
@@ -342,7 +342,7 @@ def test_what_has_no_zero_or_no_normal_distribution(call, message):
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
-def test_markers_of_your_own(several):
+def test_your_own_markers(several):
     mark_p = Primitive("mark")
     mark_p.multiple_results = several
     assert purify.trivialize(mark_p) is mark_p
@@ -414,7 +414,7 @@ def test_the_parameters_of_a_module_as_one_parameter():
     close(grads, jax.grad(lambda p: hand(p).sum())(params))
 
 
-def test_modules_of_outside_are_constants_and_never_stale():
+def test_modules_from_outside_are_constants_and_never_stale():
     net = nnx.Linear.init(jax.random.key(0))(3, 3)
     model = purify(lambda x: prefix("p", lambda x: net(x) * param(3, "w"))(x))
     close(model({"p.w": W}, X), (X @ net.kernel + net.bias) * W)
@@ -434,7 +434,7 @@ def test_modules_of_outside_are_constants_and_never_stale():
         close(nnx.jit(model)({"p.w": W}, X), model({"p.w": W}, X))
 
 
-def test_writing_a_module_of_outside_is_an_error():
+def test_writing_a_module_from_outside_is_an_error():
     net = nnx.Linear.init(jax.random.key(0))(3, 3)
 
     def f():

@@ -1,4 +1,4 @@
-"""purify: functions with derivative rules of their own, and intermediates."""
+"""purify: functions with custom derivative rules, and intermediates."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def forward_rule(x):
 
 @forward_rule.defjvp
 def _(primals, tangents):
-    # Ten times the derivative, to be told from JAX's own.
+    # Ten times the derivative, to distinguish it from JAX's own.
     (x,), (dx,) = primals, tangents
     w = param(3, "w")
     return forward_rule(x), 10 * jnp.cos(w * x) * w * dx

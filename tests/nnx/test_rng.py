@@ -1,4 +1,4 @@
-"""Streams: which keys they give, and that they advance alike wherever they run."""
+"""Streams give the right keys, and advance in the same way wherever they run."""
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +119,7 @@ def test_gradients_see_the_same_numbers_with_and_without_jit():
 
 
 @pytest.mark.parametrize("bad", [None, "key", 1.5, [0, 1], jnp.zeros((2,), "int32")])
-def test_what_is_no_key_says_what_is(bad):
+def test_the_error_for_a_bad_key_says_what_to_pass(bad):
     with pytest.raises(TypeError, match=r"needs a key, as from jax\.random\.key\(0\)"):
         RngStream(bad)
 

@@ -31,7 +31,7 @@ def test_typed_and_legacy_keys_and_seeds(key):
 
 
 @pytest.mark.parametrize("bad", ["seed", 1.5, True, jnp.zeros(2)])
-def test_what_is_no_key_is_an_error(bad):
+def test_what_is_not_a_key_is_an_error(bad):
     with (
         pytest.raises(TypeError, match=r"needs a key, as from jax\.random\.key\(0\)"),
         nnx.scope(bad),
@@ -131,7 +131,7 @@ def test_a_failing_call_leaves_the_stream_as_it_was():
         ({"scale": np.ones(2)}, r"'scale' .* float64\[2\], but flags are static"),
     ],
 )
-def test_an_array_is_no_flag(dense, flags, message):
+def test_an_array_is_not_a_flag(dense, flags, message):
     for use in (dense.apply, nnx.scope, nnx.Linear.init):
         with pytest.raises(nnx.UnhashableStaticError, match=message):
             use(**flags).__enter__()

@@ -1,4 +1,4 @@
-"""Placement said once: by metadata, by rule, for values that are there and values that are made."""
+"""Placement that is said once: by metadata or by rule, for existing values and for new ones."""
 
 import jax
 import jax.numpy as jnp

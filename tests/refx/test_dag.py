@@ -23,7 +23,7 @@ def box(**attributes):
     return node
 
 
-# ---- random graphs: a pool of identity objects, which refer to each other at random, cycles included
+# ---- random graphs: a pool of identity objects that refer to each other at random, with cycles
 
 leaf_values = st.one_of(st.integers(-3, 3), st.floats(-2, 2, width=32), st.booleans())
 statics = st.one_of(st.none(), st.sampled_from(["a", "b"]), leaf_values)

@@ -1,4 +1,4 @@
-"""Every error class, provoked as a user would, with a message that says where and what to do."""
+"""Every error class, provoked as by a user, with a message that says where and what to do."""
 
 import pickle
 import threading

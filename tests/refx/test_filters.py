@@ -45,12 +45,12 @@ def test_any_hashable_is_a_collection():
 
 
 @pytest.mark.parametrize("bad", [["params"], {"params": 1}])
-def test_what_is_no_filter_is_an_error(bad):
+def test_what_is_not_a_filter_is_an_error(bad):
     with pytest.raises(refx.FilterError, match=r"is not a filter.*write a tuple"):
         to_predicate(bad)
 
 
-def test_a_class_is_no_filter():
+def test_a_class_is_not_a_filter():
     with pytest.raises(refx.FilterError, match=r"int is a class.*OfType\(int\)"):
         to_predicate(int)
     with pytest.raises(refx.FilterError, match="one component of a path"):
@@ -108,7 +108,7 @@ def test_a_filter_that_earlier_ones_leave_nothing_to_is_an_error(filters):
         (lambda path, ref: path == ("w",), lambda path, ref: path == ("s",), ...),
     ],
 )
-def test_filters_that_may_find_nothing_left_are_no_error(filters):
+def test_filters_that_may_find_nothing_left_are_not_an_error(filters):
     tree = {"w": Ref(1.0, "params"), "s": Ref(2, "stats")}
     _, *parts = refx.split(tree, *filters)
     assert sum(map(len, parts)) == 2

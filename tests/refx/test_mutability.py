@@ -1,4 +1,4 @@
-"""Where nothing is mutable, modules do not change either."""
+"""If nothing is mutable, modules do not change either."""
 
 import copy
 

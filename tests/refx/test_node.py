@@ -339,7 +339,7 @@ def test_an_array_does_not_replace_a_ref_unnoticed(value):
     counter.count = value
 
 
-def test_a_shape_is_no_field():
+def test_a_shape_is_not_a_field():
     # JAX has an attribute is_ref on it.
     class Box(nnx.Node):
         like = jax.ShapeDtypeStruct((2,), jnp.float32)

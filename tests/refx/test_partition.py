@@ -55,7 +55,7 @@ def test_equality_is_identity_and_raises_nothing():
     assert P == P and P != Partition(P)
 
 
-def test_what_is_no_path_and_no_partition():
+def test_what_is_not_a_path_or_a_partition():
     with pytest.raises(refx.UnknownPathError, match="3 is no path"):
         Partition({3: 1})
     with pytest.raises(refx.ValueTypeError, match="mappings from path to value, but got a list"):
@@ -102,7 +102,7 @@ def test_an_exported_program_of_partitions_is_written_and_read():
 
 
 class TestFolding:
-    """Of parts that repeat, as the layers of a model do, one is printed, with their number."""
+    """If parts repeat, like the layers of a model, one is printed, with their number."""
 
     def test_layers_fold(self):
         layer = {"a.kernel": jnp.ones((2, 2)), "a.bias": jnp.ones(2), "n": 1.5}

@@ -40,7 +40,7 @@ def test_a_structure_with_functions(number):
     fn = FUNCTIONS[number]
     dagdef, partition = refx.split(Thing(fn))
     again, values = trip((dagdef, partition))
-    # A partial is equal to itself only.
+    # A partial equals only itself.
     assert again is dagdef or isinstance(fn, functools.partial)
     back = refx.merge(again, values)
     assert type(back.parts[0][1]) is type(fn) and (back.w.value == jnp.arange(2.0)).all()

@@ -88,7 +88,7 @@ def test_no_write_to_a_copy_is_lost_silently(name, write, dense):
 
 
 def test_a_list_of_a_copy_that_is_changed():
-    # The list is the copy's own; what was appended can reach nobody, but is there in the copy.
+    # The list belongs to the copy: an appended item is in the copy, and nobody else sees it.
     net = Net()
 
     @jax.jit

@@ -135,7 +135,7 @@ def test_holds_arrays_and_numbers_only(value, what):
     with pytest.raises(refx.ValueTypeError, match="pytree of arrays and scalars"):
         ref.value = value
     assert ref.value == 1.0
-    # What JAX puts in the place of a leaf is there, and may be replaced and copied.
+    # Whatever JAX puts in the place of a leaf is kept, and may be replaced and copied.
     mask = jax.tree.map(lambda _: value, Ref(1.0))
     if not isinstance(value, tuple | np.ndarray):
         mask.value = value

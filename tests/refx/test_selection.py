@@ -1,4 +1,4 @@
-"""A filter that selects nothing: a mistake is an error, a collection that is not there is none."""
+"""A filter that selects nothing: a mistake is an error, but a missing collection is not."""
 
 import jax.numpy as jnp
 import pytest
@@ -95,7 +95,7 @@ def test_a_mistake_is_an_error_that_says_what_to_write(model, filter, message):
         ("batch_stats", "opt_state"),
     ],
 )
-def test_what_a_model_happens_to_lack_is_none(model, filter):
+def test_what_a_model_happens_to_lack_is_not_an_error(model, filter):
     assert len(model[filter]) == 0
     model[filter] = {}
     _, part, rest = refx.split(model, filter, ...)

@@ -1,4 +1,4 @@
-"""Whatever changes between two calls is seen: nothing that is remembered may be stale."""
+"""Every change between two calls is seen: nothing remembered may be stale."""
 
 import gc
 import threading
@@ -17,7 +17,7 @@ class Plain(nnx.Module):
 
 
 def evaluate(x):
-    """Everything of a tree in one number, as eager code sees it."""
+    """One number for a whole tree, as eager code sees it."""
     if isinstance(x, nnx.Ref):
         return jnp.sum(x.value) + 1
     if isinstance(x, nnx.Module):
@@ -172,7 +172,7 @@ def test_refs_come_and_go_as_arguments():
         assert jnp.allclose(f(a, b, m), expected)
 
 
-def test_two_threads_with_models_of_their_own():
+def test_two_threads_with_separate_models():
     step = nnx.jit(lambda m, x: m(x) * len(m.blocks))
     errors = []
 

@@ -1,4 +1,4 @@
-"""Trace levels: who may read and write a Ref where; and what refx/trace.py relies on of JAX."""
+"""Trace levels: who may read and write a Ref where; and the behaviour of JAX that refx/trace.py relies on."""
 
 import threading
 

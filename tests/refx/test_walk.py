@@ -1,4 +1,4 @@
-"""What makes two structures equal, and that a remembered one is never taken for another."""
+"""When two structures are equal; a remembered one is never mistaken for another."""
 
 import collections
 import dataclasses
@@ -46,7 +46,7 @@ class Pair(NamedTuple):
 
 
 class Degrees(float):
-    """A number with a unit, which its == does not look at."""
+    """A number with a unit, which its == ignores."""
 
 
 class Kelvin(Degrees):
@@ -55,7 +55,7 @@ class Kelvin(Degrees):
 
 @dataclasses.dataclass(frozen=True)
 class ByName:
-    """Its own == and hash, whatever else it holds."""
+    """An object that is compared only by its name."""
 
     name: str
     table: Any

@@ -1,4 +1,4 @@
-"""A program of a user with mistakes: a checker has to find each line that is marked, and no other."""
+"""A user's program with mistakes: a checker must find each marked line, and no other."""
 
 import jax
 import jax.numpy as jnp

@@ -1,3 +1,3 @@
-"""Programs that are checked, and not run."""
+"""Programs that are checked but not run."""
 
 collect_ignore = ["good.py", "bad.py"]

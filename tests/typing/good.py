@@ -1,4 +1,4 @@
-"""A program of a user, with the type that a checker has to find behind each expression."""
+"""A user's program, with the type that a checker must infer behind each expression."""
 
 from collections.abc import Callable
 from typing import Any, assert_type

@@ -1,4 +1,4 @@
-"""Every layer in NumPy, float64, with gradients by `tape.py`: what the layers are compared with.
+"""Every layer in NumPy and float64, with gradients from `tape.py`: the reference for the layers.
 
 Each function takes the parameters by their paths and the inputs, as `Var`s, and the layer for its
 settings.
@@ -136,10 +136,10 @@ def attend(p, x, m):
 
 
 def normalized(x, axes, mask, epsilon, center=True):
-    """Where nothing is kept, as if the mean were 0 and the variance 1."""
+    """If nothing is kept, as if the mean were 0 and the variance 1."""
     kept = np.broadcast_to(True if mask is None else mask, x.shape).any(axes, keepdims=True)
     if center and x.value.size:
-        # Without the offset, which float64 subtracts exactly, there is no rounding to speak of.
+        # Without the offset, which float64 subtracts exactly, rounding is negligible.
         x = x - np.round(x.value.mean(axes, keepdims=True)) * kept
     mean = x.mean(axes, mask) if center else 0.0
     variance = where(kept, ((x - mean) ** 2).mean(axes, mask), 1.0)
@@ -200,7 +200,7 @@ def lora(p, x, m):
 
 
 def attention(q, k, v, bias=None, mask=None, causal=False):
-    """Heads in the last axis but one; key heads may be fewer."""
+    """Heads are in the last axis but one; there may be fewer key heads."""
     times = q.shape[-2] // k.shape[-2]
     heads = np.arange(q.shape[-2]) // times
     k, v = k[..., heads, :], v[..., heads, :]
@@ -249,7 +249,7 @@ def simple_cell(p, h, x, m, at=""):
 
 
 def rnn(p, x, m):
-    """Over the last axis but one, from zeros."""
+    """Runs over the last axis but one, starting from zeros."""
     hidden = m.cell.hidden_features
     h = c = var(np.zeros((*x.shape[:-2], hidden)))
     out = []

@@ -1,13 +1,13 @@
 """Reverse-mode differentiation of NumPy in float64: the reference that the layers are compared with.
 
-It knows nothing of JAX. `test_tape.py` compares it with finite differences.
+It does not use JAX. `test_tape.py` compares it with finite differences.
 """
 
 import numpy as np
 
 
 class Var:
-    """An array in float64 and how it came about: pairs of an operand and its vector-Jacobian product."""
+    """An array in float64 and its origin: pairs of an operand and its vector-Jacobian product."""
 
     __array_priority__ = 1000
 
@@ -67,7 +67,7 @@ class Var:
         return Var(self.value.sum(axes, keepdims=keepdims), ((self, back),))
 
     def mean(self, axis, where=None):
-        """With axes of size 1 in place of those of the mean; 0 of nothing."""
+        """The mean, which keeps its axes with size 1; 0 if there are no elements."""
         kept = np.broadcast_to(True if where is None else where, self.shape)
         count = np.maximum(kept.sum(axis, keepdims=True), 1)
         return (self * kept).sum(axis, keepdims=True) / count
@@ -116,7 +116,7 @@ def var(x):
 
 
 def fit(g, x):
-    """The sum over what was broadcast."""
+    """The sum over the axes that were broadcast."""
     g = g.sum(tuple(range(g.ndim - x.ndim)))
     axes = tuple(i for i, n in enumerate(x.shape) if n == 1 and g.shape[i] != 1)
     return g.sum(axes, keepdims=True)
@@ -127,12 +127,12 @@ def einsum(equation, a, b):
     left, out = equation.split("->")
     one, two = left.split(",")
 
-    # NumPy has no place for an ellipsis that one operand is without.
+    # NumPy does not allow an ellipsis that one operand lacks.
     rest = "UVWXYZ"[: max(x.ndim - len(s.replace("...", "")) for x, s in ((a, one), (b, two)))]
     one, two, out = (s.replace("...", rest) for s in (one, two, out))
 
     def back(wanted, other, theirs):
-        # What only this operand has is summed over: its gradient is the same along it.
+        # An axis that only this operand has is summed over, so the gradient is constant along it.
         def run(g, own):
             kept = "".join(c for c in wanted if c in out + theirs)
             small = np.einsum(f"{out},{theirs}->{kept}", g, other.value)

@@ -55,7 +55,7 @@ def test_layer(options):
 
 
 def test_the_arguments_are_those_of_flax():
-    # Where flax raises an error, dropout drops, as that of nnx.Dropout does.
+    # Where flax raises an error, dropout is on, as in nnx.Dropout.
     same_arguments(
         fnx.MultiHeadAttention,
         MultiHeadAttention,
@@ -75,7 +75,7 @@ def test_cross_attention_with_a_mask():
     mask = make_padding_mask(jnp.array([3, 7]), 7)
     v = draw(2, 7, 6) ** 2
     compare(ours, theirs, q, k, v, mask=jnp.broadcast_to(mask, (2, 1, 5, 7)))
-    # Nobody saw the padding, and a mask may have fewer axes.
+    # No query saw the padding, and a mask may have fewer axes.
     masked = nnx.jit(lambda m, q, k: m(q, k, mask=mask))
     close(masked(ours, q, k), masked(ours, q, k.at[0, 3:].set(100.0)))
     full = run(ours, q, k)
@@ -275,7 +275,7 @@ def test_a_full_cache_is_a_sliding_window(options, compiled):
     ):
         step(layer, x[:, :6])
     jax.tree.map(np.testing.assert_array_equal, layer["cache"], before)
-    # Emptied, it begins again.
+    # After it is emptied, it starts again.
     layer["cache"] = jax.tree.map(jnp.zeros_like, layer["cache"])
     close(step(layer, x[:, :3]), expected[:, :3])
 
@@ -287,7 +287,7 @@ def test_a_window_is_the_same_by_the_cache_whatever_comes_at_once(window):
     causal = run(layer, x, is_causal=True)
     close(causal, run(decoder({"rotary": True}), x, mask=sliding(4)))
     for parts in ([4, 4, 4], [1] * 12, [2, 3, 4, 1, 2]):
-        # Room for the window and for what comes at once.
+        # Room for the window and for the tokens of one call.
         layer.init_cache((2, 4 + max(parts) - 1, 8))
         step = nnx.jit(lambda m, x: m(x, decode=True))
         ends = np.cumsum(parts)
@@ -309,7 +309,7 @@ def test_a_window_is_that_of_jax():
 
 
 class Scaled(nnx.Module):
-    """A norm of the user's, with no options."""
+    """A user's norm without options."""
 
     def __init__(self, features):
         self.scale = nnx.Ref(jnp.full(features, 2.0), "params")
@@ -394,7 +394,7 @@ def test_a_function_for_attention_stores_weights_where_it_takes_the_module():
     layer = decoder({"attention_fn": plain, "sow_weights": True})
     assert nnx.capture(layer, None)(x)[1]["attention_weights"].shape == (2, 4, 5, 5)
     layer = decoder({"attention_fn": without, "sow_weights": True})
-    with pytest.raises(ValueError, match="store its weights, but its attention_fn does not take"):
+    with pytest.raises(ValueError, match="store its weights, because its attention_fn has no"):
         layer(x)
     assert layer(x, sow_weights=False).shape == x.shape
 
@@ -402,14 +402,14 @@ def test_a_function_for_attention_stores_weights_where_it_takes_the_module():
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"normalize_qk": "rms"}, TypeError, "normalize_qk .* is True, False or a class of norms.*'rms'"),
-        ({"normalize_qk": nnx.RMSNorm(4)}, TypeError, "a class of norms"),
+        ({"normalize_qk": "rms"}, TypeError, "normalize_qk .* must be True, False or a norm class.*'rms'"),
+        ({"normalize_qk": nnx.RMSNorm(4)}, TypeError, "a norm class"),
         ({"local_window_size": -1}, ValueError, r"such as 128 or \(127, 0\), but got -1"),
         ({"local_window_size": (1, 2, 3)}, ValueError, r"but got \(1, 2, 3\)"),
         ({"local_window_size": 2.5}, ValueError, "but got 2.5"),
     ],
 )  # fmt: skip
-def test_norms_and_windows_that_there_are_not(options, error, message):
+def test_bad_norms_and_windows_are_errors(options, error, message):
     with pytest.raises(error, match=message):
         decoder(options)
 

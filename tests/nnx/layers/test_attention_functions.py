@@ -56,7 +56,7 @@ def test_dot_product_attention_is_the_definition(batch, mask_shape, key_heads):
     def results(q, k, v, bias, mask):
         return (
             dot_product_attention(q, k, v, bias, mask),
-            # The other way through, taken with dropout or a precision, and for other values.
+            # The other code path, for dropout, a precision, or values of another size.
             dot_product_attention(q, k, v, bias, mask, precision="highest"),
             dot_product_attention(q, k, v, is_causal=True),
             dot_product_attention(q, k, v[..., :3], None, mask, is_causal=True),

@@ -1,4 +1,4 @@
-"""Transposed convolutions against flax.nnx, and as what they are the transpose of."""
+"""Transposed convolutions against flax.nnx, and against the transpose of a convolution."""
 
 import flax.nnx as fnx
 import jax
@@ -93,7 +93,7 @@ def test_causal_padding_looks_only_back():
         ),
         (
             lambda: ConvTranspose(3, 6, 3, padding="REFLECT"),
-            "'REFLECT' is no padding of ConvTranspose",
+            "ConvTranspose has no padding 'REFLECT'",
         ),
         (
             lambda: ConvTranspose(3, 6, (3, 3), strides=(1, 1, 1)),
@@ -120,7 +120,7 @@ def test_convolutions_of_empty_axes(padding):
         assert layer(jnp.ones((0, 2, 5, 3))).shape[:2] == (0, 2)
 
 
-def test_empty_axes_that_have_no_result_are_said():
+def test_empty_axes_without_a_result_are_an_error():
     message = r"(\(\*batch, \*spatial, 3\)) with no empty spatial axis.*, but got \(2, 4, 0, 3\)\.$"
     for layer in (
         nnx.Conv.init(0)(3, 4, (3, 3), padding="CIRCULAR"),

@@ -1,4 +1,4 @@
-"""Statistics of nothing, under masks, over lanes; widths and options that PyTorch has."""
+"""Statistics of empty batches, under masks, over lanes; widths and options from PyTorch."""
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +134,7 @@ def test_attention_with_other_widths_for_values(decode):
     np.testing.assert_allclose(found, expected.value, atol=2e-6)
 
 
-def test_widths_that_do_not_fit_are_said():
+def test_widths_that_do_not_fit_are_an_error():
     with nnx.scope(0):
         with pytest.raises(ValueError, match="cannot divide v_features=5 among num_heads=2"):
             nnx.MultiHeadAttention(2, 4, v_features=5)

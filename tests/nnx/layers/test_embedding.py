@@ -98,8 +98,8 @@ def test_embed_tied_to_another_layer_initial_values_and_metadata():
             r"Embed expects a query of shape \(\.\.\., 3\), but got \(2, 4\)",
         ),
         (lambda: sinusoidal_positions(4, 3), "even number of features, but got 3"),
-        (lambda: RotaryEmbedding(5), "from 2 to the 5 there are, but got 5. Set rotary_features"),
-        (lambda: RotaryEmbedding(4, rotary_features=6), "from 2 to the 4 there are, but got 6"),
+        (lambda: RotaryEmbedding(5), "from 2 to all 5, but got 5. Set rotary_features"),
+        (lambda: RotaryEmbedding(4, rotary_features=6), "from 2 to all 4, but got 6"),
         (
             lambda: RotaryEmbedding(4)(jnp.ones((2, 3, 6))),
             r"RotaryEmbedding expects queries or keys of shape \(\.\.\., length, heads, 4\), but "
@@ -107,11 +107,11 @@ def test_embed_tied_to_another_layer_initial_values_and_metadata():
         ),
         (
             lambda: RotaryEmbedding(4)(jnp.ones((7, 5, 3, 4)), jnp.arange(6)),
-            r"broadcast to \(7, 5\), .* \(7, 5, 3, 4\), but have shape \(6,\)",
+            r"broadcast to \(7, 5\), .* \(7, 5, 3, 4\), but they have shape \(6,\)",
         ),
         (
             lambda: apply_rotary(jnp.ones((5, 3, 4)), jnp.ones((2, 5))),
-            r"broadcast to \(5,\), .* but have shape \(2, 5\)",
+            r"broadcast to \(5,\), .* but they have shape \(2, 5\)",
         ),
     ],
 )
@@ -174,7 +174,7 @@ def test_rotary_is_a_product_of_complex_numbers(interleaved, features, base, pos
     np.testing.assert_array_equal(np.asarray(y)[..., features:], np.asarray(x)[..., features:])
     module = RotaryEmbedding(8, **options)
     np.testing.assert_allclose(nnx.jit(module)(x, positions), y, atol=1e-5)
-    # Rotations keep the length, so the gradient of the length is that of the input's.
+    # Rotations keep the length, so the gradient of the length is that of the input's length.
     np.testing.assert_allclose(grad, 2 * x, atol=1e-4)
 
 

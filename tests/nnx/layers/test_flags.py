@@ -62,7 +62,7 @@ def test_the_scope_flag_training_is_heeded(name):
     assert trains(layer, x), "layers train from the start"
     with nnx.scope(0, training=False):
         assert not trains(layer, x)
-        # The flag with the layer's own name is the more exact one.
+        # The flag with the specific name wins.
         with nnx.scope(**{flag: False}):
             assert trains(layer, x)
     layer.eval()
@@ -71,7 +71,7 @@ def test_the_scope_flag_training_is_heeded(name):
         assert trains(layer, x)
         with nnx.scope(**{flag: True}):
             assert not trains(layer, x)
-    # None is as no flag at all.
+    # None is like no flag at all.
     with nnx.scope(training=None, **{flag: None}):
         assert not trains(layer, x) and trains(layer.train(), x)
 

@@ -8,7 +8,7 @@ import pytest
 import nnx
 
 HALVES = [jnp.bfloat16, jnp.float16]
-# Halves that hold it exactly stop counting long before.
+# Half precision can represent it exactly, but stops counting long before.
 MANY = 64 * 64
 
 
@@ -159,7 +159,7 @@ def everything():
 
 
 def recipe(model, half):
-    """That of docs/migration.md."""
+    """The recipe in docs/migration.md."""
     cast = jax.tree.map(lambda w: w.astype(half), model["params"])
     nnx.update(model, cast, strict=False)
     return model
@@ -187,7 +187,7 @@ def test_a_step_of_a_cell(cell):
     x = jnp.ones((2, 3), jnp.bfloat16)
     first = cell.initialize_carry(x.shape)
     assert all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves((first, cell(first, x))))
-    # A carry in float32, to sum in, does not make the output so.
+    # A carry in float32, used to sum in, does not turn the output into float32.
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), first)
     carry, y = cell(wide, x)
     assert y.dtype == jnp.bfloat16

@@ -26,7 +26,7 @@ def cheap(key, shape, dtype=jnp.float32):
 
 
 def compare(ours, theirs, x):
-    """As `check` of the other tests, with each side one program, which is compiled sooner."""
+    """Like `check` in the other tests, but with one program for each side, which compiles faster."""
     from_flax(ours, theirs)
 
     def loss(m, x):
@@ -47,7 +47,7 @@ def compare(ours, theirs, x):
 
 
 def both(ours, theirs, features, **options):
-    """One of each, with scale and bias that make a difference."""
+    """One layer of each class, with scale and bias that make a difference."""
     theirs = theirs(features, rngs=fnx.Rngs(3), scale_init=cheap, **options)
     return ours.init(0)(features, **options), theirs
 
@@ -83,7 +83,7 @@ def test_mask(ours, theirs, more):
     mine, other = both(ours, theirs, 6, **more)
     from_flax(mine, other)
     y, expected = nnx.jit(lambda x: (mine(x, mask=mask), other(x, mask=mask)))(X)
-    # flax has NaN where all is hidden.
+    # flax returns NaN where everything is hidden.
     assert jnp.isfinite(y).all()
     np.testing.assert_allclose(y, jnp.where(jnp.isnan(expected), y, expected), atol=2e-5)
     assert not np.allclose(y, nnx.jit(lambda m: m(X))(mine), atol=1e-2)
@@ -141,7 +141,7 @@ def test_groups_of_a_mapped_axis_reach_the_collective(monkeypatch):
         jax.lax, "pmean", lambda x, *args, **kwargs: seen.append((args, kwargs)) or x
     )
     LayerNorm(3, axis_name="lanes", axis_index_groups=[[0, 1], [2, 3]])(draw(2, 3))
-    # Where to count from, and the statistics.
+    # The messages for the shift and for the statistics.
     assert seen == [(("lanes",), {"axis_index_groups": [[0, 1], [2, 3]]})] * 2
 
 

@@ -150,7 +150,7 @@ def test_conv_with_other_batches(batch):
             lambda: nnx.Conv(3, 6, (3, 3), padding="CAUSAL"),
             "CAUSAL padding is for one spatial axis",
         ),
-        (lambda: nnx.Conv(3, 6, (3, 3), padding="SAM"), "'SAM' is no padding of Conv"),
+        (lambda: nnx.Conv(3, 6, (3, 3), padding="SAM"), "Conv has no padding 'SAM'"),
         (lambda: nnx.Conv(3, 6, (3, 3), strides=(1, 1, 1)), "2 spatial axes, but got 3 sizes"),
         (lambda: nnx.Conv(3, 6, (3, 3), padding=(1,)), "2 spatial axes, but got 1 paddings"),
         (lambda: nnx.BatchNorm(3)(jnp.ones((2, 4))), r"BatchNorm .* 3\) along axis -1.* \(2, 4\)"),
@@ -346,7 +346,7 @@ def test_parameters_of_eight_bits_are_drawn_in_more():
     assert bool(jnp.isfinite(kernel).all()) and float(jnp.std(kernel)) > 0.1
 
 
-def test_a_part_with_the_name_of_a_flag_is_no_flag():
+def test_a_part_with_the_name_of_a_flag_is_not_a_flag():
     class Both(nnx.Module):
         def __init__(self):
             self.training = nnx.Linear(2, 2)

@@ -1,4 +1,4 @@
-"""Low-rank adapters: against flax.nnx, and what a user does with them."""
+"""Low-rank adapters: against flax.nnx, and in typical use."""
 
 import flax.nnx as fnx
 import jax
@@ -152,7 +152,7 @@ def test_merging_names_a_tied_kernel_and_changes_nothing():
 @pytest.mark.parametrize(
     "make, kind, message",
     [
-        (lambda: LoRA(3, 0, 4), ValueError, "must be 1 at least, but is 0"),
+        (lambda: LoRA(3, 0, 4), ValueError, "must be at least 1, but is 0"),
         (lambda: LoRA(3, 2, 4, base_module=nnx.Module()), TypeError, "callable, but is a Module"),
         (lambda: LoRA(3, 2, 4)(jnp.ones((2, 5))), ValueError, r"LoRA .* 3\), but got \(2, 5\)"),
         (
@@ -170,7 +170,7 @@ def test_merging_names_a_tied_kernel_and_changes_nothing():
         (
             lambda: merge_lora(nnx.Linear(3, 3)),
             ValueError,
-            "found no LoRALinear or LoRALinearGeneral in Linear",
+            "found no layer with an adapter, such as a LoRALinear, in Linear",
         ),
     ],
 )

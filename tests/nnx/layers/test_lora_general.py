@@ -63,7 +63,7 @@ def test_values_and_gradients(sizes, options, x, equation):
     assert y.shape == expected.shape
     np.testing.assert_allclose(y, expected, atol=1e-5)
 
-    # The gradient of the product is that of the kernel, so the chain rule gives those of the two.
+    # The gradient of the product equals that of the kernel, so the chain rule gives both others.
     a, b, dense = layer.lora.lora_a, layer.lora.lora_b, exact(grads["kernel"])
     dense = dense.reshape(*a.shape[:-1], b.shape[-1])
     rows = np.einsum("...io,...ro->...ir", dense, exact(b)) * 2
@@ -98,7 +98,7 @@ def softmax(x):
 
 
 def test_grouped_query_attention():
-    """Query and value get adapters, and the whole is what NumPy says of the sums."""
+    """Query and value get adapters, and the result is NumPy's for the summed kernels."""
     layer = attention(num_kv_heads=2, use_bias=False)
     nnx.apply_lora(layer, 2, QUERY_AND_VALUE, alpha=1.0, b_initializer=cheap, rngs=1)
     assert {path[0] for path in layer["lora"]} == {"query", "value"}
@@ -261,7 +261,7 @@ def stacked_elsewhere():
          r"(?s)from \(4,\) to \(2, 3\) .* shape \(4, 2, 3\), .* \(4, 5, 2, 3\).*for 'layers.0'"),
         (lambda: nnx.apply_lora(nnx.LinearGeneral(4, 4), 2),
          "a LinearGeneral alone cannot be the model.*nnx.LoRALinearGeneral and tie"),
-        (lambda: nnx.apply_lora(attention(), 0), "(?s)must be 1 at least, but is 0.*for 'query'"),
+        (lambda: nnx.apply_lora(attention(), 0), "(?s)must be at least 1, but is 0.*layer 'query'"),
         (lambda: nnx.apply_lora(nnx.Sequential(nnx.Conv(1, 1, (3,)), attention()), 2, "params"),
          r"(?s)Linear, LinearGeneral and Conv layers are: layers.0, layers.1.query, layers.1.key, .*out. A filter"),
         (lambda: LoRALinearGeneral(4, 4, lora_rank=2)(jnp.ones((2, 5))),

@@ -1,4 +1,4 @@
-"""Low-rank adapters beside Conv, Embed and Einsum: the same as of the layer with the sum for a kernel."""
+"""Low-rank adapters beside Conv, Embed and Einsum: equal to the layer with the summed kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def weight(layer):
 
 
 def plain(layer):
-    """The layer without an adapter, whose kernel is the sum."""
+    """The layer without an adapter, with the sum as its kernel."""
     kept = {k: v for k, v in layer.__getstate__().items() if k != "lora"}
     other = nnx.clone(_made_of(PLAIN[type(layer)], kept))
     total = np.asarray(getattr(layer, weight(layer)), np.float64) + delta(layer)
@@ -203,11 +203,11 @@ def test_what_is_selected(filter, names):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: conv(1, 1, (2,), mask=jnp.ones((2, 1, 1))), "LoRAConv with a mask can have no low-rank"),
+        (lambda: conv(1, 1, (2,), mask=jnp.ones((2, 1, 1))), "LoRAConv with a mask cannot have a low-rank"),
         (lambda: nnx.apply_lora(nnx.Sequential(nnx.Einsum("bi,...i->b...i", (3, 2))), 2, ...),
-         r"(?s)'bi,...i->b...i' is no matrix: it has an ellipsis.*for 'layers.0'"),
-        (lambda: einsum("bi,iij->bj", (2, 2, 3)), "is no matrix: it has a diagonal"),
-        (lambda: einsum("bi,ijk->bj", (2, 3, 4)), "is no matrix: it has a sum of its own"),
+         r"(?s)'bi,...i->b...i' is not a matrix: it has an ellipsis.*layer 'layers.0'"),
+        (lambda: einsum("bi,iij->bj", (2, 2, 3)), "is not a matrix: it has a diagonal"),
+        (lambda: einsum("bi,ijk->bj", (2, 3, 4)), "is not a matrix: it has an axis summed alone"),
         (lambda: nnx.apply_lora(nnx.Embed(3, 2), 2, ...), "an Embed alone cannot be the model.*make an nnx.LoRAEmbed and tie its embedding"),
         (lambda: nnx.apply_lora(nnx.Sequential(nnx.Conv(1, 1, 3)), 2),
          "(?s)Its Linear, LinearGeneral and Conv layers are: layers.0.*is a class or a predicate"),

@@ -62,7 +62,7 @@ def test_group_norm_has_its_channels_anywhere(axis, masked):
 
 def test_group_norm_says_which_axis_must_be_reduced():
     norm = nnx.GroupNorm.init(jax.random.key(0))(6, 3, feature_axis=1, reduction_axes=(2,))
-    with pytest.raises(ValueError, match="but axis 1, the channels, must be one of them"):
+    with pytest.raises(ValueError, match="but they must include axis 1, which has the channels"):
         norm(jnp.ones((2, 6, 4)))
 
 
@@ -103,7 +103,7 @@ def test_bidirectional_from_the_end_with_time_first(lengths):
         assert z.shape == (4, 2, 4)
         np.testing.assert_allclose(z[valid], y.swapaxes(0, 1)[valid], atol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), carry_first, carry)
-        # The attribute is overruled by the call.
+        # The call overrides the attribute.
         again = first(x, time_major=False, reverse=True, **options)[1]
         np.testing.assert_allclose(again, y, atol=1e-6)
 
@@ -117,7 +117,7 @@ def test_dropout_between_the_layers_of_an_mlp():
     mlp.train()
     with nnx.scope(1):
         y, captured = nnx.capture(mlp, "dropout")(x)
-        assert not np.array_equal(y, mlp(x))  # each call draws anew
+        assert not np.array_equal(y, mlp(x))  # each call draws new numbers
     with nnx.scope(1):
         np.testing.assert_array_equal(mlp(x), y)  # and the same key draws the same
     # A hidden unit in four is dropped, after each hidden layer and nowhere else; the rest is scaled.

@@ -1,4 +1,4 @@
-"""Every layer against NumPy in float64: values and gradients, in each dtype, of all kinds of inputs."""
+"""Every layer against NumPy in float64: values and gradients, in each dtype, for all kinds of inputs."""
 
 import functools
 
@@ -12,7 +12,7 @@ import nnx
 from tests.nnx.layers import reference as ref
 from tests.nnx.layers.tape import Var
 
-# The dtypes of input and parameters, and what the layer is told to compute in.
+# The dtypes of input and parameters, and the dtype that the layer is told to compute in.
 CONFIGS = {
     "float32": ("float32", "float32", None),
     "float64": ("float64", "float64", None),
@@ -39,7 +39,7 @@ class Case:
       expected: `(p, x, layer) -> Var`.
       call: `(layer, x) -> y`; by default the layer itself.
       shapes: other shapes of the input.
-      kinds: names of what is done with the input.
+      kinds: names of changes to the input.
     """
 
     function = False
@@ -298,7 +298,7 @@ CASES = {
 
 
 def masked_batch_norm(p, x, m):
-    """A channel of which nothing is seen is normalized by the running averages."""
+    """A channel that is completely hidden is normalized by the running averages."""
     seen = MASK.any((0, 1))
     y, z = ref.batch_norm(p, x, m, MASK), ref.batch_norm(p, x, m, training=False)
     return ref.where(np.broadcast_to(seen, x.shape), y, z)
@@ -314,7 +314,7 @@ def rounded(x, dtype):
 
 @functools.cache
 def built(name, param_dtype, dtype):
-    """The layer with other parameters than the first, which are often zeros and ones."""
+    """The layer with random parameters, because the initial ones are often zeros and ones."""
     with nnx.scope(0):
         m = CASES[name].make(dtype=dtype, param_dtype=param_dtype)
     for i, (path, cell) in enumerate(nnx.refs(m).items()):
@@ -343,7 +343,7 @@ def compiled(name):
 
 
 def close(got, expected, dtype, units, what, terms=0.0):
-    """Within some units in the last place of the largest element; what overflows is infinite."""
+    """Equal within some units in the last place of the largest element; overflow gives infinity."""
     info = jnp.finfo(dtype)
     got, expected = np.asarray(got, np.float64), np.asarray(expected)
     assert got.shape == expected.shape, what
@@ -353,7 +353,7 @@ def close(got, expected, dtype, units, what, terms=0.0):
     assert not np.isfinite(got[over]).any() or np.abs(got[over]).min() > float(info.max) / 2
     got, expected = got[~over], expected[~over]
     scale = max(np.abs(expected).max(initial=0.0), terms)
-    # What is smaller than the dtype's own steps is lost.
+    # Values smaller than the dtype's own steps are lost.
     allowed = units * (float(info.eps) * scale + float(info.smallest_subnormal)) + 1e-30
     worst = np.abs(got - expected).max(initial=0.0)
     assert worst <= allowed, (
@@ -390,13 +390,13 @@ def check(name, config, shape, kinds):
         gradients = y.grad(cotangent, start, *(values[".".join(path)] for path in paths))
         close(of_x, gradients[0], coarse, UNITS[coarse], f"{what}: by the input")
         for path, expected in zip(paths, gradients[1:], strict=True):
-            # What a key's bias adds to all logits of a query makes no difference.
+            # The bias of the keys adds the same to all logits of a query, which changes nothing.
             terms = np.abs(gradients[2]).max() if path == ("key", "bias") else 0.0
             close(of_m[path], expected, coarse, UNITS[coarse], f"{what}: by {path}", terms)
 
 
 def configs(name, case):
-    """All dtypes; for variants of a layer, and for those that take long, some."""
+    """All dtypes, or some of them for variants of a layer and for slow layers."""
     if ", " in name:
         return ("float32", "bfloat16")
     slow = case.function or name.startswith(("RNN", "Multi"))
@@ -412,7 +412,7 @@ def test_values_and_gradients(name, config):
         check(name, config, CASES[name].shape, CASES[name].kinds)
 
 
-# Each layer in each of the shapes, and each of the dtypes in some.
+# Each layer with each of its shapes, and each dtype with some of them.
 ODD = [
     (name, shape, list(CONFIGS)[(i + j) % 4])
     for i, (name, case) in enumerate(CASES.items())

@@ -1,4 +1,4 @@
-"""`out_sharding=` in the calls of layers, on the kinds of meshes there are."""
+"""`out_sharding=` in calls of layers, on every kind of mesh."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def axes(x):
     return (*spec, *(None,) * (x.ndim - len(spec)))
 
 
-# A layer, an input sharded along its features, how the kernel is, and the output that is asked for.
+# A layer, an input sharded along its features, the sharding of the kernel, and the requested output.
 ROWS = P("data", None, None)
 LAYERS = {
     "Linear": (lambda: nnx.Linear(8, 16), draw(4, 4, 8), ROWS),
@@ -85,7 +85,7 @@ def test_the_output_is_where_it_was_asked_for_and_parameters_stay(name, kinds):
     with nnx.scope(0):
         alone = make()
     placed = nnx.clone(alone, copy=True)
-    expected = step(alone, x, spec)  # without a mesh it says nothing
+    expected = step(alone, x, spec)  # without a mesh it means nothing
     mesh = mesh_of(kinds)
     with jax.set_mesh(mesh):
         nnx.shard(placed, rows_of_kernels)
@@ -126,14 +126,14 @@ def test_logical_names_a_named_sharding_and_no_mesh():
         assert axes(layer(x, out_sharding=("batch", "unknown"))) == ("data", None)
 
 
-def test_what_is_needed_or_does_not_fit_is_said():
+def test_a_missing_or_wrong_sharding_is_an_error():
     mesh, layer = mesh_of(EXPLICIT), nnx.Linear.init(0)(8, 16)
     layer.kernel = on(mesh, layer.kernel, "model")
     x = on(mesh, draw(4, 8), "data", "model")
     with pytest.raises(nnx.ShardingError) as error:
         layer(x)
     message = str(error.value)
-    assert message.startswith("Linear does not know how its result is to be sharded.")
+    assert message.startswith("Linear does not know how to shard its result.")
     assert "x float32[4@data,8@model], kernel float32[8@model,16]" in message
     assert "layer(x, out_sharding=P('data', ...))" in message
     mlp = nnx.MLP.init(0)(8, [8], 8)
@@ -151,7 +151,7 @@ def test_what_is_needed_or_does_not_fit_is_said():
     ]:
         with pytest.raises(nnx.ShardingError, match=f"The output of Linear .*{said}"):
             layer(x, out_sharding=spec)
-    with pytest.raises(TypeError, match="Linear takes as out_sharding a PartitionSpec"):
+    with pytest.raises(TypeError, match="The out_sharding of Linear must be a PartitionSpec"):
         layer(x, out_sharding="data")
 
 
@@ -252,7 +252,7 @@ class Transformer(nnx.Module):
 @nnx.jit
 def train_step(model, optimizer, ids):
     def loss_fn(model):
-        # The logits of one token are on several devices: their row of a one-hot matrix is, too.
+        # The logits of one token are on several devices, and so is their row of a one-hot matrix.
         wanted = jax.nn.one_hot(ids[:, 1:], 32)
         return -jnp.mean(jnp.sum(jax.nn.log_softmax(model(ids)[:, :-1]) * wanted, -1))
 
@@ -309,7 +309,7 @@ def test_a_layer_of_a_stack_returns_what_is_sharded_as_its_input(remat):
         y = nnx.Stack.init(0)(lambda: Wide(P("data")), 2, remat=remat)(rows)
     message = str(error.value)
     assert message.startswith("A layer of Stack gets an input float32[4@data,8] and returns ")
-    assert "float32[4@data,8@model]. The layers are one program" in message
+    assert "float32[4@data,8@model]. All layers run as one program" in message
     assert "out_sharding=P('data', None), or use jax.sharding.reshard(x, P('data'" in message
     assert axes(y) == ("data", None)
     np.testing.assert_allclose(y, expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits: how far they are off, how small they are, and where they come in a model."""
+"""Linear layers in 8 bits: their error, their size, and their use in a model."""
 
 import functools
 
@@ -13,7 +13,7 @@ from nnx import QuantizedLinear
 from tests.nnx.layers.test_layers import draw
 
 DTYPES = {"int8": jnp.int8, "float8": jnp.float8_e4m3fn}
-# Largest error of an element, relative to itself and to the largest one of its output.
+# The largest error of an element, relative to itself and to the largest element for the same output.
 BOUNDS = {"int8": (0, 1 / 254), "float8": (1 / 16, 2.0**-18)}
 
 
@@ -73,7 +73,7 @@ def test_it_computes_what_the_layer_would_with_the_stored_kernel(dtype, sizes, o
     def results(layer, x):
         dx = jax.grad(lambda x: jnp.sin(layer(x)).sum())(x)
         grads = None
-        if layer.bias is not None:  # else there is nothing to train
+        if layer.bias is not None:  # otherwise there is nothing to train
             grads = nnx.grad(lambda m: jnp.sin(m(x)).sum())(layer)
         return layer(x), dx, grads
 
@@ -133,7 +133,7 @@ def test_a_whole_model(tmp_path):
     )
     assert jnp.linalg.norm(forward(model) - y) < 0.05 * jnp.linalg.norm(y)
     assert {path[-1] for path in model["params"]} == {"bias"}
-    quantized = nnx.replace(model, QuantizedLinear, QuantizedLinear.of)  # nothing to do any more
+    quantized = nnx.replace(model, QuantizedLinear, QuantizedLinear.of)  # nothing left to do
     np.testing.assert_array_equal(forward(quantized), forward(model))
     nnx.vmap(lambda layer: layer[0].init_cache((2, 6, 32)))(model.stack.layers)
     assert attention.cached_key.dtype == jnp.float32
@@ -147,7 +147,7 @@ def test_a_whole_model(tmp_path):
 
 
 class Causal:
-    """The same model with a mask in the place of a cache."""
+    """The same model with a mask instead of a cache."""
 
     @staticmethod
     def of(model):
@@ -207,12 +207,12 @@ def reshaped():
     "make, kind, message",
     [
         (lambda: QuantizedLinear.of(nnx.Conv(2, 2, 3)), TypeError, "takes a Linear or a LinearGeneral, but got a Conv"),
-        (lambda: QuantizedLinear.of(nnx.LoRALinear(2, 2, lora_rank=1)), TypeError, "LoRALinear. Of a layer with an adapter, call nnx.merge_lora"),
+        (lambda: QuantizedLinear.of(nnx.LoRALinear(2, 2, lora_rank=1)), TypeError, "LoRALinear. For a layer with an adapter, call nnx.merge_lora"),
         (lambda: QuantizedLinear.of(nnx.LinearGeneral(2, 2, batch_axis={0: 3})), ValueError, r"no batch axes, but the LinearGeneral has \{0: 3\}"),
-        (lambda: QuantizedLinear.of(nnx.Linear(2, 2, preferred_element_type=jnp.float32)), ValueError, "no dot_general and no preferred_element_type"),
-        (lambda: QuantizedLinear.of(nnx.Linear(2, 2, dot_general=lambda *a, **k: 0)), ValueError, "no dot_general"),
-        (lambda: QuantizedLinear.of(reshaped()), ValueError, r"shape \(4, 5\), but the layer was made for one of shape \(4, 3\)"),
-        (lambda: QuantizedLinear.of(nnx.Linear(2, 2), jnp.bfloat16), ValueError, "float8_e4m3fn, float8_e5m2 or another, but got bfloat16"),
+        (lambda: QuantizedLinear.of(nnx.Linear(2, 2, preferred_element_type=jnp.float32)), ValueError, "its own dot_general or preferred_element_type"),
+        (lambda: QuantizedLinear.of(nnx.Linear(2, 2, dot_general=lambda *a, **k: 0)), ValueError, "its own dot_general"),
+        (lambda: QuantizedLinear.of(reshaped()), ValueError, r"shape \(4, 5\), but the layer was made for the shape \(4, 3\)"),
+        (lambda: QuantizedLinear.of(nnx.Linear(2, 2), jnp.bfloat16), ValueError, "float8_e4m3fn, float8_e5m2, ...., but got bfloat16"),
         (lambda: QuantizedLinear((2, 3), 2), ValueError, r"a size for each axis, but got in_features \(2, 3\) for the axes \(-1,\)"),
         (lambda: QuantizedLinear(2, 3)(jnp.ones((4, 3))), ValueError, r"QuantizedLinear expects an input of shape \(..., 2\), but got \(4, 3\)"),
         (lambda: QuantizedLinear((2, 3), 3, axis=(0, 1))(jnp.ones((4, 3))), ValueError, r"sizes \(2, 3\) along the axes \(0, 1\), but got \(4, 3\)"),

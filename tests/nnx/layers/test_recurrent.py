@@ -32,7 +32,7 @@ def close(a, b, **tolerance):
 
 
 def both(kind=2, **options):
-    """A network of ours and of flax, with the same weights."""
+    """Our network and flax's, with the same weights."""
     ours, theirs, more = CELLS[kind]
     theirs = fnx.RNN(theirs(3, 4, rngs=fnx.Rngs(0), **more, **inits), **options)
     return from_flax(RNN(ours.init(1)(3, 4, **more, **inits), **options), theirs), theirs
@@ -207,7 +207,7 @@ def test_state_axes_have_a_value_for_each_step():
 @pytest.mark.parametrize("kind", range(4), ids=NAMES)
 def test_half_precision(kind):
     make = CELLS[kind][0]
-    some = {} if kind == 2 else inits  # one as it is by default: QR has no half precision
+    some = {} if kind == 2 else inits  # one with the defaults: QR has no half precision
     cell = make.init(0)(3, 4, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, **some)
     assert {a.dtype for a in nnx.get_partition(cell).values()} == {jnp.dtype(jnp.bfloat16)}
     mixed = RNN(make.init(0)(3, 4, dtype=jnp.bfloat16, **inits))

@@ -69,7 +69,7 @@ def test_a_layer_is_taken_and_put_back(layers):
     np.testing.assert_allclose(written, stack.layers.linear.kernel.sum((1, 2)), rtol=1e-5)
 
 
-def test_what_is_no_stack_says_why(layers):
+def test_what_cannot_be_a_stack_says_why(layers):
     with nnx.scope(0):
         other = Block(0.2)
     for bad, error, text in [

@@ -1,4 +1,4 @@
-"""The reference differentiates rightly: against differences in float64."""
+"""The reference differentiates correctly: compared with finite differences in float64."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Transformations as modules: what they compute, share, save and say."""
+"""Transformations as modules: their results, sharing, saving and messages."""
 
 import gc
 import weakref

@@ -66,7 +66,7 @@ def test_weight_norm_trains_its_scale_and_leaves_the_layer_alone_under_jit():
     step(model)
     assert jnp.array_equal(model.layer_instance.layers[0].kernel, kernel)
     assert not jnp.allclose(model["params"]["scales.layers.0.kernel"], 1)
-    # What the layer writes itself, it keeps.
+    # The layer keeps its own writes.
     mean = X @ (kernel / jnp.linalg.norm(kernel, axis=0))
     np.testing.assert_allclose(model.layer_instance.layers[1].mean, 0.01 * mean.mean(0), rtol=1e-4)
     assert set(nnx.refs(nnx.clone(model))) == set(nnx.refs(model))
@@ -190,7 +190,7 @@ def test_a_write_of_a_normalized_parameter_is_not_lost_silently():
             self.kernel = self.kernel * 0.9
             return x @ self.kernel
 
-    with pytest.raises(nnx.NotMutableError, match="Decay wrote its parameter 'kernel'"):
+    with pytest.raises(nnx.NotMutableError, match="Decay wrote to its parameter 'kernel'"):
         WeightNorm(Decay())(X)
 
 

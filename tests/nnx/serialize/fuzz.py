@@ -1,9 +1,9 @@
-"""Hostile files, as many as wanted: `python -m tests.nnx.serialize.fuzz --files 50000 --seed 1`.
+"""Any number of hostile files: `python -m tests.nnx.serialize.fuzz --files 50000 --seed 1`.
 
-Each file is one that `save` wrote, changed: its JSON (parts replaced, moved, repeated, nested, renamed), its
-text, or its container (cut, flipped, repeated, with other sizes, compressed). Loading it must be a LoadError
-that names the file, or give a tree of which `save` says just what the file says; and `load` and `load_state`
-must take work and memory in proportion to its size.
+Each file is a file from `save` with a change: in its JSON (parts replaced, moved, repeated, nested, renamed), in
+its text, or in its container (cut, flipped, repeated, with other sizes, compressed). Loading it must raise a
+LoadError that names the file, or return a tree that `save` would describe exactly as the file does. `load` and
+`load_state` must take work and memory in proportion to its size.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ import nnx
 from nnx.serialize.encode import encode
 from tests.models import Dense, Net
 
-# Bytes of memory, and calls of functions, beyond those of an empty file, for each byte of a file.
+# The bytes of memory, and the function calls, that each byte of a file may cost beyond an empty file.
 BYTES_EACH, BYTES = 100, 1_000_000
 CALLS_EACH, CALLS = 20, 20_000
 
 
 class Named(io.BytesIO):
-    """A file in memory with a name, by which the container is chosen."""
+    """A file in memory with a name, which determines its container."""
 
     def __init__(self, data: bytes, kind: str):
         super().__init__(data)
@@ -83,7 +83,7 @@ class Everything(nnx.Module):
 
 @functools.cache
 def seeds() -> list[tuple[str, bytes]]:
-    """The files that are changed, small ones and one with everything."""
+    """The files to change: small ones, and one with everything."""
     model = Dense()
     state = optax.adam(1e-3).init(model["params"])
     trees = [
@@ -103,7 +103,7 @@ def seeds() -> list[tuple[str, bytes]]:
     return found
 
 
-# ---- the two containers, taken apart and put together with right checksums
+# ---- the two containers, taken apart and put together with correct checksums
 
 
 def unpacked(kind: str, data: bytes) -> tuple[str, dict[str, Any]]:
@@ -253,7 +253,7 @@ WORDS = [
 
 
 def change_text(rng: random.Random, text: str) -> str:
-    """Change JSON where `json.dumps` would not have: numbers that are none, names given twice, noise."""
+    """Change JSON in ways that `json.dumps` cannot: invalid numbers, duplicate names, noise."""
     way = rng.randrange(4)
     at = rng.randrange(len(text))
     if way == 0:
@@ -352,7 +352,7 @@ def change_parts(rng: random.Random, kind: str, text: str, parts: dict[str, Any]
 
 
 def hostile(rng: random.Random) -> tuple[str, bytes, bytes | None]:
-    """A kind, a file, and the file that it must be as good as if it is accepted, where one is known."""
+    """A kind, a file, and if known, the file to which it must be equivalent if it is accepted."""
     kind, data = rng.choice(seeds())
     way = rng.random()
     if way < 0.25:
@@ -364,7 +364,7 @@ def hostile(rng: random.Random) -> tuple[str, bytes, bytes | None]:
         return kind, packed(kind, change_text(rng, text), parts), None
     structure = json.loads(text)
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
-        # A structure that is nested very deep by now cannot be copied.
+        # By now, the structure may be nested too deep to copy.
         with contextlib.suppress(RecursionError):
             change_structure(rng, structure)
             text = json.dumps(structure)
@@ -375,11 +375,11 @@ def hostile(rng: random.Random) -> tuple[str, bytes, bytes | None]:
 
 
 class Fault(AssertionError):
-    """What a file did that no file may do."""
+    """A file did something that no file may do."""
 
 
 class Cost(NamedTuple):
-    """What it took to load a file."""
+    """The cost of loading a file."""
 
     seconds: float
     memory: int
@@ -387,7 +387,7 @@ class Cost(NamedTuple):
 
 
 def measured(function: Any) -> tuple[Any, Cost]:
-    """What a call gives (or its LoadError), and what it took."""
+    """The result of a call (or its LoadError), and its cost."""
     calls = 0
 
     def count(frame: Any, event: str, arg: Any) -> None:
@@ -408,7 +408,7 @@ def measured(function: Any) -> tuple[Any, Cost]:
 
 
 def content(tree: Any) -> tuple[Any, Any]:
-    """What `save` says of a tree: the structure with arrays by number, and their bits."""
+    """The description of a tree by `save`: the structure with arrays by number, and their bits."""
     encoded = encode(tree)
     numbers: dict[str, int] = {}
     structure = _by_number(_in_order(encoded.structure), numbers)
@@ -416,7 +416,7 @@ def content(tree: Any) -> tuple[Any, Any]:
 
 
 def _in_order(structure: Any) -> Any:
-    """The structure with its objects in the order in which they are met."""
+    """The structure with its objects in the order of the first mention."""
     new: dict[int, int] = {}
     order: list[int] = []
 
@@ -457,7 +457,7 @@ def _bits(x: Any) -> Any:
 
 @functools.cache
 def fresh() -> Any:
-    """The model that `load_state` reads into, as it is before."""
+    """The model into which `load_state` reads, as it is before."""
     return content(Dense())
 
 
@@ -468,7 +468,7 @@ def structure_in(kind: str, data: bytes) -> Any:
 
 
 def difference(a: Any, b: Any, at: str = "") -> str:
-    """Where two structures differ first, or nothing."""
+    """The first difference of two structures, or None."""
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         pairs = [(str(k), a[k], b[k]) for k in a]
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
@@ -479,10 +479,10 @@ def difference(a: Any, b: Any, at: str = "") -> str:
 
 
 def check(kind: str, data: bytes, same_as: bytes | None = None) -> tuple[bool, Cost]:
-    """Load a file in both ways: whether it was accepted, and the greater cost.
+    """Load a file in both ways. Return whether it was accepted, and the greater cost.
 
     Raises:
-      Fault: something else than what must hold; the message says what.
+      Fault: a rule was broken; the message says which.
     """
     size = len(data)
     loaded, cost = measured(lambda: nnx.load(Named(data, kind)))
@@ -515,7 +515,7 @@ def check(kind: str, data: bytes, same_as: bytes | None = None) -> tuple[bool, C
 
 
 def run(files: int, seed: int, report: Any = None, fault: Any = None) -> dict[str, Any]:
-    """Try that many files; what came of it. `fault` gets the text of a fault, which is raised without."""
+    """Try this many files and return the outcomes. `fault` gets the text of each fault; without it, faults are raised."""
     worst = Cost(0.0, 0, 0)
     accepted = 0
     tracemalloc.start()

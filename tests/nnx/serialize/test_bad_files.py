@@ -1,4 +1,4 @@
-"""Files that are damaged, foreign, newer or hostile: one clear error each, and nothing of the file."""
+"""Files that are damaged, foreign, newer or hostile: each gives one clear error, and nothing is loaded."""
 
 import copy
 import io
@@ -58,7 +58,7 @@ def test_cut_short_at_every_byte(good, tmp_path):
 
 
 def same_or_error(path, data):
-    """The file either is refused or, where a byte had no meaning, gives the model itself."""
+    """The file is refused or, if the byte had no meaning, gives the model itself."""
     path.write_bytes(data)
     try:
         model = nnx.load(path)
@@ -156,7 +156,7 @@ def _bytes(write):
     return file.getvalue()
 
 
-# ---- files that are whole, with another content
+# ---- complete files with other contents
 
 
 def parts(data):
@@ -192,7 +192,7 @@ def _set(*keys, value):
 
 
 def _everywhere(name, value):
-    """Change what the structure says of an array, at each of its mentions."""
+    """Change the structure's description of an array, at each of its mentions."""
 
     def changed(code):
         if isinstance(code, list):
@@ -254,13 +254,13 @@ NAME = "tests.nnx.serialize.test_bad_files.Small"
 def test_a_structure_that_is_not_ours(good, tmp_path, change, message):
     import re
 
-    # JAX imports something at the first array that is made.
+    # JAX imports something when it makes its first array.
     (tmp_path / "m.npz").write_bytes(good["npz"])
     nnx.load(tmp_path / "m.npz")
     loaded = set(sys.modules)
     text = fails(tmp_path / "m.npz", changed(good, change))
     assert re.search(message, text), text
-    # Python's own codecs are found when a name of the archive is first decoded.
+    # Python looks its codecs up when it first decodes a name in the archive.
     assert {name for name in sys.modules if not name.startswith("encodings.")} <= loaded
 
 

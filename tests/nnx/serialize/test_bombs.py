@@ -1,4 +1,4 @@
-"""Files that ask for more than they hold: refused, or loaded, in work and memory in proportion to their size."""
+"""Files that claim more than they hold: refused or loaded, with work and memory in proportion to their size."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def file(root, objects=(), leaves=(), classes=None, arrays=None):
 
 
 def text(data, old, new):
-    """The file with another text for its structure."""
+    """The file with another text as its structure."""
     whole, parts = fuzz.unpacked("npz", data)
     return fuzz.packed("npz", whole.replace(old, new), parts)
 
@@ -58,7 +58,7 @@ def mentions(change):
 
 
 def lists(*, deep, wide):
-    """Lists that each hold the next one a few times."""
+    """Lists, each of which holds the next one a few times."""
     return [{"list": [{"object": i + 1}] * wide} for i in range(deep)] + [{"list": []}]
 
 
@@ -165,7 +165,7 @@ def test_partials_in_partials_are_refused_or_loaded_alike():
     code = {"named": "jax.nn.relu"}
     for _ in range(90):
         code = {"partial": [code, list(range(300)), []]}
-    # Python makes one partial of them all, as no file of `save` would have them.
+    # Python merges them into one partial, so no file from `save` has them.
     _, cost = fuzz.measured(lambda: nnx.load(fuzz.Named(file(code), "npz")))
     assert cost.memory < fuzz.BYTES + fuzz.BYTES_EACH * len(file(code))
 
@@ -199,7 +199,7 @@ def test_bombs_of_the_container():
     compressed = archived(lambda a: a.writestr("nnx.json", zeros), zipfile.ZIP_DEFLATED)
     repeated = archived(lambda a: [a.writestr("x.npy", b"") for _ in range(N)])
     many = archived(lambda a: [a.writestr(f"{i}.npy", b"") for i in range(N)])
-    # Every entry of the directory says that its part is where the first one is.
+    # Every entry of the directory claims that its part is where the first one is.
     overlapping = bytearray(many)
     at = many.find(b"PK\1\2")
     while at >= 0:
@@ -253,7 +253,7 @@ def test_every_value_may_be_as_deep_as_the_grammar_says_and_no_deeper(tmp_path):
         code = {"tuple": [code]}
     with pytest.raises(nnx.LoadError, match="nested more than 100 levels deep"):
         nnx.load(fuzz.Named(file(code), "npz"))
-    # What has an identity has no limit, so a list is the way out.
+    # Objects with an identity have no limit, so a list is the way out.
     value = [jnp.ones(1)]
     for _ in range(300):
         value = [(value,)]

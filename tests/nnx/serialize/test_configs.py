@@ -1,4 +1,4 @@
-"""Frozen dataclasses, as configs are, in attributes of modules."""
+"""Frozen dataclasses, such as configs, in attributes of modules."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Checkpoints as directories: what is in them, onto other meshes, parts, in the background, after a crash."""
+"""Checkpoints as directories: contents, other meshes, parts, background saves, crashes."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def test_everything_comes_back_as_from_one_file(tmp_path):
         assert type(y) is np.ndarray and y.dtype == x.dtype and np.array_equal(x, y)
     nnx.save(tmp_path / "one.npz", model)
     same(nnx.load(tmp_path / "one.npz"), again)
-    # What was loaded is nowhere in particular, so it may be used on any mesh.
+    # The loaded arrays are not committed, so they may be used on any mesh.
     assert not again.first.w.committed
 
 
@@ -102,7 +102,7 @@ def test_a_path_without_a_suffix_or_with_a_slash(tmp_path, monkeypatch):
     nnx.save("link", Dense(seed=3))
     same(nnx.load("run"), Dense(seed=3))
     assert os.path.islink("link")
-    # Other users of the machine may read it as any directory that this one makes.
+    # It has the same permissions as any other directory of this user.
     os.mkdir("plain")
     assert os.stat("deep").st_mode == os.stat("plain").st_mode
 
@@ -250,7 +250,7 @@ def test_load_state_of_a_part(tmp_path):
         report = nnx.load_state(path, into=target, only="params")
         assert report.loaded == (("w",), ("b",)) and not report.missing
         assert jnp.array_equal(target.w, model.w) and target.calls == 1
-        # What the file has beyond the filter is no matter; what it lacks of it is.
+        # Values that the filter excludes do not matter, but missing values that it selects do.
         nnx.save(path, model["params"])
         nnx.load_state(path, into=target, only="params")
         with pytest.raises(nnx.LoadError, match="missing in the file: 'calls'"):
@@ -382,7 +382,7 @@ def test_a_load_and_the_next_save_wait(tmp_path):
     same(target, Dense(seed=3))
 
 
-def test_what_fails_in_the_background_is_told_once(tmp_path, monkeypatch):
+def test_a_failure_in_the_background_is_raised_once(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -459,7 +459,7 @@ def test_a_program_that_ends_or_is_killed_while_it_saves(tmp_path):
     for how, program in programs.items():
         assert program.wait() == (0 if how == "end" else -signal.SIGKILL)
         same(nnx.load(tmp_path / how / "run"), Dense(seed=hows[how]))
-        # The next save removes what the killed one has left, beside and inside.
+        # The next save removes the remains of the killed one, beside and inside.
         nnx.save(tmp_path / how / "run", Dense(seed=3))
         same(nnx.load(tmp_path / how / "run"), Dense(seed=3))
         assert os.listdir(tmp_path / how) == ["run"]

@@ -1,4 +1,4 @@
-"""Directories that cannot be loaded: each a LoadError that names the directory and what is wrong."""
+"""Directories that cannot be loaded: each gives a LoadError that names the directory and the fault."""
 
 import errno
 import json
@@ -71,7 +71,7 @@ def array_code(structure, name):
 def test_half_written(run):
     (run / "nnx.json").unlink()
     fails(run, "it lacks nnx.json, so a save did not finish")
-    # Which the next save mends.
+    # The next save repairs that.
     nnx.save(run, Dense())
     assert jnp.array_equal(nnx.load(run).w, Dense().w) and len(os.listdir(run)) == 2
 
@@ -140,10 +140,10 @@ def test_an_array_that_is_missing_or_of_another_shape(run):
         fails(run, "")
 
 
-# Orbax leaves tasks of its own behind when it cannot read a file.
+# Orbax leaves its own tasks behind when it cannot read a file.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_every_file_that_is_changed_cut_or_gone(good, tmp_path):
-    # A change is either of no consequence, or an error.
+    # A change either has no consequence, or it is an error.
     names = sorted(p.relative_to(good) for p in good.rglob("*") if p.is_file())
     wrong = 0
     for i, name in enumerate(names):
@@ -198,11 +198,11 @@ def test_without_orbax(run, monkeypatch):
         (lambda: nnx.save(run, Dense()), nnx.SaveError),
         (lambda: nnx.load(run), nnx.LoadError),
     ):
-        with pytest.raises(kind, match=r"need Orbax: pip install 'nnx\[checkpoint\]'"):
+        with pytest.raises(kind, match="need Orbax: pip install orbax-checkpoint"):
             call()
 
 
-def test_one_that_is_replaced_while_it_is_read(run, monkeypatch):
+def test_a_directory_that_is_replaced_while_it_is_read(run, monkeypatch):
     real = store.Store.read
     replaced = []
 

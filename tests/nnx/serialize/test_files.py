@@ -1,4 +1,4 @@
-"""What a file gives back: everything that was saved, by any of the ways."""
+"""A file gives back everything that was saved, with every way of saving and loading."""
 
 import collections
 import dataclasses
@@ -334,7 +334,7 @@ def _mask():
     return mask
 
 
-def test_progress_is_told(path):
+def test_progress_is_reported(path):
     seen = []
     nnx.save(path, Net(), progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] == sum(x.nbytes for x in jax.tree.leaves(Net()))
@@ -369,7 +369,7 @@ def test_the_library_of_safetensors_reads_every_dtype(tmp_path):
             assert theirs[name].dtype == array.dtype and theirs[name].shape == array.shape
     with safe_open(path, "np") as file:
         structure = file.metadata()["nnx.json"]
-    # And what the library writes is read here, in its order.
+    # And a file from the library is read here, in its order.
     save_file(theirs, path, {"note": "theirs"})
     model = {k: nnx.Ref(jnp.zeros(v.shape, v.dtype)) for k, v in theirs.items()}
     assert len(nnx.load_state(path, into=model).loaded) == len(theirs)
@@ -661,7 +661,7 @@ def test_state_is_read_to_where_a_model_of_shapes_says(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.npz", "run/"])
-def test_the_class_of_what_is_loaded_may_be_said(tmp_path, name):
+def test_the_class_to_load_may_be_given(tmp_path, name):
     path = str(tmp_path / name)
     nnx.save(path, nnx.Linear.init(0)(2, 3))
     assert type(nnx.load(path, nnx.Linear)) is nnx.Linear

@@ -1,4 +1,4 @@
-"""What a file may say, one rule at a time: `save` refuses what breaks it, and `load` refuses it too."""
+"""The rules for files, one at a time: `save` refuses what breaks a rule, and so does `load`."""
 
 import enum
 import json
@@ -221,7 +221,7 @@ def test_json_that_says_what_json_leaves_open(good, old, new, message):
             nnx.load(fuzz.Named(fuzz.packed(kind, changed, parts), kind))
 
 
-# ---- what is refused when it is saved, since it would not come back
+# ---- objects that save refuses, because they would not come back
 
 
 class Flags(enum.Flag):

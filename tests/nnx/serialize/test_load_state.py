@@ -1,4 +1,4 @@
-"""Values into a model that is there: every kind of value, tied weights, and what cannot be written."""
+"""Loading values into an existing model: every kind of value, tied weights, and values that cannot be written."""
 
 import collections
 import json

@@ -1,4 +1,4 @@
-"""Where files are written to and read from: full disks, killed savers, open files, paths of every kind."""
+"""The places of files: full disks, killed savers, open files, paths of every kind."""
 
 import errno
 import io
@@ -35,12 +35,12 @@ class Table(nnx.Module):
 
 
 def unchanged(path):
-    """Nothing but the old file is there, whole."""
+    """Only the old file is there, complete."""
     assert os.listdir(path.parent) == [path.name]
     assert jnp.array_equal(nnx.load(path).w, Dense().w)
 
 
-# ---- what the system says
+# ---- errors of the system
 
 
 FULL = """
@@ -59,7 +59,7 @@ for path in sys.argv[1:]:
 
 
 def test_a_disk_that_is_full(tmp_path):
-    # A limit on the size of files is what a full disk is to who writes: a part is written, and no more.
+    # To a writer, a limit on the file size looks like a full disk: only a part is written.
     paths = [tmp_path / kind / f"model.{kind}" for kind in KINDS]
     for path in paths:
         path.parent.mkdir()
@@ -84,7 +84,7 @@ def test_an_open_file_on_a_full_disk():
         os.close(file.fileno())
         with pytest.raises(OSError):
             file.close()
-    # A device is no file whose place another could take.
+    # A device is not a file that another could replace.
     with pytest.raises(
         nnx.SaveError, match="/dev/full cannot be saved: it is not an ordinary file"
     ):
@@ -136,7 +136,7 @@ def test_a_folder_that_cannot_be_listed_or_flushed(path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "listdir", refuse)
         patch.setattr(places, "sync_folder", refuse)
-        # The file is there, so this is no failure.
+        # The file is there, so this is not a failure.
         nnx.save(path, Dense(seed=1))
     assert jnp.array_equal(nnx.load(path).w, Dense(seed=1).w)
 
@@ -160,7 +160,7 @@ def test_folders_and_files_that_are_in_the_way(tmp_path, path):
 
 
 @pytest.mark.parametrize("wrong", [3, None, Dense, "a\0b.npz", b"\0"])
-def test_what_is_no_path(wrong):
+def test_what_is_not_a_path(wrong):
     with pytest.raises(
         nnx.SaveError, match="cannot be saved: there is a null|takes a path or an open"
     ):
@@ -253,7 +253,7 @@ def test_open_files_that_cannot_serve(tmp_path):
         nnx.load(memory)
     with pytest.raises(nnx.LoadError, match="the BytesIO cannot be loaded: it is damaged"):
         nnx.load(io.BytesIO(b"nonsense"))
-    # What cannot be saved is found before anything is written.
+    # The check for unsaveable objects comes before any writing.
     memory = io.BytesIO()
     with pytest.raises(nnx.SaveError, match="<lambda>"):
         nnx.save(memory, [lambda: 0])
@@ -272,7 +272,7 @@ nnx.save(sys.argv[1], Dense(seed=5), progress=lambda *_: os.kill(os.getpid(), si
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """What a saver of `model.npz` that was killed leaves: its name and its content."""
+    """The file that a killed saver of `model.npz` leaves: its name and its content."""
     path = tmp_path_factory.mktemp("killed") / "model.npz"
     nnx.save(path, Dense())
     done = subprocess.run([sys.executable, "-c", KILLED, str(path)])
@@ -296,7 +296,7 @@ def littered(tmp_path, killed):
 def test_a_later_save_removes_what_a_killed_one_left(littered):
     other = littered.with_name("other.npz")
     nnx.save(other, Dense())
-    # What belongs to another name is left to the next save of that.
+    # Files that belong to another name are left for the next save to that name.
     assert len(os.listdir(littered.parent)) == 4
     nnx.save(littered, Dense(seed=1))
     assert sorted(os.listdir(littered.parent)) == [littered.name, other.name]
@@ -341,7 +341,7 @@ def test_files_of_others_are_left_alone(littered, killed):
     folder = littered.parent
     for name in (".nnx.tmp", ".nnx.notes.tmp", ".nnx.0.tmp", killed[0].removesuffix(".tmp")):
         (folder / name).write_bytes(b"x")
-    # A link by such a name leads to what is somebody's.
+    # A link with such a name may lead to somebody's file.
     (folder / killed[0]).unlink()
     (folder / killed[0]).symlink_to(folder / ".nnx.tmp")
     nnx.save(littered, Dense())

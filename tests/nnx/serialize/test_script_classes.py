@@ -1,4 +1,4 @@
-"""A file that a script wrote names its classes `__main__`; what another program can do about it."""
+"""A file from a script calls its classes `__main__`, and another program can still load it."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ if __name__ == "__main__":
 def file(tmp_path):
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
-    # The script runs elsewhere, but finds what this program imports.
+    # The script runs in another folder, but can import the same modules.
     setup = f"import sys, runpy; sys.path[:] = {sys.path!r}; runpy.run_path('script.py', run_name='__main__')"
     subprocess.run([sys.executable, "-c", setup], cwd=tmp_path, check=True)
     return tmp_path / "outer.npz"

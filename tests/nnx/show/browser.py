@@ -1,4 +1,4 @@
-"""A page in a headless Chromium, by its debugging pipe."""
+"""A page in a headless Chromium, controlled through its debugging pipe."""
 
 import base64
 import itertools
@@ -29,7 +29,7 @@ class Browser:
 
         flags = "--headless --no-sandbox --disable-gpu --disable-background-networking"
         flags += f" --remote-debugging-pipe --user-data-dir={self.profile}"
-        # Chromium has its pipes at 3 and 4; putting them there takes a process in between.
+        # Chromium expects its pipes at 3 and 4, which needs a process in between.
         wire = (
             "import os, sys; a, b = os.dup(int(sys.argv[1])), os.dup(int(sys.argv[2])); "
             "os.dup2(a, 30); os.dup2(b, 40); os.dup2(30, 3); os.dup2(40, 4); "

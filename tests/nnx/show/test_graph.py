@@ -14,7 +14,7 @@ from nnx.show.graph import graph
 
 
 class Box(nnx.Module):
-    """A module with the attributes that it is given."""
+    """A module with the given attributes."""
 
     def __init__(self, **attributes):
         for name, value in attributes.items():
@@ -33,7 +33,7 @@ class Other(Leaf):
 
 
 def drawn(picture):
-    """What a person sees: boxes, and edges by the titles of their ends."""
+    """The visible content: boxes, and edges by the titles of their ends."""
     boxes = [(box.title, box.count) for box in picture.boxes]
     kinds = {TREE_EDGE: "", SHARED: "shared", BACK_EDGE: "back"}
     edges = [(e.source.title, e.label, e.target.title, kinds[e.kind]) for e in picture.edges]
@@ -164,7 +164,7 @@ def test_boxes_and_edges_do_not_run_into_each_other(model):
                 assert not straight or not top < y0 < bottom
 
 
-def test_a_long_chain_is_no_recursion():
+def test_a_long_chain_needs_no_recursion():
     chain = Leaf()
     for _ in range(1000):
         chain = Box(inner=chain)

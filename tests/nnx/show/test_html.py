@@ -15,7 +15,7 @@ from tests.nnx.show.browser import CHROMIUM, Browser
 
 
 class Box(nnx.Module):
-    """A module with the attributes that it is given."""
+    """A module with the given attributes."""
 
     def __init__(self, **attributes):
         for name, value in attributes.items():
@@ -60,7 +60,7 @@ def test_what_is_shared_is_shown_once_and_named(model):
     ):
         assert part in text
     assert "0x" not in text and "epeated" not in text
-    # One drawing leaves nothing behind for the next, also where it fails.
+    # A drawing leaves nothing behind for the next one, even if it fails.
     assert text_of(model) == text
     assert "<same" not in text_of(model.layer)
 
@@ -106,7 +106,7 @@ def test_deep_and_long_models(tmp_path):
     assert len(text_of(Box(text="x" * 10**5))) < 1000
 
 
-def test_outside_of_a_notebook_it_is_text(model, capsys, monkeypatch):
+def test_outside_a_notebook_it_is_text(model, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "IPython", None)
     display(model.layer)
     assert capsys.readouterr().out == repr(model.layer) + "\n"
@@ -122,13 +122,13 @@ def test_in_a_notebook_treescope_shows_it(monkeypatch):
     display(net)
     assert shown[0][0] is net
     pictures = shown[0][1]["autovisualize"]
-    treescope.render_to_text(jnp.ones(1))  # by which treescope learns what JAX's arrays are
+    treescope.render_to_text(jnp.ones(1))  # so that treescope learns about JAX's arrays
     assert pictures(jnp.ones(3), None) is not None and pictures(jnp.ones((0, 3)), None) is None
 
 
 def test_without_treescope_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "treescope", None)
-    with pytest.raises(ImportError, match=r"pip install nnx\[display\].*nnx.tabulate"):
+    with pytest.raises(ImportError, match=r"pip install treescope.*nnx.tabulate"):
         display(Net())
 
 

@@ -1,4 +1,4 @@
-"""Specs and bytes for each device in what is shown of a model."""
+"""Specs and bytes per device in printed models."""
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ def test_seventy_billion_parameters_are_planned_on_a_mesh_that_is_not_there():
     assert all(isinstance(ref.value, jax.ShapeDtypeStruct) for ref in nnx.refs(model).values())
 
 
-def test_a_spec_that_does_not_fit_is_said():
+def test_a_spec_that_does_not_fit_is_an_error():
     model = nnx.eval_shape(lambda: nnx.Linear.init(0)(6, 4))
     with pytest.raises(nnx.ShardingError, match="kernel"):
         nnx.tabulate(model, mesh=AbstractMesh((4,), ("data",)), specs={"params": P("data")})

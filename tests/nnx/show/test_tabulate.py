@@ -20,7 +20,7 @@ S = jax.ShapeDtypeStruct
 
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch):
-    # The tables fit in the terminal that the tests happen to run in.
+    # The tables must fit in the terminal in which the tests happen to run.
     monkeypatch.setenv("COLUMNS", "160")
 
 
@@ -149,7 +149,7 @@ def test_loops_count_every_step():
         assert table.rows[1].flops_with_backward == 8 * both
         # The loop itself counts its steps, and adds up gradients.
         assert 8 * ahead <= table.flops <= 8 * ahead + 20
-        # JAX leaves out a gradient of the input in a step outside of the loop, from 0.12 on.
+        # From 0.12 on, JAX leaves out a gradient of the input in a step outside the loop.
         assert -2 * 4 * 16 * 16 <= table.flops_with_backward - 8 * both <= 20
 
 
@@ -163,7 +163,7 @@ def test_equal_modules_are_lowered_once_and_share_a_line(monkeypatch):
     assert len(counted) == 3 and len(table.rows) == 22
     text = str(table)
     assert "layers.0..19" in text and "Linear ×20" in text and "for n equal modules" in text
-    # Equal in structure, but called with other shapes: they share no line.
+    # Modules with equal structure but other shapes in the call do not share a line.
     model = Calls()
     assert "×" not in str(tabulate(model, jnp.ones((2, 4))))
 
@@ -264,7 +264,7 @@ def test_an_error_in_the_model_leaves_no_trace(mlp):
         tabulate([mlp], jnp.ones(3))
 
 
-def test_where_there_is_no_telling_there_is_no_figure():
+def test_unknown_figures_are_left_out():
     class Uses(nnx.Module):
         def __call__(self, layer, x):
             return layer(x)

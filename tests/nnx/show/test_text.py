@@ -17,7 +17,7 @@ from tests.models import Dense, Net
 
 
 class Box(nnx.Module):
-    """A module with the attributes that it is given."""
+    """A module with the given attributes."""
 
     def __init__(self, **attributes):
         for name, value in attributes.items():

@@ -70,7 +70,7 @@ def test_half_precision_is_averaged_in_float32():
     assert model.bias.dtype == jnp.bfloat16
 
 
-def test_what_is_no_floating_point_number_is_the_latest():
+def test_values_other_than_floats_are_the_latest():
     class Both(nnx.Module):
         def __init__(self):
             self.w = nnx.Ref(jnp.zeros(2), "params")
@@ -210,7 +210,7 @@ def test_a_decay_near_one_is_not_rounded(left):
             expected += (1 - expected) * left
         found = ema.values["b"] if not debias or not left else ema.values["b"] * ema.weight
         np.testing.assert_allclose(found, expected, rtol=1e-6)
-    # What does not change stays as it is.
+    # A value that does not change stays as it is.
     still = EMA(ones, 1 - left)
     nnx.fori_loop(0, 1000, lambda i, c: (still.update(ones), c)[1], 0)
     assert (still.values["b"] == 1).all()

@@ -1,4 +1,4 @@
-"""Hyperparameters of an optimizer, and that no write into its state is lost."""
+"""Hyperparameters of an optimizer; no write into its state is lost."""
 
 import copy
 import pickle
@@ -31,7 +31,7 @@ def in_masked():
     return optax.chain(optax.clip(1.0), optax.masked(sgd(0.5), mask))
 
 
-# For each transformation the name that its learning rate has.
+# The name of the learning rate in each transformation.
 PLACES = {
     "alone": (lambda: sgd(0.5), "learning_rate"),
     "chain": (lambda: optax.chain(optax.clip(1.0), sgd(0.5)), "learning_rate"),
@@ -184,7 +184,7 @@ def test_lists_and_dicts_of_a_state_are_read_only(change, model):
     optimizer.update(model, model["params"])
 
 
-def test_a_state_of_ones_own_is_free_and_can_be_assigned(model):
+def test_your_own_state_is_writable_and_can_be_assigned(model):
     tx = optax.chain(optax.clip(1.0), adamw(0.1, weight_decay=0.5))
     optimizer = nnx.Optimizer(model, tx)
     mine = jax.tree.map(lambda x: x, optimizer.opt_state)
@@ -237,7 +237,7 @@ def test_ambiguous_and_scheduled_names(model):
         two.hyperparams["1.learning_rate"] = 1.0
 
 
-def test_a_parameter_of_that_name_is_no_hyperparameter():
+def test_a_parameter_of_that_name_is_not_a_hyperparameter():
     class Net(nnx.Module):
         def __init__(self):
             self.hyperparams = nnx.Linear(2, 2)

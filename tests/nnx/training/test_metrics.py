@@ -18,7 +18,7 @@ MASK = RNG.random((3, 7)) < 0.6
 
 
 def feed(metric, how="eager", mask=True):
-    """Three batches, by each way to run a step."""
+    """Three batches, with every way to run a step."""
     kept = MASK if mask else np.ones_like(MASK)
     batches = {"logits": LOGITS, "labels": LABELS, "values": VALUES, "mask": kept}
 
@@ -137,7 +137,7 @@ def test_precision():
     assert float(average.compute()) == 1
 
 
-def test_a_confusion_matrix_leaves_out_what_is_no_class():
+def test_a_confusion_matrix_ignores_labels_out_of_range():
     matrix = metrics.ConfusionMatrix(2)
     logits = jnp.array([[1.0, 0.0]] * 3)
     matrix.update(logits=logits, labels=jnp.array([-1, 2, 1]))
@@ -271,7 +271,7 @@ def test_top_k_is_that_of_scikit_learn():
         np.testing.assert_allclose(accuracy.compute(), expected, rtol=1e-6)
 
 
-def test_labels_that_are_no_class_are_not_counted():
+def test_labels_out_of_range_are_not_counted():
     logits = jnp.array([[2.0, 0.0, 1.0]] * 4)
     for k, expected in ((1, 0.5), (2, 0.5), (3, 1.0)):
         accuracy = metrics.Accuracy(top_k=k)

@@ -16,7 +16,7 @@ def loss_fn(model, x, y):
 
 
 def check_against_optax(tx, steps=4, model=Net, extra=lambda loss: {}, **options):
-    """Steps with the optimizer, jitted, are those of optax by hand."""
+    """Jitted steps with the optimizer equal those of optax by hand."""
     rng = np.random.default_rng(0)
     x, y = (jnp.asarray(rng.normal(size=(4, 2)), jnp.float32) for _ in range(2))
     ours, theirs = model(), model()
@@ -84,7 +84,7 @@ def test_steps_are_those_of_optax(tx):
 def test_extra_arguments_reach_the_transformation():
     tx = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1, cooldown=0))
     check_against_optax(tx, extra=lambda loss: {"value": jnp.ones(())})
-    # One that takes none ignores them, as optax does.
+    # A transformation that takes none ignores them, as in optax.
     check_against_optax(optax.sgd(0.1), extra=lambda loss: {"value": loss})
 
 
@@ -133,7 +133,7 @@ def test_the_state_has_the_metadata_of_the_parameters_of_its_shape():
         for path, ref in nnx.refs(optimizer).items()
         if path[-1] == "kernel"
     }
-    # What is left of the parameter's sharding: the sums are over its longest dimension.
+    # The rest of the parameter's sharding: the sums are over its longest dimension.
     assert kinds[("state", "0", "v_row")] == ("in",)
     assert [v for k, v in kinds.items() if k[-1] == "ema"] == [("in", "out")]
 
@@ -451,7 +451,7 @@ def test_a_parameter_that_is_a_pytree():
         optimizer.update(w, nnx.get_partition(w))
 
 
-def test_swapped_arguments_are_said():
+def test_swapped_arguments_are_an_error():
     model = nnx.Linear.init(0)(2, 1)
     message = r"the model first.*nnx\.Optimizer\(model, optax\.adam\(1e-3\)\), but got a Gradient.* and a Linear"
     with pytest.raises(TypeError, match=message):
@@ -469,7 +469,7 @@ def test_swapped_arguments_are_said():
         ),
     ],
 )
-def test_a_mask_that_is_no_partition_is_said(make):
+def test_a_mask_that_is_not_a_partition_is_an_error(make):
     model = nnx.Linear.init(0)(2, 1)
     message = (
         r"a mask, labels or similar.*are a Partition here.*nnx\.training\.mask\(model, filter\)"
@@ -487,7 +487,7 @@ def test_a_model_of_the_same_structure_is_taken_as_it_comes():
     np.testing.assert_allclose(two.kernel, was - 1.0)
 
 
-def test_wrt_that_is_a_typo_is_said():
+def test_a_typo_in_wrt_is_an_error():
     with pytest.raises(nnx.OptimizerError, match=r"'params'\. There is .*did you mean 'params'\?$"):
         nnx.Optimizer(nnx.Linear.init(0)(2, 1), optax.sgd(1.0), wrt="parms")
 

@@ -46,7 +46,7 @@ def test_small_steps_add_up(dtype, name):
     for path, value in wide["params"].items():
         master = optimizer.opt_state.master[path]
         np.testing.assert_allclose(master, value, rtol=1e-6, atol=1e-9)
-        # What the model has is the master, rounded once.
+        # The model has the master weights, rounded once.
         np.testing.assert_array_equal(model["params"][path], master.astype(dtype))
     if dtype == jnp.bfloat16:
         # Without it a step of 1e-4 is lost on a bias of 1.

@@ -1,4 +1,4 @@
-"""What crosses the boundary: any change of structure, against the same function run eagerly."""
+"""Any change of structure crosses the boundary, compared with the same function run eagerly."""
 
 import copy
 import sys
@@ -51,7 +51,7 @@ def boxes(root):
 
 
 def things(root):
-    """Whatever hangs somewhere in the graph, to be put elsewhere."""
+    """Any part of the graph, to be put elsewhere."""
     found = []
     for x in boxes(root):
         found.append(x)
@@ -109,7 +109,7 @@ def apply_op(root, op, x):
 
 def put(module, name, value):
     if isinstance(vars(module).get(name), Ref) and not isinstance(value, Ref):
-        # An array does not take the place of a Ref by itself.
+        # An array does not replace a Ref on its own.
         delattr(module, name)
     setattr(module, name, value)
 
@@ -164,7 +164,7 @@ def test_a_compiled_function_does_to_a_graph_what_it_does_without(inside, outsid
     eager, compiled = make_model(), make_model()
     step = nnx.jit(program)
     for change in (None, outside):
-        # The second call meets what the first left behind, and what was done in between.
+        # The second call sees what the first one left behind, and the changes in between.
         for op in change or ():
             apply_op(eager, op, 1)
             apply_op(compiled, op, 1)
@@ -172,7 +172,7 @@ def test_a_compiled_function_does_to_a_graph_what_it_does_without(inside, outsid
         expected, result = program(eager, 10), step(compiled, 10)
         pairs = {}
         same((eager, expected), (compiled, result), pairs)
-        # What the caller had before is what he has after: nothing of it was made anew.
+        # The caller still has the same objects: none of them was made again.
         for x, y in before:
             assert isinstance(x, tuple) or pairs.get(id(x), y) is y
 

@@ -149,7 +149,7 @@ def test_array_attributes_of_closed_over_modules_are_not_stale():
     assert f() == 6
 
 
-def test_a_trainer_that_is_no_module(data):
+def test_a_trainer_that_is_not_a_module(data):
     class Trainer:
         def __init__(self):
             self.model = Dense()

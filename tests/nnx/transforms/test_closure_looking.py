@@ -1,4 +1,4 @@
-"""What a function reaches by other ways than its own variables: found, watched, or an error."""
+"""Modules that a function does not reach through its own variables: found and watched, or an error."""
 
 import collections
 import contextvars
@@ -47,7 +47,7 @@ class Slotted:
 
 @pytest.fixture
 def lib(monkeypatch):
-    """A module of a user's, with a model and a function that uses it."""
+    """A user's Python module, with a model and a function that uses it."""
     module = types.ModuleType("users_lib")
     exec(
         "def apply(x):\n    return model(x)\ndef late(x):\n    return 2.0 * apply(x)\n",
@@ -571,7 +571,7 @@ def test_a_number_in_a_variable_is_a_part_of_the_program():
         results.append(int(f(1.0)))
         traces.append(f.count)
     assert results == [1, 2, 2, 3, 1]
-    # What was there before has a program.
+    # The old value already has a program.
     assert traces == [1, 2, 2, 3, 3]
     assert f.jitted._closure._state.roots == ()
 
@@ -599,7 +599,7 @@ def test_a_variable_that_the_code_sets_costs_no_trace():
 
 
 class Sealed:
-    """A class of a library, so to say: looking does not enter it."""
+    """Stands for a class of a library, which the search does not enter."""
 
     __module__ = "jax.sealed"
 
@@ -652,7 +652,7 @@ def test_an_array_that_is_a_new_constant_each_time_is_warned_of():
 # ---- nothing else changes
 
 
-def test_what_is_not_used_is_no_input(lib):
+def test_what_is_not_used_is_not_an_input(lib):
     lib.other = Net(2)
     agents = [Agent(1), Agent(2)]
     f = nnx.jit(lambda x: lib.model(x) + agents[1].net(x))

@@ -1,4 +1,4 @@
-"""A name that a compiled function closes over may lead elsewhere at the next call: it is seen."""
+"""If a closed-over name leads elsewhere at the next call of a compiled function, that is seen."""
 
 import gc
 import types
@@ -170,7 +170,7 @@ def test_a_numpy_attribute_changed_in_place():
     model.table = np.arange(3.0)
 
     def f():
-        # A copy: JAX keeps constants made of a NumPy array by its identity.
+        # Copy it, because JAX caches constants made from a NumPy array by its identity.
         return jnp.sum(model.table.copy())
 
     compiled = nnx.jit(f)
@@ -203,7 +203,7 @@ def test_a_module_that_no_name_leads_to_any_more_is_freed():
     assert old() is None
 
 
-# ---- one Ref that is reached in two ways, through two boundaries
+# ---- one Ref, reached in two ways through two boundaries
 
 
 def test_an_argument_of_an_inner_call_that_is_closed_over_by_its_outer_name():
@@ -246,11 +246,11 @@ def test_an_inner_gradient_of_the_module_by_its_outer_name(data):
     np.testing.assert_allclose(nnx.jit(step)(dense), expected, rtol=1e-5)
 
 
-# ---- a plain jax.jit, which has a cache of its own, inside a stateful transformation
+# ---- a plain jax.jit, which has its own cache, inside a stateful transformation
 
 
 def call_or_refuse(f, expected):
-    """The right answer, or the error that says what would be wrong: never a stale value."""
+    """The right answer or an error, but never a stale value."""
     try:
         result = f()
     except nnx.ClosureError as error:

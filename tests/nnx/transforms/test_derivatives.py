@@ -52,7 +52,7 @@ def test_linearize_is_that_of_jax(dense, data):
         close(out, expected)
         for a, t in zip(moved, tangents):
             close(a, linear(*t))
-    # The function ran once for each linearization, whatever became of it.
+    # The function ran once for each linearization, however often that was used.
     assert dense.calls == 2
 
 

@@ -1,4 +1,4 @@
-"""Loops and branches outside of compiled code: one program for each function, nothing kept."""
+"""Loops and branches outside compiled code: one program for each function, and nothing kept alive."""
 
 import functools
 import gc
@@ -64,7 +64,7 @@ def test_a_new_lambda_over_the_same_objects_costs_no_trace(use):
     before = len(TRACES)
     assert jax.tree.all(jax.tree.map(jnp.allclose, [*first, use(m), m.w], expected))
     assert len(TRACES) == before
-    # Another module of the same structure, too, and none of them is kept.
+    # The same holds for another module of the same structure, and none of them is kept.
     other = L()
     use(other)
     assert len(TRACES) == before
@@ -230,7 +230,7 @@ def test_an_error_in_a_body_changes_nothing_and_leaves_nothing():
 
 
 class TestWithoutJit:
-    """Under `jax.disable_jit()` bodies see numbers, as they do in JAX's own."""
+    """Under `jax.disable_jit()`, bodies see numbers, as in JAX's own loops."""
 
     def test_everything_is_python(self):
         m = L(2)

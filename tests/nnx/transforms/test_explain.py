@@ -1,4 +1,4 @@
-"""`step.explain` names what is new for every way that a program can be new, and nothing else."""
+"""`step.explain` names the reason for every kind of new program, and nothing else."""
 
 import logging
 
@@ -121,7 +121,7 @@ CHANGES = {
 
 
 def check(step, call, reasons, count=2):
-    """What `explain` says before a call, `retraces` in it, and `explain` after it."""
+    """The text of `explain` before a call, of `retraces` during it, and of `explain` after it."""
     args, kwargs = call
     before = step.explain(*args, **kwargs)
     assert not before.compiled

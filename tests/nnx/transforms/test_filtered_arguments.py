@@ -1,4 +1,4 @@
-"""The arguments of the filtered transformations that say which arguments, as in JAX and Equinox."""
+"""The options of the filtered transformations that select arguments, as in JAX and Equinox."""
 
 import functools
 
@@ -111,7 +111,7 @@ def test_static_arguments():
     with pytest.raises(nnx.UnhashableStaticError, match=r"argument 1 of nnx\.jit_filter is a list"):
         f(x, [1])
 
-    # An array that is hashed by content elsewhere is traced by default, static if it is said.
+    # The numbers do not count the module of a bound method, and may be negative.
     class Model(nnx.Module):
         def __init__(self):
             self.w = nnx.Ref(jnp.ones(2), "params")

@@ -1,4 +1,4 @@
-"""Between two calls of a compiled function any change by ordinary Python is seen by the next one."""
+"""The next call of a compiled function sees every change by ordinary Python."""
 
 import collections
 import enum
@@ -615,7 +615,7 @@ SPEED = {"k": 1}
 
 
 class Text(str):
-    """A text of a class of a user's."""
+    """A user's subclass of str."""
 
     __slots__ = ()
 

@@ -228,7 +228,7 @@ def test_static_arguments():
         f(r, Dense())
 
 
-def test_nested_jits_and_a_function_that_is_none():
+def test_nested_jits_and_something_that_is_not_a_function():
     inner = nnx.jit(lambda r: setattr(r, "value", r.value * 2))
 
     @nnx.jit
@@ -242,7 +242,7 @@ def test_nested_jits_and_a_function_that_is_none():
     assert r.value == 8.0
     with pytest.raises(TypeError, match="takes a function, a module or a method, but got 3"):
         nnx.jit(3)
-    name = "nnx.jit(test_nested_jits_and_a_function_that_is_none.<locals>.<lambda>)"
+    name = "nnx.jit(test_nested_jits_and_something_that_is_not_a_function.<locals>.<lambda>)"
     assert repr(inner) == f"<{name}, traced for 1 structure>"
 
 
@@ -548,7 +548,7 @@ def test_shardings_may_be_given_as_a_partition(net):
     assert jax.tree.all(jax.tree.map(lambda a, b: jnp.array_equal(2 * a, b), params, doubled))
 
 
-def test_a_module_in_a_scope_is_no_argument(dense):
+def test_a_module_in_a_scope_is_not_an_argument(dense):
     with pytest.raises(
         nnx.ArgumentError, match=r"result of model\.apply\(\.\.\.\).* nnx\.jit\(model"
     ):

@@ -91,7 +91,7 @@ def test_pickles_of_functions_of_a_module():
     again = pickled(fast)
     assert again is not fast and again(jnp.ones(2), n=3).tolist() == [3, 3]
     assert again.trace(jnp.ones(2), n=4).jaxpr.invars[0].aval.shape == (2,)
-    # A decorated function has no other name than that of what it became.
+    # The name of a decorated function leads only to the decorated one.
     assert pickled(step) is step and pickled(Fast.add) is Fast.add
     model = Fast()
     pickled(step)(model, 1.0)
@@ -105,7 +105,7 @@ def test_local_functions_are_made_again_from_what_they_hold():
 
     with pytest.raises((AttributeError, pickle.PicklingError), match=r"local object .*local"):
         pickle.dumps(local)
-    # What a pickler that knows local functions, such as cloudpickle, does with it.
+    # A pickler that knows local functions, such as cloudpickle, does this.
     kind, given = cast(Any, local).__reduce__()
     assert kind(*given)(1.0) == 2
 

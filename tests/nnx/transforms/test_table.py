@@ -1,6 +1,6 @@
-"""The table of the docs: what works in every transformation, cell by cell, each by a small program.
+"""The table in the docs of what works in every transformation, with a small program for each cell.
 
-`docs/transforms.md` holds the table; the last test makes it anew and compares, and
+`docs/transforms.md` holds the table. The last test makes it again and compares, and
 `UPDATE_DOCS=1 pytest tests/nnx/transforms/test_table.py` writes it.
 """
 
@@ -212,7 +212,7 @@ def threads(name):
 
 
 class Inside(nnx.Module):
-    """A model that has the transformation inside of its call, around that of a layer."""
+    """A model whose call applies the transformation to the call of a layer."""
 
     def __init__(self, name):
         self.layer, self.name = Layer(), name
@@ -279,7 +279,7 @@ def test_cell(name, column):
             COLUMNS[column](name)
 
 
-# Scalar functions of (w, x): each transformation as plain JAX has it, and what it makes of a scalar.
+# For scalar functions of (w, x): each transformation in plain JAX, reduced to a scalar.
 PURE = {
     "jit": lambda g, w, x: jax.jit(g)(w, x),
     "grad": lambda g, w, x: jax.grad(g)(w, x),

@@ -1,4 +1,4 @@
-"""What a person reads when something goes wrong: their own lines, and the message."""
+"""Tracebacks show the user's own lines and the message."""
 
 import re
 import traceback

@@ -1,4 +1,4 @@
-"""Lists and dicts take any item without asking: what a body changes in them is noticed afterwards."""
+"""Lists and dicts accept any item, so changes by a body are noticed only afterwards."""
 
 import functools
 
@@ -229,14 +229,14 @@ def test_the_message_says_which_name_to_use():
     with pytest.raises(nnx.StructureError, match=r"A list of a module was changed in nnx\.remat"):
         nnx.remat(lambda n: (kids.append(1), look(n))[1])(m)
     assert m.kids == []
-    # What only another module is changed in, or only new modules are made of, is no such thing.
+    # A change in another module, or one that only makes new modules, is not such a mistake.
     other = Two()
     assert nnx.remat(lambda n: (CHANGES["setting"](n), look(other))[1])(m) == 5003
     assert m.mode == "slow"
 
 
 class Far:
-    """What is far: it is found in a list of objects."""
+    """An object that is far away: it is found in a list of objects."""
 
     def __init__(self, net):
         self.net = net

@@ -227,7 +227,7 @@ def test_shard_map_says_which_refs_would_differ_between_devices():
 
 
 def test_axes_as_a_tree_that_is_made_of_the_module(data):
-    """As `jax.vmap` takes it: a module with an axis, or None, for each value."""
+    """Like `jax.vmap`: a module with an axis or None for each value."""
     x, _ = data
     layers = stack()
     axes = jax.tree.map(lambda v: 0, layers)
