@@ -7,6 +7,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util.osutil import relative_uri
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 project = "nnx"
@@ -28,6 +32,8 @@ html_css_files = ["site.css"]
 html_show_sphinx = False
 html_show_copyright = False
 html_copy_source = False
+html_favicon = "_static/favicon.svg"
+html_math_renderer = "mathml"
 
 # Pages with {code-cell} blocks are notebooks: the build runs them and shows what they print and draw.
 nb_execution_mode = "cache"
@@ -55,6 +61,43 @@ def setup(app):
     # Runs before napoleon, which turns the sections into fields.
     app.connect("autodoc-process-docstring", as_rst, priority=400)
     app.connect("autodoc-process-signature", with_arguments)
+    app.connect("doctree-resolved", label_cells)
+    app.connect("doctree-resolved", link_pictures)
+    # Browsers draw MathML themselves. MathJax would be a download.
+    app.add_html_math_renderer("mathml", (formula, None), (formula, None))
+
+
+def label_cells(app, doctree, docname):
+    """Each cell says the head of its column, which site.css shows where a row is a stack of cells."""
+    for table in doctree.findall(nodes.table):
+        heads = [cell.astext() for cell in next(table.findall(nodes.thead)).findall(nodes.entry)]
+        if len(heads) < 3:
+            continue
+        table["classes"].append("stacks")
+        if len(heads) > 8:
+            table["classes"].append("dense")
+        for row in next(table.findall(nodes.tbody)).findall(nodes.row):
+            for head, cell in list(zip(heads, row.findall(nodes.entry)))[1:]:
+                if head and cell.astext():
+                    cell.insert(0, nodes.inline("", head, classes=["label"]))
+
+
+def link_pictures(app, doctree, docname):
+    """A picture is a link to its file, since it is small on a phone."""
+    here = app.builder.get_target_uri(docname)
+    for image in list(doctree.findall(nodes.image)):
+        if image["uri"] in app.env.images and not isinstance(image.parent, nodes.reference):
+            file = f"{app.builder.imagedir}/{app.env.images[image['uri']][1]}"
+            link = nodes.reference("", "", refuri=relative_uri(here, file), internal=True)
+            image.replace_self(link)
+            link += image
+
+
+def formula(translator, node):
+    """TeX as MathML."""
+    block = isinstance(node, nodes.math_block)
+    translator.body.append(tex2mathml(node.astext(), as_block=block))
+    raise nodes.SkipNode
 
 
 def with_arguments(app, what, name, obj, options, signature, return_annotation):
