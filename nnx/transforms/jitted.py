@@ -13,7 +13,6 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Concatenate,
-    Generic,
     ParamSpec,
     Protocol,
     Self,
@@ -24,11 +23,12 @@ from typing import (
 import jax
 
 from nnx._ambient import ambient
-from nnx.transforms.boundary import close_call, run
+from nnx.transforms.boundary import run
 from nnx.transforms.call import Call, Values, open_call
 from nnx.transforms.callables import function_name
 from nnx.transforms.closure import Closure
-from nnx.transforms.donation import explain_deleted, explain_donation, selected
+from nnx.transforms.compiled import Compiled
+from nnx.transforms.donation import selected
 from nnx.transforms.explain import Explanation, explain, note
 from nnx.transforms.exported import check_pure, exportable
 from nnx.transforms.homes import at_home, settle
@@ -37,12 +37,9 @@ from nnx.transforms.naming import inputs_of, named
 from nnx.transforms.result import NewValues, Packed, Spec
 from nnx.transforms.shardings import Shardings
 from nnx.transforms.simple import eval_shape
-from nnx.transforms.stages import Lowered, Traced, other_structure
+from nnx.transforms.stages import Lowered, Traced
 from nnx.transforms.statics import Statics
-from nnx.transforms.tracebacks import shortened
 from refx import Filter
-from refx.frame import local
-from refx.trace import without_jit
 
 __all__: list[str] = []
 
@@ -62,144 +59,10 @@ class JittedMethod(Protocol[P, Q, R_co]):
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation: ...
 
 
-class Compiled:
-    """A function that is compiled once for each structure of a call, with what it closes over.
-
-    A layout is traced once before it is compiled, since only then is known what the function closes
-    over and which Refs it writes. JAX keeps the trace, so that costs nothing.
-    """
-
-    _name: str
-    _closure: Closure
-    _plans: Plans
-
-    def _open(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], abstract: bool | None = None
-    ) -> Call:
-        """Take the arguments of a call apart; `abstract` as for `open_call`."""
-        raise NotImplementedError
-
-    def _trace(self, call: Call) -> Any:
-        """Trace for a layout, and set `layout.traced` where the call met nothing new."""
-        raise NotImplementedError
-
-    def _execute(self, call: Call) -> Packed:
-        """Run the program of a call."""
-        raise NotImplementedError
-
-    def _program(self, call: Call) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
-        """The program of a call, its static arguments and its others."""
-        raise NotImplementedError
-
-    def _exportable(
-        self, call: Call, spec: Spec, bound: tuple[Any, ...], args: Any, kwargs: Any
-    ) -> Any:
-        """The trace that `jax.export` writes for a call; see `exportable`."""
-        raise NotImplementedError
-
-    def _with_probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The call where a probe watches."""
-        raise NotImplementedError
-
-    _close = staticmethod(close_call)
-
-    def _prepared(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], abstract: bool | None = None
-    ) -> tuple[Call, Any]:
-        """An opened call whose layout is traced, with all that it closes over; and its trace, if new."""
-        outer = ambient.call
-        while True:
-            call = self._open(args, kwargs, abstract)
-            if not call.layout.traced and self._closure.meet(call.layout):
-                call = self._open(args, kwargs, abstract)
-            traced = None
-            ambient.call = call
-            try:
-                if not call.layout.traced:
-                    traced = self._trace(call)
-            except Exception:
-                if not call.found:
-                    raise
-            finally:
-                ambient.call = outer
-            if not call.found:
-                return call, traced
-            if _starts_again(call):
-                self._plans.drop(call.layout)
-                return call, None
-            self._closure.add(call, self._name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if ambient.probe is not None:
-            return self._with_probe(args, kwargs)
-        outer = ambient.call
-        abstract: bool | None = None
-        try:
-            while True:
-                call = self._open(args, kwargs, abstract)
-                # As `jax.disable_jit()` asks for, the body may run without a program and see numbers.
-                if not call.layout.traced and not without_jit():
-                    call = self._prepared(args, kwargs, abstract)[0]
-                packed: Any = None
-                # The function may be traced for new shapes, and then needs to know its call.
-                ambient.call = call
-                try:
-                    packed = self._execute(call)
-                except Exception as error:
-                    # It may come of a root that was missing.
-                    if type(error) is TypeError and abstract is None:
-                        # The program may be one for arrays where a ShapeDtypeStruct is now.
-                        ambient.call = outer
-                        abstract = False
-                        if self._open(args, kwargs, abstract).layout is not call.layout:
-                            continue
-                    if not call.found or _starts_again(call):
-                        explain_donation(error, self._name, call)
-                        explain_deleted(error, self._name, call)
-                        raise
-                finally:
-                    ambient.call = outer
-                if call.found:
-                    # Shapes that were not traced before may take another way through the function.
-                    self._plans.drop(call.layout)
-                    if not _starts_again(call):
-                        self._closure.add(call, self._name)
-                        continue
-                    call.found.clear()
-                return self._close(call, packed)
-        except Exception as error:
-            raise shortened(error)  # noqa: B904 — it is the same one
-
-    def _stages(
-        self, bound: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Traced:
-        call, traced = self._prepared(bound + args, kwargs, True)
-        program, statics, inputs = self._program(call)
-        if traced is None:
-            outer, ambient.call = ambient.call, call
-            try:
-                traced = program.trace(*statics, *inputs)
-            finally:
-                ambient.call = outer
-
-        # Not the call, which holds the caller's values.
-        was = call.layout
-
-        def finished(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            now = self._open(bound + args, kwargs)
-            _, others, inputs = self._program(now)
-            if others != statics:
-                raise other_structure(self._name, was, now.layout)
-            return self._close(now, compiled(*inputs))
-
-        def exported(spec: Spec) -> Any:
-            return self._exportable(call, spec, bound, args, kwargs)
-
-        return Traced(traced, self._name, finished, exported)
-
-
-class Jit(Compiled, Generic[P, R]):
+class Jit(Compiled[P, R]):
     """What `nnx.jit` returns: called like the function, compiled once for each structure."""
+
+    _kind = "jit"
 
     def __init__(
         self,
@@ -304,9 +167,6 @@ class Jit(Compiled, Generic[P, R]):
             note(self, layout, call)
         return packed
 
-    def _with_probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return ambient.probe.jit(self, args, kwargs)
-
     def _open(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], abstract: bool | None = None
     ) -> Call:
@@ -353,21 +213,13 @@ class Jit(Compiled, Generic[P, R]):
     def _compile(self, options: dict[str, Any]) -> Any:
         return jax.jit(self._pure, static_argnums=0, donate_argnums=1, **options)
 
-    def _inputs(self, call: Call) -> tuple[list[Any], Values]:
-        return call.layout.divided(call.values) if call.layout.donated else ([], call.values)
-
-    def _execute(self, call: Call) -> Packed:
+    def _program(self, call: Call) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
         layout = call.layout
         if call.loose:
             settle(call)
         program = self._programs.get(layout, self._compiled) if self._programs else self._compiled
-        if layout.donated:
-            return program(layout, *layout.divided(call.values))
-        return program(layout, [], call.values)
-
-    def _program(self, call: Call) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
-        layout = call.layout
-        return self._programs.get(layout, self._compiled), (layout,), self._inputs(call)
+        inputs = layout.divided(call.values) if layout.donated else ([], call.values)
+        return program, (layout,), inputs
 
     def _exportable(
         self, call: Call, spec: Spec, bound: tuple[Any, ...], args: Any, kwargs: Any
@@ -378,18 +230,6 @@ class Jit(Compiled, Generic[P, R]):
             args, fn = args[len(bound) :], self._static.restore(fn, statics)
         check_pure(self._name, call, spec)
         return exportable(fn, self._name, call, len(bound), args, kwargs)
-
-    if TYPE_CHECKING:
-
-        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
-
-    def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced:
-        """Trace for these arguments, as `jax.jit(f).trace`: has `.jaxpr` and `.lower()`."""
-        return self._stages((), args, kwargs)
-
-    def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered:
-        """Lower for these arguments, as `jax.jit(f).lower`: has `.compile()` and `.as_text()`."""
-        return self.trace(*args, **kwargs).lower()
 
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation:
         """Whether a call with these arguments is compiled already, and if not, what is new.
@@ -443,17 +283,3 @@ def jitted_method(fn: Callable[..., Any], *given: Any) -> Jit:
 
 def _labels(call: Call) -> tuple[Any, ...]:
     return ("layout", *call.layout.divided(inputs_of(call)))
-
-
-def _starts_again(call: Call) -> bool:
-    """Whether the body around this call met the same Refs, so that it starts again anyway.
-
-    Its next pass needs this function to know its roots and nothing more; starting again here, and
-    in every body between, would double the traces with each level.
-    """
-    frame = local.frame
-    return (
-        frame is not None
-        and frame.lifts
-        and any(s.ref is ref for s in frame.met() for ref, _ in call.found)
-    )

@@ -13,7 +13,7 @@ from nnx._ambient import ambient
 from nnx.transforms.axes import along, assign
 from nnx.transforms.call import open_call
 from nnx.transforms.callables import function_name, unbound
-from nnx.transforms.filtered.jit import is_inexact_array, says
+from nnx.transforms.filtered.leaves import is_inexact_array, says
 from nnx.transforms.targets import DifferentiationError
 from refx import clone, opened, split
 from refx.buffers import dead_error, is_dead

@@ -7,13 +7,11 @@ Modules go in and fresh modules come out; nothing of the caller's changes. `filt
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
+from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from nnx._ambient import ambient
 from nnx.transforms.arguments import ArgumentError
@@ -22,42 +20,22 @@ from nnx.transforms.boundary import reachable, run, write_back
 from nnx.transforms.call import Call, Values, open_call
 from nnx.transforms.callables import function_name, unbound
 from nnx.transforms.closure import Closure
+from nnx.transforms.compiled import Compiled
 from nnx.transforms.donation import check_alive
 from nnx.transforms.exported import check_draws_nothing, exportable
-from nnx.transforms.jitted import Compiled
+from nnx.transforms.filtered.leaves import example, is_array, says, spread
 from nnx.transforms.layout import Plans
 from nnx.transforms.naming import inputs_of, named
 from nnx.transforms.result import NewValues, Packed, Spec, fresh_output
-from nnx.transforms.stages import Lowered, Traced
 from nnx.transforms.statics import Statics, select_arguments
 from nnx.transforms.targets import locate
-from refx import FilterError, TraceLevelError, UnhashableStaticError
+from refx import TraceLevelError, UnhashableStaticError
 from refx.static import Static
 
-__all__ = ["is_array", "is_inexact_array", "jit_filter"]
+__all__ = ["jit_filter"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-def is_array(x: Any) -> bool:
-    """Whether `x` is a JAX or a NumPy array.
-
-    >>> import jax.numpy as jnp, nnx
-    >>> nnx.is_array(jnp.ones(2)), nnx.is_array(1.0)
-    (True, False)
-    """
-    return isinstance(x, jax.Array | np.ndarray)
-
-
-def is_inexact_array(x: Any) -> bool:
-    """Whether `x` is an array of floating-point or complex numbers.
-
-    >>> import jax.numpy as jnp, nnx
-    >>> nnx.is_inexact_array(jnp.ones(2)), nnx.is_inexact_array(jnp.arange(2))
-    (True, False)
-    """
-    return is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 @overload
@@ -168,7 +146,9 @@ def _labels(call: Call) -> tuple[Any, ...]:
     return "layout", "static", donated, dynamic
 
 
-class _JitFilter(Compiled, Generic[P, R]):
+class _JitFilter(Compiled[P, R]):
+    _kind = "jit_filter"
+
     def __init__(
         self,
         fn: Any,
@@ -298,9 +278,9 @@ class _JitFilter(Compiled, Generic[P, R]):
                     by_fn = None
                 elif by_fn is None and tree is None and kind != 0:
                     by_fn = is_array
-                for part, leaf in _spread(spec, x):
+                for part, leaf in spread(spec, x):
                     chosen = says(part, leaf, self._name)
-                    mask.append(chosen and (by_fn is None or bool(by_fn(_example(leaf)))))
+                    mask.append(chosen and (by_fn is None or bool(by_fn(example(leaf)))))
         return mask
 
     def _donates(self, call: Call, args: Any, kwargs: Any, statics: Any) -> list[bool]:
@@ -323,9 +303,6 @@ class _JitFilter(Compiled, Generic[P, R]):
             for _ in jax.tree.leaves(x)
         ]
 
-    def _with_probe(self, args: Any, kwargs: Any) -> Any:
-        return ambient.probe.jit_filter(self, args, kwargs)
-
     def _open(self, args: Any, kwargs: Any, abstract: bool | None = None) -> Call:
         args, bound = self._bound + args, len(self._bound)
         tree, statics = self._filter_tree, None
@@ -345,9 +322,6 @@ class _JitFilter(Compiled, Generic[P, R]):
         self._compiled.trace(call.layout, *call.filtered)
         call.layout.traced = not call.found
         self._closure.traced()
-
-    def _execute(self, call: Call) -> Packed:
-        return self._compiled(call.layout, *call.filtered)
 
     def _program(self, call: Call) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
         static, *inputs = call.filtered
@@ -373,18 +347,6 @@ class _JitFilter(Compiled, Generic[P, R]):
                 f"has arrays as arguments and nothing else. Name the argument in static_argnames, which "
                 f"leaves it out, close over it, or pass an array."
             )
-
-    if TYPE_CHECKING:
-
-        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
-
-    def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced:
-        """Trace for these arguments, as `jax.jit(f).trace`: has `.jaxpr` and `.lower()`."""
-        return self._stages((), args, kwargs)
-
-    def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered:
-        """Lower for these arguments, as `jax.jit(f).lower`: has `.compile()` and `.as_text()`."""
-        return self.trace(*args, **kwargs).lower()
 
     def _close(self, call: Call, packed: Packed) -> Any:
         if packed.spec.graph is not None:
@@ -433,32 +395,3 @@ class _JitFilter(Compiled, Generic[P, R]):
 
     def __repr__(self) -> str:
         return f"<{self._name}>"
-
-
-def _example(leaf: Any) -> Any:
-    """A leaf for `filter_fn`: of a ShapeDtypeStruct, an array like the one that it stands for."""
-    if not isinstance(leaf, jax.ShapeDtypeStruct) or not isinstance(leaf.dtype, np.dtype):
-        return leaf
-    shape = [n if isinstance(n, int) else 1 for n in leaf.shape]
-    return np.broadcast_to(np.zeros((), leaf.dtype), shape)
-
-
-def _spread(spec: Any, value: Any) -> Iterator[tuple[Any, Any]]:
-    """Each leaf of a value with what is said of it: one thing for all, or one for each."""
-    leaves, treedef = jax.tree.flatten(value)
-    parts, like = jax.tree.flatten(spec)
-    return zip(parts if like == treedef else [spec] * len(leaves), leaves, strict=True)
-
-
-def says(spec: Any, leaf: Any, name: str) -> bool:
-    """What an entry of a filter_tree says of a leaf."""
-    if callable(spec) and not isinstance(spec, type):
-        spec = spec(leaf)
-    if spec is None or isinstance(spec, bool | np.bool_ | int):
-        return bool(spec)
-    if is_array(spec) and spec.shape == () and spec.dtype == bool:
-        return bool(spec)
-    raise FilterError(
-        f"The filter_tree of {name} has bools, or functions from leaf to bool, but holds a "
-        f"{type(spec).__name__}: {spec!r:.60}."
-    )
