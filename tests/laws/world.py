@@ -107,6 +107,10 @@ def _plain(rng: random.Random, world: World, name: str, real: bool) -> None:
     if rng.random() < 0.4:
         world.add(f"{name}.arr = array({number(rng, real)})")
         arrays.append(".arr")
+    if rng.random() < 0.15:
+        # One array twice, where nothing with an identity holds it.
+        world.add(f"{name}.y = (array({number(rng, real)}),) * 2")
+        arrays += [".y[0]", ".y[1]"]
     if rng.random() < 0.6:
         setting = rng.choice(rng.choice(TWINS))
         world.add(f"{name}.mode = {setting}")
