@@ -362,11 +362,12 @@ def is_exposed(node: Node) -> bool:
 def _flatten_method(method: types.MethodType) -> tuple[tuple[Any, ...], Any]:
     if isinstance(method.__self__, Node):
         return (method.__self__,), method.__func__
-    return (), method
+    # Of another object there is nothing that JAX sees, so what it holds is a constant of each program.
+    return (), Static(method)
 
 
 def _unflatten_method(aux: Any, children: Any) -> Any:
-    return types.MethodType(aux, children[0]) if children else aux
+    return types.MethodType(aux, children[0]) if children else aux.value
 
 
 # A bound method of a module is a value like the module itself, so `jax.jit(f)(model.encode)` works.

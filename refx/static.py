@@ -128,6 +128,9 @@ def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
         return kind, exact((value.start, value.stop, value.step), contents, depth)
     if depth < _DEPTH and isinstance(value, _CONTAINERS):
         return _inside(value, contents, depth)
+    if kind is types.MethodType:
+        # What the object holds that it is bound to may change.
+        return kind, Same(value.__func__), exact(value.__self__, contents, depth)
     by_identity = kind.__eq__ is object.__eq__
     hashable = _has_hash(value)
     if hashable and _is_trusted(kind.__module__):

@@ -95,6 +95,8 @@ class _Parts:
         self.weak: list[_Weak] = []
         self.functions: list[types.FunctionType] = []
         self._numbers: dict[int, int] = {}
+        # The names that the functions which were taken apart so far set themselves.
+        self._stored: set[str] = set()
         # What is not made again, of the parts that were seen.
         self._constant: set[int] = set()
         self._bound: list[tuple[str, Any, Any]] = []
@@ -184,8 +186,14 @@ class _Parts:
                 key, make = self._take(content, counts=counts, read=read)
                 keys.append(key)
             cells.append((name, cell, make))
-        defaults = fn.__defaults__, fn.__kwdefaults__
-        default_keys, makers = self._take_all(defaults)
+        self._stored |= names.stored
+        attributes = [
+            (name, x)
+            for name, x in vars(fn).items()
+            if type(x) not in SCALARS or name not in self._stored
+        ]
+        others = fn.__defaults__, fn.__kwdefaults__, *[x for _, x in attributes]
+        other_keys, makers = self._take_all(others)
 
         def again(building: _Building) -> Any:
             # Variables without arguments stay the user's own, so that what the body notes is seen.
@@ -196,13 +204,18 @@ class _Parts:
                     own.cell_contents = make(building)
                     building.bound.append((f"the variable {name!r}", own, own.cell_contents))
             new.__qualname__ = fn.__qualname__
-            new.__dict__.update(fn.__dict__)
-            new.__defaults__, new.__kwdefaults__ = _made(defaults, makers, building)
+            new.__defaults__, new.__kwdefaults__, *values = _made(others, makers, building)
+            if any(makers[2:]):
+                new.__dict__.update(fn.__dict__)
+                new.__dict__.update(zip([name for name, _ in attributes], values, strict=True))
+            else:
+                new.__dict__ = fn.__dict__
             return new
 
         constant = not any(makers) and not any([make for *_, make in cells])
         # The globals are those of the code, or looking finds other ones at their address.
-        key = "function", self._weakly(fn.__code__), id(fn.__globals__), tuple(keys), default_keys
+        code = self._weakly(fn.__code__), id(fn.__globals__)
+        key = "function", *code, tuple(keys), tuple([name for name, _ in attributes]), other_keys
         return key, None if constant else again
 
     def _weakly(self, x: Any) -> Any:

@@ -149,6 +149,15 @@ class Routes:
         self.changes.append(f"{inner} = {self.module()}")
         return "", f"{name}()", "{}"
 
+    def function_attribute(self) -> tuple[str, str, str]:
+        """An attribute of a function that the function calls."""
+        name = self.bodies.name("h")
+        self.prelude.append(Block(f"def {name}():", (Line(f"return {name}.net"),)))
+        self.prelude.append(Line(f"{name}.net = {self.anything()}"))
+        self.changes += [f"{name}.net = {self.anything()}" for _ in range(2)]
+        self.changes.append(f'vars({name})["net"] = {self.anything()}')
+        return "", self.rng.choice([f"{name}()", f"{name}.net"]), "{}"
+
     def attribute(self) -> tuple[str, str, str]:
         """An attribute of a module that is closed over."""
         module = self.bodies.name("q")
@@ -174,5 +183,6 @@ _ROUTES = (
     Routes.kwdefault,
     Routes.partial,
     Routes.helper,
+    Routes.function_attribute,
     Routes.attribute,
 )

@@ -134,6 +134,38 @@ def test_modules_go_through_plain_vmap_scan_cond_and_checkpoint(data):
     )
 
 
+@pytest.mark.parametrize("transform", [jax.jit, nnx.jit, nnx.jit_filter])
+def test_what_the_object_of_a_bound_method_holds_is_seen(transform):
+    class Plain:
+        def __init__(self):
+            self.factor, self.table, self.sizes = 2, jnp.ones(3), [1]
+
+        def scale(self, x):
+            return (self.table * x).sum() * self.factor + len(self.sizes)
+
+    plain = Plain()
+    by_argument = transform(lambda f, x: f(x))
+
+    class Holder(nnx.Module):
+        def __init__(self):
+            self.scale = plain.scale
+
+    holder, by_attribute = Holder(), transform(lambda m, x: m.scale(x))
+
+    def check(expected):
+        for _ in range(2):
+            assert float(by_argument(plain.scale, jnp.array(2.0))) == expected
+            assert float(by_attribute(holder, jnp.array(2.0))) == expected
+
+    check(13)
+    plain.factor = 3
+    check(19)
+    plain.table = jnp.zeros(3)
+    check(1)
+    plain.sizes.append(2)
+    check(2)
+
+
 def test_bound_methods_are_pytrees(dense, data):
     x, _ = data
 

@@ -117,6 +117,30 @@ def test_methods_of_plain_objects():
     assert ref() is None
 
 
+def test_attributes_of_functions():
+    def made(net, factor):
+        def helper(x):
+            return helper.net.w * helper.factor + x
+
+        def body(c, x):
+            body.traced += 1
+            return c, helper(x)
+
+        helper.net, helper.factor, body.traced = net, factor, 0
+        return helper, body
+
+    helper, body = made(L(1), 2)
+    assert float(nnx.scan(body, None, XS)[1][-1]) == 5
+    traced = body.traced
+    helper.net.w = helper.net.w + 1
+    assert float(nnx.scan(body, None, XS)[1][-1]) == 7 and body.traced == traced > 0
+    helper.net = L(10)
+    assert float(nnx.scan(body, None, XS)[1][-1]) == 23
+    helper.factor = 3
+    assert float(nnx.scan(body, None, XS)[1][-1]) == 33
+    assert float(nnx.scan(made(L(10), 4)[1], None, XS)[1][-1]) == 43
+
+
 def test_globals_are_found_by_looking():
     global NET
     body = lambda c, x: (c, add(NET, x))
