@@ -2,10 +2,16 @@
 
 import os
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-# Most of the time goes into compiling small programs that run once. The examples, which CI runs
-# too, are compiled as users' programs are.
+# Most of the time goes into compiling small programs that run once: what makes them quick to run is
+# left out. The examples, which CI runs too, are compiled as users' programs are.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+import gc
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +21,13 @@ from tests.models import Dense, Net
 
 # test_processes.py starts several processes of this program at once.
 collect_ignore = ["nnx/processes.py"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """What is there before the tests of a file need not be looked through by the collections in it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -1,25 +1,12 @@
 """A few hundred random programs in the suite; `python -m tests.laws` runs any number."""
 
-import gc
-
 import pytest
 
 from tests.laws.machine import LAWS, run_one
-from tests.laws.program import forget
 
 # The number of programs of each law. Programs that compile nothing are a thousand times cheaper.
 COUNTS = {1: 150, 2: 150, 3: 30, 4: 20, 5: 30, 6: 30, 7: 20, 8: 12, 9: 30}
 PART = 10
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen():
-    # What is there before need not be looked through after each program.
-    forget()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    forget()
 
 
 @pytest.mark.parametrize(

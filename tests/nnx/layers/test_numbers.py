@@ -315,14 +315,16 @@ def rounded(x, dtype):
 @functools.cache
 def built(name, param_dtype, dtype):
     """The layer with random parameters, because the initial ones are often zeros and ones."""
-    with nnx.scope(0):
-        m = CASES[name].make(dtype=dtype, param_dtype=param_dtype)
+    with nnx.scope(jax.random.key(0)):
+        m = nnx.eval_shape(lambda: CASES[name].make(dtype=dtype, param_dtype=param_dtype))
+    if getattr(m, "mask", None) is not None:
+        m.mask = CHANNELS
     for i, (path, cell) in enumerate(nnx.refs(m).items()):
         value = drawn(i, cell.value.shape) * 0.5
         if path[-1] in ("scale", "var") or "scales" in path:
             value = 1 + 0.2 * np.abs(value)
         elif path[-1] == "sigma":
-            continue
+            value = np.ones(cell.value.shape)
         cell.value = jnp.asarray(rounded(value, str(cell.value.dtype)))
     return m
 
