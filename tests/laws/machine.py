@@ -59,7 +59,7 @@ def run_one(law: int, seed: int, seconds: float = 30.0) -> Outcome:
         return (found.kind, found.error) == (verdict.kind, verdict.error)
 
     if not fails(program):
-        note = "\n(It goes right by itself: something that ran before it was taken for it.)"
+        note = "\n(It succeeds when run alone: an earlier program was mistaken for it.)"
         return Outcome(verdict.kind, verdict.detail + note, program, True)
     smallest = shrink(program, fails, seconds)
     return Outcome(verdict.kind, judge(smallest).detail, smallest, True)
