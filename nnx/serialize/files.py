@@ -59,7 +59,7 @@ def save(
     `nnx.load_state(path, into=(model, optimizer, stream))`.
 
     A path without a suffix, such as `"run/"`, becomes a directory: the same structure in
-    `nnx.json`, and the arrays through Orbax (`pip install 'nnx[checkpoint]'`). After a crash it
+    `nnx.json`, and the arrays through Orbax (`pip install orbax-checkpoint`). After a crash it
     holds either the old checkpoint or the new one. In a program of several processes, every process
     calls `save` with the same tree and writes its own shards. All of them must share one file
     system.

@@ -38,7 +38,7 @@ def need_orbax(path: str, error: type[Exception]) -> Any:
     except ImportError as cause:
         raise error(
             f"{path} is a directory, and checkpoints in directories need Orbax: pip install "
-            "'nnx[checkpoint]'. A single file such as 'model.npz' does not."
+            "orbax-checkpoint. A single file such as 'model.npz' does not."
         ) from cause
     return ocp
 

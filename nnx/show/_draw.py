@@ -128,7 +128,7 @@ def to_matplotlib(
         from matplotlib.patheffects import withStroke
     except ImportError as error:
         raise ImportError(
-            "nnx.graph needs matplotlib to save a PNG or a PDF: pip install nnx[display]. Or save "
+            "nnx.graph needs matplotlib to save a PNG or a PDF: pip install matplotlib. Or save "
             "to a path that ends in .svg, which works without it."
         ) from error
     width, height = size

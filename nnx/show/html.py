@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import os
 import threading
@@ -20,7 +21,7 @@ def display(model: Any, path: str | os.PathLike[str] | None = None) -> None:
 
     In a notebook, the tree is the output of the cell; elsewhere, it is printed as text. A module or
     Ref in several places is shown at the first place, with the number of places, and named at the
-    others. This needs treescope: `pip install nnx[display]`.
+    others. This needs treescope: `pip install treescope`.
 
     Args:
       model: a module, a Ref, a Partition, or any pytree of these.
@@ -49,12 +50,14 @@ def display(model: Any, path: str | os.PathLike[str] | None = None) -> None:
         with (
             treescope.active_autovisualizer.set_scoped(pictures),
             treescope.using_expansion_strategy(max_height=60, target_width=100),
+            treescope.active_renderer.set_scoped(_without_html(treescope)),
         ):
             tree = treescope.render_to_html(model)
         title = html.escape(type(model).__name__)
         Path(path).write_text(_PAGE.format(title=title, tree=tree), encoding="utf-8")
     elif _in_notebook():
-        treescope.display(model, autovisualize=pictures)
+        with treescope.active_renderer.set_scoped(_without_html(treescope)):
+            treescope.display(model, autovisualize=pictures)
     else:
         print(model if isinstance(model, Node) else treescope.render_to_text(model))
 
@@ -83,12 +86,21 @@ def _picture_size(model: Any) -> int:
     return min(4000, max(64, _CELLS // max(count, 1)))
 
 
+def _without_html(treescope: Any) -> Any:
+    """Treescope's renderer. It would show the tree of a module's `_repr_html_` below its own."""
+    from treescope.handlers import append_repr_html_when_present
+
+    renderer = treescope.active_renderer.get()
+    hooks = [hook for hook in renderer.wrapper_hooks if hook is not append_repr_html_when_present]
+    return dataclasses.replace(renderer, wrapper_hooks=hooks)
+
+
 def _treescope() -> Any:
     try:
         import treescope
     except ImportError as error:
         raise ImportError(
-            "nnx.display needs treescope, which is not installed: pip install nnx[display]. "
+            "nnx.display needs treescope, which is not installed: pip install treescope. "
             "print(model), nnx.tabulate and nnx.graph work without it."
         ) from error
     return treescope

@@ -198,7 +198,7 @@ def test_without_orbax(run, monkeypatch):
         (lambda: nnx.save(run, Dense()), nnx.SaveError),
         (lambda: nnx.load(run), nnx.LoadError),
     ):
-        with pytest.raises(kind, match=r"need Orbax: pip install 'nnx\[checkpoint\]'"):
+        with pytest.raises(kind, match=r"need Orbax: pip install orbax-checkpoint"):
             call()
 
 

@@ -128,7 +128,7 @@ def test_in_a_notebook_treescope_shows_it(monkeypatch):
 
 def test_without_treescope_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "treescope", None)
-    with pytest.raises(ImportError, match=r"pip install nnx\[display\].*nnx.tabulate"):
+    with pytest.raises(ImportError, match=r"pip install treescope.*nnx.tabulate"):
         display(Net())
 
 
