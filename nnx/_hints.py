@@ -59,7 +59,7 @@ _OF_MODULES = {
         "nnx.bridge.to_state_dict(model) a state dict for PyTorch"
     ),
     "load_state_dict": (
-        "nnx.load_state(path, model) reads a file, nnx.update(model, partition) writes values by path"
+        "nnx.load_state(path, into=model) reads a file, nnx.update(model, partition) writes values"
     ),
     "named_modules children named_children iter_modules": "nnx.modules(model) gives them by path",
     "zero_grad backward": "gradients are a value: grads = nnx.grad(loss)(model)",

@@ -107,5 +107,5 @@ def as_key(key: Any) -> Any:
     hint = " To use an array as a seed, write jax.random.key(seed)." if seed else ""
     raise TypeError(
         f"A random stream needs a key, as from jax.random.key(0), or an int seed, but got "
-        f"{type(key).__name__}: {key!r}.{hint}"
+        f"{type(key).__name__}: {' '.join(repr(key).split())[:60]}.{hint}"
     )

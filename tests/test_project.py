@@ -35,9 +35,10 @@ def test_the_tests_run_with_what_the_project_says_it_supports():
 
 def test_nothing_sends_a_reader_to_the_other_package_of_this_name():
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.py")]
+    pages += [*(ROOT / "nnx").rglob("*.py"), *(ROOT / "refx").rglob("*.py")]
     for page in pages:
         for line in page.read_text().splitlines():
-            if re.search(r"(pip|uv)( add| install)( -\S+)* \"?nnx\b(?!\[)", line):
+            if re.search(r"(pip|uv)( add| install)( -\S+)* [\"']?nnx\b", line):
                 assert "another project" in line or "does not install this one" in line, page
 
 

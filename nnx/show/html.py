@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import os
 import threading
@@ -49,12 +50,14 @@ def display(model: Any, path: str | os.PathLike[str] | None = None) -> None:
         with (
             treescope.active_autovisualizer.set_scoped(pictures),
             treescope.using_expansion_strategy(max_height=60, target_width=100),
+            treescope.active_renderer.set_scoped(_without_html(treescope)),
         ):
             tree = treescope.render_to_html(model)
         title = html.escape(type(model).__name__)
         Path(path).write_text(_PAGE.format(title=title, tree=tree), encoding="utf-8")
     elif _in_notebook():
-        treescope.display(model, autovisualize=pictures)
+        with treescope.active_renderer.set_scoped(_without_html(treescope)):
+            treescope.display(model, autovisualize=pictures)
     else:
         print(model if isinstance(model, Node) else treescope.render_to_text(model))
 
@@ -81,6 +84,15 @@ _CELLS = 200_000
 def _picture_size(model: Any) -> int:
     count = sum(item.kind in (REF, ARRAY) for item in Walk(model).items)
     return min(4000, max(64, _CELLS // max(count, 1)))
+
+
+def _without_html(treescope: Any) -> Any:
+    """Treescope's renderer. It would show the tree of a module's `_repr_html_` below its own."""
+    from treescope.handlers import append_repr_html_when_present
+
+    renderer = treescope.active_renderer.get()
+    hooks = [hook for hook in renderer.wrapper_hooks if hook is not append_repr_html_when_present]
+    return dataclasses.replace(renderer, wrapper_hooks=hooks)
 
 
 def _treescope() -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 
 import refx
 from nnx.module import Module
-from refx import Filter, Partition, Ref
+from refx import Filter, Node, Partition, Ref
 from refx.dag import dtype_of
 from refx.node import attributes
 from refx.partition import Path, dotted, listed
@@ -58,11 +58,18 @@ def values_of(model: Any, cells: Mapping[Path, Ref[Any]]) -> Partition:
 def nothing_selected(what: str, model: Any, filter: Filter) -> str:
     """The error text for a filter that selects no Ref."""
     there = sorted({repr(cell.collection) for cell in refx.refs(model).values()})
-    text = (
-        f"{what}: the filter {filter!r} selects no Ref of the {type(model).__name__}; its Refs are "
-        f"in the collections {', '.join(there) or '(it has none)'}. {mistake(filter, model) or ''}"
-    )
-    return text.rstrip()
+    kind = type(model).__name__
+    if there:
+        found = f"its Refs are in the collections {', '.join(there)}."
+    elif isinstance(model, Node) and refx.get_partition(model):
+        found = (
+            f"a {kind} has no Refs. Its arrays are plain attributes, which no training changes: "
+            "declare them in the class, `w: jax.Array = nnx.param()`."
+        )
+    else:
+        found = f"a {kind} has no Refs."
+    text = f"{what}: the filter {filter!r} selects no Ref of the {kind}; {found}"
+    return f"{text} {mistake(filter, model) or ''}".rstrip()
 
 
 def paths_differ(what: str, got: Any, expected: Any, unknown_to: str) -> str | None:

@@ -661,3 +661,12 @@ def test_in_a_module_it_prints_the_same_as_by_itself():
         "  )\n"
     ) in repr(trainer)
     assert "Cells" not in repr(trainer) + trainer._repr_html_() + repr(trainer.average)
+
+
+def test_a_model_of_plain_arrays_says_how_to_declare_them():
+    class Plain(nnx.Module):
+        def __init__(self):
+            self.w = jnp.ones(3)
+
+    with pytest.raises(OptimizerError, match="a Plain has no Refs. Its arrays are plain attr.*nnx.param"):
+        nnx.Optimizer(Plain(), optax.sgd(0.1))
