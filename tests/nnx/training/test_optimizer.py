@@ -668,5 +668,7 @@ def test_a_model_of_plain_arrays_says_how_to_declare_them():
         def __init__(self):
             self.w = jnp.ones(3)
 
-    with pytest.raises(OptimizerError, match="a Plain has no Refs. Its arrays are plain attr.*nnx.param"):
+    with pytest.raises(
+        OptimizerError, match="a Plain has no Refs. Its arrays are plain attr.*nnx.param"
+    ):
         nnx.Optimizer(Plain(), optax.sgd(0.1))
