@@ -27,10 +27,11 @@ import jax
 
 from nnx._layer_names import RootNames
 from nnx.scope import entered
+from nnx.transforms.body import Body
 from nnx.transforms.call import Call, Roots, Values, unlabelled
 from nnx.transforms.donation import explain_deleted
 from nnx.transforms.layout import Layout
-from nnx.transforms.result import NewValues, Packed, apply, note_found, pack
+from nnx.transforms.result import NewValues, Packed, apply, pack
 from nnx.transforms.tracebacks import shortened
 from nnx.transforms.untouched import Untouched, check_arguments, check_found, reachable
 from refx import Node, Ref, RefError
@@ -92,16 +93,16 @@ def run(
     with frame:
         if layout.labels:
             values = unlabelled(layout, values)
-        leaves = values.plain_arrays
-        roots, objects = build(layout.dagdef, map(copy_containers, values.refs), leaves)
+        refs = map(copy_containers, values.refs)
+        roots, objects = build(layout.dagdef, refs, values.plain_arrays)
         label_stand_ins(layout, objects)
         outer = call.objects()
-        inner_refs = [x for x in objects if type(x) is Ref]
-        before = [Original(r._value) for r in inner_refs]
-        closed = Untouched(
-            fn if watch is None else watch, call, layout, objects, outer, runs_once=runs_once
+        before = [Original(x._value) for x in objects if type(x) is Ref]
+        body = Body(
+            frame, call, layout, roots, objects, outer, values.plain_arrays, before, mode, assigned
         )
-        _shadow(frame, call, layout, mode, outer, objects)
+        closed = Untouched(fn if watch is None else watch, body, runs_once=runs_once)
+        _shadow(body)
         frame.describe = _namer(layout.dagdef, outer, objects)
         frame.roots = RootNames(roots, call.roots)
         try:
@@ -111,38 +112,25 @@ def run(
                 out = fn(*args, **kwargs)
             check_arguments(frame, (args, kwargs), roots[: len(layout.form.where)])
             check_found(frame)
-            closed.check(frame)
+            closed.check()
             first, out = split_out(out) if split_out is not None else (None, out)
             after = None if closed.stands() else walk(roots, skip=1)
-            packed, outline = pack(
-                frame,
-                layout,
-                call,
-                roots,
-                objects,
-                outer,
-                before,
-                leaves,
-                out,
-                mode,
-                assigned,
-                after,
-            )
+            packed, outline = pack(body, out, after)
             if call.found:
                 # The body runs again, and does then what it has done to the caller's containers.
                 closed.restore()
             result = packed if finish is None else finish(packed, outline)
         except Exception as error:
-            twice = closed.changed_by_two_names(frame)
+            twice = closed.changed_by_two_names()
             closed.restore()
-            note_found(frame, mode, call)
+            body.note_found()
             if twice is None or isinstance(error, RefError):
                 raise
             # What the body read by the other name was not there, or was what it had been.
             raise twice from error
         finally:
             # What escaped must not keep a tracer alive, and says so when it is used.
-            for ref in inner_refs:
+            for ref in body.refs:
                 ref._value = None
             frame.close()
     return result if split_out is None else (first, result)
@@ -161,17 +149,15 @@ def _arguments(layout: Layout, roots: tuple[Any, ...], others: Any) -> Any:
     return jax.tree.unflatten(layout.form.treedef, flat)
 
 
-def _shadow(
-    frame: Frame, call: Call, layout: Layout, mode: str, outer: list[Any], objects: list[Any]
-) -> None:
+def _shadow(body: Body) -> None:
+    frame, call, layout = body.frame, body.call, body.layout
     # Whatever is a root is one cell, reached as an argument or by closure. A compiled program is
     # used again for other arguments, so there only what is closed over may be taken for a root.
-    pairs = zip(outer, objects, strict=True)
-    if mode == "lift":
-        reach = reachable(
-            layout.dagdef, range(len(layout.form.where), len(layout.form.where) + layout.closed)
-        )
-        pairs = ((o, i) for n, (o, i) in enumerate(zip(outer, objects, strict=True)) if n in reach)
+    pairs = list(zip(body.outer, body.objects, strict=True))
+    if body.mode == "lift":
+        given = len(layout.form.where)
+        reach = reachable(layout.dagdef, range(given, given + layout.closed))
+        pairs = [pair for n, pair in enumerate(pairs) if n in reach]
     stand_ins = frame.stand_ins
     stand_ins.update((o, StandIn(o, i)) for o, i in pairs if type(o) is Ref)
     # What stands for a Ref in the body around this one may be reached by that Ref's name. JAX runs

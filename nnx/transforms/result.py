@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 import refx.ref as ref_module
+from nnx.transforms.body import Body
 from nnx.transforms.call import Call, Values, arrays_of, unlabelled
 from nnx.transforms.homes import kept
 from nnx.transforms.layout import Layout
@@ -20,7 +21,7 @@ from refx import Node, Ref, ValueTypeError, opened
 from refx.access import is_input
 from refx.build import build
 from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree
-from refx.frame import Frame, Original, local
+from refx.frame import Frame, local
 from refx.node import is_identity
 from refx.partition import Path, dotted
 from refx.walk import Walk, walk
@@ -107,39 +108,11 @@ class NewValues(NamedTuple):
     arrays: list[tuple[Path, Any]]
 
 
-def note_found(frame: Frame, mode: str, call: Call) -> None:
-    """Note the closed-over Refs that the body met and that have to be roots."""
-    if mode == "constant":
-        return
-    for met in frame.met():
-        if mode == "lift" or met.was_written(frame):
-            # A module that was made in the body may hold the Ref, but cannot be a root outside.
-            inside = met.owner is None or met.owner._frame is frame
-            call.found.append((met.ref, met.ref if inside else met.owner))
-
-
-def pack(
-    frame: Frame,
-    layout: Layout,
-    call: Call,
-    roots: tuple[Any, ...],
-    objects: list[Any],
-    outer: list[Any],
-    before: list[Original],
-    leaves: Any,
-    out: Any,
-    mode: str,
-    assigned: bool,
-    after: Walk | None,
-) -> tuple[Packed, NewValues]:
-    """Pack what a body left behind; `after` is a walk of the roots, or None where they stand."""
-    note_found(frame, mode, call)
-    inner_refs = [x for x in objects if type(x) is Ref]
-    written = tuple(
-        i
-        for i, (ref, was) in enumerate(zip(inner_refs, before, strict=True))
-        if was.changed(ref._value) or (assigned and ref in frame.assigned)
-    )
+def pack(body: Body, out: Any, after: Walk | None) -> tuple[Packed, NewValues]:
+    """Pack what a body left behind; `after` is a walk of its roots, or None where they stand."""
+    frame, layout, objects, leaves = body.frame, body.layout, body.objects, body.leaves
+    body.note_found()
+    inner_refs, written = body.refs, body.written()
     for i in written:
         _check_value(frame, layout.dagdef.ref_paths[i], inner_refs[i]._value)
     stays = {i for i in written if inner_refs[i] in frame.placed}
@@ -152,17 +125,17 @@ def pack(
     holds = opened.holds_identity(out)
     if same and not holds:
         return Packed(Spec(written, None), out, new_values), NewValues([], [])
-    alias = {id(o): i for o, i in zip(outer, objects, strict=True)}
+    alias = {id(o): i for o, i in zip(body.outer, objects, strict=True)}
     # A Ref may go by the name that it has further out, where the call is made in another body.
     ours = set(map(id, objects))
     names = frame.stand_ins.values()
     alias.update((id(s.ref), s.inner) for s in names if id(s.inner) in ours)
     gone = () if after is None else _let_go(layout, after, objects)
-    both = walk((roots, out, gone), alias, skip=2)
+    both = walk((body.roots, out, gone), alias, skip=2)
     strangers = [x for x in both.objects if is_identity(x) and x._frame is not frame]
     if strangers:
         roots_of = [x for x in strangers if isinstance(x, Node)] or strangers
-        call.found += [(x, x) for x in roots_of]
+        body.call.found += [(x, x) for x in roots_of]
         return Packed(Spec((), None), None, []), NewValues([], [])
     numbers = {id(x): i for i, x in enumerate(objects)}
     came = {id(x): i for i, x in enumerate(leaves)}

@@ -12,8 +12,7 @@ from typing import Any
 
 from jax.core import Tracer
 
-from nnx.transforms.call import Call
-from nnx.transforms.layout import Layout
+from nnx.transforms.body import Body
 from nnx.transforms.looking import Graph
 from nnx.transforms.objects import containers
 from refx import Node, Ref, RefError, opened
@@ -56,21 +55,18 @@ class Untouched:
     def __init__(
         self,
         fn: Callable[..., Any],
-        call: Call,
-        layout: Layout,
-        objects: list[Any],
-        outer: list[Any],
+        body: Body,
         *,
         runs_once: bool,
     ):
+        call, layout, objects, outer = body.call, body.layout, body.objects, body.outer
         start = len(layout.form.where)
         closed = slice(start, start + layout.closed)
         self._fn = fn
-        self._outer = outer
+        self._body = body
         # The copies of closed-over roots that the caller also passes as arguments.
         self._closed = reachable(layout.dagdef, range(closed.start, closed.stop))
         self._given = reachable(layout.dagdef, range(start))
-        self._objects = objects
         self._numbers = [n for n, x in enumerate(objects) if type(x) is not Ref]
         self._inner = Contents([contents(objects[n]) for n in self._numbers])
         self._roots = call.roots[closed]
@@ -89,7 +85,6 @@ class Untouched:
             for module, held in _containers_of(root):
                 self._keep(module, held)
         self._caller = Contents(self._kept)
-        self._dagdef = layout.dagdef
         self._class_changes = class_changes[0]
 
     def stands(self) -> bool:
@@ -97,7 +92,7 @@ class Untouched:
         return (
             self._inner.same()
             and self._class_changes == class_changes[0]
-            and changes_with_objects(self._dagdef)
+            and changes_with_objects(self._body.layout.dagdef)
         )
 
     def _keep(self, owner: Any, held: list[Any]) -> None:
@@ -115,14 +110,15 @@ class Untouched:
             content.update(was) if isinstance(content, dict) else content.extend(was)
         return list(changed)
 
-    def check(self, frame: Frame) -> None:
+    def check(self) -> None:
         """Raise if something was changed that is seen by two names, after putting it back."""
-        twice = self.changed_by_two_names(frame)
+        frame = self._body.frame
+        twice = self.changed_by_two_names()
         if twice is not None:
             self.restore()
             raise twice
         if not self._caller.same():
-            self._check_caller(frame)
+            self._check_caller()
         if self._runs_once:
             return
         for root, kept in zip(self._roots, self._snapshots, strict=True):
@@ -132,25 +128,27 @@ class Untouched:
                 self.restore()
                 raise _changed(root, frame)
 
-    def changed_by_two_names(self, frame: Frame) -> StructureError | None:
+    def changed_by_two_names(self) -> StructureError | None:
         """The error for a module that the body reaches by two names and that it changed by one."""
         if self._inner.same():
             return None
+        frame = self._body.frame
         changed = [self._numbers[i] for i in self._inner.changed()]
         # In the body those are two objects, so whatever visits each object once would count it twice.
-        theirs = {id(self._outer[n]) for n in self._given}
+        theirs = {id(self._body.outer[n]) for n in self._given}
         for n in changed:
-            again = next((x for x in _objects_of(self._objects[n]) if id(x) in theirs), None)
+            again = next((x for x in _objects_of(self._body.objects[n]) if id(x) in theirs), None)
             if again is not None:
-                return _given_again(again, self._objects[n], frame)
+                return _given_again(again, self._body.objects[n], frame)
         both = [n for n in changed if n in self._closed]
         if not both:
             # What is far is looked for only here, where there is a reason.
             seen = {id(x) for root in closed_over(self._fn) for x in _objects_of(root)}
-            both = [n for n in changed if id(self._outer[n]) in seen]
-        return _both(self._outer[both[0]], frame) if both else None
+            both = [n for n in changed if id(self._body.outer[n]) in seen]
+        return _both(self._body.outer[both[0]], frame) if both else None
 
-    def _check_caller(self, frame: Frame) -> None:
+    def _check_caller(self) -> None:
+        frame = self._body.frame
         changed = self._caller.changed()
         given = [i for i in changed if self._owners[i] is None]
         # What belongs to the body may not stay in what is older than it.
