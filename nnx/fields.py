@@ -114,7 +114,7 @@ def _given_value(field: str, given: tuple[Any, ...]) -> TypeError:
     name = field.split("(")[0]
     kind = "int" if name == "static" else "jax.Array"
     return TypeError(
-        f"nnx.{name} declares a field of the class and takes no value, but got a "
+        f"nnx.{name} declares a field of the class and takes no value, but got one of type "
         f"{type(given[-1]).__name__}. Declare it in the class body, `w: {kind} = nnx.{field}`, and "
         f"assign the value in __init__, self.w = ...; or pass default=, or default_factory=, which "
         f"makes one for each instance. A Ref without a field is nnx.Ref(value, collection)."

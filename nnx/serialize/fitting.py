@@ -246,9 +246,7 @@ class Fitting:
         elif not _equal(self._given[path][1], value):
             # All names of a tied weight load the same Ref, so their values must agree.
             first = self._given[path][0]
-            there = (
-                f"{_text(jax.tree.leaves(value))} with values that differ from {dotted(first)!r}"
-            )
+            there = f"{_text(jax.tree.leaves(value))} with other values than {dotted(first)!r}"
             self._mismatched[given] = (there, f"tied to {dotted(path)!r}")
 
     def _find(self, given: Path) -> Path | None:

@@ -98,10 +98,10 @@ def test_fields_are_inherited_and_overridden():
 @pytest.mark.parametrize(
     "make, name",
     [
-        (lambda: nnx.param(jnp.ones(3)), r"nnx\.param makes.*got a ArrayImpl.*= nnx\.param\(\)`"),
-        (lambda: nnx.ref("a", 3), r"nnx\.ref makes.*got a int.*= nnx\.ref\("),
-        (lambda: nnx.ref(jnp.ones(3)), r"nnx\.ref makes.*got a ArrayImpl.*default_factory="),
-        (lambda: nnx.static(3), r"nnx\.static makes.*got a int.*`w: int = nnx\.static"),
+        (lambda: nnx.param(jnp.ones(3)), r"nnx\.param declares.*of type ArrayImpl.*= nnx\.param\(\)`"),
+        (lambda: nnx.ref("a", 3), r"nnx\.ref declares.*of type int.*= nnx\.ref\("),
+        (lambda: nnx.ref(jnp.ones(3)), r"nnx\.ref declares.*of type ArrayImpl.*default_factory="),
+        (lambda: nnx.static(3), r"nnx\.static declares.*of type int.*`w: int = nnx\.static"),
     ],
 )
 def test_a_specifier_takes_no_value(make, name):

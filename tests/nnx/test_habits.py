@@ -225,7 +225,7 @@ def test_data_in_place_of_a_size_that_has_a_default():
     with pytest.raises(TypeError) as raised:
         Net.init(0)(jnp.ones((3, 4)))
     assert raised.value.__notes__[-1] == (
-        "Net.init(key)(...) makes a Net, with the arguments of its constructor, but it was given data, "
+        "Net.init(key)(...) makes a Net and takes the arguments of its constructor, but it was given data, "
         "float32[3,4]. Pass data to the call: model = Net.init(key)(...), then model(x)."
     )
     with pytest.raises(TypeError) as raised:

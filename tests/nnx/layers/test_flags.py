@@ -122,7 +122,7 @@ def test_where_nothing_says_it_the_error_names_all_ways_to(make, x, flag):
     with nnx.scope(0):
         layer = make()
     name = type(layer).__name__
-    message = rf"{name} does not know .* '{flag}' is None .*model\.train\(\) or model\.eval\(\)"
+    message = rf"{name} does not know .*'{flag}' is None, .*model\.train\(\) or model\.eval\(\)"
     with pytest.raises(nnx.MissingFlagError, match=message + r".*nnx\.scope\(training=\.\.\.\)"):
         layer(x)
     layer.apply(rngs=0, training=True)(x)

@@ -174,14 +174,14 @@ def test_under_jit_and_metadata():
             lambda: RMSNorm(3, reduction_axes=2)(draw(2, 3)),
             r"axes \(2,\), but got .* \(2, 3\).* 2 axes",
         ),
-        (lambda: GroupNorm(6)(draw(2, 6)), "cannot divide 6 channels .* with 32 groups"),
-        (lambda: GroupNorm(6, None, 4), "cannot divide 6 channels .* with 4 channels a group"),
-        (lambda: GroupNorm(6, 0), "with 0 groups"),
+        (lambda: GroupNorm(6)(draw(2, 6)), "cannot divide 6 channels into 32 equal groups"),
+        (lambda: GroupNorm(6, None, 4), "cannot divide 6 channels into groups of 4"),
+        (lambda: GroupNorm(6, 0), "into 0 equal groups"),
         (lambda: GroupNorm(6, 3, 2), "num_groups is 3 and group_size is 2. Set the other"),
         (lambda: GroupNorm(6, None), "num_groups is None and group_size is None"),
         (
             lambda: GroupNorm(6, 3, reduction_axes=(1,))(draw(2, 4, 6)),
-            "the last axis, the channels",
+            "include the last axis, which has the channels",
         ),
         (lambda: GroupNorm(6, 3)(draw(2, 4)), r"GroupNorm expects .*6\).*\(2, 4\)"),
         (

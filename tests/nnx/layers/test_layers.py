@@ -140,7 +140,7 @@ def test_conv_with_other_batches(batch):
         (lambda: nnx.Conv(4, 6, (3, 3))(jnp.ones((8, 4))), r"but got \(8, 4\)"),
         (
             lambda: nnx.Conv(3, 6, 3, feature_group_count=2),
-            "3 input and 6 output channels in 2 groups",
+            "3 input and 6 output channels into 2 groups",
         ),
         (
             lambda: nnx.Conv(3, 6, 3, mask=jnp.ones((3, 6))),

@@ -201,7 +201,7 @@ def test_einsum_with_the_equation_of_the_call():
         (lambda: Einsum("ab,bc->ac", (2, 3))(jnp.ones(2)), r"but got \(2,\)"),
         (
             lambda: Einsum("ab,bc->ac", (2, 3), (2,))(jnp.ones((5, 2))),
-            r"of sizes \(3,\), but bias_shape is \(2,\)",
+            r"with sizes \(3,\), but bias_shape is \(2,\)",
         ),
     ],
 )

@@ -210,7 +210,7 @@ def test_what_is_selected(filter, names):
         (lambda: einsum("bi,ijk->bj", (2, 3, 4)), "is not a matrix: it has an axis summed alone"),
         (lambda: nnx.apply_lora(nnx.Embed(3, 2), 2, ...), "an Embed alone cannot be the model.*make an nnx.LoRAEmbed and tie its embedding"),
         (lambda: nnx.apply_lora(nnx.Sequential(nnx.Conv(1, 1, 3)), 2),
-         "(?s)Its Linear, LinearGeneral and Conv layers are: layers.0.*is a class or a predicate"),
+         "(?s)Its Linear, LinearGeneral and Conv layers are: layers.0.*or a class, or a predicate"),
     ],
 )  # fmt: skip
 def test_mistakes(make, message):

@@ -175,7 +175,7 @@ def test_a_layer_that_changes_after_it_is_wrapped():
         wrapped = WeightNorm(model), SpectralNorm(model)
         model.layers.append(nnx.Linear(4, 4))
     for layer in wrapped:
-        with pytest.raises(ValueError, match=r"nothing for 'layers.1.kernel.*Wrap it after"):
+        with pytest.raises(ValueError, match=r"for 'layers.1.kernel.*Wrap the layer when"):
             layer(X)
 
 
@@ -212,7 +212,7 @@ def test_a_change_that_would_be_lost_is_an_error(kind):
 
     with nnx.scope(0):
         wrapped = nnx.WeightNorm(Layer())
-    with pytest.raises(nnx.StructureError, match="Layer changed an attribute that is no Ref"):
+    with pytest.raises(nnx.StructureError, match="Layer changed an attribute that is not a Ref"):
         wrapped(jnp.ones(2))
 
 
