@@ -58,7 +58,12 @@ def table(title: str, rows: dict[str, dict[str, Any]], digits: int = 2) -> str:
 def plot(results: dict[str, dict[int, dict[str, Ratio]]], path: Path) -> None:
     """Ratios by size, one panel for each kind of step."""
     figure, axes = plt.subplots(
-        1, len(results), figsize=(4.5 * len(results), 3.8), constrained_layout=True, squeeze=False
+        1,
+        len(results),
+        figsize=(4.0 * len(results), 4.0),
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
     )
     names = list(dict.fromkeys(n for by in results.values() for row in by.values() for n in row))
     colors = {name: f"C{i}" for i, name in enumerate(names)}
@@ -82,9 +87,13 @@ def plot(results: dict[str, dict[int, dict[str, Ratio]]], path: Path) -> None:
                 color=colors[name],
             )
         axis.set(xscale="log", yscale="log", title=title, xlabel="parameter arrays")
-        axis.grid(alpha=0.3, which="both")
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axis.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("time ÷ hand-written jax.jit")
-    axes[0][0].legend(fontsize=7, loc="upper right")
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.lines}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
