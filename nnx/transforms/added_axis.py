@@ -1,7 +1,7 @@
-"""Axes that a transformation adds or takes away, in the `sharding` of the Refs.
+"""Adapt the `sharding` of Refs to an axis that a transformation adds or removes.
 
-In the body of `nnx.vmap`, and of a loop, a Ref holds a slice, whose `sharding` has no entry for the
-axis that is mapped. What the body makes has one more axis outside.
+In the body of `nnx.vmap` or a loop, a Ref holds a slice, so its `sharding` has no entry for the mapped
+axis. A Ref that the body makes has one more axis outside.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ __all__: list[str] = []
 
 
 def with_axes(name: str, packed: Packed, axes: Sequence[int | None], entry: Any = None) -> Packed:
-    """A Packed whose new Refs speak of the axes that they have now.
+    """Add an entry for the new axis to the `sharding` of each new Ref in a Packed.
 
     Args:
       name: the transformation, for messages.
-      packed: what all lanes or steps of a body left behind.
-      axes: for each new Ref where the axis was added, or None.
-      entry: what the `sharding` says of it.
+      packed: the result of all lanes or steps of a body.
+      axes: for each new Ref, the position of the added axis, or None.
+      entry: the entry for the axis.
 
     Raises:
-      ShardingError: the `sharding` of a new Ref is not for its value.
+      ShardingError: the `sharding` of a new Ref does not fit its value.
     """
     graph = packed.spec.graph
     if graph is None or not any(axis is not None for axis in axes):
@@ -48,16 +48,16 @@ def with_axes(name: str, packed: Packed, axes: Sequence[int | None], entry: Any 
 
 
 def of_steps(name: str, packed: Packed) -> Packed:
-    """A Packed of a loop, which has stacked the new Refs of all steps along a leading axis."""
+    """The same for a loop, which stacks the new Refs of all steps along a leading axis."""
     graph = packed.spec.graph
     return packed if graph is None else with_axes(name, packed, [0] * len(packed.out[0]))
 
 
 def of_slices(name: str, call: Call, axes: Sequence[int | None]) -> Layout:
-    """The layout of a call for a body in which each Ref has lost an axis, or (None) has not.
+    """The layout of a call for a body in which each Ref has lost its axis in `axes` (None: has none).
 
     Raises:
-      ShardingError: the `sharding` of a Ref is not for its value.
+      ShardingError: the `sharding` of a Ref does not fit its value.
     """
     dagdef = call.layout.dagdef
     return call.layout.sliced(without_axes(name, dagdef, call.values.refs, axes, skip=1))

@@ -1,4 +1,4 @@
-"""The arguments of a call: which of them are roots, modules and Refs, and which are values."""
+"""Divide the arguments of a call into roots (modules and Refs) and values."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from refx.node import is_identity
 
 __all__ = ["ArgumentError"]
 
-# A bound for a cache that ever new types could fill; what is dropped is made again.
+# New types could fill this cache without end. A dropped entry is rebuilt.
 _MOST = 512
 
 
 class ArgumentError(RefError, TypeError, ValueError):
-    """An argument that no transformation can take."""
+    """An argument is of a type that no transformation accepts."""
 
 
 class Form:
-    """Where the roots are among the arguments: by number in the flattened arguments.
+    """The positions of the roots among the flattened arguments.
 
-    Forms are interned, so that a key that holds one is hashed by its identity.
+    Forms are interned, so a key that holds one hashes by identity.
     """
 
     __slots__ = ("__weakref__", "treedef", "where")
@@ -38,7 +38,7 @@ class Form:
 
 _forms: weakref.WeakValueDictionary[Any, Form] = weakref.WeakValueDictionary()
 
-# The forms of calls whose arguments are so many roots and then single arrays or numbers.
+# The forms of calls whose arguments are some roots followed by single arrays or numbers.
 _flat_forms: dict[tuple[type, ...], tuple[Form, int]] = {}
 _SINGLE = frozenset({np.ndarray, bool, int, float, complex})
 
@@ -50,7 +50,7 @@ def _is_single(kind: type) -> bool:
 
 
 def _check_others(others: list[Any], args: Any, kwargs: Any) -> None:
-    """Raise for an argument that is nothing JAX can trace."""
+    """Raise for an argument that JAX cannot trace."""
     for x in others:
         if (what := getattr(type(x), "_as_argument", None)) is not None:
             raise ArgumentError(f"An argument is {what}.")
@@ -60,8 +60,8 @@ def _check_others(others: list[Any], args: Any, kwargs: Any) -> None:
         path = next(path for path, leaf in flat if leaf is x)[1:]
         where = jax.tree_util.keystr(path)
         raise ArgumentError(
-            f"Argument {where} is a {type(x).__name__}, which is no array, number, module or Ref, "
-            f"nor a pytree of them: {x!r:.80}. Pass a setting as a static argument of nnx.jit "
+            f"Argument {where} is a {type(x).__name__}, not an array, a number, a module, a Ref "
+            f"or a pytree of these: {x!r:.80}. Pass a setting as a static argument of nnx.jit "
             f"(static_argnames=...), as an attribute of a module, or by closure; put modules and "
             f"Refs in a list, a tuple or a dict rather than in a set or a generator."
         )

@@ -24,7 +24,7 @@ __all__ = ["BranchError", "cond", "switch"]
 
 
 class BranchError(RefError, TypeError):
-    """Branches that leave different structures, shapes or dtypes behind."""
+    """The branches leave different structures, shapes or dtypes behind."""
 
 
 Ts = TypeVarTuple("Ts")
@@ -34,14 +34,14 @@ R = TypeVar("R")
 def cond(
     pred: Any, true_fun: Callable[[*Ts], R], false_fun: Callable[[*Ts], R], *operands: *Ts
 ) -> R:
-    """Apply `true_fun` or `false_fun` to the operands, by the scalar `pred`.
+    """Apply `true_fun` to the operands if the scalar `pred` is true, else `false_fun`.
 
-    Refs in the operands and Refs that a branch closes over may be read and written; a Ref that only
+    The branches may read and write Refs in the operands and Refs that they close over. A Ref that only
     one branch writes keeps its value in the other.
 
     Raises:
-      BranchError: the branches return different structures, or give a Ref different shapes or
-        dtypes, or change the structure of a module differently; the message names the Ref.
+      BranchError: the branches return different structures, give a Ref different shapes or dtypes,
+        or change the structure of a module differently. The message names the Ref.
 
     >>> import jax.numpy as jnp, nnx
     >>> n = nnx.Ref(jnp.array(0), "counters")
@@ -66,7 +66,9 @@ def cond(
 
 
 def switch(index: Any, branches: Sequence[Callable[[*Ts], R]], *operands: *Ts) -> R:
-    """Apply the branch with the number `index`, clamped as by `jax.lax.switch`; else as `nnx.cond`.
+    """Apply `branches[index]` to the operands. `index` is clamped, as in `jax.lax.switch`.
+
+    Everything else is as for `nnx.cond`.
 
     >>> import jax.numpy as jnp, nnx
     >>> n = nnx.Ref(jnp.array(0), "counters")
@@ -106,14 +108,14 @@ def _branch(
                 fn, name, call, values, mode="read", runs_once=False, **options
             )
 
-        # Which Refs each branch writes is known after an abstract evaluation; what one of them
-        # writes, all of them return.
+        # An abstract evaluation tells which Refs each branch writes. All branches must return every
+        # Ref that any of them writes.
         found, drawn = zip(*[_learn(body, fn, call) for fn in branches], strict=True)
         check_lifted(call)
         union = tuple(sorted({i for packed in found for i in packed.spec.written}))
         _check(name, call, branches, list(found), union)
-        # So that what follows draws the same keys whichever branch was taken, each stream moves on
-        # by the most that one of them draws, where that is known before.
+        # Later draws must not depend on which branch ran. So each stream advances by the most keys that
+        # any branch draws, where the number is known in advance.
         moved = {
             i: call.values.refs[i] + max(d.get(i, 0) for d in drawn)
             for i in union
@@ -139,7 +141,7 @@ def _branch(
 def _learn(
     body: Callable[..., Callable[..., Packed]], fn: Callable[..., Any], call: Call
 ) -> tuple[Packed, dict[int, int]]:
-    """One branch, evaluated abstractly; and how many keys it draws from each stream, if it is known."""
+    """Evaluate a branch abstractly, and count the keys it draws from each stream, where it can be known."""
     streams = counts(call.layout.dagdef)
     drawn: dict[int, int] = {}
 
@@ -150,7 +152,7 @@ def _learn(
         return packed
 
     def counted(values: Values) -> Packed:
-        # With a number to begin with, a count is a number as long as no compiled code counts.
+        # A count that starts as a Python int stays one unless compiled code advances it.
         refs = [0 if i in streams else x for i, x in enumerate(values.refs)]
         return body(fn, finish=note)(values._replace(refs=refs))
 
@@ -172,8 +174,8 @@ def _check(
         if packed.spec.graph != first.spec.graph:
             raise BranchError(
                 f"The branches of {name} leave different structures behind: {label} and "
-                f"{function_name(fn)} change modules or return new ones differently. Make the same "
-                f"change in both, or before the branch."
+                f"{function_name(fn)} change modules differently, or return different new ones. Make the "
+                f"same change in both, or make it before the branch."
             )
         if jax.tree.structure(packed.out) != jax.tree.structure(first.out):
             raise BranchError(

@@ -1,4 +1,4 @@
-"""What a transformation is given to transform: a function, a module, or a method of one."""
+"""The functions, modules and bound methods that transformations take."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__: list[str] = []
 
 
 def unbound(fn: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A function and the arguments it is bound to: a module or its method takes the module.
+    """Take the module out of a module or a bound method: the function, and its bound arguments.
 
     Raises:
-      TypeError: what was given cannot be called.
+      TypeError: `fn` cannot be called.
     """
     if not callable(fn):
         node = isinstance(fn, Node)
@@ -30,13 +30,13 @@ def unbound(fn: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]
         return fn.__func__, (fn.__self__,)
     if isinstance(fn, Node):
         call = inspect.getattr_static(type(fn), "__call__")
-        # Operations in it have the name of the layer, in whatever it is transformed.
+        # Its operations carry the name of the layer, under any transformation.
         return call.scoped if type(call) is LayerCall else type(fn).__call__, (fn,)  # pyright: ignore
     return fn, ()
 
 
 def function_name(fn: Callable[..., Any]) -> str:
-    """How a message calls a function; of a module or another object that is called, its class."""
+    """The name of a function in messages. For a module or another callable object, it is the class."""
     if isinstance(fn, functools.partial):
         return f"functools.partial({function_name(fn.func)})"
     names = (getattr(fn, "__qualname__", None), getattr(fn, "__name__", None))
@@ -44,16 +44,16 @@ def function_name(fn: Callable[..., Any]) -> str:
 
 
 def check_plain(fn: Any, name: str) -> None:
-    """Refuse a function whose call only makes a coroutine or a generator, and runs nothing."""
+    """Refuse a function whose call runs nothing, but only makes a coroutine or a generator."""
     fn = inspect.unwrap(fn) if inspect.isfunction(fn) else fn
     if inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
         raise TypeError(
-            f"nnx.jit takes a plain function, but {name} is async: a call of it runs nothing yet, so "
+            f"nnx.jit takes a plain function, but {name} is async: calling it runs nothing yet, so "
             f"there is nothing to compile. Jit the part that computes, and await outside of it."
         )
     if inspect.isgeneratorfunction(fn):
         raise TypeError(
             f"nnx.jit takes a plain function, but {name} is a generator function (it has a yield): "
-            f"a call of it runs nothing yet, so there is nothing to compile. Return a list or a "
+            f"calling it runs nothing yet, so there is nothing to compile. Return a list or a "
             f"tuple, or use nnx.scan."
         )

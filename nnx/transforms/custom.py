@@ -1,11 +1,11 @@
 """Custom derivative rules: `nnx.custom_vjp` and `nnx.custom_jvp`.
 
-The rules see what the function sees: modules and Refs. Where JAX wants a cotangent or a tangent for
-each array, an argument that holds Refs has a Partition of them, by path.
+The rules see modules and Refs, as the function does. JAX wants a cotangent or a tangent for each array;
+for an argument that holds Refs, the rules use a Partition of them, by path.
 
-JAX runs a rule long after the call, when it differentiates a program that it kept. So every Ref
-that the function or a rule closes over is an input of the function that JAX sees (mode "lift"): what
-a rule reads of it then is the value of that call, and not what the Ref happens to hold.
+JAX may run a rule long after the call, when it differentiates a program that it kept. So every Ref that
+the function or a rule closes over is an input of the function that JAX sees (mode "lift"). A rule then
+reads the value from that call, and not what the Ref happens to hold now.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = ["CustomRuleError", "custom_jvp", "custom_vjp"]
 
 
 class _Learning(threading.local):
-    """The functions whose rules are being tried, in this thread."""
+    """The functions whose rules this thread is trying."""
 
     def __init__(self) -> None:
         self.rules: list[_Custom] = []
@@ -52,10 +52,10 @@ _learning = _Learning()
 
 
 class _Custom:
-    """What the two kinds of rule share."""
+    """The part that both kinds of rule share."""
 
     kind = ""
-    # The rule that the user made, where this one is the same with probes in it.
+    # The user's rule, if this one is a copy of it with probes inside.
     _stands_for: _Custom | None = None
 
     def __init__(self, fn: Callable[..., Any], nondiff_argnums: int | Sequence[int] = ()):
@@ -89,17 +89,17 @@ class _Custom:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs:
-            # The rules know the arguments by their numbers.
+            # The rules take all arguments by position.
             given = inspect.signature(self._fn).bind(*args, **kwargs)
             given.apply_defaults()
             if given.kwargs:
                 raise CustomRuleError(
-                    f"{self._name} got the keyword-only arguments {sorted(given.kwargs)}, which no "
-                    f"rule would see. Make them positional."
+                    f"{self._name} got the keyword-only arguments {sorted(given.kwargs)}, which the "
+                    f"rule would not see. Make them positional."
                 )
             args = given.args
         if any(self in (rule, rule._stands_for) for rule in _learning.rules):
-            # A rule that calls its own function: what it leaves behind is all that is asked here.
+            # The rule calls its own function. While we try the rule, only its outputs and writes matter.
             return self._fn(*args)
         if ambient.probe is not None:
             return ambient.probe.custom(self, args)
@@ -127,7 +127,7 @@ class _Custom:
         )
 
     def _learn(self, call: Call, flat: Any, *bodies: Callable[..., Packed]) -> Spec:
-        """What the bodies write, in all; they must leave the same structure."""
+        """The Refs that any of the bodies writes. All bodies must leave the same structure."""
         _learning.rules.append(self)
         try:
             found = [jax.eval_shape(body, *flat) for body in bodies]
@@ -151,19 +151,19 @@ class custom_vjp(_Custom):
     """A function with its own rule for reverse-mode differentiation.
 
     Args:
-      fn: the function; its positional arguments may be modules, Refs and arrays, and it may write
+      fn: the function. Its positional arguments may be modules, Refs and arrays, and it may write
         Refs. Closed-over Refs are constants of the differentiation.
-      nondiff_argnums: numbers of arguments that are not differentiated: a setting, a function, or an
-        array, which may be traced. The backward rule gets them first.
+      nondiff_argnums: positions of arguments that are not differentiated: settings, functions, or
+        arrays, which may be traced. The backward rule gets them first.
 
-    The rules are given with `defvjp(fwd, bwd)`: `fwd(*args)` returns `(out, residuals)`, where the
-    residuals are any pytree of values, and `bwd(*nondiff, residuals, cotangent)` returns a tuple with one
-    cotangent for each differentiable argument: for one that holds Refs a Partition or another
-    mapping by path, where what is missing is zero, and None for all zero.
+    Define the rules with `defvjp(fwd, bwd)`. `fwd(*args)` returns `(out, residuals)`, where the
+    residuals are any pytree of values. `bwd(*nondiff, residuals, cotangent)` returns a tuple with one
+    cotangent for each differentiable argument. For an argument that holds Refs, the cotangent is a
+    Partition or another mapping by path; missing paths are zero. None stands for all zeros.
 
     Raises:
-      CustomRuleError: the rule is not defined, or returns the wrong number of cotangents, an
-        unknown path or another shape; or one of `nondiff_argnums` is differentiated.
+      CustomRuleError: the rule is not defined; it returns the wrong number of cotangents, an unknown
+        path or a wrong shape; or an argument in `nondiff_argnums` is differentiated.
 
     >>> import jax.numpy as jnp, nnx
     >>> @nnx.custom_vjp
@@ -213,7 +213,7 @@ class custom_vjp(_Custom):
             refs: list[Any] = [None] * counts[0]
             for i, value in zip(closed, known, strict=True):
                 refs[i] = value
-            # The arguments are not there any more, only what the rule closes over.
+            # The arguments are gone by now; only the Refs that the rule closes over are left.
             packed = run(
                 lambda *_: bwd(*fixed.whole(traced), rest, cotangent),
                 self._name,
@@ -223,15 +223,15 @@ class custom_vjp(_Custom):
             )
             if packed.spec.written or packed.spec.graph is not None:
                 raise CustomRuleError(
-                    f"The backward rule of {self._name} changed a Ref or a module, or returned "
-                    f"one. It runs as often as JAX needs it, or never: write in the forward rule, "
-                    f"and return cotangents."
+                    f"The backward rule of {self._name} changed or returned a Ref or a module. JAX runs "
+                    f"it as often as needed, or never: write in the forward rule, and return only "
+                    f"cotangents."
                 )
             return self._cotangents(forms, counts, packed.out), [None] * len(traced)
 
         def gradient(*flat: Any) -> Packed:
             residuals, packed = forward(*flat)
-            # With modules in the output this is not what the user sees of it; JAX's is.
+            # If the output holds modules, the user's cotangent looks different; JAX's has this form.
             zeros = jax.tree.map(zero_tangent, packed.out)
             if not call.found:
                 backward(residuals, zeros)
@@ -260,13 +260,13 @@ class custom_vjp(_Custom):
         held = opened.leaves(out[1])
         if any(map(is_identity, held)):
             raise CustomRuleError(
-                f"The residuals of {self._name} hold a module or a Ref, which would be gone when "
-                f"the backward rule runs. Return values, such as model['params']."
+                f"The residuals of {self._name} hold a module or a Ref, but it will be gone when "
+                f"the backward rule runs. Return values instead, such as model['params']."
             )
         return out[1], out[0]
 
     def _cotangents(self, forms: list[Target], counts: tuple[int, ...], given: Any) -> Values:
-        """A cotangent for each value of the call; None is zero."""
+        """A cotangent for each value of the call; None means zero."""
         if not isinstance(given, tuple | list) or len(given) != len(forms):
             count = len(given) if isinstance(given, tuple | list) else type(given).__name__
             raise CustomRuleError(
@@ -281,7 +281,7 @@ class custom_vjp(_Custom):
                     continue
                 self._check(what, place, value, form.treedef is None)
                 before = flat[place.kind][place.number]
-                # What two arguments share has the sum of what the rule says for each.
+                # The cotangent of a Ref that two arguments share is the sum of both.
                 flat[place.kind][place.number] = (
                     value if before is None else jax.tree.map(jnp.add, before, value)
                 )
@@ -292,7 +292,7 @@ class custom_vjp(_Custom):
         if shapes(cotangent) != shapes(zero):
             where = f" at {dotted(place.path)!r}" if named else ""
             raise CustomRuleError(
-                f"{what}{where} of {text(cotangent)}, but it must be {text(zero)}, as the value is."
+                f"{what}{where} of {text(cotangent)}, but it must be {text(zero)}, like the value."
             )
 
 
@@ -300,17 +300,17 @@ class custom_jvp(_Custom):
     """A function with its own rule for differentiation, forward and reverse.
 
     Args:
-      fn: the function; its positional arguments may be modules, Refs and arrays, and it may write
+      fn: the function. Its positional arguments may be modules, Refs and arrays, and it may write
         Refs. Closed-over Refs are constants of the differentiation.
-      nondiff_argnums: numbers of arguments that are not differentiated: a setting, a function, or an
-        array, which may be traced. The rule gets them first.
+      nondiff_argnums: positions of arguments that are not differentiated: settings, functions, or
+        arrays, which may be traced. The rule gets them first.
 
-    The rule is given with `defjvp(rule)`: `rule(*nondiff, primals, tangents)` returns
+    Define the rule with `defjvp(rule)`. `rule(*nondiff, primals, tangents)` returns
     `(out, tangent_out)`. The tangent of an argument that holds Refs is a Partition of all its
     floating-point values.
 
     Raises:
-      CustomRuleError: the rule is not defined, or does not return a pair; or one of
+      CustomRuleError: the rule is not defined, or does not return a pair; or an argument in
         `nondiff_argnums` is differentiated.
 
     >>> import jax.numpy as jnp, nnx
@@ -330,7 +330,7 @@ class custom_jvp(_Custom):
     _rule: Callable[..., Any] | None = None
 
     def defjvp(self, rule: Callable[..., Any]) -> Callable[..., Any]:
-        """Define the rule; it is returned, so this can be a decorator."""
+        """Define the rule and return it, so that this also works as a decorator."""
         self._rule = rule
         return rule
 

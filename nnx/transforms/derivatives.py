@@ -1,4 +1,4 @@
-"""Derivatives beside the gradient: `vjp`, `jvp`, `linearize`, `jacfwd`, `jacrev`, `hessian`."""
+"""Derivatives other than the gradient: `vjp`, `jvp`, `linearize`, `jacfwd`, `jacrev`, `hessian`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["hessian", "jacfwd", "jacrev", "jvp", "linearize", "vjp"]
 
 
 def _own(has_aux: bool, result: Any) -> tuple[Any, ...]:
-    """What the user gets: with the caller's own modules in the output."""
+    """Put the caller's own modules into the output."""
     (out, more), own, aux = result
     return (own(out), more, aux) if has_aux else (own(out), more)
 
@@ -30,22 +30,23 @@ def _pull(targets: list[Target], pull: Callable[..., Any], cotangent: Any) -> tu
 def vjp(
     fn: Callable[..., Any], *primals: Any, wrt: Filter = "params", has_aux: bool = False
 ) -> tuple[Any, ...]:
-    """The output of a function and the function of its vector-Jacobian products.
+    """Compute the output of a function, and return it with its vector-Jacobian product function.
 
     Args:
-      fn: a function of modules, Refs and arrays. Refs that it writes are written back.
-      *primals: its arguments.
-      wrt: a filter for the Refs of arguments that hold some.
-      has_aux: `fn` returns `(out, aux)`.
+      fn: a function of modules, Refs and arrays. Its writes to Refs propagate to the caller.
+      *primals: the arguments of `fn`.
+      wrt: a filter that selects Refs in the primals.
+      has_aux: whether `fn` returns `(out, aux)`.
 
     Returns:
-      `(out, vjp_fn)` or `(out, vjp_fn, aux)`. `vjp_fn(cotangent)` gives a tuple with an entry for
-      each primal (of a bound method, first for its module): a Partition for one that holds Refs.
-      Where the output holds a module, the cotangent has a Partition of its floating-point values,
-      or a module like it. `vjp_fn` is a pytree, so compiled functions may return it.
+      `(out, vjp_fn)` or `(out, vjp_fn, aux)`. `vjp_fn(cotangent)` returns a tuple with an entry for
+      each primal, which is a Partition for a primal that holds Refs. For a bound method, the first
+      entry is for its module. Where the output holds a module, the cotangent has a Partition of its
+      floating-point values, or a module like it. `vjp_fn` is a pytree, so compiled functions may
+      return it.
 
     Raises:
-      DifferentiationError: `wrt` selects nothing at all, or two primals share a Ref that it selects.
+      DifferentiationError: `wrt` selects nothing at all, or selects a Ref that two primals share.
       TraceLevelError: `fn` writes a Ref that it closes over, which is a constant here.
 
     >>> import jax.numpy as jnp, nnx
@@ -58,7 +59,7 @@ def vjp(
 
     def transform(pure: Any, parts: Any, targets: list[Target], name: str) -> Any:
         out, pull, packed = jax.vjp(pure, parts, has_aux=True)
-        # The places, without the values that they had.
+        # Keep the places, but not their values.
         bare = [t.without_values() for t in targets]
         return (out, jax.tree_util.Partial(functools.partial(_pull, bare), pull)), packed
 
@@ -75,25 +76,26 @@ def jvp(
     wrt: Filter = "params",
     has_aux: bool = False,
 ) -> tuple[Any, ...]:
-    """The output of a function and its derivative in the direction of the tangents.
+    """Compute the output of a function, and its derivative in the direction of the tangents.
 
     Args:
-      fn: a function of modules, Refs and arrays. Refs that it writes are written back.
-      primals: its arguments.
-      tangents: one for each primal: for one that holds Refs a Partition (or another mapping by
-        path) of what `wrt` selects; what it lacks is zero.
-      wrt: a filter for the Refs of arguments that hold some.
-      has_aux: `fn` returns `(out, aux)`.
+      fn: a function of modules, Refs and arrays. Its writes to Refs propagate to the caller.
+      primals: the arguments of `fn`.
+      tangents: one for each primal. For a primal that holds Refs it is a Partition (or another
+        mapping by path) of the Refs that `wrt` selects; missing paths are zero.
+      wrt: a filter that selects Refs in the primals.
+      has_aux: whether `fn` returns `(out, aux)`.
 
     Returns:
       `(out, tangent_out)` or `(out, tangent_out, aux)`. Where the output holds a module, the
       tangent has a Partition of its floating-point values.
 
     Raises:
-      UnknownPathError, ShapeError: a tangent has a path that is not differentiated, or another
-        shape or dtype than the value.
-      DifferentiationError: as for `vjp`, another number of tangents than of primals, or a tangent
-        that is nothing of its primal's structure, or no mapping for one that holds Refs.
+      UnknownPathError, ShapeError: a tangent has a path that is not differentiated, or its shape or
+        dtype is not that of the value.
+      DifferentiationError: as for `vjp`; or the number of tangents is not that of the primals, a
+        tangent does not have its primal's structure, or the tangent of a primal with Refs is not a
+        mapping.
 
     >>> import jax.numpy as jnp, nnx
     >>> w = nnx.Ref(jnp.array(2.0), "params")
@@ -104,7 +106,7 @@ def jvp(
     if len(primals) != len(tangents):
         raise DifferentiationError(
             f"nnx.jvp({function_name(fn)}) got {len(primals)} primals and {len(tangents)} tangents. "
-            f"Give one tangent for each; a module that does not move has the tangent {{}}."
+            f"Give one tangent for each primal. For a module that does not move, give {{}}."
         )
     bound = unbound(fn)[1]
 
@@ -123,8 +125,8 @@ def jvp(
 def _push(name: str, targets: list[Target], linear: Callable[..., Any], *given: Any) -> Any:
     if len(given) != len(targets):
         raise DifferentiationError(
-            f"The function that {name} gave takes {len(targets)} tangents, one for each primal, but "
-            f"it got {len(given)}. A module that does not move has the tangent {{}}."
+            f"The function that {name} returned takes {len(targets)} tangents, one for each primal, but "
+            f"it got {len(given)}. For a module that does not move, give {{}}."
         )
     return linear([t.parts(name, tangent) for t, tangent in zip(targets, given, strict=True)])
 
@@ -132,24 +134,24 @@ def _push(name: str, targets: list[Target], linear: Callable[..., Any], *given: 
 def linearize(
     fn: Callable[..., Any], *primals: Any, wrt: Filter = "params", has_aux: bool = False
 ) -> tuple[Any, ...]:
-    """The output of a function and its derivative as a linear function of the tangents.
+    """Compute the output of a function, and its derivative as a linear function of the tangents.
 
-    It is `nnx.jvp` for many tangents: `fn` runs once, and what its derivative needs is kept.
+    It is `nnx.jvp` for many tangents: `fn` runs once, and `jvp_fn` keeps what the derivative needs.
 
     Args:
-      fn: a function of modules, Refs and arrays. Refs that it writes are written back, once.
-      *primals: its arguments.
-      wrt: a filter for the Refs of arguments that hold some.
-      has_aux: `fn` returns `(out, aux)`.
+      fn: a function of modules, Refs and arrays. Its writes to Refs propagate to the caller, once.
+      *primals: the arguments of `fn`.
+      wrt: a filter that selects Refs in the primals.
+      has_aux: whether `fn` returns `(out, aux)`.
 
     Returns:
-      `(out, jvp_fn)` or `(out, jvp_fn, aux)`. `jvp_fn(*tangents)` takes one tangent for each primal
-      (of a bound method, first for its module), as `nnx.jvp` does, and gives the tangent of the
-      output. It is a pytree, so compiled functions may return it.
+      `(out, jvp_fn)` or `(out, jvp_fn, aux)`. `jvp_fn(*tangents)` takes one tangent for each primal,
+      like `nnx.jvp`, and returns the tangent of the output. For a bound method, the first tangent is
+      for its module. `jvp_fn` is a pytree, so compiled functions may return it.
 
     Raises:
-      DifferentiationError, UnknownPathError, ShapeError: as for `nnx.jvp`; those that speak of a
-        tangent are raised by `jvp_fn`.
+      DifferentiationError, UnknownPathError, ShapeError: as for `nnx.jvp`. `jvp_fn` raises those
+        that concern a tangent.
       TraceLevelError: `fn` writes a Ref that it closes over, which is a constant here.
 
     >>> import jax.numpy as jnp, nnx
@@ -178,7 +180,7 @@ def _jacobian(
     numbers = (argnums,) if single else tuple(argnums)
 
     def named(tree: Any, targets: list[Target]) -> Any:
-        """Every list of Parts in a tree of derivatives as what the user gets, from the inside."""
+        """Convert every list of Parts in a tree of derivatives for the user, innermost first."""
 
         def one(parts: Any) -> Any:
             inner = [
@@ -220,13 +222,13 @@ def jacrev(
     holomorphic: bool = False,
     allow_int: bool = False,
 ) -> Callable[..., Any]:
-    """The Jacobian of a function by reverse mode; arguments and errors as for `nnx.grad`.
+    """Compute the Jacobian of a function in reverse mode. Arguments and errors are those of `nnx.grad`.
 
     Returns:
-      A function with the arguments of `fn` that returns the Jacobian, or `(jacobian, aux)`: the
-      structure of the output, with a Partition (or what `jax.jacrev` gives, for an argument
-      without Refs) in place of each array. In place of a module in the output is a Partition of
-      its floating-point values, with one of those for each.
+      A function with the arguments of `fn` that returns the Jacobian, or `(jacobian, aux)`. The
+      Jacobian has the structure of the output, with a derivative in place of each array: a Partition,
+      or the result of `jax.jacrev` for an argument without Refs. A module in the output becomes a
+      Partition of its floating-point values, with a derivative for each.
 
     >>> import jax.numpy as jnp, nnx
     >>> w = nnx.Ref(jnp.array([1.0, 2.0]), "params")
@@ -245,7 +247,7 @@ def jacfwd(
     has_aux: bool = False,
     holomorphic: bool = False,
 ) -> Callable[..., Any]:
-    """The Jacobian of a function by forward mode; everything else as for `nnx.jacrev`.
+    """Compute the Jacobian of a function in forward mode. Everything else is as for `nnx.jacrev`.
 
     >>> import jax.numpy as jnp, nnx
     >>> w = nnx.Ref(jnp.array([1.0, 2.0]), "params")
@@ -264,11 +266,11 @@ def hessian(
     has_aux: bool = False,
     holomorphic: bool = False,
 ) -> Callable[..., Any]:
-    """The Hessian of a function, forward over reverse; arguments and errors as for `nnx.grad`.
+    """Compute the Hessian of a function, forward over reverse. Arguments and errors are those of `nnx.grad`.
 
     Returns:
-      A function with the arguments of `fn` that returns a Partition of Partitions (or what
-      `jax.hessian` gives, for an argument without Refs), or `(hessian, aux)`.
+      A function with the arguments of `fn` that returns the Hessian, or `(hessian, aux)`. The Hessian
+      is a Partition of Partitions, or the result of `jax.hessian` for an argument without Refs.
 
     >>> import jax.numpy as jnp, nnx
     >>> w = nnx.Ref(jnp.array([1.0, 2.0]), "params")

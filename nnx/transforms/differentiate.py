@@ -1,4 +1,4 @@
-"""The engine of every derivative: a function of modules as a function of what is differentiated."""
+"""The engine of all derivatives: make a function of modules a function of the values to differentiate."""
 
 from __future__ import annotations
 
@@ -36,12 +36,11 @@ def differentiate(
     Args:
       numbers: the arguments to differentiate, or None for all.
       transform: `transform(pure, parts, targets, name)` gets a pure function from the
-        differentiated values to `(out, packed)`, and returns a result and the packed rest.
-      check: raises if the output is not what can be differentiated; without it anything can.
+        differentiated values to `(out, packed)`, and returns a result and `packed`.
+      check: raises if the output cannot be differentiated. By default, any output can.
 
     Returns:
-      The result, a function that gives the caller's own output for the one that JAX saw, and the
-      aux.
+      The result; a function that maps the output that JAX saw to the caller's own; and the aux.
     """
     inner, bound = unbound(fn)
     name = f"{kind}({function_name(fn)})"
@@ -83,7 +82,7 @@ def differentiate(
 
 
 def split_aux(name: str, out: Any, what: str) -> tuple[Any, Any]:
-    """The output of a function with `has_aux` and its aux."""
+    """Split the output of a function with `has_aux` into the output and the aux."""
     if not isinstance(out, tuple) or len(out) != 2:
         raise DifferentiationError(
             f"With has_aux=True, the function of {name} must return ({what}, aux), but it "
@@ -93,7 +92,7 @@ def split_aux(name: str, out: Any, what: str) -> tuple[Any, Any]:
 
 
 def pure_of(tree: Any) -> Any:
-    """A tree with Partitions of what can be differentiated in place of modules and Refs."""
+    """Replace each module or Ref in a tree by a Partition of its differentiable values."""
 
     def selects(path: Any, cell: Any) -> bool:
         return all(map(moves, jax.tree.leaves(cell.value if isinstance(cell, Ref) else cell)))

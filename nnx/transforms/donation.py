@@ -1,4 +1,4 @@
-"""Donation: giving the buffers of Refs that a step overwrites to the compiled program."""
+"""Donation: let the compiled program reuse the buffers of Refs that a step overwrites."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__: list[str] = []
 
 
 def selected(donate: Filter, call: Call, written: tuple[int, ...]) -> tuple[int, ...]:
-    """The numbers of the Refs whose buffers are donated: those selected that are written."""
+    """The numbers of the Refs to donate: those that the filter selects and the function writes."""
     predicate = to_predicate(... if donate is True else donate)
     paths = call.layout.dagdef.ref_paths
     # The first part of a path is the number of the root.
@@ -25,21 +25,21 @@ def selected(donate: Filter, call: Call, written: tuple[int, ...]) -> tuple[int,
     if not chosen:
         if donate == "all":
             raise FilterError(
-                "donate='all' is a filter for a collection of that name, which is not here. For "
-                "every Ref that the function writes, donate=True."
+                "donate='all' selects a collection named 'all', and there is none here. To donate every "
+                "Ref that the function writes, use donate=True."
             )
         check_selection(donate, *call.roots)
     return tuple(i for i in written if i in chosen)
 
 
 def explain_donation(error: Exception, name: str, call: Call) -> None:
-    """Say in our terms that two Refs share a buffer, although one of them was to be donated."""
+    """Raise our own error if JAX failed because a donated Ref shares its buffer."""
     text = str(error)
     if "donate" not in text or not call.layout.donated:
         return
     owner: dict[Any, tuple[int, str]] = {}
     donated = set(call.layout.donated)
-    # What is donated comes first, so that a clash with anything else is found too.
+    # The donated Refs come first, so that a clash with any other value is found too.
     values, arrays, arguments = call.values
     order = [*donated, *(i for i in range(len(values)) if i not in donated)]
     items = [(_name(call, i), values[i]) for i in order]
@@ -52,15 +52,14 @@ def explain_donation(error: Exception, name: str, call: Call) -> None:
             at, first = owner.setdefault(buffer, (k, what))
             if at != k:
                 raise DonationError(
-                    f"{name} was to donate the buffer of {first}, but {what} is the same array. "
-                    f"Nothing was changed. Give each an array of its own, as with "
-                    f"x = jnp.copy(x), tie the two as one Ref with nnx.get_ref, or leave one out "
-                    f"of donate=."
+                    f"{name} should donate the buffer of {first}, but {what} is the same array. "
+                    f"Nothing was changed. Give each its own array, as in x = jnp.copy(x), make "
+                    f"the two one Ref with nnx.get_ref, or leave one out of donate=."
                 ) from error
 
 
 def explain_deleted(error: Exception, name: str, call: Call) -> None:
-    """Say in our terms that the buffer of a Ref is gone."""
+    """Raise our own error if JAX failed because the buffer of a Ref is gone."""
     if "deleted" in str(error) or "donated" in str(error):
         try:
             check_alive(name, call)
@@ -71,7 +70,7 @@ def explain_deleted(error: Exception, name: str, call: Call) -> None:
 def check_alive(
     name: str, call: Call, refs: Iterable[int] | None = None, leaves: Iterable[int | None] = ()
 ) -> None:
-    """Raise if the buffer of a value of a call is gone: of all, or of these Refs and arrays."""
+    """Raise if the buffer of a value is gone. Checks all values of a call, or only these Refs and arrays."""
     everything = refs is None
     values, arrays, arguments = call.values
     for i in range(len(values)) if refs is None else refs:

@@ -1,4 +1,4 @@
-"""What `jax.export` makes of an `nnx.jit` function: a program that is called with the user's arguments."""
+"""`jax.export` of an `nnx.jit` function: a program that takes the user's arguments."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__: list[str] = []
 
 
 def exportable(fn: Any, name: str, call: Call, bound: int, args: Any, kwargs: Any) -> Any:
-    """Trace a function of modules as a function of pytrees: what it returns is all that comes out.
+    """Trace a function of modules as a function of pytrees, whose only output is its return value.
 
     Args:
       fn: the user's function.
-      name: what messages call it.
-      call: a call with these arguments. All that it closes over is known.
-      bound: so many of the first roots belong to the function. They are constants of the program, as is
-        what it closes over.
-      args: the arguments, without those that are static.
+      name: its name in messages.
+      call: a call with these arguments, in which everything that it closes over is known.
+      bound: how many of the first roots belong to the function. They are constants of the program,
+        like everything that it closes over.
+      args: the arguments, without the static ones.
       kwargs: the keyword arguments.
     """
     given = list(chain.from_iterable(call.places()[bound : len(call.layout.form.where)]))
@@ -55,7 +55,7 @@ def exportable(fn: Any, name: str, call: Call, bound: int, args: Any, kwargs: An
 
 
 def _first(numbers: list[int]) -> dict[int, int]:
-    """For each number the position where it comes first."""
+    """For each number, the position of its first occurrence."""
     return {n: i for i, n in reversed(list(enumerate(numbers)))}
 
 
@@ -64,7 +64,7 @@ def _placed(constants: list[Any], positions: dict[int, int], given: list[Any]) -
 
 
 def check_pure(name: str, call: Call, spec: Spec) -> None:
-    """Raise if a function writes Refs, or changes a module: an exported program cannot."""
+    """Raise if a function writes Refs or changes a module, which an exported program cannot do."""
     changed = spec.graph is not None and bool(spec.graph.rewritten)
     if not spec.written and not changed:
         return
@@ -72,9 +72,9 @@ def check_pure(name: str, call: Call, spec: Spec) -> None:
     paths = [call.layout.dagdef.ref_paths[i] for i in spec.written]
     what = f"writes {listed([path[1:] for path in paths])}" if paths else "changes a module"
     raise ReadOnlyError(
-        f"{name} {what}, but an exported program has no Refs to write to: it gives what the function "
-        f"returns. Export the state, too: pure, state = nnx.functional(fn, model), which takes it and "
-        f"returns it, then jax.export.export(jax.jit(pure))(state, ...); or call model.eval() first."
+        f"{name} {what}, but an exported program has no Refs: it only returns the output of the function. "
+        f"Pass the state in and out: pure, state = nnx.functional(fn, model), and then "
+        f"jax.export.export(jax.jit(pure))(state, ...). Or call model.eval() first."
     )
 
 
@@ -84,7 +84,7 @@ def check_draws_nothing(name: str, call: Call, spec: Spec) -> None:
     scope = str(len(call.roots) - 1) if call.layout.has_scope else None
     if any(path[0] == scope for path in paths):
         raise ReadOnlyError(
-            f"{name} draws keys from the scope around it, which an exported program cannot advance: it "
-            f"would draw the same ones at each call. Pass a key, and use it: in the function, "
-            f"`with nnx.scope(key):`, or model.apply(rngs=key)(x)."
+            f"{name} draws keys from the scope around it, but an exported program cannot advance that: it "
+            f"would draw the same keys in each call. Pass a key as an argument, and use it in the "
+            f"function: `with nnx.scope(key):`, or model.apply(rngs=key)(x)."
         )

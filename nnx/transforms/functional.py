@@ -1,4 +1,4 @@
-"""`nnx.functional`: a function over Refs as a pure function, with the state in and out."""
+"""`nnx.functional`: turn a function that uses Refs into a pure one, with the state in and out."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ __all__ = ["functional"]
 def functional(
     fn: Callable[..., Any], *trees: Any
 ) -> tuple[Callable[..., tuple[Any, Partition]], Partition]:
-    """A function that reads and writes Refs, as a pure function of their values.
+    """Turn a function that reads and writes Refs into a pure function of their values.
 
-    For solvers, samplers and any library that wants a function of arrays: the state goes in and
-    comes out, and nothing of the caller's changes.
+    Use it for solvers, samplers and any library that wants a function of arrays. The state goes in and
+    comes out, and the caller's modules do not change.
 
     Args:
-      fn: a function that uses the modules and Refs of `trees` by closure; or a module or a bound
-        method of one, which then is one of the trees.
-      *trees: the modules and Refs whose values are the state. The paths are those of the tree, or,
-        where there are several, of the tuple of them.
+      fn: a function that closes over the modules and Refs in `trees`; or a module or a bound method of
+        a module, and then the module is one of the trees.
+      *trees: the modules and Refs whose values are the state. The paths are those of the tree, or
+        those of the tuple of trees, if there are several.
 
     Returns:
-      `(pure, state)`: `pure(state, *args, **kwargs)` gives `(out, new_state)`, where `out` is what
-      `fn(*args, **kwargs)` returns. `state` is a Partition of the values that the Refs of the trees
-      have now; plain arrays are constants. `nnx.update(tree, new_state)` writes one back.
+      `(pure, state)`. `pure(state, *args, **kwargs)` returns `(out, new_state)`, where `out` is the
+      result of `fn(*args, **kwargs)`. `state` is a Partition of the current values of the Refs in the
+      trees; plain arrays are constants. `nnx.update(tree, new_state)` writes a state back.
 
     Raises:
-      TraceLevelError: `fn` writes a Ref that is in none of the trees.
-      StructureError: `fn` returns a module or a Ref; it can return their values.
+      TraceLevelError: `fn` writes a Ref that is not in any of the trees.
+      StructureError: `fn` changes the structure of a tree, or returns a module or a Ref. It may return
+        their values.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> norm = nnx.BatchNorm(2)
@@ -52,7 +53,7 @@ def functional(
     name = f"nnx.functional({function_name(fn)})"
     dagdef, values = split(root)
     cells = list(refs(root).values())
-    # Plain arrays are read where they are, so they are constants.
+    # The function reads plain arrays from the original modules, so they are constants.
     constants = {path: values[path] for path in dagdef.leaf_paths}
 
     def pure(state: Partition, *args: Any, **kwargs: Any) -> tuple[Any, Partition]:
@@ -70,7 +71,7 @@ def functional(
                 if after is not dagdef:
                     raise StructureError(
                         f"{name} changed the structure of a module: an attribute, a list or a Ref "
-                        f"was added, removed or replaced. The state has values only; make the "
+                        f"was added, removed or replaced. The state holds only values: make the "
                         f"change before nnx.functional."
                     )
                 return out, _of_refs(new, dagdef)
@@ -89,10 +90,10 @@ def _check(name: str, frame: Frame, out: Any) -> None:
         if met.was_written(frame):
             raise TraceLevelError(
                 f"{describe(met.ref, met.owner)} was written in {name}, but it is not part of the state. "
-                f"Give its module to nnx.functional, too: nnx.functional(fn, model, other)."
+                f"Pass its module to nnx.functional too: nnx.functional(fn, model, other)."
             )
     if opened.holds_identity(out):
         raise StructureError(
-            f"{name} returns a module or a Ref, which a pure function cannot. Return the values: "
+            f"{name} returns a module or a Ref, but a pure function cannot. Return the values: "
             f"nnx.get_partition(model), or model['params']."
         )

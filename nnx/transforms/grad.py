@@ -22,7 +22,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 A = TypeVar("A")
 
-# A Partition for an argument that holds Refs; for an array, what `jax.grad` gives.
+# A Partition for an argument that holds Refs, and the result of `jax.grad` for any other.
 Gradient = Partition | Any
 
 
@@ -85,16 +85,16 @@ def value_and_grad(
     holomorphic: bool = False,
     allow_int: bool = False,
 ) -> Callable[..., Any]:
-    """The value of a function and its gradient with respect to the Refs that a filter selects.
+    """Compute the value of a function and its gradient with respect to the Refs that a filter selects.
 
     Args:
       fn: a function of modules (or anything that holds Refs) that returns a scalar. It may write
-        Refs, such as batch statistics: those writes propagate to the caller.
-      wrt: a filter; the gradient has an entry for each Ref it selects, like `model[wrt]`. The
+        Refs, such as batch statistics, and the writes propagate to the caller.
+      wrt: a filter. The gradient has an entry for each Ref that it selects, like `model[wrt]`. The
         gradient of a shared Ref is the sum over its uses.
-      argnums: the argument, or arguments, to differentiate. One that holds no Refs is
-        differentiated as `jax.grad` does.
-      has_aux: `fn` returns `(scalar, aux)`.
+      argnums: the argument, or arguments, to differentiate. An argument without Refs is
+        differentiated as in `jax.grad`.
+      has_aux: whether `fn` returns `(scalar, aux)`.
       holomorphic, allow_int: as for `jax.grad`.
 
     Returns:
@@ -103,7 +103,7 @@ def value_and_grad(
       tuple of gradients for a sequence of `argnums`.
 
     Raises:
-      DifferentiationError: `wrt` selects nothing, or a Ref whose dtype has no gradient.
+      DifferentiationError: `wrt` selects nothing, or selects a Ref whose dtype has no gradient.
       TraceLevelError: `fn` writes a Ref that it closes over, which is a constant here.
 
     >>> import jax, jax.numpy as jnp, nnx
@@ -177,7 +177,7 @@ def grad(
     holomorphic: bool = False,
     allow_int: bool = False,
 ) -> Callable[..., Any]:
-    """The gradient of a function; arguments and errors as for `value_and_grad`.
+    """Compute the gradient of a function. Arguments and errors are those of `value_and_grad`.
 
     Returns:
       A function with the arguments of `fn` that returns the gradient, or `(gradient, aux)`.
@@ -239,5 +239,5 @@ def _check_scalar(name: str, out: Any) -> None:
     if jnp.shape(out) != ():
         raise DifferentiationError(
             f"The function of {name} must return a scalar, but it returned an array of shape "
-            f"{jnp.shape(out)}. Reduce it, as with jnp.mean."
+            f"{jnp.shape(out)}. Reduce it, for example with jnp.mean."
         )

@@ -1,8 +1,7 @@
-"""A compiled step keeps each value where it is: what it writes goes back to where it came from.
+"""A compiled step leaves each value where it is: a written value goes back where the old one was.
 
-XLA may choose another place for an output than for the input that it replaces, and the next call
-would compile again. So the places of the inputs belong to the layout of a call, where one process has
-several devices.
+XLA may place an output elsewhere than the input that it replaces, and then the next call would compile
+again. So where a process has several devices, the layout of a call includes the places of its inputs.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from refx.buffers import CONCRETE
 
 __all__: list[str] = []
 
-# So many places are remembered for one structure.
+# How many sets of places are remembered for one structure.
 _MOST = 32
 
 
 def at_home(call: Call) -> Layout:
-    """The layout of a call for the places that its values have."""
+    """The layout of a call for the current places of its values."""
     layout = call.layout
     places = [v.sharding if type(v) in CONCRETE else None for v in call.values.refs]
     # Outputs of one program share their sharding objects, so this compares identities.
@@ -59,16 +58,16 @@ def at_home(call: Call) -> Layout:
 
 
 def _is_loose(value: Any) -> bool:
-    """Whether nobody has chosen a place for a value, as for a counter that was made outside a mesh."""
+    """Whether a value has no chosen place, like a counter that was made outside a mesh."""
     number = type(value) in (np.ndarray, bool, int, float, complex)
     return number or (type(value) in CONCRETE and not value.committed)
 
 
 def settle(call: Call) -> None:
-    """Put the values that no place was chosen for, and that the program writes, where it returns them.
+    """Move the values without a chosen place that the program writes to where it will return them.
 
-    They come back on all devices of the others. If they came in on one, the next call would be for
-    another program.
+    The program returns them on all devices of the others. If they came in on one device, the next call
+    would need another program.
     """
     layout, homes = call.layout, call.layout.homes
     assert homes is not None
@@ -81,9 +80,9 @@ def settle(call: Call) -> None:
 def kept(
     layout: Layout, written: tuple[int, ...], values: list[Any], placed: set[int]
 ) -> list[Any]:
-    """The values that were written, each in the place of the one that it replaces.
+    """The written values, each in the place of the value that it replaces.
 
-    `placed` are the numbers of those that the body put elsewhere on purpose.
+    `placed` has the numbers of the values that the body put elsewhere on purpose.
     """
     homes = layout.homes
     if homes is None:
@@ -105,6 +104,6 @@ def _home(home: NamedSharding | None, value: Any) -> Any:
     try:
         home.shard_shape(value.shape)
     except ValueError:
-        # It has another shape now, which cannot be divided so.
+        # It has a new shape, which cannot be divided in this way.
         return value
     return place(value, home)

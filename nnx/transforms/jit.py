@@ -30,10 +30,10 @@ R_co = TypeVar("R_co", covariant=True)
 
 
 class BoundJit:
-    """A jitted method, or a jitted module, with the module that it is called with.
+    """A jitted method or module, bound to its module.
 
-    It is a pytree, as a bound method of a module is: where it is an attribute of its module, a copy
-    of the module has its own.
+    It is a pytree, like a bound method of a module. So when a module holds one as an attribute, a copy
+    of the module gets its own.
     """
 
     def __init__(self, jitted: Jit, module: Any):
@@ -105,29 +105,29 @@ def jit(
     out_shardings: Any = None,
     **options: Any,
 ) -> Any:
-    """Compile a function that may read and write the Refs it is given or closes over.
+    """Compile a function that may read and write the Refs in its arguments and closure.
 
-    It is `jax.jit` with reference semantics: what the function wrote is in the caller's modules
-    when it returns, so a training step needs to return nothing. Only Refs that were written are
-    outputs of the compiled program. A change of structure (an attribute set, a layer appended)
-    propagates, and the next call compiles for the new structure. If the function raises, nothing
-    of the caller's has changed.
+    It is `jax.jit` with reference semantics: when the function returns, its writes are in the caller's
+    modules, so a training step need not return anything. Only the Refs that it wrote are outputs of
+    the compiled program. A change of structure (an attribute set, a layer appended) propagates, and
+    the next call compiles for the new structure. If the function raises, the caller's modules are
+    unchanged.
 
-    A static attribute counts by its `==`, as a static argument of `jax.jit` does. So a change inside
-    of a plain object that an attribute holds (`model.cfg.lr = 0.1`) is not seen: make what changes a
-    Ref, or make the object a frozen dataclass and replace it.
+    Static attributes are compared by `==`, like static arguments of `jax.jit`. Changing a plain object
+    in place (`model.cfg.lr = 0.1`) therefore goes unnoticed: keep what changes in a Ref, or make the
+    object a frozen dataclass and replace it.
 
     Args:
-      fn: the function, a module, or a bound method of one. Refs may be anywhere in its arguments,
-        in what it closes over, and in its output.
-      static_argnums: numbers of arguments that are hashable constants of the program.
-      static_argnames: the same by name.
-      donate: a filter, or True for every Ref: the buffers of the Refs that it selects and that the
-        function writes are given to the program, which needs no memory for the new values then.
-        Other names for such an array, as in a clone that shares it, are dead afterwards.
+      fn: the function, a module, or a bound method of a module. Refs may be anywhere in its arguments,
+        its closure and its output.
+      static_argnums: the positions of arguments that are hashable constants of the program.
+      static_argnames: the same, by name.
+      donate: a filter, or True for every Ref. The program reuses the buffers of the selected Refs
+        that the function writes, and so needs no memory for the new values. Any other reference to
+        such an array, as in a clone that shares it, is dead afterwards.
       in_shardings: a sharding, or a tuple with one for each argument, or a pytree prefix of that;
-        for a module or a Ref it may be a dict from filter to sharding. What is written keeps it.
-      out_shardings: the same for the output, which must hold no new Refs.
+        for a module or a Ref it may be a dict from filter to sharding. Written values keep it.
+      out_shardings: the same for the output, which must not hold new Refs.
       **options: `inline`, `keep_unused`, `compiler_options` and so on, as for `jax.jit`.
 
     Returns:
@@ -135,9 +135,9 @@ def jit(
 
     Raises:
       UnhashableStaticError: a static attribute or argument cannot be hashed.
-      DonationError: two Refs share a buffer, and one of them is donated; a Ref whose buffer was
-        donated before is used.
-      TraceLevelError, ForeignTracerError: see the errors of refx; raised while tracing.
+      DonationError: a donated Ref shares its buffer with another Ref, or the function uses a Ref
+        whose buffer was donated before.
+      TraceLevelError, ForeignTracerError: raised while tracing; see the errors of refx.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> @nnx.jit
@@ -160,8 +160,8 @@ def jit(
         )
     if wrong := [name for name in ("donate_argnums", "donate_argnames") if name in options]:
         raise TypeError(
-            f"nnx.jit takes no {wrong[0]}: what it gives to the program are buffers of Refs that the "
-            f"function overwrites, said by a filter, as in donate='params' or donate=True. "
+            f"nnx.jit has no {wrong[0]}. It donates the buffers of Refs that the function overwrites: "
+            f"select them with a filter, as in donate='params' or donate=True. "
             f"nnx.jit_filter has {wrong[0]}, for plain arrays too."
         )
     statics, shardings = (static_argnums, static_argnames), (in_shardings, out_shardings)

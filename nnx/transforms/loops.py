@@ -1,8 +1,8 @@
 """Loops: `nnx.scan`, `nnx.while_loop`, `nnx.fori_loop` and `nnx.map`.
 
-JAX's loops carry a fixed set of values, so which Refs a body writes must be known before. It is
-found by evaluating the body once abstractly; then the Refs that are written are carried and the
-others are constants of the loop, which costs nothing and keeps their gradients cheap.
+JAX's loops carry a fixed set of values, so we must know beforehand which Refs the body writes. We
+evaluate the body once abstractly to find out. The loop carries the Refs that are written; the others
+are constants of the loop, which is free and keeps their gradients cheap.
 """
 
 from __future__ import annotations
@@ -49,28 +49,28 @@ def scan(
 ) -> tuple[C, Y]:
     """Run `f(carry, x) -> (carry, y)` over the leading axis of `xs`, as one compiled loop.
 
-    Refs in `init`, Refs that `f` closes over, and the streams of the ambient scope are carried.
-    Refs in `xs` are sliced along their leading axis and their writes are stacked again. So a stack
-    of layers is `nnx.scan(lambda x, layer: (layer(x), None), x, layers)`, and a whole epoch is
-    `nnx.scan(lambda _, batch: (None, train_step(model, batch)), None, batches)`. On CPU, XLA is slow
-    at convolutions inside a loop (`jax.lax.scan` is too); there `unroll=True`, or a loop in Python,
-    is quicker for a step that has some.
+    The loop carries the Refs in `init`, the Refs that `f` closes over, and the streams of the ambient
+    scope. It slices the Refs in `xs` along their leading axis, and stacks their writes again. So a
+    stack of layers is `nnx.scan(lambda x, layer: (layer(x), None), x, layers)`, and a whole epoch is
+    `nnx.scan(lambda _, batch: (None, train_step(model, batch)), None, batches)`. On CPU, XLA runs
+    convolutions slowly inside a loop, as in `jax.lax.scan`: if the body has any, use `unroll=True` or
+    a Python loop.
 
     Args:
       f: the body. It is called with the carry and one slice of `xs`.
-      init: the first carry: any pytree, modules and Refs included.
-      xs: what is scanned over: any pytree, modules and Refs included, or None.
+      init: the first carry: any pytree, which may hold modules and Refs.
+      xs: the pytree to scan over, which may hold modules and Refs, or None.
       length, reverse, unroll: as for `jax.lax.scan`.
-      axes: for the Refs in `xs`, a dict from filter to `nnx.CARRY`, for what is carried whole, or
-        0. What no filter selects is sliced.
+      axes: for the Refs in `xs`, a dict from filter to `nnx.CARRY` (carry the whole Ref) or 0 (slice
+        it). A Ref that no filter selects is sliced.
 
     Returns:
       `(carry, ys)`. A module in the carry is the caller's own. New modules in `y` are stacked.
 
     Raises:
       CarryError: the carry, or a carried Ref, changes its structure, shape or dtype.
-      AxisError: leading axes of different sizes; one Ref both carried and sliced.
-      StructureError: the body changes the structure of a module that comes from outside.
+      AxisError: the leading axes differ in size, or one Ref is both carried and sliced.
+      StructureError: the body changes the structure of a module from outside.
 
     >>> import jax.numpy as jnp, nnx
     >>> total = nnx.Ref(jnp.array(0.0))
@@ -87,13 +87,13 @@ def scan(
     for axis in (axes or {}).values():
         if axis is not CARRY and axis != 0:
             raise AxisError(
-                f"{name} got the axis {axis!r}; Refs of xs are sliced along axis 0, or carried "
+                f"{name} got the axis {axis!r}. It slices the Refs in xs along axis 0, or carries them "
                 f"with nnx.CARRY."
             )
     if axes and not opened.holds_identity(xs):
         raise AxisError(
-            f"{name} got axes, which say what is sliced of the Refs in xs, but xs holds no module or "
-            f"Ref. Those in init, and closed-over ones, are always carried: leave axes out."
+            f"{name} got axes, which say how to slice the Refs in xs, but xs holds no module or Ref. "
+            f"Refs in init and in the closure are always carried: leave axes out."
         )
     rules = axes or {}
     settings = (length, reverse, unroll, tuple(rules.items()))
@@ -159,8 +159,8 @@ def _slice_of(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         first, *rest = spec_in_type(x)
         if first is not None:
             raise AxisError(
-                f"{name} takes slices of an array {jax.typeof(x)} along its leading axis, which is "
-                f"sharded along an Explicit axis of the mesh. Leave that axis whole, or make the mesh "
+                f"{name} slices an array {jax.typeof(x)} along its leading axis, but that axis is "
+                f"sharded along an Explicit axis of the mesh. Leave it unsharded, or make the mesh "
                 f"with Auto axes."
             )
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*rest))
@@ -191,10 +191,10 @@ def _length(call: Call, specs: Specs, given: int | None, name: str) -> int:
 
 
 def while_loop(cond_fun: Callable[[C], Any], body_fun: Callable[[C], C], init_val: C) -> C:
-    """Run `body_fun(val) -> val` as long as `cond_fun(val)` is true, as one compiled loop.
+    """Run `body_fun(val) -> val` while `cond_fun(val)` is true, as one compiled loop.
 
-    Refs in `init_val` and Refs that the functions close over are carried, and both see their
-    current values; only the body may write.
+    The loop carries the Refs in `init_val` and the Refs that the functions close over. Both functions
+    see their current values, but only the body may write them.
 
     Raises:
       CarryError: the carry, or a carried Ref, changes its structure, shape or dtype.
@@ -274,8 +274,8 @@ def fori_loop(
 ) -> C:
     """Run `body_fun(i, val) -> val` for `i` from `lower` to `upper - 1`, as one compiled loop.
 
-    Refs in `init_val` and Refs that the body closes over are carried. Arguments as for
-    `jax.lax.fori_loop`; errors as for `nnx.while_loop`.
+    The loop carries the Refs in `init_val` and the Refs that the body closes over. The arguments are
+    those of `jax.lax.fori_loop`; the errors are those of `nnx.while_loop`.
 
     >>> import jax.numpy as jnp, nnx
     >>> total = nnx.Ref(jnp.array(0))
@@ -288,7 +288,7 @@ def fori_loop(
     if ambient.probe is not None:
         return ambient.probe.fori_loop(lower, upper, body_fun, init_val, unroll)
     name = f"nnx.fori_loop({function_name(body_fun)})"
-    # Bounds that are numbers are settings of the program, as they are to JAX.
+    # Python ints as bounds are settings of the program, as they are for JAX.
     given = {i: b for i, b in enumerate((lower, upper)) if isinstance(b, int)}
     arrays = tuple([b for i, b in enumerate((lower, upper)) if i not in given])
 
@@ -322,7 +322,7 @@ def _fori_loop(
     def attempt(roots: Roots, init: Any, renewed: frozenset[int]) -> Any:
         call = open_call((index, init), {}, roots)
         specs = _all_carried(call)
-        # The index is an input of each step, and nothing that is carried.
+        # The index is an input of each step; it is not carried.
         specs.values.arguments[0] = 0
         call.repeats = 1 if count is None else count
         loop = Loop(
@@ -349,19 +349,20 @@ def _fori_loop(
 
 
 def map(f: Callable[[X], Y], xs: X, *, batch_size: int | None = None) -> Y:
-    """Apply `f` to each slice of `xs` along the leading axis, one after the other, and stack.
+    """Apply `f` to the slices of `xs` along the leading axis, one after another, and stack the results.
 
-    It is `nnx.scan` without a carry, so Refs in `xs` are sliced and closed-over Refs carried.
+    It is `nnx.scan` without a carry: Refs in `xs` are sliced, and closed-over Refs are carried.
 
     Args:
       f: a function of one slice.
-      xs: any pytree of arrays, modules and Refs included.
-      batch_size: as for `jax.lax.map`: so many slices at a time, by `nnx.vmap`. `xs` must hold no
-        Refs then.
+      xs: any pytree of arrays, which may hold modules and Refs.
+      batch_size: how many slices to take at a time, with `nnx.vmap`, as in `jax.lax.map`. `xs` must
+        not hold Refs then.
 
     Raises:
-      AxisError: leading axes of different sizes, or none; `batch_size` that is not a positive int, or
-        with Refs in `xs`; and what `nnx.scan` raises.
+      AxisError: the leading axes differ in size, or an array has none; `batch_size` is not a positive
+        int, or `xs` holds Refs and `batch_size` is given.
+      CarryError, StructureError: as for `nnx.scan`.
 
     >>> import jax.numpy as jnp, nnx
     >>> nnx.map(lambda x: x * 2, jnp.arange(3)).tolist()
@@ -370,7 +371,7 @@ def map(f: Callable[[X], Y], xs: X, *, batch_size: int | None = None) -> Y:
     name = f"nnx.map({function_name(f)})"
     sizes = _sizes(name, xs)
     if ambient.probe is not None:
-        # What a probe records has one leading axis for the slices, however they are batched.
+        # A probe's records have one leading axis for the slices, however they are batched.
         return scan(lambda _, x: (None, f(x)), None, xs)[1]
     if batch_size is None:
         return _mapped(name, f, xs)
@@ -406,7 +407,7 @@ def _mapped(name: str, f: Callable[[Any], Any], xs: Any) -> Any:
 
 
 def _sizes(name: str, xs: Any) -> set[int]:
-    """The size of the leading axis, which all arrays have; that of modules is looked at later."""
+    """Check that all arrays have one leading size, and return it. Modules are checked later."""
     sizes: dict[int, str] = {}
     for path, x in opened.flatten_with_path(xs)[0]:
         if is_identity(x):
@@ -415,7 +416,7 @@ def _sizes(name: str, xs: Any) -> set[int]:
         shape = jnp.shape(x)
         if not shape:
             raise AxisError(
-                f"{name} maps over the leading axis, but {where} is a scalar and has none."
+                f"{name} maps over the leading axis, but {where} is a scalar, which has no axis."
             )
         sizes.setdefault(shape[0], f"{shape[0]} of {where}")
     if len(sizes) > 1:

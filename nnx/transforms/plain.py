@@ -1,4 +1,4 @@
-"""Loops as Python runs them, step by step: what `jax.disable_jit()` asks for, to look into a body."""
+"""Loops that run step by step in Python, for debugging a body under `jax.disable_jit()`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__: list[str] = []
 
 
 def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], val: Any) -> Any:
-    """`nnx.while_loop` without a program."""
+    """`nnx.while_loop` without a compiled program."""
     while cond_fun(val):
         val = body_fun(val)
     return val
 
 
 def fori_loop(lower: Any, upper: Any, body_fun: Callable[[Any, Any], Any], val: Any) -> Any:
-    """`nnx.fori_loop` without a program."""
+    """`nnx.fori_loop` without a compiled program."""
     kind = jnp.asarray(lower).dtype
     for i in range(int(lower), int(upper)):
         val = body_fun(jnp.asarray(i, kind), val)
@@ -39,7 +39,7 @@ def scan(
     reverse: bool,
     carried: Callable[[Any, Ref[Any]], bool],
 ) -> tuple[Any, Any]:
-    """`nnx.scan` without a program; `carried` says which Refs of `xs` are not sliced."""
+    """`nnx.scan` without a compiled program. `carried` says which Refs of `xs` are not sliced."""
     flat, treedef = opened.flatten(xs)
     modules = tuple([x for x in flat if is_identity(x)])
     dagdef, values = split(modules)
@@ -90,7 +90,7 @@ def _stacked(ys: list[Any], stack: Callable[..., Any]) -> Any:
 
 
 def carried_by(axes: dict[Any, Any], carry: Any) -> Callable[[Any, Ref[Any]], bool]:
-    """Says for a Ref whether the first filter that selects it says that it is carried."""
+    """A predicate: whether the first filter in `axes` that selects a Ref says to carry it."""
     rules = [(to_predicate(filter), axis is carry) for filter, axis in axes.items()]
 
     def carried(path: Any, ref: Ref[Any]) -> bool:

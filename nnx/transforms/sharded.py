@@ -1,4 +1,4 @@
-"""`nnx.shard_map`: a function of one shard, run on every device of a mesh."""
+"""`nnx.shard_map`: run a function of one shard on every device of a mesh."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def shard_map(
 ) -> Callable[..., Any]:
     """Run a function on the shards of its arguments; Refs are sharded as their specs say.
 
-    A Ref with a spec is a shard inside, and what is written to it is a shard again. Closed-over
-    Refs and the streams of the ambient scope are whole on every device, so what is written to them
-    must be the same on every device: averaged with `jax.lax.pmean`, by `nnx.BatchNorm` with
-    `axis_name`. With `check_vma=False` nobody checks that, and the value of one device is kept.
+    Inside the function, a Ref with a spec holds a shard, and its writes are shards again. Closed-over
+    Refs and the streams of the ambient scope are whole on every device. Their writes must be the same
+    on every device: average them with `jax.lax.pmean`, or give `nnx.BatchNorm` an `axis_name`. With
+    `check_vma=False` this is not checked, and one device's value is kept.
 
     Args:
-      fn: the function, a module, or a bound method of one.
+      fn: the function, a module, or a bound method of a module.
       in_specs: a `PartitionSpec`, or a tuple with one for each argument, or a pytree prefix of
         that; for a module or a Ref it may be a dict from filter to spec.
       out_specs: the same for the output.
-      mesh: the mesh; the ambient one without it.
+      mesh: the mesh. The default is the ambient one.
       **options: as for `jax.shard_map`.
 
     Raises:
-      AxisError: specs that do not fit the arguments; one Ref with two specs; a write that differs
-        between the devices of a Ref that is whole.
+      AxisError: the specs do not fit the arguments, one Ref has two specs, or the devices write
+        different values to a Ref that is whole.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> from jax.sharding import PartitionSpec as P
@@ -106,7 +106,7 @@ def shard_map(
                     **options,
                 )(call.values)
             except ValueError:
-                # JAX refuses too, but speaks of functions and outputs that are not the user's.
+                # JAX refuses too, but its message names functions and outputs that are not the user's.
                 if differing:
                     raise _differs(name, differing) from None
                 raise
@@ -118,7 +118,7 @@ def shard_map(
 
 
 def _varying(value: Any) -> set[Any]:
-    """The axes of the mesh along which a value differs, or may; none without `check_vma`."""
+    """The mesh axes along which a value may differ. Empty without `check_vma`."""
     kinds = [getattr(jax.typeof(x), "manual_axis_type", None) for x in jax.tree.leaves(value)]
     return {axis for kind in kinds if kind is not None for axis in kind.varying}
 
@@ -131,9 +131,8 @@ def _differs(name: str, differing: dict[str, set[Any]]) -> AxisError:
     axes = sorted(set[Any]().union(*differing.values()))
     axis = axes[0] if len(axes) == 1 else tuple(axes)
     return AxisError(
-        f"{name} writes to {', '.join(map(repr, differing))} what differs between the shards along "
-        f"{axis!r}, but such a Ref has one value on all of them. Average over the axis first, by "
-        f"jax.lax.pmean(value, {axis!r}), which BatchNorm does over the axes in its axis_name. Or, if "
-        f"each device is to keep a part of the Ref, give it a spec with the axis: in_specs takes a "
-        f"dict from filter to spec."
+        f"{name} writes values to {', '.join(map(repr, differing))} that differ between the shards "
+        f"along {axis!r}, but such a Ref has one value on all of them. Average over the axis first, with "
+        f"jax.lax.pmean(value, {axis!r}), or with the axis_name of BatchNorm. If each device should keep "
+        f"a part of the Ref, give it a spec with the axis: in_specs takes a dict from filter to spec."
     )

@@ -1,4 +1,4 @@
-"""The shardings of `nnx.jit`, said by argument, by prefix, or by filter."""
+"""The shardings of `nnx.jit`, given by argument, by prefix, or by filter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__: list[str] = []
 
 
 class Shardings:
-    """What was said of shardings, and what it means for the flat lists of one layout."""
+    """The `in_shardings` and `out_shardings`, and their meaning for the flat lists of a layout."""
 
     def __init__(self, name: str, inputs: Any, outputs: Any, *, bound: int):
         self._name = name
@@ -53,7 +53,7 @@ class Shardings:
         layout.shardings = specs
 
     def of_output(self, layout: Layout) -> Callable[[Packed, NewValues], Packed] | None:
-        """What notes, while the function is traced, where the new Refs that it returns go."""
+        """A function that notes, while tracing, where the new Refs in the output go."""
         if self._outputs is None:
             return None
 
@@ -71,14 +71,14 @@ class Shardings:
         return finish
 
     def _of_new(self, path: Path, cell: Any, value: Any) -> Any:
-        # What an argument holds is not in the output.
+        # A path that starts in an argument is not in the output.
         if path[0] != "1":
             return None
         where = f"{self._name}: the output {dotted(path[1:])!r}"
         return _said(of_new(path[1:], cell, self._outputs, self._name), value, where)
 
     def options(self, layout: Layout, out: Packed) -> dict[str, Any]:
-        """The arguments of `jax.jit`; what is written keeps the sharding it came with."""
+        """The arguments of `jax.jit`. A written value keeps the sharding that it came with."""
         specs = layout.shardings
         leaves, treedef = jax.tree.flatten(out.out)
         if out.spec.graph is None:
@@ -87,7 +87,7 @@ class Shardings:
             outputs = [_said(s, x, where) for s, x in zip(outputs, leaves, strict=True)]
         else:
             outputs = layout.out_shardings or [None] * len(leaves)
-        # None is a leaf here, so the tree of shardings is made from the output's own structure.
+        # None is a leaf here, so we build the tree of shardings from the structure of the output.
         packed = Packed(
             out.spec,
             jax.tree.unflatten(treedef, outputs),
@@ -98,7 +98,7 @@ class Shardings:
 
 
 def _spread(said: list[Any], values: list[Any]) -> list[Any]:
-    """What was said of each value, for each of its arrays."""
+    """Spread the sharding of each value over its arrays."""
     each: list[Any] = []
     for spec, value in zip(said, values, strict=True):
         treedef = jax.tree.structure(value)
@@ -108,18 +108,18 @@ def _spread(said: list[Any], values: list[Any]) -> list[Any]:
 
 
 def _said(spec: Any, value: Any, where: str) -> Any:
-    """A sharding as `jax.jit` takes it: a spec in axes of the mesh of `jax.set_mesh`, checked."""
+    """A sharding for `jax.jit`: resolve a spec in the mesh of `jax.set_mesh`, and check it."""
     names = isinstance(spec, tuple) and all(isinstance(x, str | tuple | None) for x in spec)
     if not (isinstance(spec, PartitionSpec) or names):
         return spec
     mesh = current_mesh()
     if mesh is None:
         if isinstance(spec, PartitionSpec):
-            # JAX says that it needs a mesh.
+            # JAX raises an error about the missing mesh.
             return spec
         raise ShardingError(
             f"{where} has the sharding {spec!r}, which needs a mesh. Make the call inside `with "
-            f"jax.set_mesh(mesh):`, or say a NamedSharding."
+            f"jax.set_mesh(mesh):`, or use a NamedSharding."
         )
     rules = rules_for(None)
     return jax.tree.map(

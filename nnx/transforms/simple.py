@@ -1,4 +1,4 @@
-"""The transformations that take a function as a whole: remat, eval_shape, make_jaxpr, checkify."""
+"""The transformations that need no more than the boundary: remat, eval_shape, make_jaxpr, checkify."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from nnx.transforms.result import Packed, fresh_output
 __all__ = ["checkify", "eval_shape", "make_jaxpr", "remat"]
 
 
-# Those that compute nothing: a ShapeDtypeStruct in a module stands for an array there.
+# These compute nothing, so a module may hold ShapeDtypeStructs in place of arrays.
 _ABSTRACT = ("nnx.eval_shape", "nnx.make_jaxpr")
 
 
 def _transformed(
     kind: str, fn: Callable[..., Any], transform: Callable[[Call, Callable[..., Packed]], Any]
 ) -> Callable[..., Any]:
-    """A function that opens the boundary and leaves to `transform` what happens inside."""
+    """Wrap `fn` so that a call opens the boundary and lets `transform` do the rest."""
     inner, bound = unbound(fn)
     name = f"{kind}({function_name(fn)})"
 
@@ -72,14 +72,14 @@ def remat(
     prevent_cse: bool = True,
     policy: Callable[..., bool] | None = None,
 ) -> Callable[..., Any]:
-    """Compute the intermediate values of `fn` again in the backward pass instead of keeping them.
+    """Recompute the intermediate values of `fn` in the backward pass instead of keeping them.
 
     Args:
-      fn: the function, a module, or a bound method of one. It may read and write Refs.
+      fn: the function, a module, or a bound method of a module. It may read and write Refs.
       prevent_cse, policy: as for `jax.checkpoint`.
 
     Returns:
-      A function that computes what `fn` computes, with less memory under `nnx.grad`.
+      A function that computes the same as `fn`, with less memory under `nnx.grad`.
 
     >>> import jax.numpy as jnp, nnx
     >>> w = nnx.Ref(jnp.array(2.0), "params")
@@ -100,10 +100,10 @@ def remat(
 
 
 def eval_shape(fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """The output of `fn` with `jax.ShapeDtypeStruct`s for arrays, without computing anything.
+    """Find the output of `fn`, with `jax.ShapeDtypeStruct`s for arrays, without computing anything.
 
-    Modules in the arguments may hold arrays or `ShapeDtypeStruct`s. Nothing that `fn` writes is
-    kept. So a model of any size can be looked at: `nnx.eval_shape(lambda: Model.init(key)(...))`.
+    Modules in the arguments may hold arrays or `ShapeDtypeStruct`s. Writes of `fn` are dropped. You can
+    inspect a model of any size: `nnx.eval_shape(lambda: Model.init(key)(...))`.
 
     >>> import jax, nnx
     >>> class Wide(nnx.Module):
@@ -126,10 +126,10 @@ def eval_shape(fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 
 
 def make_jaxpr(fn: Callable[P, Any]) -> Callable[P, Any]:
-    """A function of the arguments of `fn` that gives its jaxpr, to look at; nothing is written.
+    """Make a function with the arguments of `fn` that returns its jaxpr. It writes nothing.
 
-    The inputs of the jaxpr are the values of the Refs, by path, and then the other arguments; its
-    outputs are those of `fn` and then the Refs that `fn` wrote, and no others.
+    The inputs of the jaxpr are the values of the Refs, by path, and then the other arguments. Its
+    outputs are the outputs of `fn` and then only the Refs that `fn` wrote.
 
     >>> import jax.numpy as jnp, nnx
     >>> n = nnx.Ref(jnp.array(0), "counters")
@@ -148,15 +148,15 @@ def make_jaxpr(fn: Callable[P, Any]) -> Callable[P, Any]:
 def checkify(
     fn: Callable[P, R], errors: Any = jax_checkify.user_checks
 ) -> Callable[P, tuple[jax_checkify.Error, R]]:
-    """Make `jax.experimental.checkify` checks of `fn` into an error value; Refs are written back.
+    """Turn the `jax.experimental.checkify` checks in `fn` into an error value. Refs are written back.
 
     Args:
-      fn: the function, a module, or a bound method of one.
-      errors: which checks, as for `jax.experimental.checkify.checkify`.
+      fn: the function, a module, or a bound method of a module.
+      errors: the set of checks, as for `jax.experimental.checkify.checkify`.
 
     Returns:
-      A function that returns `(error, out)`; `error.throw()` raises if a check failed. It must be
-      compiled, by `nnx.jit`, if the checks are inside a compiled function.
+      A function that returns `(error, out)`. `error.throw()` raises if a check failed. If the checks
+      are inside a compiled function, compile this one too, with `nnx.jit`.
 
     >>> import jax.numpy as jnp, nnx
     >>> from jax.experimental import checkify

@@ -12,7 +12,7 @@ from refx import StructureError
 
 __all__: list[str] = []
 
-# To a type checker they are stages of JAX, as `jax.export` asks for.
+# For a type checker they are stages of JAX, which `jax.export` requires.
 if TYPE_CHECKING:
     _Traced, _Lowered, _Compiled = jax.stages.Traced, jax.stages.Lowered, jax.stages.Compiled
 else:
@@ -20,10 +20,10 @@ else:
 
 
 class _Stage:
-    """A stage of JAX, with everything that it has, for a function of modules.
+    """A stage of JAX, with all its attributes, for a function of modules.
 
-    `finished` calls the compiled program with arguments of the user's; `exported` gives the trace that
-    `jax.export` writes.
+    `finished` calls the compiled program with the user's arguments. `exported` returns the trace for
+    `jax.export` to write.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Traced(_Stage, _Traced):
     def lower(self, **options: Any) -> Lowered:
         """Lower to the compiler's language."""
         if "_private_parameters" in options and self._exported is not None:
-            # That is `jax.export`, which also reads the rest of the trace.
+            # The caller is `jax.export`, which also reads the rest of the trace.
             self._stage = self._exported(self._stage.out_info.spec)
             return self._stage.lower(**options)
         return self._next(Lowered, self._stage.lower(**options))
@@ -64,7 +64,7 @@ class Lowered(_Stage, _Lowered):
     """A lowered function: `.as_text()`, `.cost_analysis()`, `.compile()`."""
 
     def compile(self, *args: Any, **options: Any) -> Compiled:
-        """Compile; the result is called like the function."""
+        """Compile it. The result takes the arguments of the function."""
         return self._next(Compiled, self._stage.compile(*args, **options))
 
 
@@ -79,13 +79,13 @@ class Compiled(_Stage, _Compiled):
 
 
 def other_structure(name: str, was: Layout, new: Layout) -> StructureError:
-    """The error for a compiled function that is called in another way than it was compiled for."""
+    """The error for a call of a compiled function that does not match what it was compiled for."""
     how = "arguments of another structure than it was compiled for"
     if new is was:
         how = "other static values than it was compiled for"
     elif new.dagdef is not was.dagdef:
         how = f"{how}: {new.dagdef!r} for {was.dagdef!r}"
     return StructureError(
-        f"The compiled {name} was called with {how}. A compiled function does not compile again; call "
-        f".lower(...).compile() for these, or call the function itself."
+        f"The compiled {name} was called with {how}. A compiled function does not compile again: call "
+        f".lower(...).compile() with these arguments, or call the function itself."
     )

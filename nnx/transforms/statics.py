@@ -1,4 +1,4 @@
-"""Static arguments: hashable constants of a compiled program, said by number or by name."""
+"""Static arguments: hashable constants of a compiled program, given by number or by name."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__: list[str] = []
 def select_arguments(
     name: str, fn: Any, nums: Any, names: Any, *, bound: int, option: str
 ) -> tuple[set[int], set[str]]:
-    """The numbers and the names of the arguments that were said by number or by name.
+    """The numbers and the names of the arguments that `nums` and `names` select.
 
-    As in `jax.jit`, what is said by number is said by name too, and the other way round.
+    As in `jax.jit`, an argument selected by number is also selected by name, and the other way round.
 
     Args:
       name: the transformation, for messages.
       fn: the function.
-      nums: a number or several; a negative one counts from the last positional argument.
+      nums: a number or several. A negative number counts from the last positional argument.
       names: a name or several.
-      bound: so many of the first arguments do not count.
-      option: what the arguments are for, `"static"` or `"donate"`, for messages.
+      bound: how many of the first arguments do not count.
+      option: the purpose of the arguments, `"static"` or `"donate"`, for messages.
 
     Raises:
-      ArgumentError: a number or a name that the function does not have.
+      ArgumentError: the function does not have an argument of that number or name.
     """
     nums = (nums,) if isinstance(nums, int) else tuple(nums if nums is not None else ())
     names = (names,) if isinstance(names, str) else tuple(names if names is not None else ())
@@ -58,7 +58,7 @@ def select_arguments(
             f"{name} has {option}_argnames={names}, but its function has no argument "
             f"{unknown[0]!r}; it has {', '.join(map(repr, sorted(known))) or 'none'}."
         )
-    # With *args, what a negative number means is known at the call.
+    # With *args, only the call tells what a negative number means.
     last = 0 if inspect.Parameter.VAR_POSITIONAL in kinds else len(positional)
     by_num = {n + bound if n >= 0 else n + last for n in nums}
     by_name = set(names) | {positional[n] for n in by_num if 0 <= n < len(positional)}
@@ -69,7 +69,7 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 
 class Statics:
-    """Which arguments are static, and how they are taken out of a call and put back."""
+    """Take the static arguments out of a call, and put them back."""
 
     def __init__(self, name: str, fn: Any, nums: Any, names: Any, *, bound: int):
         self._name = name
@@ -79,7 +79,7 @@ class Statics:
         self.active = bool(self.nums or self.names)
 
     def numbers(self, args: Any) -> set[int]:
-        """The numbers of the static ones of these positional arguments."""
+        """The numbers of the static arguments among these positional ones."""
         return {n % len(args) if n < 0 and args else n for n in self.nums}
 
     def take(self, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
@@ -88,7 +88,7 @@ class Statics:
         named = {k: v for k, v in kwargs.items() if k in self.names}
         for where, value in (*fixed.items(), *named.items()):
             _check_static(self._name.split("(")[0], where, value)
-        # As `Static`, since programs for 2 and 2.0 differ, although the numbers are equal.
+        # Wrapped in `Static`, since 2 and 2.0 need different programs although they are equal.
         statics = (
             len(args),
             tuple((i, Static(value)) for i, value in fixed.items()),
@@ -116,13 +116,13 @@ def _check_static(name: str, where: Any, value: Any) -> None:
     which = f"argument {where}" if isinstance(where, int) else f"argument {where!r}"
     if opened.holds_identity(value):
         raise StructureError(
-            f"Static {which} of {name} holds a module or a Ref, whose updates would not be seen. "
-            f"Pass it as an ordinary argument: its structure is static there by itself."
+            f"Static {which} of {name} holds a module or a Ref, so its updates would go unnoticed. "
+            f"Pass it as an ordinary argument: its structure is static anyway."
         )
     try:
         hash(value)
     except TypeError:
         raise UnhashableStaticError(
             f"Static {which} of {name} is a {type(value).__name__}, which cannot be hashed: "
-            f"{value!r}. Use a tuple for a list, or make the argument an ordinary one."
+            f"{value!r}. Use a tuple instead of a list, or make it an ordinary argument."
         ) from None

@@ -1,4 +1,4 @@
-"""Random streams at a boundary: which Refs of a call are the counts of streams."""
+"""Random streams at a boundary: find the Refs of a call that count the keys of a stream."""
 
 from __future__ import annotations
 

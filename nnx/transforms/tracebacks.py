@@ -1,7 +1,7 @@
-"""Short tracebacks: the lines of the user, and one line for each transformation around them.
+"""Short tracebacks: the user's lines, and one line for each transformation around them.
 
-JAX takes its own frames out of a traceback, and this does the same for ours, unless the user asked JAX
-for all of them (`JAX_TRACEBACK_FILTERING=off`).
+JAX removes its own frames from tracebacks. We remove ours too, unless the user asked JAX for all of them
+(`JAX_TRACEBACK_FILTERING=off`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__: list[str] = []
 E = TypeVar("E", bound=BaseException)
 
 _ROOT = Path(__file__).parents[2]
-# And those of JAX, which it takes out only where an error leaves one of its own transformations.
+# JAX's frames are here too: JAX removes them only from an error that leaves one of its transformations.
 _HIDDEN = (
     *(
         str(_ROOT / part)
@@ -32,21 +32,21 @@ _HIDDEN = (
     ),
     str(Path(jax.__file__).parent),
 )
-# In profiles and in the compiler's messages, too, an operation comes from a line of the user's.
+# So that profiles and compiler messages, too, attribute an operation to the user's line.
 for _path in _HIDDEN[:-1]:
     source_info_util.register_exclusion(_path)
 
 
 _KEPT = (
-    "nnx: this comes about when a function of plain jax that is kept between calls (jax.jit, lax.scan, "
-    "jax.checkpoint, ...) closes over a module or a Ref: JAX keeps its program, with the tracer of the "
-    "first call in it. Pass the module to it as an argument, or use the nnx transformation of the same "
-    "name. Or a value was kept in a global while tracing, or in a list or a dict that a function closes over."
+    "nnx: this happens when a function under a plain jax transformation (jax.jit, lax.scan, "
+    "jax.checkpoint, ...) closes over a module or a Ref: JAX keeps its program, with a tracer of the "
+    "first call inside. Pass the module as an argument, or use the nnx transformation of the same name. "
+    "Or code under tracing put a value into a global, or into a list or a dict outside the function."
 )
 
 
 def shortened(error: E) -> E:
-    """The error, to be raised again, without the frames of this package and of JAX in its traceback."""
+    """Remove the frames of this package and of JAX from the traceback of an error, to raise it again."""
     if isinstance(error, jax.errors.UnexpectedTracerError):
         if _KEPT not in getattr(error, "__notes__", ()):
             error.add_note(_KEPT)

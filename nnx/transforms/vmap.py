@@ -1,4 +1,4 @@
-"""`nnx.vmap`: a function of one example, mapped over an axis, with the Refs it reads and writes."""
+"""`nnx.vmap`: map a function over an axis of its arguments and of their Refs."""
 
 from __future__ import annotations
 
@@ -41,27 +41,27 @@ def vmap(
 ) -> Callable[P, R]:
     """Map a function over an axis of its arguments; Refs are mapped as their axes say.
 
-    A Ref with an axis has a slice in each lane, and its writes are stacked again. A Ref with the
-    axis None, and one that is closed over, is the same in every lane and may only be written with a
-    value that is the same in every lane too. Each stream of the ambient scope gives one key, which
-    is split into one for each lane: lane `i` draws what the function alone would draw in
+    A Ref with an axis has one slice in each lane, and its writes are stacked again. A Ref with the axis
+    None, or one that the function closes over, is the same in every lane: its writes must be the same
+    in every lane too. Each stream of the ambient scope draws one key and splits it into a key for each
+    lane. Lane `i` draws the keys that the function alone would draw in
     `nnx.scope(jax.random.split(stream.next(), n)[i])`.
 
     Args:
-      fn: the function, a module, or a bound method of one.
+      fn: the function, a module, or a bound method of a module.
       in_axes: an axis, or a tuple with one for each positional argument, or a pytree prefix of
         that. For a module or a Ref it may be a dict from filter to axis: `{"params": 0, ...: None}`.
         Keyword arguments are mapped over axis 0.
-      out_axes: the same for the output; new modules and Refs in it may have a dict from filter.
+      out_axes: the same for the output. New modules and Refs in it may have a dict from filter.
       axis_name, axis_size, spmd_axis_name: as for `jax.vmap`.
-      partition_name: the entry that the mapped axis has in the `sharding` metadata of new Refs: a
-        logical name, a mesh axis, or a tuple of them. Without it, that is `spmd_axis_name`, or
-        None. In the body, the `sharding` of a Ref that is mapped has no entry for that axis.
+      partition_name: the entry for the mapped axis in the `sharding` metadata of new Refs: a logical
+        name, a mesh axis, or a tuple of them. The default is `spmd_axis_name`, or None. In the body,
+        the `sharding` of a mapped Ref has no entry for that axis.
 
     Raises:
-      AxisError: axes that do not fit the arguments, one Ref with two axes, two sizes, or a write
-        that differs between lanes to a Ref that has no axis; the message names the Ref.
-      ShardingError: a Ref that is mapped has a `sharding` for another number of dimensions.
+      AxisError: the axes do not fit the arguments, one Ref has two axes, the mapped axes have different
+        sizes, or the lanes write different values to a Ref without an axis. The message names the Ref.
+      ShardingError: the `sharding` of a mapped Ref is for another number of dimensions.
 
     >>> import jax, jax.numpy as jnp, nnx
     >>> class Scale(nnx.Module):
@@ -138,13 +138,13 @@ def _axis(spec: Any) -> int | None:
 
 
 def _ambient_axis(path: Path, ref: Any) -> int | None:
-    # Closed-over Refs are the same in every lane; each lane has a stream of the scope for itself.
+    # Closed-over Refs are the same in every lane, but each lane has its own streams.
     return 0 if path[:1] == ("streams",) else None
 
 
 @contextlib.contextmanager
 def _lanes(size: int) -> Iterator[None]:
-    """The ambient scope with a key for each lane; afterwards each outer stream has moved on by one."""
+    """Enter the ambient scope with a key for each lane. On exit, each outer stream advances by one."""
     scope: Scope | None = ambient.scope
     if scope is None:
         yield
@@ -160,7 +160,7 @@ def _check_expressible(name: str, call: Call, specs: Specs, packed: Packed) -> N
         if specs.values.refs[i] is None and is_batched(value):
             raise AxisError(
                 f"{call.layout.name_of(i)} was written in {name} with a value that differs between "
-                f"the lanes, but has the axis None: it is one value for all of them. Give it an axis, as in "
+                f"the lanes, but its axis is None, so all lanes share one value. Give it an axis, as in "
                 f"in_axes=({{'batch_stats': 0, ...: None}}, 0), or reduce the value over the lanes "
                 f"with jax.lax.pmean and axis_name."
             )
@@ -171,6 +171,6 @@ def _check_output(name: str, values: list[Any]) -> None:
         if is_batched(value):
             raise AxisError(
                 f"{name} returns a value (or a new Ref that holds one) that differs between the "
-                f"lanes, with the axis None in out_axes: {array_text(value)}. Give it "
+                f"lanes, but out_axes gives it the axis None: {array_text(value)}. Give it "
                 f"an axis, as in out_axes=0 or out_axes={{'params': 0, ...: None}}, or reduce it."
             )

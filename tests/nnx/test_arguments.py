@@ -53,7 +53,7 @@ def test_what_looks_like_a_key_but_is_a_flag():
         (
             lambda m: nnx.jit(lambda m: None, donate_argnums=0),
             TypeError,
-            "takes no donate_argnums.*donate=True.*nnx.jit_filter has donate_argnums",
+            "has no donate_argnums.*donate=True.*nnx.jit_filter has donate_argnums",
         ),
         (lambda m: nnx.jit(lambda x: 0, donate_argnames="x"), TypeError, "no donate_argnames"),
         (lambda m: nnx.jit(lambda m: None, donate="all")(m), nnx.FilterError, "donate=True"),

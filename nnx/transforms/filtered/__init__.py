@@ -1,4 +1,4 @@
-"""Transformations with value semantics, which choose leaf by leaf: `jit_filter`, `grad_filter`."""
+"""Transformations with value semantics that choose leaf by leaf: `jit_filter`, `grad_filter`."""
 
 from nnx.transforms.filtered.grad import grad_filter, value_and_grad_filter
 from nnx.transforms.filtered.jit import jit_filter

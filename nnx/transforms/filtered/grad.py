@@ -30,27 +30,27 @@ def value_and_grad_filter(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
 ) -> Callable[..., Any]:
-    """The value of a function and its gradient with respect to leaves of its arguments.
+    """Compute the value of a function and its gradient with respect to leaves of its arguments.
 
     Args:
-      fn: a function that returns a scalar. Modules that it is given are copies inside.
-      filter_fn: a function from leaf to bool: whether it is differentiated. Without it and without
-        `filter_tree`, arrays of floating-point numbers are.
-      filter_tree: a pytree prefix of the argument with bools, which decides instead; for several
-        arguments, of a tuple of them. A function from leaf to bool may stand for a bool, and a dict
-        from filter to bool for those of a module. With `filter_fn` too, a leaf is differentiated if
-        both say so.
-      argnums: the number of the positional argument that is differentiated, or several.
-      has_aux: `fn` returns `(scalar, aux)`.
+      fn: a function that returns a scalar. It gets copies of the modules in its arguments.
+      filter_fn: a function from leaf to bool that says whether to differentiate the leaf. With neither
+        `filter_fn` nor `filter_tree`, all floating-point and complex arrays are differentiated.
+      filter_tree: a pytree prefix of the argument (of a tuple of the arguments, if there are several)
+        with bools that decide instead. In place of a bool, it may have a function from leaf to bool,
+        or, for a module, a dict from filter to bool. If `filter_fn` is given too, a leaf is
+        differentiated if both say so.
+      argnums: the position of the argument to differentiate, or several positions.
+      has_aux: whether `fn` returns `(scalar, aux)`.
 
     Returns:
-      A function that returns `(value, gradient)`, or `((value, aux), gradient)`. The gradient is
-      like the argument, with None for each leaf that is held constant; for a sequence of
-      `argnums` it is a tuple. The gradient of a shared Ref is the sum over its uses, once.
+      A function that returns `(value, gradient)`, or `((value, aux), gradient)`. The gradient looks
+      like the argument, with None for each leaf that is held constant. For a sequence of `argnums`
+      it is a tuple. A shared Ref has one gradient, the sum over its uses.
 
     Raises:
-      DifferentiationError: no leaf is selected, the function returns no scalar, or there is no such
-        argument.
+      DifferentiationError: no leaf is selected, the function does not return a scalar, or an argument
+        does not exist.
 
     >>> import jax.numpy as jnp, nnx
     >>> value, grads = nnx.value_and_grad_filter(lambda p: p["w"] ** 2)({"w": jnp.array(3.0), "n": 1})
@@ -76,7 +76,7 @@ def grad_filter(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
 ) -> Callable[..., Any]:
-    """The gradient alone; everything else as for `value_and_grad_filter`.
+    """Compute only the gradient. Everything else is as for `value_and_grad_filter`.
 
     >>> import jax.numpy as jnp, nnx
     >>> frozen = {"a": False, "b": True}
@@ -120,10 +120,10 @@ def _gradient(
             return ambient.probe.gradient_filter(kind, inner, args, kwargs, *options)
         wrong = [n for n in numbers if not -len(args) <= n < len(args)]
         if not args:
-            raise DifferentiationError(f"{name} differentiates its first argument, and got none.")
+            raise DifferentiationError(f"{name} differentiates its first argument, but got none.")
         if wrong:
             raise DifferentiationError(
-                f"{name} was to differentiate argument {wrong[0]}, but it was called with "
+                f"{name} differentiates argument {wrong[0]}, but it was called with "
                 f"{len(args)} positional arguments."
             )
         chosen = [n % len(args) for n in numbers]
@@ -139,8 +139,8 @@ def _gradient(
             mask = [m and bool(filter_fn(leaf)) for m, leaf in zip(mask, leaves, strict=True)]
         if not any(mask):
             raise DifferentiationError(
-                f"{name} has nothing to differentiate: no leaf of its argument {argnums} is selected, "
-                f"of {len(leaves)}."
+                f"{name} has nothing to differentiate: none of the {len(leaves)} leaves of its "
+                f"argument {argnums} is selected."
             )
 
         def loss(given: list[Any]) -> Any:
@@ -164,7 +164,7 @@ def _gradient(
 
 
 def _copies(tree: Any) -> Any:
-    """The tree with copies of its modules, so that writes stay inside; sharing is kept."""
+    """Copy the modules of a tree, so that writes stay inside. Sharing is kept."""
     flat, treedef = opened.flatten(tree)
     cells = clone([x for x in flat if is_identity(x)])
     todo = iter(cells)
@@ -189,13 +189,13 @@ def _checked(name: str, out: Any, has_aux: bool) -> tuple[Any, Any]:
 
 
 def _broadcast(prefix: Any, tree: Any, name: str) -> list[bool]:
-    """A bool for each leaf, from a pytree prefix; for a module also a dict from filter to bool."""
+    """A bool for each leaf, from a pytree prefix. A module may have a dict from filter to bool."""
     mask: list[bool] = []
 
     def put(spec: Any, x: Any) -> None:
         mask.extend(says(spec, leaf, name) for leaf in jax.tree.leaves(x))
 
-    # Only where a module is do dicts have another meaning than JAX's.
+    # A dict is a prefix as in JAX, except at a module, where its keys are filters.
     holds = opened.holds_identity(tree)
     try:
         parts = along(tree, prefix, name, "its argument") if holds else [(tree, prefix, "")]
@@ -207,7 +207,7 @@ def _broadcast(prefix: Any, tree: Any, name: str) -> list[bool]:
                 jax.tree.map(put, spec, x)
     except ValueError as error:
         raise DifferentiationError(
-            f"The filter_tree of {name} is no prefix of what it differentiates: {error}"
+            f"The filter_tree of {name} is not a prefix of the argument to differentiate: {error}"
         ) from None
     return mask
 

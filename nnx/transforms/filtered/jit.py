@@ -1,7 +1,7 @@
-"""`nnx.jit_filter`: value semantics, and a choice leaf by leaf.
+"""`nnx.jit_filter`: value semantics, with a choice leaf by leaf.
 
-Modules go in and fresh modules come out; nothing of the caller's changes. `filter_fn` and
-`filter_tree` say of each leaf, one finer than of each argument, whether it is traced.
+Modules go in and fresh modules come out; the caller's modules do not change. `filter_fn` and
+`filter_tree` say for each leaf, and not just for each argument, whether it is traced.
 """
 
 from __future__ import annotations
@@ -73,32 +73,32 @@ def jit_filter(
     donate_argnames: str | Iterable[str] | None = None,
     **options: Any,
 ) -> Any:
-    """Compile a function with value semantics; leaf by leaf, what is not traced is static.
+    """Compile a function with value semantics. Each leaf is either traced or static.
 
-    A module that the function is given is a copy inside, which may be written and returned. What
-    is returned is fresh: also a module that came in. Closed-over Refs are inputs and may not be
-    written. The ambient scope's streams advance.
+    The function gets copies of the modules in its arguments, which it may write and return. Every
+    module in its output is fresh, even one that came in. Closed-over Refs are inputs and must not be
+    written. The streams of the ambient scope advance.
 
     Args:
-      fn: the function, a module, or a bound method of one.
-      filter_fn: a function from leaf to bool: whether it is traced. Without it, arrays are, and
-        what Refs hold; numbers, strings and callables in the arguments are static.
-      filter_tree: a pytree prefix of the positional arguments with bools, which decides instead; a
-        function from leaf to bool may stand for a bool, and a dict from filter to bool for those of
-        a module. With `filter_fn` too, a leaf is traced if both say so.
+      fn: the function, a module, or a bound method of a module.
+      filter_fn: a function from leaf to bool that says whether to trace the leaf. By default, arrays
+        and the values of Refs are traced; numbers, strings and callables in the arguments are static.
+      filter_tree: a pytree prefix of the positional arguments with bools that decide instead. In
+        place of a bool, it may have a function from leaf to bool, or, for a module, a dict from filter
+        to bool. If `filter_fn` is given too, a leaf is traced if both say so.
       static_argnums, static_argnames: arguments that are static as a whole, as for `jax.jit`.
-      donate_argnums, donate_argnames: arguments whose arrays the program may use for its results,
-        as for `jax.jit`. They are gone afterwards, also where a module holds them.
+      donate_argnums, donate_argnames: arguments whose arrays the program may reuse for its results,
+        as for `jax.jit`. The arrays are gone afterwards, even from a module that holds them.
       **options: `inline`, `keep_unused`, `compiler_options` and so on, as for `jax.jit`.
 
     Returns:
-      A function like `fn`, with `.trace` and `.lower` as on `jax.jit`; `jax.export.export` takes it.
+      A function like `fn`, with `.trace` and `.lower` as on `jax.jit`. `jax.export.export` takes it.
 
     Raises:
-      UnhashableStaticError: a leaf that is to be static cannot be hashed, such as an array.
+      UnhashableStaticError: a static leaf cannot be hashed; for example, it is an array.
       TraceLevelError: the function writes a Ref that it closes over.
-      ArgumentError: an argument is said by a number or a name that the function does not have.
-      DonationError: an array that was donated before is used.
+      ArgumentError: the function does not have an argument of that number or name.
+      DonationError: the function uses an array that was donated before.
 
     >>> import jax.numpy as jnp, nnx
     >>> @nnx.jit_filter
@@ -122,18 +122,18 @@ def jit_filter(
     for name in ("in_shardings", "out_shardings"):
         if name in options:
             raise TypeError(
-                f"nnx.jit_filter takes no {name}, since it divides each argument by its leaves. Use "
-                f"nnx.jit, or jax.lax.with_sharding_constraint inside."
+                f"nnx.jit_filter has no {name}, since it divides each argument into its leaves. Use "
+                f"nnx.jit, or jax.lax.with_sharding_constraint inside the function."
             )
     return _JitFilter(fn, options, **given)
 
 
-# Says of a leaf, in the static argument of the program, that its buffer is donated.
+# Marks a donated leaf in the static argument of the program.
 _DONATED = Static("donated")
 
 
 def _labels(call: Call) -> tuple[Any, ...]:
-    """The inputs of a program, for their names: leaves of the values of the call."""
+    """The inputs of a program, from which they get their names: leaves of the values of the call."""
     (_, fixed), *_ = call.filtered
     items = zip(inputs_of(call), call.values, strict=True)
     inputs = [
@@ -173,9 +173,9 @@ class _JitFilter(Compiled[P, R]):
         both = self._static.nums & self._donate[0] or self._static.names & self._donate[1]
         if both:
             raise ArgumentError(
-                f"{self._name} cannot both donate an argument and have it static: {sorted(both)[0]!r}."
+                f"{self._name} cannot donate an argument that is static: {sorted(both)[0]!r}."
             )
-        # This function for the probes that were active where it was called, and what makes it.
+        # Versions of this function by the probes that were active in a call, and what makes one.
         self._probed: dict[Any, _JitFilter] = {}
         self.options = options
         numbers = (static_argnums,) if isinstance(static_argnums, int) else static_argnums or ()
@@ -219,7 +219,7 @@ class _JitFilter(Compiled[P, R]):
         self._check_closed(layout, packed)
         if marks is None:
             return packed
-        # What is donated is gone, so it has to come back where the output holds it.
+        # A donated buffer is gone, so a value that the output holds must be an output of the program.
         gone = [
             {i for i, mark in enumerate(marks[kind]) if _DONATED in jax.tree.leaves(mark)}
             for kind in (0, 1)
@@ -251,7 +251,7 @@ class _JitFilter(Compiled[P, R]):
 
     @staticmethod
     def _numbers(layout: Any, start: int, count: int) -> set[int]:
-        """The positions of the Refs that hang on some of the roots."""
+        """The positions of the Refs that some of the roots reach."""
         reach = reachable(layout.dagdef, range(start, start + count))
         refs = [n for n, node in enumerate(layout.dagdef.nodes) if not hasattr(node, "children")]
         return {i for i, n in enumerate(refs) if n in reach}
@@ -284,7 +284,7 @@ class _JitFilter(Compiled[P, R]):
         return mask
 
     def _donates(self, call: Call, args: Any, kwargs: Any, statics: Any) -> list[bool]:
-        """Whether each leaf of the flat lists is of an argument that is donated."""
+        """Whether each leaf of the flat lists belongs to a donated argument."""
         marks = [[False] * len(items) for items in call.values]
         fixed = {i for i, _ in statics[1]} if statics is not None else set()
         count = len(args) + len(fixed)
@@ -343,14 +343,14 @@ class _JitFilter(Compiled[P, R]):
         fixed = [x for x in call.filtered[0][1] if x is not None and x is not _DONATED]
         if fixed:
             raise ArgumentError(
-                f"{self._name} was called with {fixed[0]!r:.60}, which is static, and an exported program "
-                f"has arrays as arguments and nothing else. Name the argument in static_argnames, which "
-                f"leaves it out, close over it, or pass an array."
+                f"{self._name} was called with the static value {fixed[0]!r:.60}, but an exported program "
+                f"takes only arrays. Name the argument in static_argnames, which leaves it out, close "
+                f"over it, or pass an array."
             )
 
     def _close(self, call: Call, packed: Packed) -> Any:
         if packed.spec.graph is not None:
-            # What comes out as it came in, and not from the program.
+            # Refs that were not written come out as they came in, not from the program.
             passed = set(range(len(call.refs))) - set(packed.spec.written)
             check_alive(self._name, call, passed, packed.spec.graph.leaves)
         self._advance_streams(call, packed)
@@ -387,8 +387,8 @@ class _JitFilter(Compiled[P, R]):
         except TypeError:
             kind = f"{leaf.dtype}{list(leaf.shape)}" if is_array(leaf) else type(leaf).__name__
             raise UnhashableStaticError(
-                f"A leaf of {self._name} that filter_fn or filter_tree makes static is of type "
-                f"{kind} and cannot be hashed. Have it traced, or pass a hashable value, such as a "
+                f"filter_fn or filter_tree makes a leaf of {self._name} static, but its type is "
+                f"{kind}, which cannot be hashed. Trace it, or pass a hashable value, such as a "
                 f"tuple for an array."
             ) from None
         return Static(leaf)

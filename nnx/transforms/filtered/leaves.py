@@ -1,4 +1,4 @@
-"""What a filtered transformation asks of each leaf: what it is, and what was said of it."""
+"""Leaves of a filtered transformation: tests of their kind, and what `filter_tree` says about each."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def is_inexact_array(x: Any) -> bool:
 
 
 def example(leaf: Any) -> Any:
-    """A leaf for `filter_fn`: of a ShapeDtypeStruct, an array like the one that it stands for."""
+    """The leaf to pass to `filter_fn`. For a ShapeDtypeStruct it is an array of that shape and dtype."""
     if not isinstance(leaf, jax.ShapeDtypeStruct) or not isinstance(leaf.dtype, np.dtype):
         return leaf
     shape = [n if isinstance(n, int) else 1 for n in leaf.shape]
@@ -43,14 +43,14 @@ def example(leaf: Any) -> Any:
 
 
 def spread(spec: Any, value: Any) -> Iterator[tuple[Any, Any]]:
-    """Each leaf of a value with what is said of it: one thing for all, or one for each."""
+    """Pair each leaf of a value with its spec: one spec for all leaves, or a tree with one for each."""
     leaves, treedef = jax.tree.flatten(value)
     parts, like = jax.tree.flatten(spec)
     return zip(parts if like == treedef else [spec] * len(leaves), leaves, strict=True)
 
 
 def says(spec: Any, leaf: Any, name: str) -> bool:
-    """What an entry of a filter_tree says of a leaf."""
+    """Apply an entry of a filter_tree to a leaf."""
     if callable(spec) and not isinstance(spec, type):
         spec = spec(leaf)
     if spec is None or isinstance(spec, bool | np.bool_ | int):
@@ -58,6 +58,6 @@ def says(spec: Any, leaf: Any, name: str) -> bool:
     if is_array(spec) and spec.shape == () and spec.dtype == bool:
         return bool(spec)
     raise FilterError(
-        f"The filter_tree of {name} has bools, or functions from leaf to bool, but holds a "
+        f"The filter_tree of {name} must have bools, or functions from leaf to bool, but it has a "
         f"{type(spec).__name__}: {spec!r:.60}."
     )
