@@ -12,15 +12,44 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import gc
+import threading
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.interpreters import mlir
 
 from tests.models import Dense, Net
 
 # test_processes.py starts several processes of this program at once.
 collect_ignore = ["nnx/processes.py"]
+
+
+# JAX makes an MLIR context for each program, a fifth of what it takes to compile a small one.
+_contexts = threading.local()
+
+
+def _shared(make):
+    def context():
+        if not hasattr(_contexts, "of_thread"):
+            _contexts.of_thread = make()
+        return _contexts.of_thread
+
+    return context
+
+
+if hasattr(mlir, "make_ir_context"):
+    mlir.make_ir_context = _shared(mlir.make_ir_context)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Nothing that an import makes is garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)
