@@ -66,7 +66,7 @@ class LlamaConfig:
         unknown = given["model_type"] not in ("llama", "mistral", "qwen3")
         if unknown or given.get("rope_scaling") or given.get("rope_type", "default") != "default":
             raise SystemExit(
-                f"This example does not support a {given['model_type']} with these positions: {path}"
+                f"This example does not support a {given['model_type']}, or its positions: {path}"
             )
         return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
 

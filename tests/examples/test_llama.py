@@ -177,7 +177,7 @@ def test_the_dtype_of_a_checkpoint_and_an_unsupported_model(tmp_path):
     assert model["cache"]["layers.layers.attention.cached_key"].dtype == jnp.bfloat16
     for change in ({"model_type": "gpt2"}, {"rope_scaling": {"type": "llama3"}}):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(SystemExit, match="This example has no"):
+        with pytest.raises(SystemExit, match="This example does not support"):
             llama.load(tmp_path)
 
 

@@ -98,7 +98,10 @@ def test_fields_are_inherited_and_overridden():
 @pytest.mark.parametrize(
     "make, name",
     [
-        (lambda: nnx.param(jnp.ones(3)), r"nnx\.param declares.*of type ArrayImpl.*= nnx\.param\(\)`"),
+        (
+            lambda: nnx.param(jnp.ones(3)),
+            r"nnx\.param declares.*of type ArrayImpl.*= nnx\.param\(\)`",
+        ),
         (lambda: nnx.ref("a", 3), r"nnx\.ref declares.*of type int.*= nnx\.ref\("),
         (lambda: nnx.ref(jnp.ones(3)), r"nnx\.ref declares.*of type ArrayImpl.*default_factory="),
         (lambda: nnx.static(3), r"nnx\.static declares.*of type int.*`w: int = nnx\.static"),

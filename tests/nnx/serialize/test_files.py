@@ -666,7 +666,5 @@ def test_the_class_to_load_may_be_given(tmp_path, name):
     nnx.save(path, nnx.Linear.init(0)(2, 3))
     assert type(nnx.load(path, nnx.Linear)) is nnx.Linear
     assert nnx.load(path, kind=nnx.Module, only=None).kernel.shape == (2, 3)
-    with pytest.raises(
-        nnx.LoadError, match=r"cannot be loaded: it holds a Linear, not a Conv\."
-    ):
+    with pytest.raises(nnx.LoadError, match=r"cannot be loaded: it holds a Linear, not a Conv\."):
         nnx.load(path, nnx.Conv)
