@@ -84,7 +84,7 @@ class TestNested:
             [("a",), ("a", "b", "c")],
         ):
             for value in (1.0, {}):
-                with pytest.raises(refx.StructureError, match="has no place in nested dicts"):
+                with pytest.raises(refx.StructureError, match="does not fit into nested dicts"):
                     refx.Partition(dict.fromkeys(paths, value)).nested()
         with pytest.raises(
             refx.UnknownPathError, match="have no value at path 'b'; `like` has 'b'"

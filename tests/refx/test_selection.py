@@ -57,8 +57,8 @@ def model():
             0,
             r"^A filter selects Refs, and 0 is no collection here.*write model\.blocks\[0\]: the list",
         ),
-        (-1, r"write model\.blocks\[-1\]"),
-        (slice(0, 2), r"slice the list that holds them, as in model\.layers\[1:3\]"),
+        (-1, r"holds it: model\.blocks\[-1\]"),
+        (slice(0, 2), r"slice the list that holds them: model\.layers\[1:3\]"),
         (
             refx.OfType(Block),
             r"^OfType\(Block\) selects nothing\. Filters look at Refs.*PathContains",
