@@ -40,7 +40,7 @@ def test_an_unset_field_says_so():
 
 
 def test_get_ref_explains_itself(dense):
-    with pytest.raises(nnx.UnsetFieldError, match=r"no attribute 'x'; its Ref .* w, b, calls"):
+    with pytest.raises(nnx.UnsetFieldError, match=r"no attribute 'x'. Its Ref .* w, b, calls"):
         nnx.get_ref(dense, "x")
     dense.x = 1
     with pytest.raises(nnx.ValueTypeError, match=r"Dense\.x holds int"):
