@@ -1,11 +1,11 @@
-"""refx: shareable mutable cells that are split into pure pytrees and merged again.
+"""refx: shareable mutable cells that you can split into pure pytrees and merge again.
 
-A `Ref` is a cell with an identity. `split` takes a tree that holds Refs apart into a hashable
-`DagDef` and pure `Partition`s of values, which is what JAX gets to see, and `merge` puts it together
-again. Everything else here follows from those two.
+A `Ref` is a cell with an identity. `split` takes a tree of Refs apart into a hashable `DagDef` and
+pure `Partition`s of values. JAX sees only the values. `merge` puts the tree together again. Everything
+else here follows from these two.
 """
 
-from refx import filters, pickling, pytree  # noqa: F401 — they tell pickle and JAX about trees
+from refx import filters, pickling, pytree  # noqa: F401 — they register trees with pickle and JAX
 from refx.dag import clone, frozen, get_partition, merge, refs, split, update
 from refx.dagdef import DagDef
 from refx.errors import (
@@ -46,7 +46,7 @@ from refx.node import Node
 from refx.partition import Partition
 from refx.ref import Ref
 
-# A plain list, since mypy does not follow those of the files. A test compares them.
+# A plain list, because mypy does not follow the lists of the files. A test compares them.
 __all__ = [
     "All",
     "Any",

@@ -1,8 +1,8 @@
-"""Who may read and write a Ref, and where.
+"""The rules for reading and writing a Ref.
 
-A Ref remembers the frame and the JAX trace that it was made in. Reading it in the same frame is
-a comparison and a slot; everything else (a closure, a Ref of an ended trace, a plain `jax`
-transformation in between) is decided here.
+A Ref remembers the frame and the JAX trace in which it was made. Reading it in the same frame takes
+one comparison. This file handles all other cases: a closure, a Ref of an ended trace, a plain `jax`
+transformation in between.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-# Outside of stateful transformations, what `Frame.captured_as_constant` is in one: Refs that were
-# made in a plain jax transformation.
+# Like `Frame.captured_as_constant`, but outside of stateful transformations: for Refs that were made
+# in a plain jax transformation.
 _captured: weakref.WeakSet[Ref[Any]] = weakref.WeakSet()
 
 
 def _stand_in(frame: Frame | None, ref: Ref[Any], owner: Any) -> Ref[Any]:
-    """The Ref that stands in the body of `frame` for `ref`, a Ref of an enclosing level."""
+    """The stand-in of `ref`, a Ref of an enclosing level, in the body of `frame`."""
     if frame is None:
         raise _misplaced(ref, owner)
     known = frame.stand_ins.get(ref)
@@ -66,28 +66,28 @@ def _stand_in(frame: Frame | None, ref: Ref[Any], owner: Any) -> Ref[Any]:
     if entry is not None:
         here = ref if frame.parent is None else frame.parent.inner(ref)
         _check_not_captured(here, owner, frame.parent, entry)
-    # Of the same class without naming it: ref.py is built on this file.
+    # Use the class of `ref` without importing it, because ref.py imports this file.
     inner = object.__new__(type(ref))
     inner._value, inner._collection, inner._metadata = value, ref._collection, ref._metadata
     inner._frame, inner._trace = frame, CONSTANT if frame.constants else frame.trace
-    # A path instead of an owner is for messages only.
+    # If the owner is a path, it is only for messages.
     owner = None if type(owner) is str else owner
     frame.stand_ins[ref] = StandIn(ref, inner, owner, Original(value))
     return inner
 
 
 def seen_from(frame: Frame | None, ref: Ref[Any], owner: Any = None) -> Any:
-    """The value of `ref` at the level of `frame`, an ancestor of the current one or itself."""
+    """The value of `ref` at the level of `frame`, the current frame or one around it."""
     if ref._frame is frame or _outlives_its_body(ref):
         return ref._value
     if ref._trace is FROZEN:
-        # As an input, where the program around has it as one: as a constant it may be large.
+        # A large constant is costly, so prefer the input if the surrounding program has it as one.
         return (ref if frame is None else frame.inner(ref))._value
     return _stand_in(frame, ref, owner)._value
 
 
 def read(ref: Ref[Any], owner: Any = None) -> Any:
-    """The value of `ref` here, for every case: the callers have the common one inlined."""
+    """The value of `ref` here. Callers inline the common case; this handles them all."""
     if local.peeking:
         return ref._value
     frame, trace = local.frame, current_trace(())
@@ -98,7 +98,7 @@ def read(ref: Ref[Any], owner: Any = None) -> Any:
 
 
 def peek(ref: Ref[Any]) -> Any:
-    """The value of `ref` as it is seen here, also where its buffer is gone: to compare or replace it."""
+    """The value of `ref` as seen here, even if its buffer is gone: to compare or replace it."""
     return seen_from(local.frame, ref)
 
 
@@ -109,13 +109,13 @@ def _alive(ref: Ref[Any], value: Any, owner: Any) -> Any:
 
 
 def write(ref: Ref[Any], value: Any, owner: Any = None) -> None:
-    """Give `ref` a new value, if that is allowed here; otherwise raise and change nothing."""
+    """Give `ref` a new value. If that is not allowed here, raise and change nothing."""
     check_value(ref, value, owner)
     put(writable(ref, owner), value)
 
 
 def put(target: Ref[Any], value: Any) -> None:
-    """Give a Ref that may be written its new value."""
+    """Set the value of a Ref for which `writable` has been asked."""
     target._value = value
     if target._trace is LABEL and holds_array(value):
         target._trace = trace_ref()
@@ -133,7 +133,7 @@ def is_label(value: Any) -> bool:
 
 
 def label(refs: Iterable[Ref[Any]]) -> None:
-    """Make labels of those Refs that hold no array."""
+    """Turn the Refs that do not hold an array into labels."""
     for ref in refs:
         known = isinstance(ref._value, jax.Array) or ref._trace is FROZEN
         if not known and not holds_array(ref._value):
@@ -141,7 +141,7 @@ def label(refs: Iterable[Ref[Any]]) -> None:
 
 
 def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
-    """The Ref to write when `ref` is written here: itself or its stand-in. Raises if none may be."""
+    """The Ref to write for `ref` here: itself or its stand-in. Raises if the write is not allowed."""
     frame = local.frame
     if ref._trace is FROZEN:
         raise ReadOnlyError(_frozen_message(describe(ref, owner)))
@@ -152,15 +152,15 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
     if target in (_captured if frame is None else frame.captured_as_constant):
         raise ClosureError(
             f"{describe(ref, owner)} is written after it was read by closure inside a plain jax "
-            f"transformation that keeps its program (jax.jit, lax.scan, jax.checkpoint, ...): "
-            f"another call of that function would go on with the old value. Pass the module to it "
+            f"transformation that keeps its program (jax.jit, lax.scan, jax.checkpoint, ...). "
+            f"The next call of that function would still use the old value. Pass the module to it "
             f"as an argument, or use {ALTERNATIVES['same name']}."
         )
     if local.limit is not None and not local.limit.lets_write(ref):
         raise NotMutableError(
             f"{describe(ref, owner)} was written, but the surrounding `mutable` does not allow it. "
-            f"Add {ref._collection!r} to its filter, a tuple of all that may be written, or move "
-            f"the write out of it."
+            f"Add {ref._collection!r} to its filter (a tuple lists several), or move the write out "
+            f"of it."
         )
     if frame is not None:
         frame.assigned.add(target)
@@ -170,8 +170,8 @@ def writable(ref: Ref[Any], owner: Any = None) -> Ref[Any]:
 def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
     """Raise if a Ref cannot hold `value`.
 
-    A value holds arrays and scalars, no Ref or module, and no tracer that is not of the current trace
-    or one around it.
+    A value holds arrays and scalars, but not Refs or modules. Its tracers must belong to the current
+    trace or one around it.
     """
     if isinstance(value, jax.Array):
         if not isinstance(value, Tracer):
@@ -185,8 +185,8 @@ def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
             found = next(x for x in leaves if not _is_value(x))
             raise ValueTypeError(
                 f"{_what(ref, owner)} was given a value that holds a {type(found).__name__}: "
-                f"{found!r:.60}. The value of a Ref must be a pytree of arrays and scalars. Keep a "
-                f"setting or a function in an ordinary attribute, and the arrays beside it in Refs."
+                f"{found!r:.60}. The value of a Ref must be a pytree of arrays and scalars. Keep "
+                f"settings and functions in ordinary attributes, and arrays in Refs."
             )
         tracers = [x for x in leaves if isinstance(x, Tracer)]
         if not tracers and is_dead(value):
@@ -195,14 +195,14 @@ def check_value(ref: Ref[Any] | None, value: Any, owner: Any = None) -> None:
         if not runs(tracer._trace):
             raise ForeignTracerError(
                 f"{_what(ref, owner)} was given a value that holds a tracer of another JAX transformation: "
-                f"{array_text(tracer)}. That transformation has ended or is not the one that runs here, "
-                f"so the value would leak out of it. Return the value from the transformation and "
-                f"assign it outside, or use {ALTERNATIVES['in its place']}."
+                f"{array_text(tracer)}. That transformation has ended or does not run here, so the value "
+                f"would leak out of it. Return the value from the transformation and assign it outside, "
+                f"or use {ALTERNATIVES['in its place']}."
             )
 
 
 def is_identity(x: Any) -> bool:
-    """Whether `x` is a Ref or a Node: a thing with an identity that a pytree walk must not enter."""
+    """Whether `x` is a Ref or a Node: an object with an identity, which a pytree walk must not enter."""
     return type(x) in WITH_IDENTITY
 
 
@@ -213,8 +213,8 @@ def leaves_of(value: Any) -> list[Any]:
         if is_identity(x):
             raise ValueTypeError(
                 f"The value of a Ref must be a pytree of arrays and scalars, but it holds a "
-                f"{type(x).__name__}. Put that in an attribute, a list or a dict of the module; to "
-                f"tie two fields, assign the Ref to the field: decoder.w = {ours('get_ref')}(encoder, 'w')."
+                f"{type(x).__name__}. Put that in an attribute, a list or a dict of the module. To tie "
+                f"two fields, assign the Ref itself: decoder.w = {ours('get_ref')}(encoder, 'w')."
             )
     return leaves
 
@@ -226,11 +226,11 @@ def _what(ref: Ref[Any] | None, owner: Any) -> str:
 
 
 def check_structure(node: Any, what: str) -> None:
-    """Raise if the structure of `node`, a Node, may not be changed here."""
+    """Raise if code may not change the structure of `node`, a Node, here."""
     name = type(node).__name__
     if local.limit is not None and not local.limit.lets_change(node):
         raise NotMutableError(
-            f"{what} of a {name} was changed, but the surrounding `mutable` lets nothing be changed. "
+            f"{what} of a {name} was changed, but the surrounding `mutable` allows no changes. "
             f"Move the change out of it, or change a clone."
         )
     if node._frame is local.frame and node._trace() is current_trace(()):
@@ -242,22 +242,22 @@ def check_structure(node: Any, what: str) -> None:
     if node._frame is not None and not node._frame.open:
         raise EndedTraceError(
             f"{what} of a {name} was set after {node._frame.name}, where the module was made, had "
-            f"ended. Return the module from the transformation instead of keeping it by other means."
+            f"ended. Return the module from the transformation instead of storing it elsewhere."
         )
     raise TraceLevelError(
         f"{what} of a {name} was set inside {transformation()}, but the {name} was made outside of "
         f"it, so the change would happen once, while tracing, and not when the compiled program "
-        f"runs. Pass the module to the transformation as an argument of {ALTERNATIVES['a transformation']} "
-        f"(its changes propagate back), or set it outside."
+        f"runs. Pass the module as an argument to {ALTERNATIVES['a transformation']} (its changes "
+        f"propagate back), or set it outside."
     )
 
 
 def _outlives_its_body(ref: Ref[Any]) -> bool:
     """Whether a Ref of a body that has ended may still be read.
 
-    Nobody can write it, and each tracer in it belongs to a trace that runs. A library that splits a
-    module into what it differentiates and the rest reads such Refs: its backward rule runs after the
-    body of the gradient.
+    It cannot be written, and each tracer in it belongs to a running trace. Some libraries split a module
+    into a differentiated part and the rest, and read such Refs: their backward rule runs after the body
+    of the gradient.
     """
     if ref._frame is None or ref._frame.open or (ref._trace not in (READ_ONLY, LABEL)):
         return False
@@ -269,22 +269,22 @@ def _misplaced(ref: Ref[Any], owner: Any) -> Exception:
     assert home is not None
     if home.open:
         return TraceLevelError(
-            f"{describe(ref, owner)} belongs to {home.name}, which is running, but it was used "
-            f"outside of that body (in another thread, or in a callback). Read its value inside "
-            f"and pass the value."
+            f"{describe(ref, owner)} belongs to {home.name}, which is still running, but it was used "
+            f"outside of that body (in another thread, or in a callback). Read its value inside, "
+            f"and pass the value on."
         )
     return EndedTraceError(
         f"{describe(ref, owner)} was made inside {home.name}, which has ended; its value was a "
         f"tracer and means nothing any more. Return the Ref, its module or its value from the "
-        f"function instead of keeping it in a global, a default argument or a closure. To a callback, "
-        f"which runs later, pass the value: jax.debug.callback(fn, model.kernel)."
+        f"function instead of keeping it in a global, a default argument or a closure. A callback "
+        f"runs later, so pass it the value: jax.debug.callback(fn, model.kernel)."
     )
 
 
 def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: Any) -> None:
-    # vmap and grad run their function again at every call, so a closed-over value is always the
-    # current one. jit, scan, checkpoint and the like keep a program: a concrete value read by closure
-    # becomes a constant of it, and later writes of the Ref would not reach it.
+    # vmap and grad run their function in every call, so a closed-over value is always current. jit,
+    # scan, checkpoint and the like keep a program. A concrete value that it reads by closure becomes a
+    # constant, and later writes of the Ref would not reach it.
     if ref._trace is READ_ONLY or ref._trace is FROZEN:
         return
     home = ref._trace()
@@ -297,9 +297,9 @@ def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: A
     leaves = jax.tree.leaves(ref._value)
     constant = ref._trace is LABEL or not any([isinstance(x, VALUES) for x in leaves])
     if of_body or constant or any([isinstance(x, Tracer) for x in leaves]):
-        # A Ref of a body that runs once is closed over by functions of that body, and JAX lifts a
-        # tracer; but the program is kept for the next call of the same function. What holds no
-        # array is a constant, as a shape is, as long as nobody writes it.
+        # Functions in a body that runs once may close over its Refs, and JAX makes a tracer an input.
+        # But JAX keeps the program for the next call of the same function. A value without arrays is
+        # a constant, like a shape. Both are fine unless the Ref is written later.
         (_captured if frame is None else frame.captured_as_constant).add(ref)
         return
     abstract = only_looked_at(trace) if local.frame is None else None
@@ -307,34 +307,34 @@ def _check_not_captured(ref: Ref[Any], owner: Any, frame: Frame | None, trace: A
         kind, fate = kind_of(program), "become a constant of the compiled program"
         which = ALTERNATIVES["compiles"]
     else:
-        kind, fate = f"a plain {abstract}", "be a constant of what JAX keeps for the next call"
+        kind, fate = f"a plain {abstract}", "become a constant that JAX keeps for the next call"
         which = ALTERNATIVES["looks"].format(abstract.removeprefix("jax."))
     raise ClosureError(
         f"{describe(ref, owner)} was read by closure inside {kind}. Its value would {fate}, and "
         f"later updates would never reach it. Pass the module as an argument, as in "
-        f"jax.jit(lambda m, x: m(x))(model, x), or use {ALTERNATIVES['same name']}{which}. What closes "
-        f"over its arguments (checkify, numpyro, blackjax) takes {ALTERNATIVES['frozen']}(model), a constant."
+        f"jax.jit(lambda m, x: m(x))(model, x), or use {ALTERNATIVES['same name']}{which}. For a library "
+        f"that needs closures (checkify, numpyro, blackjax), use {ALTERNATIVES['frozen']}(model), a constant."
     )
 
 
 VALUES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
-"""The classes of arrays and numbers, which values are made of."""
+"""The classes of arrays and numbers, of which values consist."""
 
 
 def _is_value(x: Any) -> bool:
-    """Whether `x` is an array, a number, or what stands for an array."""
+    """Whether `x` is an array, a number, or a stand-in for an array."""
     return is_input(x) or (is_arraylike(x) and not isinstance(x, np.ndarray | np.generic))
 
 
 def is_input(x: Any) -> bool:
-    """Whether JAX takes `x` as an input of a program that runs."""
+    """Whether JAX accepts `x` as an input of a program."""
     if isinstance(x, np.ndarray | np.generic):
         return x.dtype.kind not in "OSU"
     return isinstance(x, VALUES) or hasattr(type(x), "__jax_array__")
 
 
 def _stands_in(ref: Ref[Any], frame: Frame | None) -> bool:
-    """Whether `ref` stands in this body for one that it closes over."""
+    """Whether `ref` is the stand-in of a Ref that this body closes over."""
     return frame is not None and any(s.inner is ref for s in frame.met())
 
 
@@ -373,6 +373,6 @@ def _read_only_message(what: str, where: str) -> str:
 
 def _frozen_message(what: str) -> str:
     return (
-        f"{what} was written, but it is frozen, so that any program may take it as a constant. "
-        f"Write {ALTERNATIVES['clone']} of it instead."
+        f"{what} was written, but it is frozen, so that any program may use it as a constant. "
+        f"Write to {ALTERNATIVES['clone']} of it instead."
     )

@@ -1,4 +1,4 @@
-"""Arrays whose buffer is gone: it was donated to a compiled program, or deleted."""
+"""Arrays whose buffer is gone, because it was donated to a compiled program or deleted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from refx.errors import DonationError
 __all__: list[str] = []
 
 CONCRETE = frozenset(jax.Array.__subclasses__())
-"""The classes of arrays that have a buffer. A tracer is of none of them."""
+"""The classes of arrays that have a buffer. A tracer is not an instance of any of them."""
 
 
 def is_dead(value: Any) -> bool:
@@ -30,7 +30,6 @@ def dead_error(start: str) -> DonationError:
     """
     return DonationError(
         f"{start} is gone: it was donated to a step (donate=) that wrote another Ref with the same "
-        f"array, or that failed while it ran. Before a donating step, give each model arrays "
-        f"of its own, with clone(model, copy=True) or jnp.copy; after a failed one, load the last "
-        f"checkpoint."
+        f"array, or that failed while it ran. Before a donating step, give each model its own arrays, "
+        f"with clone(model, copy=True) or jnp.copy. After a failed step, load the last checkpoint."
     )

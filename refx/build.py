@@ -1,4 +1,4 @@
-"""Building a tree from its structure and its values."""
+"""Build a tree from its structure and its values."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__: list[str] = []
 
 
 class _Recipe:
-    """How the objects of a DagDef are made and filled, worked out once for each DagDef.
+    """Instructions for making and filling the objects of a DagDef, worked out once for each DagDef.
 
-    What an object holds is found by number in one list, the pool: the objects come first, then the
-    plain arrays, the static values, and the pytrees without identity, in the order of their making.
-    So an object is filled by one update of its dict.
+    All contents are in one list, the pool, and are known by their position there: first the objects,
+    then the plain arrays, the static values, and the pytrees without identity, in the order in which
+    they are made. So filling an object takes one update of its dict.
     """
 
     __slots__ = (
@@ -43,7 +43,7 @@ class _Recipe:
         held += _parts(dagdef.root)
         found = [x for x in held if type(x) is Static]
         self.statics = [x.value for x in found]
-        # Objects that may change in place, by their numbers.
+        # The static values that may change in place, with their numbers.
         self.changing = [(i, x) for i, x in enumerate(found) if x.contents]
         trees = [x for n in nodes if type(n) is NodeDef for x in n.children] + [dagdef.root]
         self.is_fixed = not self.changing and all(map(_is_fixed, trees))
@@ -79,7 +79,7 @@ class _Recipe:
 
 
 def _parts(child: Any) -> Iterator[Any]:
-    """A child or, of a pytree without identity, what is in it."""
+    """A child; or, if it is a pytree without identity, the parts in it."""
     if type(child) is Tree:
         for part in child.children:
             yield from _parts(part)
@@ -88,14 +88,14 @@ def _parts(child: Any) -> Iterator[Any]:
 
 
 def _is_fixed(child: Any) -> bool:
-    """Whether what has no identity in a structure are tuples, which cannot change."""
+    """Whether all pytrees without identity are tuples, which cannot change."""
     if type(child) is not Tree:
         return True
     return child.treedef.node_data()[0] is tuple and all(map(_is_fixed, child.children))
 
 
 def changes_with_objects(dagdef: DagDef) -> bool:
-    """Whether the structure stands as long as the lists and dicts of its objects hold what they hold."""
+    """Whether the structure can change only if the content of an object, a list or a dict changes."""
     return _recipe(dagdef).is_fixed
 
 
@@ -114,15 +114,16 @@ def build(
     existing: Mapping[int, Any] | None = None,
     rewritten: Collection[int] | None = None,
 ) -> tuple[Any, list[Any]]:
-    """Make the tree of a DagDef: its root, and its objects in the order of the DagDef.
+    """Make the tree of a DagDef. Returns its root, and its objects in the order of the DagDef.
 
     Args:
       dagdef: the structure.
-      values: a value for each Ref that is made, in order.
+      values: a value for each new Ref, in order.
       leaves: a value for each plain array, in order.
-      trace: the trace reference of what is made; the current one without it.
-      existing: objects, by number, that are used instead of new ones.
-      rewritten: the existing ones that get the content of the DagDef, by number; all without it.
+      trace: the trace reference for new objects. The default is the current trace.
+      existing: by number, objects to use instead of new ones.
+      rewritten: the numbers of the existing objects that get the content from the DagDef. The default
+        is all of them.
     """
     recipe = _recipe(dagdef)
     frame = local.frame
@@ -135,7 +136,7 @@ def build(
         if existing is not None and i in existing:
             obj = existing[i]
         elif kind is Ref:
-            # As `make` in ref.py does it; there may be thousands.
+            # The same as `make` in ref.py, inlined because there may be thousands.
             obj = new(Ref)
             obj._value = next(todo)
             obj._collection = about
@@ -170,7 +171,7 @@ def build(
         content = attributes(obj) if kind is Node else obj if kind is dict else vars(obj)
         if known:
             content.clear()
-        # Most objects hold few others: a loop takes less time than `update` here.
+        # Most objects have few children, so a loop is faster than `update`.
         for name, number in zip(names, children):
             content[name] = pool[number]
         if known and kind is Node:
@@ -183,7 +184,7 @@ def build(
 
 
 def objects_of(dagdef: DagDef, roots: tuple[Any, ...]) -> list[Any] | None:
-    """The objects of some roots of this structure by their numbers; None where a walk has to find them."""
+    """The objects of some roots with this structure, by number; None if only a walk can find them."""
     recipe = _recipe(dagdef)
     if len(recipe.root_pytrees) != 1:
         return None
@@ -192,7 +193,7 @@ def objects_of(dagdef: DagDef, roots: tuple[Any, ...]) -> list[Any] | None:
     for number, x in zip(recipe.root_pytrees[0][1], roots, strict=True):
         if number < count:
             objects[number] = x
-    # A number is that of the first visit, so what holds an object comes before it.
+    # Numbers are in the order of the first visit, so an object comes after the one that holds it.
     for i, kind, names, children, pytrees in recipe.fills:
         if pytrees or kind not in _FOLLOWED:
             return None
@@ -208,11 +209,11 @@ _FOLLOWED = (Node, list, dict)
 
 
 def mark(dagdef: DagDef, objects: list[Any], leaves: Any) -> None:
-    """Note on the Nodes of a tree which of their attributes are leaves and do not look like ones.
+    """Note on the Nodes of a tree which attributes are leaves even though they do not look like leaves.
 
-    JAX may put any object in the place of a leaf (a bool of a mask, an axis, a sharding), and the
-    tree has to flatten to the same structure again. A mark is True for a leaf, or for a list, a
-    dict or a tuple a dict of the marks in it.
+    JAX may put any object in place of a leaf (a bool of a mask, an axis, a sharding), and the tree must
+    flatten to the same structure again. A mark is True for a leaf. For a list, a dict or a tuple it is
+    a dict of the marks inside.
     """
 
     def marks(child: Any, seen: frozenset[int]) -> Any:

@@ -1,4 +1,4 @@
-"""What a user does with a tree that holds Refs: take it apart, put it together, read and update it."""
+"""Operations on a tree of Refs: take it apart, put it together, read it and update it."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
 
     Args:
       tree: a module, a Ref, or any pytree that holds some.
-      *filters: for each a Partition is returned; a value goes to the first that selects it. Without
-        filters there is one Partition, with everything.
+      *filters: one for each Partition to return. A value goes to the first filter that selects it.
+        Without filters there is one Partition with everything.
 
     Returns:
       `(dagdef, *partitions)`. `merge` puts them together again.
 
     Raises:
-      UnmatchedPathError: a value that no filter selects; `...` as the last filter takes the rest.
-      FilterError: a filter that selects nothing is a mistake; see `get_partition`. One that can
-        never select anything, such as a filter after `...`, always is.
-      UnhashableStaticError: a static value cannot be hashed; the message has its path.
+      UnmatchedPathError: no filter selects a value. `...` as the last filter takes the rest.
+      FilterError: a filter selects nothing by mistake, as for `get_partition`; or it can never select
+        anything, such as a filter after `...`.
+      UnhashableStaticError: a static value cannot be hashed. The message has its path.
 
     >>> import refx
     >>> tree = {"w": refx.Ref(1.0, "params"), "mean": refx.Ref(0.0, "batch_stats")}
@@ -84,7 +84,7 @@ def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
     if unmatched:
         raise UnmatchedPathError(
             f"No filter selects {listed(unmatched)}. Add ... as the last filter to take the rest, "
-            f"or a filter for the collection of these."
+            f"or add a filter for their collection."
         )
     for filter, part in zip(filters, parts, strict=True):
         if not part:
@@ -94,7 +94,7 @@ def split(tree: Any, *filters: Filter) -> tuple[Any, ...]:
 
 
 def items(snap: Snapshot) -> Iterator[tuple[Path, Any, Any]]:
-    """Path, Ref (or the plain array itself) and value, for everything in a tree."""
+    """The path, the Ref (or the plain array itself) and the value of everything in a tree."""
     yield from zip(snap.dagdef.ref_paths, snap.refs, snap.values(), strict=True)
     leaves = snap.leaves()
     yield from zip(snap.dagdef.leaf_paths, leaves, leaves, strict=True)
@@ -103,13 +103,13 @@ def items(snap: Snapshot) -> Iterator[tuple[Path, Any, Any]]:
 def merge(dagdef: DagDef[T], *partitions: Mapping[Path, Any]) -> T:
     """Put a tree together from its structure and its values: the inverse of `split`.
 
-    The tree equals the one that was split, with fresh Refs: the same sharing, the same identities
-    (one module at two paths is one module again), cycles included.
+    The new tree equals the one that was split, but its Refs are fresh. Sharing is the same (one module
+    at two paths is one module again), and so are cycles.
 
     Raises:
       MissingPathError: the partitions together lack a path of the structure.
-      UnknownPathError: a partition has a path that the structure has not, or two have different
-        values for one.
+      UnknownPathError: a partition has a path that the structure lacks, or two partitions have
+        different values for one path.
 
     >>> import refx
     >>> shared = refx.Ref(1.0, "params")
@@ -122,8 +122,8 @@ def merge(dagdef: DagDef[T], *partitions: Mapping[Path, Any]) -> T:
         for path, value in _content(partition).items():
             if given.setdefault(path, value) is not value:
                 raise UnknownPathError(
-                    f"Two of the partitions have a value for {dotted(path)!r}. Leave one out, or say "
-                    f"which counts: in first | second it is that of the second."
+                    f"Two of the partitions have a value for {dotted(path)!r}. Leave one out, or choose "
+                    f"one: in first | second, the second wins."
                 )
     paths = dagdef.paths
     missing = [path for path in paths if path not in given]
@@ -135,8 +135,8 @@ def merge(dagdef: DagDef[T], *partitions: Mapping[Path, Any]) -> T:
     if len(given) > len(paths):
         known = set(paths)
         raise UnknownPathError(
-            f"The partitions have {listed(p for p in given if p not in known)}, which "
-            f"{dagdef!r} has not. Was the tree changed after it was split? Then split it again."
+            f"The partitions have {listed(p for p in given if p not in known)}, which {dagdef!r} "
+            f"does not have. Was the tree changed after it was split? Then split it again."
         )
     values = _with_own_containers(paths, [given[path] for path in paths], "was to be merged")
     return build(dagdef, values, values[len(dagdef.ref_paths) :])[0]
@@ -147,22 +147,22 @@ def _content(partition: Any) -> dict[Path, Any]:
 
 
 def _with_own_containers(paths: tuple[Path, ...], values: list[Any], what: str) -> list[Any]:
-    """Values for new Refs; raises if the buffer of one is gone."""
+    """Prepare values for new Refs. Raises if the buffer of one is gone."""
     _check_alive(paths, values, what)
-    # Nearly always all of them are arrays.
+    # Almost always, all of them are arrays.
     return values if CONCRETE.issuperset(map(type, values)) else list(map(copy_containers, values))
 
 
 def clone(tree: T, *, copy: bool = False) -> T:
-    """A copy with its own Refs: changing it does not change the original.
+    """Make a copy with its own Refs: changing the copy does not change the original.
 
-    It belongs to the transformation that runs here, so a clone of a value copy that plain `jax.jit`
-    made can be written, and returned.
+    The copy belongs to the transformation that runs here. So you can write and return a clone of a
+    read-only copy that plain `jax.jit` made.
 
     Args:
-      tree: what is copied: its Refs, modules, lists and dicts, with their sharing.
-      copy: whether arrays are copied too. Without it the clone shares them, which costs nothing,
-        but a step that donates the buffers of one takes them from the other.
+      tree: the tree to copy: its Refs, modules, lists and dicts, with their sharing.
+      copy: whether to copy the arrays too. By default the clone shares them, which costs nothing, but a
+        step that donates the buffers of one takes them from the other.
 
     Raises:
       DonationError: the buffer of an array is gone.
@@ -187,11 +187,11 @@ def clone(tree: T, *, copy: bool = False) -> T:
 
 
 def frozen(tree: T) -> T:
-    """A copy that nobody can write, so that any program may take it as a constant.
+    """Make a read-only copy, which any program may use as a constant.
 
-    The arrays are those of the tree; a later write of the tree does not reach the copy. What is
-    made of it by tree operations (`jax.tree.map`, a plain `jax.jit`) is frozen, too; `clone` gives
-    one that can be written.
+    The copy shares the arrays of the tree, but later writes to the tree do not reach it. The results of
+    tree operations on it (`jax.tree.map`, a plain `jax.jit`) are frozen too. `clone` makes a copy that
+    can be written.
 
     >>> import jax, refx
     >>> tree = refx.frozen({"w": refx.Ref(3.0, "params")})
@@ -223,7 +223,7 @@ def _check_alive(paths: Iterable[Path], values: Iterable[Any], what: str) -> Non
 
 
 def refs(tree: Any) -> dict[Path, Ref[Any]]:
-    """The Refs of a tree by their canonical paths, in order; a shared Ref once.
+    """The Refs of a tree by their canonical paths, in order. A shared Ref appears once.
 
     >>> import refx
     >>> refx.refs([refx.Ref(1.0), {"b": refx.Ref(2.0)}])
@@ -236,11 +236,11 @@ def refs(tree: Any) -> dict[Path, Ref[Any]]:
 def get_partition(tree: Any, filter: Filter = ...) -> Partition:
     """The values that a filter selects, as a Partition.
 
-    A collection that the tree does not have gives an empty Partition.
+    If the tree does not have the collection, the Partition is empty.
 
     Raises:
-      FilterError: nothing is selected, and the filter is a mistake: a path or a number in place of a
-        collection, a misspelled collection, `OfType` of a module class.
+      FilterError: the filter selects nothing and looks like a mistake: a path or a number in place of
+        a collection, a misspelled collection, or `OfType` of a module class.
 
     >>> import refx
     >>> tree = {"w": refx.Ref(1.0, "params"), "n": refx.Ref(0, "counters")}
@@ -258,17 +258,17 @@ def get_partition(tree: Any, filter: Filter = ...) -> Partition:
 
 
 def update(tree: Any, *partitions: Mapping[Path, Any], strict: bool = True) -> None:
-    """Write values into the Refs of a tree, by path. Either everything is written or nothing.
+    """Write values into the Refs of a tree, by path. It writes either everything or nothing.
 
     Args:
-      tree: the tree whose Refs are written.
-      *partitions: mappings from path to value; they need not have every path.
-      strict: a value must have the shape and the dtype of the one that it replaces. With
-        `strict=False` it may have others; an unknown path is an error in any case.
+      tree: the tree whose Refs to write.
+      *partitions: mappings from path to value. They need not have every path.
+      strict: whether a value must have the shape and the dtype of the old one. An unknown path is
+        always an error.
 
     Raises:
-      UnknownPathError: a path that the tree does not have, or that leads to no Ref.
-      ShapeError, DtypeError, ValueTypeError: the value is not like the one it replaces.
+      UnknownPathError: the tree does not have a path, or there is no Ref at it.
+      ShapeError, DtypeError, ValueTypeError: a value does not match the old one.
       TraceLevelError, ReadOnlyError, ForeignTracerError, NotMutableError: as for any write.
 
     >>> import refx
@@ -287,7 +287,7 @@ def update_cells(
     strict: bool = True,
     check: Callable[[Any, Path, Ref[Any]], None] | None = None,
 ) -> None:
-    """`update`, where the Refs of the tree are known; `check` is asked about each that is written."""
+    """`update` for known Refs. `check` is called for each Ref before it is written."""
     writes: dict[Ref[Any], tuple[Any, Any]] = {}
     for partition in partitions:
         if not isinstance(partition, Mapping):
@@ -312,7 +312,7 @@ def update_cells(
 
 
 def values_of(given: Any, filter: Filter = "params") -> str:
-    """For a message: how a module of gradients becomes what it should be."""
+    """For a message: how to get a Partition from a module of gradients."""
     if not isinstance(given, Node):
         return ""
     return f" Pass the values of the module: {ours('get_partition')}(grads, {filter!r})."
@@ -323,17 +323,17 @@ def find_ref(tree: Any, given: Any, cells: Mapping[Path, Ref[Any]]) -> tuple[Pat
 
     Args:
       tree: the tree.
-      given: a tuple of strings or their dotted form; of a shared Ref any path will do.
-      cells: what `refs(tree)` gives.
+      given: a tuple of strings or their dotted form. It may be any path of a shared Ref.
+      cells: the result of `refs(tree)`.
 
     Raises:
-      UnknownPathError: there is no Ref; the message says what there is.
+      UnknownPathError: there is no Ref. The message says what there is.
     """
     if type(given) is tuple and given in cells:
         return given, cells[given]
     path = as_path(given)
     if isinstance(given, str) and path not in cells:
-        # A key of a dict may have a dot itself.
+        # A dict key may contain a dot.
         path = next((p for p in cells if dotted(p) == given), path)
     if path in cells:
         return path, cells[path]
@@ -342,13 +342,13 @@ def find_ref(tree: Any, given: Any, cells: Mapping[Path, Ref[Any]]) -> tuple[Pat
         return next(p for p, cell in cells.items() if cell is at), at
     if path in snapshot(tree).dagdef.leaf_paths:
         raise UnknownPathError(
-            f"Path {dotted(path)!r} is a plain array attribute, not a Ref. Assign the attribute, or "
+            f"Path {dotted(path)!r} is a plain array attribute, not a Ref. Assign to the attribute, or "
             f"make it a Ref: a param() or ref() field, or {ours('Ref')}(...)."
         )
     close = [p for p in cells if path and p and p[-1] == path[-1]] or list(cells)
     raise UnknownPathError(
-        f"The tree has no Ref at path {dotted(path)!r}; it has {listed(close)}. Was the partition "
-        f"taken of another model, or before a layer was replaced? A part of it can be chosen: "
+        f"The tree has no Ref at path {dotted(path)!r}; it has {listed(close)}. Is the partition from "
+        f"another model, or from before a layer was replaced? To use only the part that fits, pass "
         f"{{path: value for path, value in partition.items() if path in {ours('refs')}(model)}}."
     )
 
@@ -385,7 +385,7 @@ def _check_like(path: Path, cell: Ref[Any], new: Any, strict: bool) -> None:
 
 
 def dtype_of(x: Any) -> Any:
-    """The dtype that a value has in JAX, which computes with NumPy's float64 in float32, say."""
+    """The dtype of a value in JAX. For example, JAX computes with NumPy's float64 in float32."""
     if isinstance(x, np.ndarray | np.generic) and jnp.issubdtype(x.dtype, jnp.number):
         return jax.dtypes.canonicalize_dtype(x.dtype)
     return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)

@@ -1,14 +1,14 @@
-"""The structure of a tree that is left when the values are taken out: `DagDef`.
+"""`DagDef`: the structure of a tree without its values.
 
-A tree that holds Refs is a graph: an object with an identity (a Ref, a Node, a list, a dict) may be
-reached along many paths, itself included. The DagDef numbers those objects in the order of first
-visit and says for each what it holds, in terms of these numbers:
+A tree of Refs is a graph: many paths may lead to one object with an identity (a Ref, a Node, a list, a
+dict), even from itself. The DagDef numbers these objects in the order of the first visit, and describes
+the content of each in terms of the numbers:
 
 * an `int` is the object with that number, so sharing and cycles need no extra notation;
-* `Leaf(i)` is the i-th plain array; `Static(v)` is a value that is part of the structure;
-* `Tree(treedef, children)` is what has no identity: a tuple, or any registered pytree.
+* `Leaf(i)` is the i-th plain array, and `Static(v)` a value that is part of the structure;
+* `Tree(treedef, children)` is a pytree without identity: a tuple, or any registered pytree.
 
-`walk` finds the structure of a tree, `build` makes a tree from one.
+`walk` finds the structure of a tree, and `build` makes a tree from a structure.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ class Leaf(NamedTuple):
 
 
 class PathName(tuple[str, ...]):
-    """The name of a value of a Partition, which is a path in itself."""
+    """The name of a value in a Partition, which is itself a path."""
 
     __slots__ = ()
 
 
 def parts_of(name: Any) -> Path:
-    """What a name adds to a path."""
+    """The parts of a path for a name."""
     return tuple(map(str, name)) if type(name) is PathName else (str(name),)
 
 
 class Tree(NamedTuple):
-    """A pytree without identity: one level of it, and what it holds."""
+    """One level of a pytree without identity, and its children."""
 
     treedef: Any
     names: tuple[Any, ...]
@@ -58,7 +58,7 @@ class Tree(NamedTuple):
 
 
 class RefDef(NamedTuple):
-    """A Ref: what is left of it without its value."""
+    """A Ref without its value."""
 
     collection: Static
     metadata: tuple[tuple[str, Static], ...]
@@ -66,10 +66,11 @@ class RefDef(NamedTuple):
 
 
 class NodeDef(NamedTuple):
-    """A Node (`kind` is its class), a list, a dict or another object, with the names of what it holds.
+    """A Node, a list, a dict or another object of class `kind`, with the names of its children.
 
-    `types` are the types of the dict keys that are not strings: 1 and True are equal keys. `revision`
-    counts the changes of the class of a Node: a method that was replaced makes another program.
+    `types` are the types of the dict keys if some are not strings, because 1 and True are equal keys.
+    `revision` counts the changes of the class of a Node: after a method is replaced, we need a new
+    program.
     """
 
     kind: type
@@ -81,10 +82,10 @@ class NodeDef(NamedTuple):
 
 
 class DagDef(Generic[T]):
-    """The hashable structure that is left when the values are taken out of a tree.
+    """The hashable structure of a tree without its values.
 
-    Equal structures are one object (DagDefs are interned), so comparing and hashing them is as
-    cheap as it can be, and a compiled program is found by its structure's identity.
+    DagDefs are interned: equal structures are one object. So comparing and hashing them is cheap, and
+    compiled programs are looked up by the identity of the structure.
 
     >>> import refx
     >>> a, _ = refx.split({"w": refx.Ref(1.0, "params")})
@@ -105,9 +106,9 @@ class DagDef(Generic[T]):
     def __init__(self, root: Any, nodes: tuple[Any, ...]):
         self.root = root
         self.nodes = nodes
-        # Of the Refs and of the plain arrays, found when one is asked for.
+        # The paths of the Refs and of the plain arrays, computed on demand.
         self._paths: tuple[tuple[Path, ...], tuple[Path, ...]] | None = None
-        # What `build` has worked out, and the structure of a tuple with this tree alone.
+        # A cache for `build`, and the structure of `(tree,)`.
         self.recipe: Any = None
         self.alone: DagDef | None = None
 
@@ -123,7 +124,7 @@ class DagDef(Generic[T]):
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The path of every value: the Refs' and then the plain arrays'."""
+        """The paths of all values: those of the Refs, and then those of the plain arrays."""
         refs, leaves = self._found_paths()
         return refs + leaves
 
@@ -136,14 +137,14 @@ class DagDef(Generic[T]):
         twice = [p for p, count in Counter(refs + leaves).items() if count > 1]
         if twice:
             raise StructureError(
-                f"Two values have the same path {dotted(twice[0])!r}: keys of a dict that are "
-                f"different but read the same, such as 1 and '1'. Rename one of the keys."
+                f"Two values have the same path {dotted(twice[0])!r}, because two different keys of a "
+                f"dict read the same, such as 1 and '1'. Rename one of the keys."
             )
         self._paths = tuple(refs), tuple(leaves)
         return self._paths
 
     def __repr__(self) -> str:
-        # Not by the paths, which may be ambiguous: a message that has this repr must come through.
+        # Avoid the paths: they may be ambiguous and raise, and messages use this repr.
         kinds = [n.kind.__name__ for n in self.nodes if type(n) is NodeDef]
         refs = len(self.nodes) - len(kinds)
         leaves = sum(type(part) is Leaf for part, _ in parts(self))
@@ -152,7 +153,7 @@ class DagDef(Generic[T]):
         return f"DagDef({what}: {refs} Refs, {leaves} arrays, {len(kinds)} nodes)"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The revisions of classes count what happened in this process.
+        # Revisions of classes only have a meaning in this process.
         nodes = [n._replace(revision=0) if type(n) is NodeDef else n for n in self.nodes]
         return _restore, (self.root, tuple(nodes))
 
@@ -192,7 +193,7 @@ def intern(root: Any, nodes: tuple[Any, ...]) -> DagDef:
 
 
 def alone_in_tuple(dagdef: DagDef) -> DagDef:
-    """The structure of `(tree,)`, where that of the tree is known."""
+    """The structure of `(tree,)`, given that of the tree."""
     if dagdef.alone is None:
         dagdef.alone = intern(Tree(_ALONE, ("0",), (dagdef.root,)), dagdef.nodes)
     return dagdef.alone
@@ -218,16 +219,16 @@ def _restore(root: Any, nodes: tuple[Any, ...]) -> DagDef:
 
 
 def revision_of(kind: type) -> int:
-    """How often the class of a Node has changed; other classes are not asked."""
+    """How often the class of a Node has changed. For other classes it is 0."""
     return getattr(kind, "_revision", 0)
 
 
-# To JAX a DagDef is a pytree without leaves, so it crosses plain transformations beside Partitions.
+# For JAX, a DagDef is a pytree without leaves, so it can cross plain transformations beside Partitions.
 jax.tree_util.register_pytree_node(DagDef, lambda dagdef: ((), dagdef), lambda dagdef, _: dagdef)
 
 
 def parts(dagdef: DagDef) -> Iterator[tuple[Any, Path]]:
-    """Everything in a structure, with its path: an object once, as its number, at its first path."""
+    """Everything in a structure, with its path. An object appears once, as its number at its first path."""
     seen: set[int] = set()
     todo: list[tuple[Any, Path]] = [(dagdef.root, ())]
     while todo:
@@ -244,7 +245,7 @@ def parts(dagdef: DagDef) -> Iterator[tuple[Any, Path]]:
 
 
 def numbers_in(part: DagDef, whole: DagDef, at: Any) -> tuple[list[int], list[int]]:
-    """The numbers in `whole` of the Refs and of the plain arrays of `part`, which it holds at `at`.
+    """The numbers that the Refs and the plain arrays of `part` have in `whole`.
 
     `at` is the child of the root of `whole` that is the tree of `part`.
     """
@@ -277,7 +278,7 @@ def node_paths(dagdef: DagDef) -> dict[int, Path]:
 
 
 def _below(at: NodeDef | Tree, path: Path) -> list[tuple[Any, Path]]:
-    """What an object or a pytree holds, with its paths, the last first."""
+    """The children of an object or a pytree with their paths, in reverse order."""
     kind = at.kind if isinstance(at, NodeDef) else at.treedef.node_data()[0]
     return [
         (c, (*path, *(parts_of(name) if type(name) is PathName else named(kind, name))))

@@ -1,4 +1,4 @@
-"""How messages name a Ref and the place where the code runs."""
+"""Names for messages: of a Ref, and of the place where the code runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__: list[str] = []
 
 
 def transformation() -> str:
-    """The innermost transformation that runs here, as a person would name it."""
+    """The name of the innermost transformation that runs here, in a user's words."""
     frame, trace = local.frame, current_trace(())
     if frame is not None and frame.trace() is trace:
         return frame.name
@@ -29,9 +29,9 @@ def transformation() -> str:
 
 
 def describe(ref: Ref[Any], owner: Any = None) -> str:
-    """Name a Ref for a message: by path where a frame knows it, else by its owner.
+    """Name a Ref for a message: by its path if a frame knows it, else by its owner.
 
-    The owner is the module that it was reached through, or a path where only that is known.
+    The owner is the module through which it was reached, or just a path if only that is known.
     """
     frame = local.frame
     while frame is not None:
@@ -53,18 +53,18 @@ def describe(ref: Ref[Any], owner: Any = None) -> str:
 
 
 copies: weakref.WeakKeyDictionary[Any, tuple[Any, list[Ref[Any]]]] = weakref.WeakKeyDictionary()
-"""Nodes that JAX rebuilt around tracers and that are in use, with their structure and their Refs."""
+"""The live Nodes that JAX rebuilt around tracers, with their structure and their Refs."""
 
 
 def summary(ref: Ref[Any]) -> str:
-    """The collection and the shapes of a Ref, without touching its arrays."""
+    """The collection and the shapes of a Ref. This does not touch its arrays."""
     if ref._value is None and ref._frame is not None and not ref._frame.open:
         return f"collection {ref._collection!r}"
     return f"collection {ref._collection!r}, {value_text(ref._value)}"
 
 
 def value_text(value: Any) -> str:
-    """The dtype and the shape of a value, or what it is."""
+    """The dtype and the shape of a value, or its repr."""
     if is_arraylike(value):
         return array_text(value)
     leaves = jax.tree.leaves(value)

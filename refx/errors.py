@@ -1,4 +1,4 @@
-"""Every error of refx: one class for each thing that a user can do wrong."""
+"""All errors of refx: one class for each mistake that a user can make."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class RefError(Exception):
-    """The base of every error that refx, and what is built on it, raises itself.
+    """The base of all errors that refx and the libraries on top of it raise.
 
     >>> import refx
     >>> issubclass(refx.UnknownPathError, refx.RefError)
@@ -40,35 +40,35 @@ class RefError(Exception):
 
 
 class TraceLevelError(RefError):
-    """A Ref or a module was written inside a JAX transformation that it was not made in."""
+    """A Ref or a module was written inside a JAX transformation, but it was made outside of it."""
 
 
 class ReadOnlyError(RefError):
-    """A value copy, which JAX rebuilt around tracers, was written; the write could reach nobody."""
+    """A read-only copy was written: JAX rebuilt it around tracers, or it is frozen."""
 
 
 class ForeignTracerError(RefError):
-    """A Ref was given a value that holds a tracer of another, or of an ended, transformation."""
+    """A Ref was given a value with a tracer of another transformation, or of one that has ended."""
 
 
 class EndedTraceError(RefError):
-    """A Ref was used after the transformation that it was made in has ended."""
+    """A Ref was used after the transformation in which it was made had ended."""
 
 
 class ClosureError(RefError):
-    """A program would go on with an old Ref: a plain `jax` one bakes in values, or it is out of sight."""
+    """A compiled program would keep an old value of a closed-over Ref, or cannot see which Ref it is."""
 
 
 class DonationError(RefError, RuntimeError):
-    """A buffer that cannot be donated, or that was donated before and is gone."""
+    """A buffer cannot be donated, or it was donated before and is gone."""
 
 
 class NotMutableError(RefError):
-    """A Ref was written that the surrounding `mutable` does not allow to be written."""
+    """A Ref or a module was changed, but the surrounding `mutable` does not allow it."""
 
 
 class StructureError(RefError):
-    """The structure of a tree was changed where the change cannot reach the caller."""
+    """The structure of a tree was changed where the change cannot reach the caller, or is not allowed."""
 
 
 class UnhashableStaticError(RefError, TypeError):
@@ -76,15 +76,15 @@ class UnhashableStaticError(RefError, TypeError):
 
 
 class UnpicklableStaticError(RefError, pickle.PicklingError):
-    """A static value that pickle cannot write, such as a lambda, is part of a pickled structure."""
+    """A pickled structure contains a static value that pickle cannot write, such as a lambda."""
 
 
 class UnknownPathError(RefError, KeyError):
-    """A partition names a path that the tree does not have."""
+    """A path does not exist in the tree or the partition."""
 
 
 class MissingPathError(RefError, KeyError):
-    """A partition lacks a path that is needed."""
+    """A partition lacks a path that the structure needs."""
 
 
 class UnmatchedPathError(RefError, ValueError):
@@ -92,19 +92,19 @@ class UnmatchedPathError(RefError, ValueError):
 
 
 class ShapeError(RefError, ValueError):
-    """A new value has another shape than the value it replaces."""
+    """The shape of a new value differs from that of the old value."""
 
 
 class DtypeError(RefError, TypeError):
-    """A new value has another dtype than the value it replaces."""
+    """The dtype of a new value differs from that of the old value."""
 
 
 class ValueTypeError(RefError, TypeError):
-    """A Ref was given a value that is not a pytree of arrays, or a pytree with another structure."""
+    """A Ref was given a value that is not a pytree of arrays, or whose structure differs."""
 
 
 class FilterError(RefError, TypeError):
-    """A value is not a filter, or a filter selects nothing, or needs something that is missing here."""
+    """A value is not a filter, or a filter selects nothing, or it needs something that is missing."""
 
 
 class UnsetFieldError(RefError, AttributeError):

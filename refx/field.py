@@ -1,4 +1,4 @@
-"""Fields: class-level specifiers whose attribute reads the value of a Ref and writes it."""
+"""Fields: class-level specifiers. Their attributes read and write the value of a Ref."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ MISSING: Any = _Missing()
 
 
 class Field:
-    """What the two kinds of field share: a name, a default, and how a dataclass treats them."""
+    """The part that both kinds of field share: the name, the default, and the dataclass options."""
 
-    # Other classes, of JAX too, have an `is_ref`.
+    # Tells a field apart from other objects with an `is_ref`, which JAX has too.
     is_field = True
     is_ref = False
 
@@ -47,14 +47,14 @@ class Field:
         for option, value in (("init", init), ("kw_only", kw_only)):
             if not isinstance(value, bool):
                 raise TypeError(
-                    f"{option} of a field says whether it is an argument of a generated __init__, so "
-                    f"it is a bool, but got a {type(value).__name__}. To make a first value with an "
-                    f"initializer, assign it in __init__, or say default_factory=."
+                    f"{option} of a field is a bool: it controls the argument of the generated __init__. "
+                    f"It got a {type(value).__name__}. To make the initial value with an initializer, "
+                    f"assign it in __init__, or pass default_factory=."
                 )
         if isinstance(default, (list, dict, set)):
             raise ValueError(
-                f"A {type(default).__name__} as the default of a field would be shared by every "
-                f"instance. Use default_factory=lambda: {default!r}."
+                f"All instances would share a {type(default).__name__} that is the default of a field. "
+                f"Use default_factory=lambda: {default!r}."
             )
         self.default = default
         self.default_factory = default_factory
@@ -73,23 +73,23 @@ class Field:
         return self.default_factory() if self.default_factory is not None else self.default
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Classes that are pickled by value, as cloudpickle does, are rebuilt without __set_name__.
+        # Cloudpickle pickles classes by value and rebuilds them without calling __set_name__.
         return _restore, (type(self), dict(vars(self)))
 
     def _unset(self, node: Any) -> UnsetFieldError:
         cls = type(node).__name__
         return UnsetFieldError(
             f"{cls}.{self.name} was read before it was set. Assign it in __init__, as in "
-            f"self.{self.name} = ..., or give the field a default; for a field without a Ref, "
+            f"self.{self.name} = ..., or give the field a default. To leave it without a Ref, "
             f"assign None."
         )
 
 
 class RefField(Field):
-    """A field whose value lives in a Ref: reading gives the value, writing writes the Ref.
+    """A field whose value lives in a Ref: reading returns the value, and writing writes the Ref.
 
-    Assigning a Ref ties the field to that Ref, and assigning None leaves the field without one. It
-    is not a `property`: decorators of classes (beartype) take those apart and make plain ones.
+    Assigning a Ref ties the field to that Ref, and assigning None leaves the field without one. The
+    field is not a `property`, because class decorators (beartype) would replace it by a plain one.
     """
 
     is_ref = True
@@ -111,7 +111,7 @@ class RefField(Field):
         self,
         node: Any,
         owner: Any = None,
-        # Everything that a read needs is a local variable: it is the hottest code of all.
+        # This is the hottest code of all, so everything that it needs is a local variable.
         local: Any = local,
         current: Any = current_trace,
         concrete: Any = CONCRETE,
@@ -122,7 +122,7 @@ class RefField(Field):
             if ref._frame is frame:
                 value = ref._value
                 if frame is None:
-                    # Others are looked at by `read`: they may hold arrays.
+                    # `read` checks all other values: they may hold arrays.
                     alive = type(value) in concrete and not value.is_deleted()
                     if alive and current(()) is EVAL:
                         return value
@@ -152,7 +152,7 @@ class RefField(Field):
             try:
                 new = Ref(value, self.collection, **self.metadata)
             except ValueTypeError:
-                # Again, to say which it is.
+                # Check again, to name the field in the message.
                 check_value(None, value, f"{type(node).__name__}.{self.name}")
                 raise
             attributes(node)[self.name] = new
@@ -171,9 +171,9 @@ class RefField(Field):
 
 
 class StaticField(Field):
-    """A field whose value is part of the structure, whatever it is; it must be hashable."""
+    """A field whose value is always part of the structure. It must be hashable."""
 
-    # No data descriptor: an attribute that is set is found by Python in the instance, in C.
+    # Not a data descriptor, so Python finds a set attribute in the instance, in C.
     def __get__(self, node: Any, owner: Any = None) -> Any:
         if node is None:
             return self
@@ -191,11 +191,11 @@ def _restore(kind: type[Field], state: dict[str, Any]) -> Field:
 
 
 def get_ref(node: Node, name: str) -> Ref[Any]:
-    """The Ref behind an attribute, to tie it elsewhere or to look at its collection.
+    """The Ref behind an attribute, to tie another field to it or to read its collection.
 
     Raises:
-      UnsetFieldError: the node has no such attribute.
-      ValueTypeError: the attribute holds no Ref.
+      UnsetFieldError: the node does not have the attribute.
+      ValueTypeError: the attribute does not hold a Ref.
 
     >>> import jax.numpy as jnp, refx
     >>> class Embed(refx.Node):
@@ -212,12 +212,12 @@ def get_ref(node: Node, name: str) -> Ref[Any]:
     if name not in attributes(node):
         names = ", ".join(k for k, v in attributes(node).items() if isinstance(v, Ref)) or "none"
         raise UnsetFieldError(
-            f"{type(node).__name__} has no attribute {name!r}; its Ref attributes are: {names}."
+            f"{type(node).__name__} has no attribute {name!r}. Its Ref attributes are: {names}."
         )
     ref = attributes(node)[name]
     if not isinstance(ref, Ref):
         raise ValueTypeError(
             f"{type(node).__name__}.{name} holds {type(ref).__name__}, not a Ref. Only param() and "
-            f"ref() fields and attributes that were assigned a Ref have one."
+            f"ref() fields, and attributes to which you assigned a Ref, have one."
         )
     return ref

@@ -1,8 +1,8 @@
-"""Filters: what selects Refs, by collection, by path, by type, or by any combination.
+"""Filters select Refs by collection, by path, by type, or by any combination of these.
 
 A filter is a collection name (or any other hashable label), a tuple of filters (any of them), `...`
 (everything), `None` (nothing), a callable `(path, ref) -> bool`, or one of the combinators here. A
-plain array attribute has no Ref: for it, `ref` is the array itself, and no collection selects it.
+plain array attribute has no Ref. Its `ref` is the array itself, and no collection selects it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 Path = tuple[str, ...]
 Predicate = Callable[[Path, object], bool]
-Filter = typing.Any  # a label, a tuple, ..., None, a callable: no narrower type says this
+Filter = typing.Any  # a label, a tuple, ..., None, a callable: no narrower type covers all of these
 
 
 def to_predicate(filter: Filter) -> Predicate:
@@ -54,8 +54,8 @@ def to_predicate(filter: Filter) -> Predicate:
         return Any(*filter)
     if isinstance(filter, (Ref, Node, Partition)):
         raise FilterError(
-            f"A {type(filter).__name__} is not a filter. The tree comes first, and then what selects of "
-            f"it: {_FILTERS}."
+            f"A {type(filter).__name__} is not a filter. The tree comes first, and then the filter: "
+            f"{_FILTERS}."
         )
     if isinstance(filter, type):
         how = f"To select by the type of values, use OfType({filter.__name__})."
@@ -66,15 +66,15 @@ def to_predicate(filter: Filter) -> Predicate:
         return typing.cast(Predicate, filter)
     if isinstance(filter, slice):
         raise FilterError(
-            f"{filter!r} is not a filter. To take parts by number, slice the list that holds them, "
-            f"as in model.layers[1:3]."
+            f"{filter!r} is not a filter. To take parts by number, slice the list that holds them: "
+            f"model.layers[1:3]."
         )
     try:
         hash(filter)
     except TypeError:
         raise FilterError(
-            f"{filter!r:.200} is not a filter. A filter is {_FILTERS}. For a list of filters, write a "
-            f"tuple."
+            f"{filter!r:.200} is not a filter. A filter is {_FILTERS}. To combine filters, use a tuple "
+            f"instead of a list."
         ) from None
     return _InCollection(filter)
 
@@ -89,8 +89,8 @@ def to_predicates(filters: Iterable[Filter]) -> list[Predicate]:
     """Turn filters into predicates. A Ref belongs to the first filter that selects it.
 
     Raises:
-      FilterError: a filter that can never select anything, since an earlier one selects all that
-        it would: one after `...`, or one that was given before.
+      FilterError: a filter can never select anything, because earlier filters take all that it would:
+        it comes after `...`, or it was given before.
     """
     filters = list(filters)
     predicates = [to_predicate(f) for f in filters]
@@ -99,18 +99,18 @@ def to_predicates(filters: Iterable[Filter]) -> list[Predicate]:
         if any(map(_is_everything, known)):
             why = "the filters before it take everything. Put ... last"
         elif filter is not ... and _alternatives(filter) and _covers(known, filter):
-            why = "the filters before it take all that it would select. Leave it out"
+            why = "the filters before it take everything that it selects. Leave it out"
         else:
             continue
         raise FilterError(
-            f"The filter {_shown(filter)} can select nothing: each Ref goes to the first filter that "
-            f"selects it, and {why}. The filters are {', '.join(map(_shown, filters))}."
+            f"The filter {_shown(filter)} can never select anything: each Ref goes to the first filter "
+            f"that selects it, and {why}. The filters are {', '.join(map(_shown, filters))}."
         )
     return predicates
 
 
 def _alternatives(filter: Filter) -> list[Filter]:
-    """The filters of which any may select, flat; there are none where nothing is selected."""
+    """A flat list of the filters of which any may select. It is empty for a filter that selects nothing."""
     if isinstance(filter, tuple | Any):
         parts = filter if isinstance(filter, tuple) else filter.filters
         return [x for part in parts for x in _alternatives(part)]
@@ -126,8 +126,8 @@ def _is_everything(filter: Filter) -> bool:
 
 
 def _covers(known: list[Filter], filter: Filter) -> bool:
-    """Whether some filters together surely select all that `filter` does."""
-    # A filter and its opposite leave nothing to others.
+    """Whether some filters together certainly select everything that `filter` selects."""
+    # A filter and its opposite leave nothing for other filters.
     opposites = (f.filters[0] for f in known if isinstance(f, Not))
     return any(_is_within(f, known) for f in opposites) or _is_within(filter, known)
 
@@ -145,22 +145,22 @@ def _shown(filter: Filter) -> str:
 
 
 def by_module(kind: type) -> str:
-    """What to write instead, for a message, where a class of modules was taken for a filter."""
+    """For a message: what to write instead of using a class of modules as a filter."""
     return (
-        f"Filters look at Refs, their values and their paths, and none of these is a "
-        f"{kind.__name__}. Select what is in one with {ours('InModule')}({kind.__name__}), or by path, as "
-        f"in {ours('PathMatches')}('encoder.**') or {ours('PathContains')}('encoder'), or take the values "
-        f"of the module itself: model.encoder['params']."
+        f"Filters see Refs, their values and their paths, but not a {kind.__name__}. Select its contents "
+        f"with {ours('InModule')}({kind.__name__}), or by path, as in {ours('PathMatches')}('encoder.**') "
+        f"or {ours('PathContains')}('encoder'), or take the values of the module itself: "
+        f"model.encoder['params']."
     )
 
 
 def selects_nothing(filter: Filter) -> bool:
-    """Whether a filter is None, or made of nothing but it."""
+    """Whether a filter is None, or is made of Nones only."""
     return not _alternatives(filter)
 
 
 def reads_paths(filter: Filter) -> bool:
-    """Whether the answer of a filter can depend on the path: for the places that have none."""
+    """Whether the result of a filter can depend on the path, which some callers do not have."""
     if isinstance(filter, tuple):
         return any(map(reads_paths, filter))
     if isinstance(filter, (All, Any, Not)):
@@ -180,7 +180,7 @@ class _InCollection:
 
 
 class _Selector:
-    """A filter that is made of other values. Equal ones select the same and share programs."""
+    """A filter made from other values. Equal selectors select the same Refs and share programs."""
 
     def __init__(self, *given: typing.Any):
         self._given = given
@@ -207,7 +207,7 @@ class _Combinator(_Selector):
 
 
 class Any(_Combinator):
-    """Selects what at least one of the filters selects; `Any()` selects nothing.
+    """Selects a Ref if at least one of the filters does. `Any()` selects nothing.
 
     >>> import refx
     >>> refx.Any("params", "batch_stats")
@@ -219,7 +219,7 @@ class Any(_Combinator):
 
 
 class All(_Combinator):
-    """Selects what every one of the filters selects; `All()` selects everything.
+    """Selects a Ref if all of the filters do. `All()` selects everything.
 
     >>> import refx
     >>> trunk = refx.All("params", refx.Not(refx.PathContains("head")))
@@ -232,7 +232,7 @@ class All(_Combinator):
 
 
 class Not(_Combinator):
-    """Selects what the filter does not select.
+    """Selects a Ref if the filter does not.
 
     >>> import refx
     >>> refx.Not("params")(("count",), refx.Ref(0, "counters"))
@@ -249,7 +249,7 @@ class Not(_Combinator):
 class PathContains(_Selector):
     """Selects by path: some component equals `part`, or matches it as a glob (`*`, `?`, `[a-z]`).
 
-    Several components joined by dots, as in `"blocks.0"`, match as many that follow one another.
+    Components joined by dots, as in `"blocks.0"`, match that many consecutive components.
 
     >>> import refx
     >>> path = ("blocks", "0", "bn1", "scale")
@@ -260,7 +260,7 @@ class PathContains(_Selector):
     def __init__(self, part: str):
         if not isinstance(part, str):
             raise FilterError(
-                f"PathContains takes a string, one component of a path or several joined by dots, "
+                f"PathContains takes a string (one component of a path, or several joined by dots), "
                 f"but got {part!r}."
             )
         super().__init__(part)
@@ -268,16 +268,16 @@ class PathContains(_Selector):
         self._parts = tuple(part.split("."))
 
     def __call__(self, path: Path, ref: object) -> bool:
-        # A key of a dict may have a dot itself.
+        # A dict key may contain a dot.
         return any(fnmatch.fnmatchcase(name, self.part) for name in path) or (
             len(self._parts) > 1 and _matches(("**", *self._parts, "**"), path)
         )
 
 
 class PathMatches(_Selector):
-    """Selects by path: all of it matches a glob such as `"blocks.*.attention.**"`.
+    """Selects by path: the whole path matches a glob such as `"blocks.*.attention.**"`.
 
-    `*`, `?` and `[a-z]` match within one component, and a component `**` matches any number of them.
+    `*`, `?` and `[a-z]` match within one component. The component `**` matches any number of components.
 
     >>> import refx
     >>> kernels = refx.PathMatches("blocks.[01].**.kernel")
@@ -288,7 +288,7 @@ class PathMatches(_Selector):
     def __init__(self, glob: str):
         if not isinstance(glob, str):
             raise FilterError(
-                f"PathMatches takes a string, a glob for a dotted path, but got {glob!r}."
+                f"PathMatches takes a string (a glob for a dotted path), but got {glob!r}."
             )
         super().__init__(glob)
         self.glob = glob
@@ -321,10 +321,10 @@ class _ByClass(_Selector):
 
 
 class InModule(_ByClass):
-    """Selects by the class of a module: what such a module holds, itself or in a part of it.
+    """Selects the Refs in modules of a class, including those in their parts.
 
-    An instance of a subclass counts as well. A Ref that several modules share counts where its
-    path leads, which is the first of its places. Other classes count too, such as a pytree's.
+    Instances of subclasses count as well. A shared Ref belongs to the modules along its path, which is
+    the first of its paths. The class need not be a module's: that of a pytree works too.
 
     >>> import refx
     >>> class Norm(refx.Node):
@@ -344,7 +344,7 @@ class InModule(_ByClass):
 
 
 class OfType(_ByClass):
-    """Selects by type: the value of the Ref, or the plain array, is an instance of a class.
+    """Selects by type: the value of the Ref, or the plain array, is an instance of the class.
 
     >>> import jax, refx
     >>> refx.OfType(int)((), refx.Ref(0))

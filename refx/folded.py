@@ -1,4 +1,4 @@
-"""Values by path as short text: of parts that repeat, as the layers of a model do, one is shown."""
+"""Values by path as short text: of parts that repeat, such as the layers of a model, show only one."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Iterator, Sequence
 
 __all__: list[str] = []
 
-# Two equal neighbours are both shown.
+# Two equal neighbours are not folded.
 _FOLD = 3
 
 Line = tuple[tuple[str, ...], str, int]
 
 
 def folded(entries: Sequence[tuple[tuple[str, ...], str]]) -> Iterator[Line]:
-    """The entries, paths and texts, where three or more equal parts with numbers become one.
+    """Fold three or more equal numbered parts of the entries, pairs of a path and a text, into one.
 
-    Gives (path, text, count); the number in the path of one that stands for several is as in `0..11`.
+    Yields (path, text, count). An entry that stands for several has a number such as `0..11` in its path.
     """
     k = 0
     while k < len(entries):
         path, text = entries[k]
         before = entries[k - 1][0] if k else ()
         for j, part in enumerate(path):
-            # Only where a part begins: the whole part is looked at once.
+            # Only at the beginning of a part, so that each part is compared once.
             if not part.isdigit() or before[: j + 1] == path[: j + 1]:
                 continue
             size, last, end = _repeated(entries, k, j)
@@ -41,7 +41,7 @@ def folded(entries: Sequence[tuple[tuple[str, ...], str]]) -> Iterator[Line]:
 def _repeated(
     entries: Sequence[tuple[tuple[str, ...], str]], start: int, j: int
 ) -> tuple[int, str, int]:
-    """The size of the part that begins at `start`, the number of the last like it, and its end."""
+    """The size of the part that begins at `start`, and the number and the end of the last part like it."""
     path = entries[start][0]
     size = 1
     while start + size < len(entries) and entries[start + size][0][: j + 1] == path[: j + 1]:
@@ -58,7 +58,7 @@ def _repeated(
             )
         )
         after = entries[end + size][0] if end + size < len(entries) else ()
-        # A part that goes on is another one.
+        # A longer part is a different one.
         if not same or after[: j + 1] == there[: j + 1]:
             break
         last, end = there[j], end + size

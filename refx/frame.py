@@ -1,4 +1,4 @@
-"""The frame: one running body of a stateful transformation, and what stands for what inside it."""
+"""The frame: one running body of a stateful transformation, with its stand-ins for outer Refs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def copy_containers(value: Any) -> Any:
 
 
 class Original:
-    """A value before the body ran: tells whether it was replaced, or changed in place."""
+    """A value before the body ran, to detect whether it was replaced or changed in place."""
 
     __slots__ = ("_content", "_value")
 
@@ -33,7 +33,7 @@ class Original:
         self._content = jax.tree.flatten(value)
 
     def changed(self, now: Any) -> bool:
-        """Whether `now` is another value, or holds others."""
+        """Whether `now` is a different value, or holds different leaves."""
         if now is not self._value:
             return True
         (leaves, treedef), (was, was_def) = jax.tree.flatten(now), self._content
@@ -41,11 +41,11 @@ class Original:
 
 
 class StandIn(NamedTuple):
-    """What stands in a body for a Ref of an enclosing level.
+    """The stand-in, inside a body, of a Ref of an enclosing level.
 
-    `ref` is the Ref outside, `inner` the one cell for it inside. A Ref that the body met by closure
-    has its value then as `before`, and the module it was read through as its `owner`; one that
-    came in as an input has neither.
+    `ref` is the Ref outside, and `inner` its only cell inside. For a Ref that the body met by closure,
+    `before` is its value at that time, and `owner` the module through which it was read. For a Ref that
+    came in as an input, both are None.
     """
 
     ref: Ref[Any]
@@ -54,7 +54,7 @@ class StandIn(NamedTuple):
     before: Original | None = None
 
     def was_written(self, frame: Frame) -> bool:
-        """Whether the body gave this closed-over Ref a value, or changed the one that it has."""
+        """Whether the body wrote this closed-over Ref, or changed its value in place."""
         assert self.before is not None
         return self.inner in frame.assigned or self.before.changed(self.inner._value)
 
@@ -63,10 +63,10 @@ _uids = itertools.count()
 
 
 class Frame:
-    """One running body of a stateful transformation, from its entry to its exit.
+    """One running body of a stateful transformation, from entry to exit.
 
-    Invariants: a Ref of an enclosing level has one stand-in, so that a closed-over Ref and the
-    same Ref as an argument are one cell; a closed frame answers every use of its Refs with an error.
+    Invariants: a Ref of an enclosing level has only one stand-in, so a closed-over Ref and the same Ref
+    as an argument are one cell. After the frame is closed, every use of its Refs raises an error.
     """
 
     __slots__ = (
@@ -101,9 +101,9 @@ class Frame:
         Args:
           name: the transformation and the function, for messages.
           lifts: whether the body runs again with the Refs that it met by closure as inputs.
-          constants: whether a closed-over Ref may not be written.
-          entry: the trace that called the transformation, where its body reads closed-over Refs
-            itself: a plain jax program may lie between that and the level of the Refs.
+          constants: whether closed-over Refs are constants, which must not be written.
+          entry: the trace that called the transformation, if its body reads closed-over Refs directly.
+            There may be a plain jax program between that trace and the level of the Refs.
           repeats: how often the body runs for each time that it is traced.
         """
         self.name = name
@@ -111,20 +111,20 @@ class Frame:
         self.constants = constants
         self.entry = entry
         self.repeats = repeats
-        # A number that is never reused. Caches key on it, since the frame itself holds tracers.
+        # A number that is never reused. Caches key on it, because keeping the frame would leak tracers.
         self.uid = next(_uids)
         self.parent = local.frame
         self.trace = trace_ref()
         # By the Ref outside, in order of discovery.
         self.stand_ins: dict[Ref[Any], StandIn] = {}
-        # The Refs of this body that were given a value in it, the same or another.
+        # The Refs of this body that it has written, even with the same value.
         self.assigned: set[Ref[Any]] = set()
-        # Those of them whose values were put on devices on purpose.
+        # Those of them whose values were placed on devices on purpose.
         self.placed: set[Ref[Any]] = set()
         # The Refs that a plain jax program in this body has read by closure.
         self.captured_as_constant: set[Ref[Any]] = set()
         self.describe: Callable[[Ref[Any]], str | None] | None = None
-        # What a library on top of this one knows of the objects that the body was given.
+        # For a library on top of this one: what it knows about the inputs of the body.
         self.roots: Any = None
         self.open = True
 
@@ -137,11 +137,11 @@ class Frame:
         self.open = False
 
     def met(self) -> Iterator[StandIn]:
-        """What the body met by closure and was not passed in, in order."""
+        """The Refs that the body met by closure and that were not passed in, in order."""
         return (s for s in self.stand_ins.values() if s.before is not None)
 
     def inner(self, ref: Ref[Any]) -> Ref[Any]:
-        """The stand-in of `ref`, or `ref` where it has none."""
+        """The stand-in of `ref`, or `ref` itself if it has none."""
         known = self.stand_ins.get(ref)
         return ref if known is None else known.inner
 
@@ -161,11 +161,11 @@ class _Local(threading.local):
     frame: Frame | None
     # What the surrounding `mutable` allows; None allows everything.
     limit: Limit | None
-    # Whether a walk looks at what a pytree class makes of a module: no Ref counts as read.
+    # Whether a walk is flattening a pytree object just to inspect it, so that no Ref counts as read.
     peeking: bool
 
     def __init__(self) -> None:
-        # Runs in each thread. As attributes of the instance they are found faster.
+        # Runs once in each thread. Lookup is faster for attributes of the instance.
         self.frame = None
         self.limit = None
         self.peeking = False
@@ -175,16 +175,16 @@ local = _Local()
 
 
 def note_made(*made: Any) -> None:
-    """Note Refs and Nodes that are new, where a `mutable` lets only new ones be changed."""
+    """Note new Refs and Nodes, if a `mutable` is active: it may allow changes only to new ones."""
     if local.limit is not None:
         local.limit.note_made(made)
 
 
 def trace_of(frame: Frame | None) -> Any:
-    """The trace that a body runs in; without one, that of code outside of every transformation."""
+    """The trace of a body. For None, it is the trace of code outside of all transformations."""
     return EVAL if frame is None else frame.trace()
 
 
 def is_eager() -> bool:
-    """Whether code runs outside of every transformation."""
+    """Whether code runs outside of all transformations."""
     return local.frame is None and current_trace(()) is EVAL

@@ -1,4 +1,4 @@
-"""`mutable`: a context that limits what may be written."""
+"""`mutable`: a context that limits which Refs may be written."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ __all__ = ["mutable"]
 
 @contextlib.contextmanager
 def mutable(filter: Filter, tree: Any = None) -> Iterator[None]:
-    """Within this context only the Refs that the filter selects may be written.
+    """Within this context, code may write only the Refs that the filter selects.
 
-    With a filter that selects nothing, such as None, modules may not change either: setting or
-    deleting an attribute is an error, and with `tree` so is a list or a dict in it that is not what
-    it was at the end. Modules and Refs that are made within the context may be changed.
+    If the filter selects nothing, as None does, modules must not change either: setting or deleting an
+    attribute is an error. With `tree`, the lists and dicts in the tree must be unchanged at the end.
+    Modules and Refs that are made within the context may change.
 
     Args:
-      filter: any filter. One that looks at paths (a callable, `PathContains`) needs `tree`.
-      tree: limits only the Refs and the modules of this tree; without it, all of them.
+      filter: any filter. A filter that looks at paths (a callable, `PathContains`) needs `tree`.
+      tree: limits only the Refs and modules of this tree. By default, the limit is for all of them.
 
     Raises:
-      NotMutableError: at the write of a Ref that the filter does not select; where nothing may be
-        changed, also at the change of an attribute, or at the end for a list or a dict.
-      FilterError: the filter looks at paths and there is no tree to take them from; or it selects
-        nothing of the tree, by a mistake that `get_partition` would report too.
+      NotMutableError: a Ref that the filter does not select is written. If nothing may change: an
+        attribute is changed, or a list or a dict differs at the end.
+      FilterError: the filter looks at paths but there is no tree; or it selects nothing in the tree
+        by mistake, as for `get_partition`.
 
     >>> import refx
     >>> w, n = refx.Ref(1.0, "params"), refx.Ref(0, "counters")
@@ -61,10 +61,10 @@ def mutable(filter: Filter, tree: Any = None) -> Iterator[None]:
 
 
 class Limit:
-    """What may be written within one `mutable`, and within those around it.
+    """The limit of one `mutable` and of those around it.
 
-    Where the filter selects nothing, `_new` holds the Refs and Nodes that were made within: by id,
-    since a class may define its own hash, and weakly, since those of a body hold tracers.
+    If the filter selects nothing, `_new` has the Refs and Nodes that were made within: by id, because
+    a class may define its own hash, and weakly, because those of a body hold tracers.
     """
 
     def __init__(self, outer: Limit | None, filter: Filter, tree: Any):
@@ -72,7 +72,7 @@ class Limit:
         self._predicate = to_predicate(filter)
         if tree is None and reads_paths(filter):
             raise FilterError(
-                f"The filter {filter!r} looks at paths, so mutable needs the tree to take them from: "
+                f"The filter {filter!r} looks at paths, so mutable needs the tree that has them: "
                 f"mutable(filter, tree=model)."
             )
         self._paths = None if tree is None else {cell: path for path, cell in refs(tree).items()}
@@ -84,14 +84,14 @@ class Limit:
         self.content = _Content(tree) if nothing and tree is not None else None
 
     def note_made(self, made: Iterable[Any]) -> None:
-        """Note Refs and Nodes that are new."""
+        """Note new Refs and Nodes."""
         if self._outer is not None:
             self._outer.note_made(made)
         if self._new is not None:
             self._new.update((id(x), x) for x in made)
 
     def lets_write(self, cell: Ref[Any]) -> bool:
-        """Whether a Ref may be given a value."""
+        """Whether a Ref may be written."""
         if self._outer is not None and not self._outer.lets_write(cell):
             return False
         if self._paths is None:
@@ -112,7 +112,7 @@ class Limit:
 
 
 class _Content:
-    """What the modules, lists and dicts of a tree hold."""
+    """The content of the modules, lists and dicts of a tree."""
 
     def __init__(self, tree: Any):
         found = walk(tree)
@@ -130,6 +130,6 @@ class _Content:
             path, kind = self._paths[id(container)], type(container).__name__
             where = f"The {kind} at {dotted(path)!r}" if path else f"The {kind}"
             raise NotMutableError(
-                f"{where} was changed, but the surrounding `mutable` lets nothing be changed. Move "
+                f"{where} was changed, but the surrounding `mutable` allows no changes. Move "
                 f"the change out of it, or change a clone."
             )

@@ -30,17 +30,17 @@ class _HasDict:
 
 _own_dict = _HasDict.__dict__["__dict__"].__get__
 
-# Counts the changes of classes of Nodes: after one, every structure is looked at again.
+# Counts the changes of classes of Nodes. After a change, every structure is checked again.
 class_changes = [0]
 
 
 class Book:
-    """What a Node keeps about itself beside its attributes.
+    """The records of a Node about itself, apart from its attributes.
 
-    `snapshot` is the structure of the tree below it, remembered. `watchers` are weak references to
-    every snapshot that this Node is part of; a change of the Node tells them. `exposed` says that
-    somebody holds the dict of its attributes, and can change it without telling. `marks` are the
-    names of attributes that are leaves whatever they hold (see `mark` in build.py).
+    `snapshot` is the remembered structure of the tree below it. `watchers` are weak references to all
+    snapshots that this Node is part of; it tells them when it changes. `exposed` means that the dict of
+    its attributes was handed out, so it can change without telling. `marks` are the names of attributes
+    that are leaves whatever they hold (see `mark` in build.py).
     """
 
     __slots__ = ("_limit", "exposed", "marks", "snapshot", "watchers")
@@ -53,14 +53,14 @@ class Book:
         self._limit = 8
 
     def watch(self, watcher: weakref.ref[Any]) -> None:
-        """Have a snapshot told of changes."""
+        """Register a snapshot to be told of changes."""
         if len(self.watchers) >= self._limit:
             self.watchers = [w for w in self.watchers if w() is not None]
             self._limit = 2 * len(self.watchers) + 8
         self.watchers.append(watcher)
 
     def tell(self) -> None:
-        """Tell the snapshots that the Node has changed; none of them stands any more."""
+        """Tell the snapshots that the Node has changed, which makes them invalid."""
         watchers, self.watchers = self.watchers, []
         for watcher in watchers:
             snapshot = watcher()
@@ -71,16 +71,16 @@ class Book:
 if TYPE_CHECKING:
     from abc import ABCMeta as _Meta
 else:
-    # So that a class may have both a Node and a Protocol, or an ABC, as its base.
+    # So that a class may inherit from Node and from a Protocol or an ABC.
     _Meta = type(Protocol)
 
 
 class NodeType(_Meta):
-    """The class of Node classes. It counts the changes of each: a change makes a new program."""
+    """The class of Node classes. It counts the changes of each class, since each needs a new program."""
 
     _revision: int
 
-    # Those of ABC are slow, and ask a registry that a Node has no use for.
+    # ABC's versions are slow, and Nodes do not use its registry.
     __instancecheck__ = type.__instancecheck__
     __subclasscheck__ = type.__subclasscheck__
 
@@ -94,7 +94,7 @@ class NodeType(_Meta):
         _class_changed(cls)
 
 
-# Python sets these while it makes a class.
+# Python sets these while it creates a class.
 _NO_BEHAVIOUR = frozenset(
     {"__abstractmethods__", "__annotations__", "__doc__", "__match_args__", "__module__"}
     | {"__orig_bases__", "__parameters__", "__protocol_attrs__", "__qualname__"}
@@ -102,7 +102,7 @@ _NO_BEHAVIOUR = frozenset(
 
 
 def _class_changed(cls: type) -> None:
-    """Count a change of a class. It is also a change of the classes that inherit from it."""
+    """Count a change of a class. It also counts for all classes that inherit from it."""
     todo = [cls]
     while todo:
         at = todo.pop()
@@ -112,19 +112,19 @@ def _class_changed(cls: type) -> None:
 
 
 set_on_class: Callable[[type, str, Any], None] = type.__setattr__
-"""`set_on_class(cls, name, value)` sets what we keep on a class, without counting as a change of it."""
+"""`set_on_class(cls, name, value)` sets an attribute of ours on a class. This is not a change of it."""
 
 
 on_subclass: list[Callable[[type], None]] = []
-"""Called with each new class of Nodes, to make it known to JAX."""
+"""These are called with each new class of Nodes, for example to register it with JAX."""
 
 
 class Node(_HasDict, metaclass=NodeType):
     """An object whose attributes are part of the tree that `split` takes apart.
 
-    Ref and array attributes are values, other Nodes and plain lists, tuples, dicts and registered
-    pytrees are structure, and everything else is static. Attributes may be set, changed and
-    deleted at any time, except where the change could not reach anybody.
+    Ref and array attributes are values. Other Nodes, plain lists, tuples, dicts and registered pytrees
+    are structure. Everything else is static. You may set, change and delete attributes at any time,
+    unless the change would be lost.
 
     >>> import refx
     >>> class Counter(refx.Node):
@@ -136,11 +136,11 @@ class Node(_HasDict, metaclass=NodeType):
     0
     """
 
-    # `_dict` is the dict of the attributes, where it is found faster than by its own name.
+    # `_dict` is the dict of the attributes: a slot is faster than `__dict__`.
     __slots__ = ("_book", "_dict", "_frame", "_trace")
 
     _revision: ClassVar[int] = 0
-    # The fields of the class by name, and those of them that need a value before `__init__` runs.
+    # The fields of the class by name, and the fields that need a value before `__init__` runs.
     _fields: ClassVar[dict[str, Any]] = {}
     _defaults: ClassVar[tuple[Any, ...]] = ()
 
@@ -150,7 +150,7 @@ class Node(_HasDict, metaclass=NodeType):
     _book: Book | None
 
     if not TYPE_CHECKING:
-        # A checker has it from `__init__`: what is made, and of which arguments.
+        # Type checkers take the signature from `__init__`.
         def __new__(cls, *args, **kwargs):
             node = make(cls, local.frame, trace_ref())
             for field in cls._defaults:
@@ -161,15 +161,14 @@ class Node(_HasDict, metaclass=NodeType):
             return node
 
     def __init_subclass__(cls, *, hidden_slots: bool = False, **kwargs: Any) -> None:
-        # `hidden_slots` is for what a class of ours keeps beside the structure, as a cache.
+        # `hidden_slots` is for classes of ours that keep something beside the structure, such as a cache.
         super().__init_subclass__(**kwargs)
         slots = vars(cls).get("__slots__")
         if slots and not hidden_slots:
             raise TypeError(
-                f"{cls.__name__} has __slots__ = {slots!r}, but what is in a slot is no part of the "
-                f"tree: split, clone{ALTERNATIVES['would pass over it']} would pass over it. Leave "
-                f"out __slots__ (and slots=True of a dataclass); modules keep their attributes in a "
-                f"dict."
+                f"{cls.__name__} has __slots__ = {slots!r}, but the content of a slot is not part of the "
+                f"tree: split, clone{ALTERNATIVES['would pass over it']} would miss it. Leave out "
+                f"__slots__ (and slots=True of a dataclass): modules keep their attributes in a dict."
             )
         fields: dict[str, Any] = {}
         for base in reversed(cls.__mro__):
@@ -192,26 +191,28 @@ class Node(_HasDict, metaclass=NodeType):
             field.__set__(self, value)
             return
         if name == "__orig_class__":
-            # `G[int]()` notes its alias so, unless that is an AttributeError. It says nothing of the
-            # object, and as an attribute it would make `G[int]()` another structure than `G()`.
+            # `G[int]()` stores its alias here, and ignores an AttributeError. As an attribute it would
+            # make the structure of `G[int]()` differ from that of `G()`.
             raise AttributeError(f"{type(self).__name__} does not keep {name}.")
         check_structure(self, f"Attribute {name!r}")
         if isinstance(value, Tracer):
             check_value(None, value)
         if name == "__class__":
             raise StructureError(
-                f"The class of a {type(self).__name__} cannot be assigned: compiled programs know "
-                f"the module by it. Make a module of the other class, give it the Refs of this one "
+                f"The class of a {type(self).__name__} cannot be assigned, because compiled programs "
+                f"depend on it. Make a module of the other class, give it the Refs of this one "
                 f"({ours('get_ref')}), and put it in this one's place."
             )
         if name in _SLOTS:
-            raise StructureError(f"The attribute name {name!r} is taken by refx; choose another.")
+            raise StructureError(
+                f"refx uses the attribute name {name!r} itself. Choose another name."
+            )
         old = attributes(self).get(name, _NOTHING)
         if type(old) is Ref and isinstance(value, VALUES):
             raise StructureError(
-                f"Attribute {name!r} of a {type(self).__name__} is a Ref, which an array cannot "
-                f"replace unnoticed: write self.{name}.value = ... to give it a value. To have a "
-                f"plain attribute instead, `del self.{name}` first."
+                f"Attribute {name!r} of a {type(self).__name__} is a Ref, so you cannot assign an array "
+                f"to it. To write its value: self.{name}.value = ... To have a plain attribute instead, "
+                f"`del self.{name}` first."
             )
         object.__setattr__(self, name, value)
         own = self._book
@@ -230,13 +231,13 @@ class Node(_HasDict, metaclass=NodeType):
         tell(self)
 
     if not TYPE_CHECKING:
-        # A checker that knew of them would take any attribute for a good one.
+        # If type checkers knew of these, they would accept any attribute.
         __setattr__ = _setattr
         __delattr__ = _delattr
 
     @property
     def __dict__(self) -> dict[str, Any]:  # pyright: ignore
-        # Whoever holds this dict can change it, and the Node is not asked.
+        # The caller can now change this dict without the Node noticing.
         if self._book is None or not self._book.exposed:
             mark_exposed(self)
         return attributes(self)
@@ -260,13 +261,13 @@ def _field_in_instance(node: Node, name: str, field: Any) -> ValueTypeError:
     cls = type(node).__name__
     if not field.is_ref:
         return ValueTypeError(
-            f"Attribute {name!r} of a {cls} was assigned a field. A static field is declared in the "
+            f"Attribute {name!r} of a {cls} was assigned a field. Declare a static field in the "
             f"class body; in a method, assign the value itself: self.{name} = ..."
         )
     collection = field.collection
     how = ALTERNATIVES["param" if collection == "params" else "field"].format(collection)
     return ValueTypeError(
-        f"Attribute {name!r} of a {cls} was assigned a field and not a value. Declare it in the "
+        f"Attribute {name!r} of a {cls} was assigned a field instead of a value. Declare it in the "
         f"class body: `{name}: jax.Array = {how}`, and in __init__ assign the array: self.{name} = "
         f"... For a Ref without a field, assign {ours('Ref')}(value, {collection!r})."
     )
@@ -276,14 +277,14 @@ _NOTHING: Any = object()
 
 
 def _are_alike(old: Any, new: Any) -> bool:
-    """Whether an attribute that was `old` and is `new` leaves the structure as it was."""
+    """Whether replacing `old` by `new` in an attribute leaves the structure unchanged."""
     if old is new or (is_array(old) and is_array(new)):
         return True
     return type(old) in SIMPLE and Static(old) == Static(new)
 
 
 def is_array(x: Any) -> bool:
-    """Whether `x` is an array attribute, a value; ShapeDtypeStructs stand for one in `eval_shape`."""
+    """Whether `x` is an array. A ShapeDtypeStruct counts: it stands for an array in `eval_shape`."""
     return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
 
 
@@ -291,14 +292,14 @@ _SLOTS = frozenset(Node.__slots__)
 
 
 def make(cls: type, frame: Any, trace: Any) -> Any:
-    """A Node without attributes, at a given level: `__init__` has not run and will not."""
+    """Make a Node without attributes at a given level. `__init__` does not run."""
     node = blank(cls, frame, trace)
     note_made(node)
     return node
 
 
 def blank(cls: type, frame: Any, trace: Any, _new: Any = object.__new__) -> Any:
-    """`make`, for `build`, which notes what it has made all at once."""
+    """`make` for `build`, which reports all new objects together."""
     node = _new(cls)
     _set_dict(node, _own_dict(node))
     _set_frame(node, frame)
@@ -315,7 +316,7 @@ def _restore(cls: type, marks: dict[Any, Any] | None = None) -> Any:
 
 
 attributes: Callable[[Node], dict[str, Any]] = Node._dict.__get__  # pyright: ignore
-"""`attributes(node)` is the live dict of a Node's attributes; `vars(node)` also takes note of it."""
+"""`attributes(node)` is the live dict of a Node's attributes. `vars(node)` also marks it as exposed."""
 
 _set_dict = Node._dict.__set__  # pyright: ignore
 _set_frame = Node._frame.__set__
@@ -325,10 +326,10 @@ _book_lock = threading.Lock()
 
 
 def book(node: Node) -> Book:
-    """The Book of a Node, made when it is needed first."""
+    """The Book of a Node, made on first use."""
     found = node._book
     if found is None:
-        # Two threads must not make two: the watchers in one of them would not be told.
+        # Two threads must not make two Books: the watchers of one would never be told.
         with _book_lock:
             found = node._book
             if found is None:
@@ -344,13 +345,13 @@ def tell(node: Node) -> None:
 
 
 def mark_exposed(node: Node) -> None:
-    """Have every tree that holds `node` compare it item by item from now on."""
+    """From now on, compare `node` item by item in every tree that holds it."""
     book(node).exposed = True
     tell(node)
 
 
 def is_exposed(node: Node) -> bool:
-    """Whether the attributes of `node` may change without it being asked."""
+    """Whether the attributes of `node` may change without its noticing."""
     cls = type(node)
     return (
         (node._book is not None and node._book.exposed)
@@ -362,7 +363,7 @@ def is_exposed(node: Node) -> bool:
 def _flatten_method(method: types.MethodType) -> tuple[tuple[Any, ...], Any]:
     if isinstance(method.__self__, Node):
         return (method.__self__,), method.__func__
-    # Of another object there is nothing that JAX sees, so what it holds is a constant of each program.
+    # JAX sees nothing of any other object, so its content is a constant of each program.
     return (), Static(method)
 
 

@@ -1,8 +1,9 @@
-"""Pytrees whose Refs and Nodes are leaves, also where a class takes its modules apart by itself.
+"""Pytrees with Refs and Nodes as leaves, even if a class flattens its modules by itself.
 
-A class that is registered with JAX may return the arrays of a module that it holds as its own leaves
-(`distrax.Jittable` does). Its leaves say nothing of Refs, so a copy that JAX makes of it would have
-its own Refs, which nobody trains. Such an object is opened here: it counts by its attributes.
+A class registered with JAX may hold a module and return the module's arrays as its own leaves
+(`distrax.Jittable` does). The leaves do not show any Refs, so JAX's copies of the object would have
+their own Refs, which are never trained. This file opens such an object: it flattens the attributes
+instead.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ __all__: list[str] = []
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
-    """`jax.tree.flatten`, where Refs and Nodes are leaves and what hides some is opened.
+    """`jax.tree.flatten` with Refs and Nodes as leaves. Objects that hide some are opened.
 
-    Unflattening the structure gives objects of the original classes.
+    Unflattening the structure makes objects of the original classes.
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf=_stops)
     if not any([_is_hidden(x) for x in leaves]):
@@ -35,7 +36,7 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
 
 
 def leaves(tree: Any) -> list[Any]:
-    """The leaves that `flatten` gives."""
+    """The leaves that `flatten` returns."""
     return flatten(tree)[0]
 
 
@@ -45,7 +46,7 @@ def flatten_with_path(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
 
 
 def map(fn: Callable[[Any], Any], tree: Any) -> Any:
-    """`jax.tree.map` over the leaves that `flatten` gives."""
+    """`jax.tree.map` over the leaves that `flatten` returns."""
     found, treedef = flatten(tree)
     return jax.tree.unflatten(treedef, [fn(x) for x in found])
 
@@ -56,7 +57,7 @@ def holds_identity(tree: Any) -> bool:
 
 
 def opened(tree: Any) -> Any:
-    """The tree with pytrees of attributes in the place of what hides Refs or Nodes."""
+    """Replace each object that hides Refs or Nodes by a pytree of its attributes."""
     found = jax.tree.leaves(tree, is_leaf=_stops)
     if not any([_is_hidden(x) for x in found]):
         return tree
@@ -64,10 +65,10 @@ def opened(tree: Any) -> Any:
 
 
 def hides(obj: Any) -> bool:
-    """Whether `obj` is a pytree whose class takes apart the modules or Refs that it holds.
+    """Whether `obj` is a pytree whose class flattens the modules or Refs that it holds.
 
     Raises:
-      StructureError: it is one, and keeps them in slots, so that it cannot be opened.
+      StructureError: it keeps them in slots, so it cannot be opened.
     """
     if not _may_hide(type(obj)) or isinstance(obj, _NO_PYTREES) or is_array(obj):
         return False
@@ -80,7 +81,7 @@ def hides(obj: Any) -> bool:
         if len(children) == 1 and children[0] is obj:
             return False
         seen = {id(x) for x in children}
-        # Nearly always its children are what its attributes hold, and the others are settings.
+        # Almost always, its children are its attributes, and all other attributes are settings.
         others = list(_held_by([x for x in held.values() if id(x) not in seen]))
         if not others:
             return False
@@ -92,9 +93,9 @@ def hides(obj: Any) -> bool:
         return False
     if type(getattr(obj, "__dict__", None)) is not dict:
         raise StructureError(
-            f"A {type(obj).__name__} holds a {type(hidden).__name__} in a slot, and its class gives JAX "
-            f"the arrays of it as leaves, so a copy would have Refs of its own, which nobody trains. Leave "
-            f"out __slots__, register the class with jax.tree_util.register_dataclass, or make the "
+            f"A {type(obj).__name__} holds a {type(hidden).__name__} in a slot, and gives JAX its arrays "
+            f"as leaves. A copy would have its own Refs, which are never trained. Leave out __slots__, "
+            f"register the class with jax.tree_util.register_dataclass, or make the "
             f"{type(obj).__name__} where it is used."
         )
     return True
@@ -115,7 +116,7 @@ def _may_hide(kind: type) -> bool:
 
 
 def _attributes(obj: Any) -> dict[str, Any]:
-    """What an object has in its dict and in the slots of its class."""
+    """The attributes of an object, in its dict and in its slots."""
     own = getattr(obj, "__dict__", None)
     found = dict(own) if type(own) is dict else {}
     for base in type(obj).__mro__:
@@ -160,7 +161,7 @@ def _stops(x: Any) -> bool:
 
 
 class _Opened:
-    """An object as the pytree of its attributes. Unflattening gives one of the original class."""
+    """An object as a pytree of its attributes. Unflattening makes an object of the original class."""
 
     def __init__(self, kind: type, names: tuple[str, ...], children: tuple[Any, ...]):
         self.kind = kind
@@ -169,18 +170,18 @@ class _Opened:
 
     @classmethod
     def of(cls, obj: Any) -> _Opened:
-        """Open an object, and what it holds."""
+        """Open an object and its attributes."""
         children = [jax.tree.map(_part, x, is_leaf=_stops) for x in vars(obj).values()]
         return cls(type(obj), tuple(vars(obj)), tuple(children))
 
     def with_keys(self) -> Any:
-        """The children with their keys, and what is static."""
+        """The children with their keys, and the static part."""
         keys = [jax.tree_util.GetAttrKey(name) for name in self.names]
         return tuple(zip(keys, self.children, strict=True)), (self.kind, self.names)
 
     @staticmethod
     def build(about: Any, children: Any) -> Any:
-        """An object of the original class, as `refx.build` makes one."""
+        """Make an object of the original class, without calling `__init__`, as `refx.build` does."""
         kind, names = about
         obj = object.__new__(kind)
         vars(obj).update(zip(names, children, strict=True))

@@ -1,4 +1,4 @@
-"""Partition: an immutable mapping from path to value, which is what JAX gets to see."""
+"""Partition: an immutable mapping from path to value. JAX sees these values."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _MISSING = object()
 
 
 class Name(str):
-    """One name of a path in a tree: a string that knows the class of the object that it is in.
+    """One name in a path: a string that knows the class of the object that has the name.
 
-    A filter by that class asks for it. Copies and pickles are plain strings.
+    Filters by class use it. Copies and pickles are plain strings.
     """
 
     __slots__ = ("owner",)
@@ -37,25 +37,25 @@ class Name(str):
 
 
 def named(owner: type, name: Any) -> Path:
-    """What the name of a part of an `owner` adds to a path."""
+    """The part of a path for one name in an object of class `owner`."""
     part = Name(name)
     part.owner = owner
     return (part,)
 
 
 class Partition(Mapping[Path, Any]):
-    """An immutable mapping path → value, in the order of the tree it came from.
+    """An immutable mapping from path to value, in the order of its tree.
 
-    It is a pytree of its values, with key paths, so `jax.tree.map`, `jax.grad` and optax take it as
-    it is. Values are raw arrays (or what pytree the Ref holds), without any wrapper.
+    It is a pytree of its values, with key paths, so `jax.tree.map`, `jax.grad` and optax take it as it
+    is. Values are raw arrays (or the pytree that the Ref holds), without a wrapper.
 
     Args:
-      items: a mapping or pairs from path to value. A path is a tuple of strings; the dotted
-        string is understood too.
+      items: a mapping, or pairs of a path and a value. A path is a tuple of strings, or one dotted
+        string.
 
     Raises:
-      UnknownPathError: a path that is looked up is not there.
-      DonationError: the buffer of an array that is looked up is gone.
+      UnknownPathError: a lookup finds no such path.
+      DonationError: a lookup finds an array whose buffer is gone.
 
     >>> import refx
     >>> p = refx.Partition({("block1", "kernel"): 1.0, ("block1", "bias"): 2.0})
@@ -111,17 +111,17 @@ class Partition(Mapping[Path, Any]):
         )
 
     def __or__(self, other: Mapping[Path, Any]) -> Partition:
-        """The union; where both have a path, the value of `other`."""
+        """The union. If both have a path, the value of `other` wins."""
         return Partition._of({**self._items, **Partition(other)._items})
 
     def nested(self) -> Any:
-        """The same values in plain dicts, one in the other, keyed by the names of the paths.
+        """The values in nested plain dicts, keyed by the names in the paths.
 
-        It is what tools for logs, configurations and checkpoints take (wandb, clu, tensorboardX), and
-        what flax calls a pure dict. The value of a tree that is a single Ref is given as it is.
+        Tools for logs, configurations and checkpoints take this form (wandb, clu, tensorboardX); flax
+        calls it a pure dict. For a tree that is a single Ref, it returns just the value.
 
         Raises:
-          StructureError: there is a value at a path and others below it.
+          StructureError: there is a value at a path, and another one below it.
 
         >>> import refx
         >>> refx.Partition({("block", "kernel"): 1.0, ("block", "bias"): 2.0}).nested()
@@ -142,8 +142,8 @@ class Partition(Mapping[Path, Any]):
                     break
             if not path or id(at) not in made or path[-1] in at:
                 raise StructureError(
-                    f"The value at path {dotted(path)!r} has no place in nested dicts: there is another "
-                    f"value above or below it. Leave one of them out, or use the paths: "
+                    f"The value at path {dotted(path)!r} does not fit into nested dicts: there is another "
+                    f"value above or below it. Leave one of them out, or use a flat dict: "
                     f"{{'.'.join(path): value for path, value in partition.items()}}."
                 )
             at[path[-1]] = value
@@ -151,15 +151,15 @@ class Partition(Mapping[Path, Any]):
 
     @classmethod
     def from_nested(cls, nested: Any, like: Mapping[Path, Any] | None = None) -> Partition:
-        """The inverse of `nested`: a Partition of the values in dicts of dicts.
+        """The inverse of `nested`: a Partition of the values in nested dicts.
 
         Args:
-          nested: dicts in dicts. Their keys become strings, and what is not a dict is a value.
-          like: a Partition that tells where the values are. It is needed where these are dicts
-            themselves. The Partition has its order.
+          nested: nested dicts. Their keys become strings, and anything that is not a dict is a value.
+          like: a Partition with the same paths. You need it if the values themselves are dicts. The
+            result has its order.
 
         Raises:
-          UnknownPathError: the dicts lack a value that `like` has, or have another.
+          UnknownPathError: the dicts lack a value that `like` has, or have an additional one.
 
         >>> import refx
         >>> refx.Partition.from_nested({"block": {"kernel": 1.0, "bias": 2.0}})
@@ -189,7 +189,7 @@ class Partition(Mapping[Path, Any]):
         return cls._of({path: found[path] for path in known})
 
     def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
-        # Treescope asks for this; nobody else does, so it is installed.
+        # Only treescope calls this, so treescope is installed.
         from treescope import repr_lib
 
         return repr_lib.render_dictionary_wrapper(
@@ -199,7 +199,7 @@ class Partition(Mapping[Path, Any]):
             subtree_renderer=subtree_renderer,
         )
 
-    # The values are arrays. Their == does not give a bool, so comparing mappings would raise.
+    # Comparing mappings would raise, because == of the arrays does not return a bool.
     __eq__ = object.__eq__
     __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
 
@@ -225,23 +225,23 @@ class Partition(Mapping[Path, Any]):
 
 
 def as_path(path: Any) -> Path:
-    """A path as a tuple of strings, from one or from its dotted form."""
+    """A path as a tuple of strings. `path` may be such a tuple or its dotted form."""
     if isinstance(path, str):
         return tuple(path.split(".")) if path else ()
     if not isinstance(path, tuple | list):
         raise UnknownPathError(
-            f"{path!r} is no path. A path is a tuple of strings, or these joined by dots."
+            f"{path!r} is not a path. A path is a tuple of strings, or one string with dots."
         )
     return tuple(map(str, path))
 
 
 def dotted(path: Any) -> str:
-    """A path as a person reads it."""
+    """A path with dots, for people."""
     return path if isinstance(path, str) else ".".join(map(str, path))
 
 
 def listed(paths: Any, most: int = 8) -> str:
-    """A few paths for a message, with the number of those left out."""
+    """A few paths for a message, and the number of paths left out."""
     names = [repr(dotted(p)) for p in paths]
     rest = len(names) - most
     if not names:
@@ -253,7 +253,7 @@ _SHOWN = 200
 
 
 class _Text:
-    """Stands for an array where a pytree of arrays prints, so that none is copied from a device."""
+    """Stands for an array when a pytree prints, so that printing copies nothing from a device."""
 
     def __init__(self, array: Any):
         self.array = array
@@ -281,7 +281,7 @@ def _unflatten(paths: Any, values: Any) -> Partition:
 
 jax.tree_util.register_pytree_with_keys(Partition, _flatten_with_keys, _unflatten, _flatten)
 
-# So that an exported program whose arguments are Partitions can be written to a file.
+# Lets exported programs with Partitions as arguments be written to files.
 jax.export.register_pytree_node_serialization(
     Partition,
     serialized_name="refx.Partition",

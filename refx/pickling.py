@@ -1,7 +1,7 @@
-"""How a DagDef is pickled: its static values one by one, so that an error can say which attribute.
+"""Pickling of a DagDef: one static value at a time, so that an error can name the attribute.
 
-Pickle knows a function by its module and its name. JAX's own activations are objects that have both,
-but that pickle does not know as functions, so they are looked up by name here.
+Pickle stores a function as its module and its name. JAX's own activations are objects with both, but
+pickle does not treat them as functions, so we look them up by name here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _reduce_static(static: Static) -> tuple[Any, ...]:
 
 
 def _global_name(value: Any) -> tuple[str, str] | None:
-    # Plain functions and classes are left to the pickler, which may take some of them by value.
+    # Leave plain functions and classes to the pickler, which may pickle some by value.
     if not callable(value) or isinstance(value, type | types.FunctionType):
         return None
     module = getattr(value, "__module__", None)
@@ -48,7 +48,7 @@ def _by_name(module: str, name: str) -> Static:
 
 
 def _reduce_dagdef(dagdef: DagDef) -> tuple[Any, ...]:
-    # Picklers that extend pickle's, as cloudpickle does, know more kinds of functions than it.
+    # Picklers that extend pickle's, such as cloudpickle's, accept more kinds of functions.
     pickler = sys._getframe(1).f_locals.get("self")
     kinds = (pickle.Pickler, pickle._Pickler)  # pyright: ignore[reportAttributeAccessIssue]
     if not isinstance(pickler, kinds) or type(pickler) in kinds:
@@ -70,9 +70,9 @@ def _check(path: Path, static: Static) -> None:
         what = getattr(value, "__qualname__", None) or type(value).__qualname__
         where = f"Attribute {dotted(path)!r}" if path else "The tree"
         raise UnpicklableStaticError(
-            f"{where} is {what}, which pickle cannot write ({error}). Define a function with `def` "
-            f"at the top level of a module that both programs import, and in place of a lambda or a "
-            f"local function use that one, or a functools.partial of it."
+            f"{where} is {what}, which pickle cannot write ({error}). Instead of a lambda or a local "
+            f"function, use one defined with `def` at the top level of a module that both programs "
+            f"import, or a functools.partial of it."
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""Nodes as plain JAX pytrees: a Node is the tuple of its values, each shared Ref once.
+"""Nodes as plain JAX pytrees. The leaves of a Node are its values, with each shared Ref once.
 
-That is value semantics: what JAX rebuilds is another Node with other Refs, and JAX has no way to
-write into the caller's. So a Node that is rebuilt around tracers may be read but not written.
+This is value semantics: JAX builds another Node with other Refs, and cannot write into the caller's. So
+a Node that is rebuilt around tracers may be read but not written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__: list[str] = []
 
 
 class _PathKey(jax.tree_util.GetAttrKey):
-    # JAX's message for two trees that differ asks every key of a custom node for this name.
+    # JAX's message for two different trees reads this from every key of a custom node.
     @property
     def key(self) -> str:
         return self.name
@@ -43,9 +43,9 @@ def _flatten_with_keys(node: Node) -> tuple[list[tuple[Any, Any]], DagDef]:
 
 
 def unflatten(dagdef: DagDef, children: Any) -> Any:
-    """A Node around what JAX puts in the place of its values."""
+    """Build a Node around the objects that JAX puts in place of its values."""
     children = list(children)
-    # Nearly always all of them are arrays, and no program is traced.
+    # Almost always, all of them are arrays, and no program is being traced.
     arrays = CONCRETE.issuperset(map(type, children)) and current_trace(()) is EVAL
     copied = not arrays and is_value_copy(jax.tree.leaves(children))
     trace = READ_ONLY if copied else None
@@ -59,7 +59,7 @@ def unflatten(dagdef: DagDef, children: Any) -> Any:
 
 
 def register(cls: type[Node]) -> None:
-    """Make a subclass of Node known to JAX."""
+    """Register a subclass of Node with JAX."""
     jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, unflatten, _flatten)
 
 

@@ -25,32 +25,32 @@ _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
 def metadata_of(facts: Iterable[tuple[str, Any]]) -> Mapping[str, Any]:
-    """Facts about a Ref, as it keeps them: nobody changes them."""
+    """Make the read-only metadata of a Ref."""
     found = dict(facts)
     return MappingProxyType(found) if found else _NO_METADATA
 
 
-# What a library does with the value of a new Ref that has metadata, such as a sharding.
+# A library may set this function. It gets the value of each new Ref with metadata, such as a sharding.
 at_birth: Callable[[Any, Hashable, Mapping[str, Any]], Any] | None = None
 
 
 @final
 class Ref(Generic[T]):
-    """A mutable cell that may be shared, and that JAX transformations see by its value.
+    """A mutable cell that may be shared. JAX transformations see its value.
 
-    Equality and hash are identity: two Refs with equal values are two Refs, and one Ref that is
-    reached along two paths is one parameter. `value` is any pytree of arrays and scalars.
+    Refs are compared and hashed by identity: two Refs with equal values are two Refs, and one Ref at
+    two paths is one parameter. `value` is any pytree of arrays and scalars.
 
     Args:
-      value: the first value.
+      value: the initial value.
       collection: a hashable label that filters select by, such as `"params"`.
       **metadata: hashable facts about the Ref that travel with it, such as a sharding. They are
         fixed, like the collection.
 
     Raises:
       ForeignTracerError: the value holds a tracer of a transformation that does not run here.
-      ValueTypeError: the value is or holds a Ref or a module, or something that is neither an array
-        nor a number. Put those in attributes.
+      ValueTypeError: the value is or holds a Ref, a module, or anything else that is not an array or
+        a number. Put those in attributes.
       UnhashableStaticError: the collection or a metadata value cannot be hashed.
 
     >>> import refx
@@ -84,7 +84,7 @@ class Ref(Generic[T]):
 
     @property
     def value(self) -> T:
-        """The value. Writing it is allowed only in the transformation that the Ref was made in."""
+        """The value. You may write it only in the transformation in which the Ref was made."""
         frame = local.frame
         if self._frame is frame:
             value = self._value
@@ -107,7 +107,7 @@ class Ref(Generic[T]):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """The fixed facts that were given when the Ref was made."""
+        """The fixed facts that the Ref was made with."""
         return self._metadata
 
     def __repr__(self) -> str:
@@ -117,8 +117,8 @@ class Ref(Generic[T]):
         return f"Ref({value}, {self._collection!r}{facts})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Copying and pickling make a Ref of the current level with the same value; the frame and
-        # the trace of the original are of no use to it. A label stays one.
+        # Copying and pickling make a Ref of the current level with the same value. The copy does not
+        # need the frame and the trace of the original, but a label stays a label.
         fixed = self._trace is LABEL
         return _restore, (self.value, self._collection, dict(self._metadata), fixed)
 
@@ -128,21 +128,21 @@ WITH_IDENTITY.add(Ref)
 
 def _no_arithmetic(self: Ref[Any], *others: Any, **options: Any) -> Any:
     raise TypeError(
-        f"{self!r} is a cell that holds a value, not the value: use .value, as in ref.value + 1."
+        f"{self!r} is a cell, not the value that it holds: use .value, as in ref.value + 1."
     )
 
 
 _BINARY = "add sub mul matmul truediv floordiv mod divmod pow lshift rshift and or xor"
 _OTHERS = "neg pos abs invert float int complex round lt le gt ge getitem setitem array"
-# Not == and hash, which are identity, nor what decides whether a Ref is true.
+# Leave out == and hash, which go by identity, and __bool__.
 for _name in [*_OTHERS.split(), *(r + op for op in _BINARY.split() for r in ("", "r"))]:
     setattr(Ref, f"__{_name}__", _no_arithmetic)
-# JAX asks for this one and does not call it everywhere, so asking raises.
+# JAX looks this one up but does not always call it, so the lookup itself raises.
 setattr(Ref, "__jax_array__", property(_no_arithmetic))  # noqa: B010
 
 
 def _restore(value: Any, collection: Hashable, metadata: Any, fixed: bool = False) -> Ref[Any]:
-    # Also of what JAX puts in the place of an array and no `Ref(...)` takes.
+    # The value may be something that JAX put in place of an array and that `Ref(...)` would refuse.
     at = LABEL if fixed or is_label(value) else trace_ref()
     ref = make(value, collection, metadata_of(metadata.items()), local.frame, at)
     note_made(ref)
@@ -157,7 +157,7 @@ def make(
     trace: Any,
     _new: Any = object.__new__,
 ) -> Ref[Any]:
-    """A Ref at a given level, with nothing checked: for the boundary, which knows."""
+    """Make a Ref at a given level without any checks. The boundary has done them."""
     ref = _new(Ref)
     ref._value = value
     ref._collection = collection
@@ -172,13 +172,13 @@ def _check_hashable(what: str, fact: Any) -> None:
         hash(fact)
     except TypeError:
         raise UnhashableStaticError(
-            f"The {what} of a Ref must be hashable, since it is part of the key of compiled "
-            f"programs; got {fact!r}. Use a tuple for a list, and put arrays in the value."
+            f"The {what} of a Ref must be hashable, because it is part of the key of compiled "
+            f"programs, but got {fact!r}. Use a tuple instead of a list, and put arrays in the value."
         ) from None
 
 
 def is_value_copy(leaves: Any) -> bool:
-    """Whether what JAX rebuilds from `leaves` here is a copy whose updates could reach nobody."""
+    """Whether an object that JAX rebuilds from `leaves` here is a copy that cannot be written back."""
     return current_trace(()) is not EVAL or any(isinstance(x, Tracer) for x in leaves)
 
 

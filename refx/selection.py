@@ -1,4 +1,4 @@
-"""Why a filter selects nothing: what tells a mistake from a collection that a tree happens to lack."""
+"""Filters that select nothing: tell a mistake from a collection that a tree happens to lack."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__: list[str] = []
 
 
 def check_selection(filter: Filter, *trees: Any) -> None:
-    """Raise if a filter that selects nothing of some trees is a mistake.
+    """Raise if a filter that selects nothing in some trees is a mistake.
 
     Raises:
-      FilterError: a number, a path or a misspelled collection; the message says what to write.
+      FilterError: it is a number, a path or a misspelled collection. The message says what to write.
     """
     problem = mistake(filter, *trees)
     if problem is not None:
@@ -32,9 +32,9 @@ def check_selection(filter: Filter, *trees: Any) -> None:
 
 
 def mistake(filter: Filter, *trees: Any) -> str | None:
-    """What is wrong with a filter that selects nothing; None if that may be meant.
+    """The message for a filter that selects nothing by mistake; None if it may be intended.
 
-    A collection that a tree lacks is not a mistake: a loop over collections works for every model.
+    A collection that the tree lacks is not a mistake: a loop over collections must work for all models.
     """
     if isinstance(filter, tuple | filters.Any | filters.All):
         parts = filter if isinstance(filter, tuple) else filter.filters
@@ -44,7 +44,7 @@ def mistake(filter: Filter, *trees: Any) -> str | None:
         return None if module is None else f"{filter!r} selects nothing. {by_module(module)}"
     if isinstance(filter, InModule) and trees and all(isinstance(t, Partition) for t in trees):
         return (
-            f"The values of a Partition are in no module, so the filter {filter!r} selects none. Apply "
+            f"A Partition does not know its modules, so the filter {filter!r} selects nothing in it. Apply "
             f"it to the model: model[{filter!r}]{ALTERNATIVES['mask'].format(filter)}."
         )
     if filter is None or filter is ... or isinstance(filter, bool) or callable(filter):
@@ -52,7 +52,7 @@ def mistake(filter: Filter, *trees: Any) -> str | None:
     if trees and all(isinstance(tree, Partition) for tree in trees):
         return (
             f"The values of a Partition have no collection, so the filter {filter!r} selects none. "
-            f"Take the partition of the model, model[{filter!r}], or select by path, as with "
+            f"Take the partition of the model, model[{filter!r}], or select by path, for example with "
             f"PathContains."
         )
     there = {ref._collection for tree in trees for ref in snapshot(tree).refs}
@@ -65,7 +65,7 @@ def mistake(filter: Filter, *trees: Any) -> str | None:
     for tree in trees:
         if (problem := _path(filter, tree)) is not None:
             return problem
-    # Names that add a word to another, as params_ema does, are meant to differ.
+    # A name that adds a word to another, such as params_ema, is not a misspelling.
     words = f"_{filter}_"
     others = [c for c in there if isinstance(c, str) and f"_{c}_" not in words]
     others = [c for c in others if words not in f"_{c}_"]
@@ -83,13 +83,13 @@ def _number(number: Any, trees: tuple[Any, ...]) -> str:
         if isinstance(value, list | tuple) and any(isinstance(x, Node | Ref) for x in value)
     ]
     return (
-        f"A filter selects Refs, and {number!r} is no collection here. To take a part by its number, "
-        f"write {holders[0] if holders else 'model.layers'}[{number!r}]: the list that holds it."
+        f"A filter selects Refs, and {number!r} is not a collection here. To take a part by its number, "
+        f"index the list that holds it: {holders[0] if holders else 'model.layers'}[{number!r}]."
     )
 
 
 def _path(name: str, tree: Any) -> str | None:
-    """What is wrong with a string that is the path of a module, a Ref or an array of the tree."""
+    """The message for a string that is the path of a module, a Ref or an array in the tree."""
     paths = snapshot(tree).dagdef.paths
     found = follow(tree, as_path(name))
     matching = (glob for glob in (name, f"{name}.**") if _matches_any(glob, paths))
@@ -100,7 +100,7 @@ def _path(name: str, tree: Any) -> str | None:
     if found is not None:
         parts = (f"[{p}]" if p.isdecimal() else f".{p}" for p in name.split("."))
         ways.append(f"model{''.join(parts)} goes there")
-    return f"{name!r} is a path here, and a string selects a collection; {', and '.join(ways)}."
+    return f"{name!r} is a path here, but a string selects a collection: {', and '.join(ways)}."
 
 
 def _matches_any(glob: str, paths: tuple[Path, ...]) -> bool:
@@ -109,7 +109,7 @@ def _matches_any(glob: str, paths: tuple[Path, ...]) -> bool:
 
 
 def follow(tree: Any, path: Iterable[str]) -> Any:
-    """What a path leads to, be it the first path of that or another; None where it leads nowhere."""
+    """The object at a path, which need not be its first path; None if there is none."""
     for name in path:
         if isinstance(tree, Node):
             tree = attributes(tree).get(name)

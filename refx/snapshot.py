@@ -1,9 +1,9 @@
-"""Snapshots: the structure of a tree, remembered, with a cheap test of whether it still stands.
+"""Snapshots: the remembered structure of a tree, with a cheap test of whether it is still valid.
 
-Walking the modules of a model in Python costs a thousand times what a jitted call may cost. So a
-walk is remembered. A Node runs Python when an attribute is set, so it tells the snapshots that it is
-part of. What does not tell is compared, item by item and by identity: lists, dicts, Nodes whose
-`__dict__` somebody holds, and objects that are settings.
+Walking the modules of a model in Python costs a thousand times as much as a jitted call may cost, so we
+remember the result. A Node runs Python when an attribute is set, so it can tell its snapshots. Objects
+that cannot tell are compared, item by item and by identity: lists, dicts, settings objects, and Nodes
+whose `__dict__` was handed out.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _uids = itertools.count()
 class Snapshot:
     """The structure of one tree and its live Refs.
 
-    Invariants: `refs` and the plain arrays that `leaves()` gives are in the order of `dagdef`;
-    `valid()` is true only if a new scan would find the same DagDef with the same Refs. `uid` is
-    never used again, so it may stand for the snapshot where holding it would be a leak.
+    Invariants: `refs` and the plain arrays from `leaves()` are in the order of `dagdef`. `valid()` is
+    true only if a new walk would find the same DagDef with the same Refs. `uid` is never reused, so
+    caches may key on it where keeping the snapshot would be a leak.
     """
 
     __slots__ = (
@@ -56,23 +56,23 @@ class Snapshot:
     )
 
     def __init__(self, tree: Any, *, keep: bool = False):
-        """Walk a tree; with `keep`, its Nodes tell when they change, and `valid` may be asked."""
-        # Before the walk: what changes meanwhile is looked at again.
+        """Walk a tree. With `keep`, its Nodes report changes, and `valid` may be called."""
+        # Set these before the walk, so that a change during the walk makes the snapshot invalid.
         self.stands = keep
         self._class_changes = class_changes[0]
         found = walk(tree)
         self.dagdef: DagDef = found.dagdef
-        # A Ref keeps no snapshot. Another at its address is in no tree that a kept one knows.
+        # A Ref does not keep a snapshot. A new Ref at its address is not in any tree that a kept one knows.
         self.uid: Any = (id(tree), found.dagdef) if type(tree) is Ref else next(_uids)
         self.refs = found.refs
-        # By id, all that another tree could share with this one.
+        # The ids of all objects that another tree could share with this one.
         self.identities = frozenset(map(id, found.objects))
         self._places = found.places
-        # An array in a tuple cannot be replaced without replacing the tuple, so the array is enough.
+        # For an array in a tuple, keep the array itself: it cannot change unless the tuple is replaced.
         self._leaves = [
             x if p[0] is None else None for x, p in zip(found.leaves, found.places, strict=True)
         ]
-        # The frame that all Refs were made in, or False for Refs of several levels.
+        # The frame in which all Refs were made, or False for Refs of several levels.
         self.frame: Any = _common(found.refs, "_frame", False)
         self.trace: Any = _common(found.refs, "_trace", None)
         self.has_labels = any([r._trace is LABEL for r in found.refs])
@@ -87,7 +87,7 @@ class Snapshot:
             self._compared = _comparisons(found)
 
     def valid(self) -> bool:
-        """Whether the structure still stands."""
+        """Whether the structure is still the same."""
         if not self.stands or self._class_changes != class_changes[0]:
             return False
         if not self._compared:
@@ -95,11 +95,11 @@ class Snapshot:
         try:
             return all([c.same() for c in self._compared])
         except Exception:
-            # Another thread changes a dict, or a pytree class of the user's raises: the walk decides.
+            # Another thread is changing a dict, or a user's pytree class raises. Leave it to a new walk.
             return False
 
     def values(self, tree: Any = None) -> list[Any]:
-        """The values of the Refs, as seen from here; `tree` is what they are read of."""
+        """The values of the Refs, as seen from here. `tree` is the object that holds them."""
         frame = local.frame
         if self.frame is frame and current_trace(()) is trace_of(frame):
             return [r._value for r in self.refs]
@@ -107,7 +107,7 @@ class Snapshot:
         return [read(r, owner) for r in self.refs]
 
     def writable(self) -> bool:
-        """Whether all Refs may be written here, without asking each of them."""
+        """Whether it is certain, without checking each Ref, that all of them may be written here."""
         return (
             self.frame is local.frame
             and local.limit is None
@@ -117,7 +117,7 @@ class Snapshot:
         )
 
     def leaves(self) -> list[Any]:
-        """The plain arrays, as they are now: they may be replaced without a change of structure."""
+        """The current plain arrays. Replacing one does not change the structure."""
         if not self._leaves:
             return []
         return [
@@ -126,7 +126,7 @@ class Snapshot:
         ]
 
     def holders(self) -> list[tuple[Any, Any]]:
-        """The list or dict that holds each plain array, and its key; None where a tuple does."""
+        """The list or dict that holds each plain array, and its key there; None for one in a tuple."""
         return list(self._places)
 
 
@@ -138,7 +138,7 @@ def _common(refs: list[Ref[Any]], name: str, otherwise: Any) -> Any:
 
 
 def _comparisons(found: Walk) -> tuple[Any, ...]:
-    """What has to be compared to see whether a tree is as it was."""
+    """The comparisons that tell whether a tree is unchanged."""
     plain: list[Any] = [c for c in found.contents if type(c) is not Changing]
     parts: list[Any] = [c for c in found.contents if type(c) is Changing]
     parts += [_PytreeObject(*o) for o in found.opaque]
@@ -157,13 +157,13 @@ def _comparisons(found: Walk) -> tuple[Any, ...]:
 
 
 class Contents:
-    """What some lists and dicts hold, to be compared item by item and by identity, in C."""
+    """The contents of some lists and dicts, to compare item by item and by identity, in C."""
 
     __slots__ = ("_containers", "_items", "_sizes", "_views")
 
     def __init__(self, containers: list[Any]):
         self._containers = containers
-        # The views of a dict follow it.
+        # The views of a dict follow its changes.
         self._views: list[Any] = []
         for c in containers:
             self._views += [c.keys(), c.values()] if isinstance(c, dict) else [c]
@@ -171,13 +171,13 @@ class Contents:
         self._items = list(chain.from_iterable(self._views))
 
     def same(self) -> bool:
-        """Whether every list and dict still holds what it held."""
+        """Whether every list and dict still has the same items."""
         return list(map(len, self._views)) == self._sizes and all(
             map(is_, chain.from_iterable(self._views), self._items)
         )
 
     def changed(self) -> dict[int, Any]:
-        """What the lists and dicts that hold something else now held then, by their positions."""
+        """The original content of each list and dict that has changed, by position."""
         items = iter(self._items)
         sizes = iter(self._sizes)
         found: dict[int, Any] = {}
@@ -199,7 +199,7 @@ _ARRAY = object()
 
 
 class _WithArrays:
-    """A list or a dict with arrays, which may be replaced by others without a change of structure."""
+    """A list or a dict with arrays. Replacing an array by another does not change the structure."""
 
     __slots__ = ("_content", "_items")
 
@@ -217,7 +217,7 @@ class _WithArrays:
 
 
 class _PytreeObject:
-    """An instance of a registered pytree class, which may change in ways that only it knows."""
+    """An instance of a registered pytree class. It may change in ways that only its class knows."""
 
     __slots__ = ("_children", "_obj", "_treedef")
 
@@ -240,7 +240,7 @@ def _items(content: Any) -> list[tuple[Any, Any]]:
 
 
 def snapshot(tree: Any) -> Snapshot:
-    """The snapshot of a tree: the one that is kept on a Node while it stands, or a new one."""
+    """The snapshot of a tree. A Node keeps its snapshot while that is valid; otherwise, make a new one."""
     if not isinstance(tree, Node):
         return Snapshot(tree)
     own = tree._book

@@ -1,7 +1,8 @@
-"""Static values: what is part of the structure, and when two of them count as the same.
+"""Static values: the parts of a structure, and the rule for when two of them are the same.
 
-A static value counts by its type and its content, whatever its `==` says. A compiled program is found
-by it, and programs for `1`, `True` and `1.0`, or for a string and an enum that equals it, differ.
+Static values are compared by type and content, whatever their `==` says, because they are part of the
+key of a compiled program. Programs for `1`, `True` and `1.0`, or for a string and an enum that equals it,
+are different.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import numpy as np
 
 __all__: list[str] = []
 
-# Of these, `==` between two values of one type is right.
+# For values of one of these types, `==` is right.
 _PLAIN = frozenset({int, bool, str, bytes, type(None), type, type(len), types.FunctionType})
-# These cannot change, and hold nothing.
+# Values of these types cannot change, and hold nothing.
 SIMPLE = frozenset({int, float, bool, str, complex, bytes, type(None), type(len), type})
 _CHANGING = (
     collections.abc.MutableMapping,
@@ -31,24 +32,24 @@ _CHANGING = (
     collections.abc.MutableSet,
 )
 _CONTAINERS = (list, dict, set, bytearray, collections.deque, np.ndarray, jax.Array)
-# Packages whose objects count by their `==`: they are not changed in place, or keep caches beside
-# their content. Every installed package is one; a package under development adds its name.
+# Packages whose objects are compared by `==`: users do not change these in place, or the objects keep
+# caches beside their content. Installed packages all count; a package under development adds its name.
 TRUSTED = set(sys.stdlib_module_names) | {"jax", "jaxlib", "numpy", "ml_dtypes", __package__}
-# Objects inside of objects are read so deep; what is further in counts by its identity.
+# How deep to read objects inside objects. Anything deeper is compared by identity.
 _DEPTH = 4
 # At this depth `exact` also reads lists and dicts, as it does inside a static value.
 NESTED = _DEPTH - 1
 
 
 WITH_IDENTITY: set[type] = set()
-"""The classes whose instances are what they are, whatever they hold: Ref, and each class of Nodes."""
+"""The classes whose instances are compared by identity: Ref, and each class of Nodes."""
 
 
 class Static:
-    """A value that is part of the structure. Equal means equal in type and in content.
+    """A value that is part of the structure. Two are equal if their types and contents are equal.
 
-    `contents` are the dicts and lists that the content was read from and that may change in place, and a
-    Changing for what else may. With the depth NESTED, a list or a dict is a value as well.
+    `contents` has everything in the value that may change in place: its dicts and lists, and a Changing
+    for each other object. With the depth NESTED, the value may itself be a list or a dict.
     """
 
     __slots__ = ("_copy", "_key", "contents", "value")
@@ -67,16 +68,16 @@ class Static:
         return hash(self._key)
 
     def keep(self) -> None:
-        """Keep a copy of what may change: others whose content is equal may be built of this one."""
+        """Copy a value that may change in place: trees with an equal value may be built from this one."""
         by_identity = type(self.value).__eq__ is object.__eq__
         if self.contents and self._copy is None and not by_identity:
             try:
                 self._copy = copy.deepcopy(self.value)
-            except Exception:  # of a class that cannot be copied there is the value alone
+            except Exception:  # its class cannot be copied, so keep the value itself
                 self._copy = self.value
 
     def current(self) -> Any:
-        """The value, or a copy of what it was, if it has changed since."""
+        """The value, or a copy of its original content if it has changed since."""
         if self._copy is None or exact(self.value, []) == self._key:
             return self.value
         return copy.deepcopy(self._copy)
@@ -108,7 +109,7 @@ def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
 
     Args:
       value: any object.
-      contents: takes the dicts and lists that were read and that may change in place.
+      contents: a list to which this adds the parts of the value that may change in place.
       depth: how many objects deep to read.
     """
     kind = type(value)
@@ -129,21 +130,21 @@ def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
     if depth < _DEPTH and isinstance(value, _CONTAINERS):
         return _inside(value, contents, depth)
     if kind is types.MethodType:
-        # What the object holds that it is bound to may change.
+        # The content of the bound object may change.
         return kind, Same(value.__func__), exact(value.__self__, contents, depth)
     by_identity = kind.__eq__ is object.__eq__
     hashable = _has_hash(value)
     if hashable and _is_trusted(kind.__module__):
         return (kind, Same(value)) if by_identity else (kind, value)
     if isinstance(value, _CHANGING) and not isinstance(value, _CONTAINERS):
-        # A config of a library: what it holds counts, however it keeps that.
+        # A config of a library: compare its items, however it stores them.
         key = (kind, _inside(_plain(value), [], depth)) if depth else (kind, Same(value))
         contents.append(Changing(value, key, depth))
         return key
     if isinstance(value, type | types.ModuleType) or kind in WITH_IDENTITY:
         return kind, Same(value)
     if isinstance(value, _CONTAINERS):
-        # It has no hash, which whoever asks for one has to explain.
+        # It has no hash. Callers that need one raise an error with an explanation.
         return kind, value
     base: Any = ()
     if isinstance(value, tuple):
@@ -157,7 +158,7 @@ def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
         base = Same(value)
     state = _state(value, contents)
     if state is None:
-        # What cannot be read has its `==`, or nothing but its identity.
+        # Its content cannot be read, so compare by `==` or by identity.
         return kind, base or (value if hashable else Same(value))
     if depth == 0:
         return kind, Same(value)
@@ -168,7 +169,10 @@ def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
 
 
 class Changing:
-    """A part of a static value, not a dict or a list, that may change in place. Its key is compared."""
+    """A part of a static value, other than a dict or a list, that may change in place.
+
+    It compares keys to detect a change.
+    """
 
     __slots__ = ("_depth", "_key", "_value")
 
@@ -178,17 +182,17 @@ class Changing:
         self._depth = depth
 
     def same(self) -> bool:
-        """Whether it is what it was."""
+        """Whether it is unchanged."""
         return exact(self._value, [], self._depth) == self._key
 
     def held(self) -> list[Any]:
-        """What its attributes or items are."""
+        """Its attributes or items."""
         state = _state(self._value, [])
         return [x for _, x in state] if state is not None else list(self._value)
 
 
 def _plain(value: Any) -> Any:
-    """A mapping, a sequence or a set of a library as one of Python's."""
+    """Convert a library's mapping, sequence or set to Python's own."""
     if isinstance(value, collections.abc.Mapping):
         return dict(value.items())
     return set(value) if isinstance(value, collections.abc.Set) else list(value)
@@ -196,7 +200,7 @@ def _plain(value: Any) -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def _has_slots(kind: type) -> bool:
-    """Whether objects of a class have attributes in slots that may be set."""
+    """Whether objects of a class have slots that may be set."""
     params = getattr(kind, "__dataclass_params__", None)
     slots = any(set(_slots(base)) - {"__dict__", "__weakref__"} for base in kind.__mro__)
     return slots and not (params is not None and params.frozen)
@@ -208,7 +212,7 @@ def _slots(cls: type) -> tuple[str, ...]:
 
 
 def _has_hash(value: Any) -> bool:
-    """Whether `value` has a hash. A class may have one, and fail for an instance that holds a list."""
+    """Whether `value` has a hash. Even a hashable class may fail for an instance that holds a list."""
     try:
         hash(value)
     except Exception:  # whatever a user's __hash__ raises
@@ -229,7 +233,7 @@ _INSTALLED = {"site-packages", "dist-packages"}
 
 
 def _inside(value: Any, contents: list[Any], depth: int) -> Any:
-    """The key of something without a hash that is part of a static value."""
+    """The key of an unhashable part of a static value."""
     kind = type(value)
     if isinstance(value, np.ndarray):
         return kind, value.dtype.str, value.shape, value.tobytes()
@@ -251,7 +255,7 @@ def _inside(value: Any, contents: list[Any], depth: int) -> Any:
 
 
 def _state(value: Any, contents: list[Any]) -> list[tuple[str, Any]] | None:
-    """The attributes of an object by name; None where it has none that can be read."""
+    """The attributes of an object by name; None if they cannot be read."""
     kind = type(value)
     found: list[tuple[str, Any]] = []
     readable = False

@@ -1,4 +1,4 @@
-"""What messages say: arrays by dtype and shape, and what a library on top of this one calls things."""
+"""Text for messages: arrays by dtype and shape, and the names that a library on top of refx uses."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ ALTERNATIVES = {
     "in its place": "one that splits what it is given and updates it from what it returns",
     "not on a copy": "Change a refx.clone of the module and return that.",
 }
-"""What messages advise, by what it does. A library on top of this one puts its own names here."""
+"""The advice in messages, by topic. A library on top of refx puts its own names here."""
 
 
 def is_arraylike(x: Any) -> bool:
-    """Whether `x` has a shape and a dtype, so that its data need not be looked at."""
+    """Whether `x` has a shape and a dtype. Its data is not read."""
     return not isinstance(x, type) and hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 ADVICE: dict[Any, str] = {}
-"""By collection, what a message of a write that is not allowed adds. A library on top puts its own here."""
+"""By collection, extra advice for a forbidden write. A library on top of refx puts its own here."""
 
 
 def array_text(x: Any, dtype: Any = None) -> str:
-    """`float32[8,128]`, of anything with a shape and a dtype; no data is read."""
+    """Text such as `float32[8,128]` for anything with a shape and a dtype. Its data is not read."""
     return f"{x.dtype if dtype is None else dtype}[{','.join(map(str, x.shape))}]"
 
 
 def key_name(key: Any) -> str:
-    """What JAX's key of a part of a pytree is called: `kernel`, `0`."""
+    """The name in JAX's key of a part of a pytree: `kernel`, `0`."""
     for attribute in ("name", "key", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -49,5 +49,5 @@ def key_name(key: Any) -> str:
 
 
 def ours(name: str) -> str:
-    """A public name as a user finds it: `refx.clone`, or in a library on top of this one."""
+    """A public name with its package: `refx.clone`, or that of a library on top of refx."""
     return f"{ALTERNATIVES['library']}.{name}"

@@ -1,7 +1,6 @@
-"""JAX's traces: which one runs here, what lies around it, and what a person calls it.
+"""JAX's traces: which one runs here, which are around it, and what users call it.
 
-This is the one file that knows how JAX represents traces: `tests/refx/test_trace.py` states what it
-relies on.
+Only this file knows how JAX represents traces. `tests/refx/test_trace.py` states its assumptions.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ current_trace: Callable[[Any], Any] = jex_core.find_top_trace
 
 
 def _root_trace() -> Any:
-    # The module may be imported inside a transformation, so the evaluating trace is the last of
-    # the chain and not simply the current one.
+    # This module may be imported inside a transformation, so take the last trace of the chain, and
+    # not just the current one.
     trace = current_trace(())
     while (parent := getattr(trace, "parent_trace", None)) is not None:
         trace = parent
@@ -31,18 +30,18 @@ def _root_trace() -> Any:
 
 
 EVAL = _root_trace()
-"""JAX's evaluating trace, a singleton: where code runs outside of every transformation."""
+"""JAX's evaluating trace, a singleton. Code outside of all transformations runs in it."""
 
 
 def trace_ref() -> Callable[[], Any]:
-    """A weak reference to the current trace; a strong one would be a leak to JAX's checker."""
+    """A weak reference to the current trace. JAX's leak checker would report a strong one."""
     return weakref.ref(current_trace(()))
 
 
 class Marker:
-    """Stands in for a trace reference in Refs and Nodes that follow a special rule.
+    """Takes the place of the trace reference in Refs and Nodes that follow a special rule.
 
-    A marker is never a live trace, so the identity test of a write fails.
+    A marker is never a live trace, so it fails the identity test before a write.
     """
 
     def __init__(self, name: str):
@@ -55,9 +54,9 @@ class Marker:
 READ_ONLY = Marker("read-only")
 CONSTANT = Marker("constant")
 # For a Ref that JAX rebuilt around something that is not an array: a bool of a mask, an axis, a
-# shape, a sharding. Any program may read it, as a constant. It is written where no program runs.
+# shape, a sharding. Any program may read it as a constant. It may be written only outside of programs.
 LABEL = Marker("label")
-# For a Ref of a frozen tree: any program may read it as a constant, and nobody may write it.
+# For a Ref of a frozen tree. Any program may read it as a constant. It must not be written.
 FROZEN = Marker("frozen")
 
 
@@ -70,7 +69,7 @@ def runs(trace: Any) -> bool:
 
 
 def program_between(home: Any, trace: Any) -> Any:
-    """The trace from `trace` out to `home` whose program JAX keeps; None if there is none."""
+    """The first trace from `trace` out to `home` whose program JAX keeps; None if there is none."""
     while trace is not None and trace is not home:
         if type(trace).__name__ == "DynamicJaxprTrace":
             return trace
@@ -79,17 +78,17 @@ def program_between(home: Any, trace: Any) -> Any:
 
 
 def in_program() -> bool:
-    """Whether what runs here becomes part of a program that is compiled and kept."""
+    """Whether this code is being traced into a program that JAX compiles and keeps."""
     return program_between(EVAL, current_trace(())) is not None
 
 
 def without_jit() -> bool:
-    """Whether `jax.disable_jit()` asks for code that runs at once, step by step."""
+    """Whether `jax.disable_jit()` is active, so code should run step by step."""
     return jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_batched(value: Any) -> bool:
-    """Whether `value` differs between the lanes of the `vmap` that is the current trace."""
+    """Whether `value` differs between the lanes of the current `vmap`."""
     trace = current_trace(())
     return any(
         isinstance(x, Tracer) and x._trace is trace and getattr(x, "batch_dim", None) is not None
@@ -98,7 +97,7 @@ def is_batched(value: Any) -> bool:
 
 
 def kind_of(trace: Any) -> str:
-    """A trace of plain jax, as a person would name it."""
+    """The name of a plain jax trace, in a user's words."""
     kinds = {
         "DynamicJaxprTrace": "a plain jax transformation that compiles (jax.jit, lax.scan, ...)",
         "BatchTrace": "a plain jax.vmap",
@@ -112,7 +111,7 @@ _ABSTRACT = {"eval_shape": "jax.eval_shape", "make_jaxpr_f": "jax.make_jaxpr"}
 
 
 def only_looked_at(trace: Any) -> str | None:
-    """The name of what traces here and compiles nothing; for a message, so it may take its time."""
+    """The name of a jax function that traces here but compiles nothing. Slow, so only for messages."""
     if type(trace).__name__ != "DynamicJaxprTrace":
         return None
     frame = sys._getframe()

@@ -1,4 +1,4 @@
-"""The walk of a tree: finds its structure and the live objects in it."""
+"""The walk of a tree, which finds its structure and its live objects."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__: list[str] = []
 
 
 class Walk(NamedTuple):
-    """What `walk` finds: the structure, and the live objects in the order of the structure.
+    """The result of `walk`: the structure, and the live objects in the order of the structure.
 
-    `places` has, for each plain array, the dict or list that holds it and its key there, or a None
-    where a tuple or another pytree holds it. `containers` are the Nodes, lists, dicts and objects
-    that were walked, `opaque` the pytrees of other classes, `contents` the dicts and lists that
-    static values were read from, and `functions` the modules and Refs that functions close over.
+    `places` has, for each plain array, the dict or list that holds it and its key there; or None, if a
+    tuple or another pytree holds it. `containers` are the Nodes, lists, dicts and objects on the way,
+    `opaque` the pytrees of other classes, `contents` the parts of static values that may change in
+    place, and `functions` the modules and Refs that static functions close over.
     """
 
     dagdef: DagDef
@@ -50,19 +50,19 @@ def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
     """Walk a tree and find its structure.
 
     Args:
-      tree: what to walk.
-      alias: by id, objects that are met in place of others.
-      skip: how many parts of a path a message leaves out: a tuple around the user's trees.
+      tree: the tree to walk.
+      alias: by id, objects to visit in place of others.
+      skip: how many parts of a path messages leave out, for a tuple around the user's trees.
 
     Raises:
-      UnhashableStaticError: a static value cannot be hashed; the message has its path.
-      StructureError: a Ref or a module hides where the walk cannot enter (in a frozenset).
+      UnhashableStaticError: a static value cannot be hashed. The message has its path.
+      StructureError: a Ref or a module is where the walk cannot enter, such as in a frozenset.
     """
     nodes: list[Any] = []
     numbers: dict[int, int] = {}
     found = Walk(None, [], [], [], [], [], [], [], [])  # pyright: ignore[reportArgumentType]
     result: list[Any] = [None]
-    # Each entry is an object, its path as a linked list, the place where its code is to go, the
+    # Each entry is an object, its path as a linked list, the list and the position for its code, the
     # container that holds it directly, and its mark.
     todo: list[tuple[Any, Any, list[Any], int, Any, Any]] = [(tree, None, result, 0, None, None)]
     while todo:
@@ -121,14 +121,14 @@ def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
             else:
                 inner = mark.get(names[i]) if type(mark) is dict else None
                 todo.append((values[i], (link, names[i]), children, i, content, inner))
-    # One of several trees may close over another, which is then an input as well.
+    # With several trees, one may close over another, which is then an input too.
     for where, x in found.functions if not skip else ():
         if id(x) in numbers:
             raise StructureError(
-                f"{where} is a function that closes over a {type(x).__name__} of the same tree. A "
-                f"copy of the tree, as jax.grad or a compiled function makes one, would go on with "
-                f"the old one, whose gradients are lost. Make the function a method, or write it "
-                f"where it is called; to keep it, give it what it needs as an argument."
+                f"{where} is a function that closes over a {type(x).__name__} of the same tree. In a copy "
+                f"of the tree, which jax.grad and compiled functions make, it would still use the old "
+                f"one, and gradients would be lost. Make it a method, define it where it is called, or "
+                f"pass it what it needs as an argument."
             )
     frozen = tuple(
         n
@@ -140,7 +140,7 @@ def walk(tree: Any, alias: Mapping[int, Any] | None = None, *, skip: int = 0) ->
 
 
 def contents(container: Any) -> Any:
-    """The list, or the dict of items or attributes, of what has an identity and holds others."""
+    """The live list of items, or the live dict of items or attributes, of a container."""
     if isinstance(container, Node):
         return attributes(container)
     return container if isinstance(container, list | dict) else vars(container)
@@ -155,12 +155,12 @@ _known_refs: dict[tuple[str, bool], RefDef] = {}
 
 
 def _ref_def(ref: Ref[Any]) -> RefDef:
-    """What the structure says of a Ref."""
+    """The part of the structure for a Ref."""
     collection, frozen = ref._collection, ref._trace is FROZEN
     if ref._metadata or type(collection) is not str:
         facts = tuple((k, Static(v)) for k, v in ref._metadata.items())
         return RefDef(Static(collection), facts, frozen)
-    # As nearly all are.
+    # Almost all Refs are like this.
     known = _known_refs.get((collection, frozen))
     if known is None:
         known = _known_refs[collection, frozen] = RefDef(Static(collection), (), frozen)
@@ -184,7 +184,7 @@ def _names(obj: Any, keyed: Any) -> tuple[Any, ...]:
 
 
 def leaves_by_path(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The leaves of a pytree, where Refs and Nodes are leaves, with the paths that a DagDef has."""
+    """The leaves of a pytree, including Refs and Nodes, with the same paths as in a DagDef."""
     tree = tree if path else opened(tree)
     keyed = [] if is_identity(tree) else _one_level(tree)[0]
     if is_identity(tree) or (len(keyed) == 1 and keyed[0][1] is tree):
@@ -223,27 +223,27 @@ def _static(obj: Any, link: Any, skip: int, found: Walk) -> Static:
         raise UnhashableStaticError(
             f"{where} is a {type(obj).__name__}, which cannot be hashed and is neither an array "
             f"nor a pytree, so it can be neither a value nor part of the structure: {_clip(obj)}. "
-            f"Use a tuple for a set or for a static() list, an array for numbers, or register the "
+            f"Use a tuple instead of a set or a static() list, an array for numbers, or register the "
             f"class as a pytree."
         ) from None
     if hasattr(type(obj), "__next__"):
         raise StructureError(
-            f"{where} is a {type(obj).__name__}, an iterator, which may hold Refs or modules that "
-            f"cannot be seen, and is used up when it is read. Use a list or a tuple."
+            f"{where} is a {type(obj).__name__}, an iterator. It may hold Refs or modules, but reading it "
+            f"would use it up. Use a list or a tuple."
         )
     if isinstance(obj, types.FunctionType):
         found.functions.extend((where, x) for x in _identities(_closed_over(obj)))
     if _holds_identities(obj):
         raise StructureError(
             f"{where} is a {type(obj).__name__} that holds Refs or modules, but it is static, so "
-            f"their updates would not be seen, and a copy would go on with the old ones. Use a list, "
+            f"their updates would go unnoticed, and a copy would still use the old ones. Use a list, "
             f"a tuple or a dict in an ordinary attribute; {ALTERNATIVES['holder']}."
         )
     return static
 
 
 def _holds_identities(obj: Any) -> bool:
-    """Whether a static object has Refs or Nodes where a look at it finds them."""
+    """Whether a static object visibly holds Refs or Nodes."""
     direct: list[Any] = list(obj) if isinstance(obj, frozenset) else []
     inside: list[Any] = [obj]
     if isinstance(obj, functools.partial):
@@ -252,7 +252,7 @@ def _holds_identities(obj: Any) -> bool:
         direct += getattr(obj, "__dict__", {}).values()
     at: Any = None if isinstance(obj, type) else obj
     while hasattr(at, "__wrapped__"):
-        # A decorated function: what its wrappers hold, and what they go on to.
+        # A decorated function: look into its wrappers, and into the functions that they wrap.
         inside += _cells(at)
         at = at.__wrapped__
         inside.append(at)
@@ -260,7 +260,7 @@ def _holds_identities(obj: Any) -> bool:
 
 
 def _closed_over(fn: types.FunctionType) -> list[Any]:
-    """What a function holds in its variables and defaults, and what functions in there hold."""
+    """The contents of a function's cells and defaults, and of those of functions in them."""
     found: list[Any] = []
     todo, seen = [fn], set()
     while todo:
@@ -277,17 +277,17 @@ def _closed_over(fn: types.FunctionType) -> list[Any]:
 
 
 def _cells(fn: Any) -> list[Any]:
-    """What the variables hold that a function has from the functions around it."""
+    """The contents of the variables that a function closes over."""
     found: list[Any] = []
     for cell in getattr(fn, "__closure__", None) or ():
-        # A variable that is not bound yet has nothing.
+        # A variable that is not bound yet has no content.
         with contextlib.suppress(ValueError):
             found.append(cell.cell_contents)
     return found
 
 
 def _holds_arrays(static: Static) -> bool:
-    """Whether an object that counts by its attributes has arrays among them."""
+    """Whether an object that is compared by its attributes has an array among them."""
     parts: list[Any] = []
     for c in static.contents:
         parts += c.held() if type(c) is Changing else c.values() if isinstance(c, dict) else c

@@ -113,9 +113,9 @@ def jit(
     the next call compiles for the new structure. If the function raises, the caller's modules are
     unchanged.
 
-    Static attributes are compared by `==`, like static arguments of `jax.jit`. Changing a plain object
-    in place (`model.cfg.lr = 0.1`) therefore goes unnoticed: keep what changes in a Ref, or make the
-    object a frozen dataclass and replace it.
+    Static attributes and arguments are part of the program. They are compared by type and content, so
+    the next call notices a change such as `model.cfg.lr = 0.1` and compiles a new program. Keep a value
+    that changes often in a Ref.
 
     Args:
       fn: the function, a module, or a bound method of a module. Refs may be anywhere in its arguments,

@@ -40,7 +40,7 @@ def test_an_unset_field_says_so():
 
 
 def test_get_ref_explains_itself(dense):
-    with pytest.raises(nnx.UnsetFieldError, match=r"no attribute 'x'; its Ref .* w, b, calls"):
+    with pytest.raises(nnx.UnsetFieldError, match=r"no attribute 'x'. Its Ref .* w, b, calls"):
         nnx.get_ref(dense, "x")
     dense.x = 1
     with pytest.raises(nnx.ValueTypeError, match=r"Dense\.x holds int"):
@@ -55,7 +55,7 @@ def test_defaults_are_made_for_each_instance():
     a, b = Counter(), Counter()
     a.n = jnp.array(4)
     assert (int(a.n), int(b.n), a.k) == (4, 3, 2)
-    with pytest.raises(ValueError, match="shared by every instance"):
+    with pytest.raises(ValueError, match="All instances would share a list"):
         nnx.param(default=[])
     with pytest.raises(ValueError, match="not both"):
         nnx.param(default=1, default_factory=int)

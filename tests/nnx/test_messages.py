@@ -83,7 +83,7 @@ def test_a_callback_is_told_to_take_the_value(use):
     step(Net())
     jax.effects_barrier()
     (text,) = errors
-    assert "callback" in text and "pass the value: jax.debug.callback(fn, model.kernel)" in text
+    assert "callback" in text and "pass it the value: jax.debug.callback(fn, model.kernel)" in text
     assert "NoneType" not in text and "'params'" in text
 
 

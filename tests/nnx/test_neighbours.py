@@ -309,7 +309,7 @@ def test_a_function_that_closes_over_its_module_is_an_error():
             self.fn = lambda x: self.net(x)
 
     net = Net.init(0)()
-    message = r"(?s)Attribute 'fn' is a function that closes over a (Net|Linear).*Make the function a method"
+    message = r"(?s)Attribute 'fn' is a function that closes over a (Net|Linear).*Make it a method"
     for use in (jax.tree.leaves, nnx.split, nnx.jit(lambda m: m.net(X))):
         with pytest.raises(nnx.StructureError, match=message):
             use(net)

@@ -120,5 +120,5 @@ def test_path_matches():
     assert not f(("a",), None) and not f(("a", "z"), None) and not f(("b", "z1"), None)
     assert nnx.PathMatches("")((), None) and not nnx.PathMatches("")(("a",), None)
     assert f == nnx.PathMatches("a.**.z?.**") and hash(f) == hash(nnx.PathMatches("a.**.z?.**"))
-    with pytest.raises(nnx.FilterError, match="PathMatches takes a string, a glob .* but got 3"):
+    with pytest.raises(nnx.FilterError, match="PathMatches takes a string .a glob .* but got 3"):
         nnx.PathMatches(3)

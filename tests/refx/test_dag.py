@@ -147,7 +147,7 @@ def test_merge_names_missing_and_unknown_paths():
     dagdef, part = refx.split(box(a=Ref(1.0), b=Ref(2.0)))
     with pytest.raises(refx.MissingPathError, match=r"lack 'b', which DagDef\(Box: 2 Refs"):
         refx.merge(dagdef, Partition({("a",): 1.0}))
-    with pytest.raises(refx.UnknownPathError, match=r"have 'c', which .* has not"):
+    with pytest.raises(refx.UnknownPathError, match=r"have 'c', which .* does not have"):
         refx.merge(dagdef, part, {("c",): 1.0})
 
 

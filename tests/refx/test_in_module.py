@@ -127,7 +127,7 @@ def test_what_it_takes_and_what_has_no_modules(net):
     with pytest.raises(nnx.FilterError, match="takes the class of a module.*got 'LayerNorm'"):
         nnx.InModule("LayerNorm")
     with pytest.raises(
-        nnx.FilterError, match=r"values of a Partition are in no module.*training\.mask"
+        nnx.FilterError, match=r"A Partition does not know its modules.*training\.mask"
     ):
         nnx.get_partition(net["params"], IN_NORM)
     assert repr(nnx.InModule((Norm, Block))) == "InModule(Norm, Block)"

@@ -76,7 +76,7 @@ def test_lists_and_dicts_are_compared_at_the_end(path):
     model = Net()
     where = "The Net was" if path == "Net" else f"'{path.strip()}' was"
     with (
-        pytest.raises(refx.NotMutableError, match=f"{where} changed.*lets nothing be changed"),
+        pytest.raises(refx.NotMutableError, match=f"{where} changed.*allows no changes"),
         refx.mutable(None, model),
     ):
         CONTENTS[path](model)

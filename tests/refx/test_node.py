@@ -277,7 +277,7 @@ def test_of_two_bases_the_first_decides_as_in_python():
     ids=["tuple", "string", "dataclass"],
 )
 def test_slots_are_refused_where_the_class_is_made(make):
-    with pytest.raises(TypeError, match=r"Slotted has __slots__ = .*nnx.jit would pass over it"):
+    with pytest.raises(TypeError, match=r"Slotted has __slots__ = .*nnx.jit would miss it"):
         make()
 
 
@@ -298,7 +298,7 @@ def test_empty_slots_are_none():
         (nnx.ref("stats", default=1), r"`w: jax\.Array = nnx\.ref\('stats'\)`"),
         (
             nnx.static(default=1),
-            r"declared in the class body; in a method, assign the value itself",
+            r"Declare a static field in the class body; in a method, assign the value itself",
         ),
     ],
 )

@@ -56,7 +56,7 @@ def test_equality_is_identity_and_raises_nothing():
 
 
 def test_what_is_not_a_path_or_a_partition():
-    with pytest.raises(refx.UnknownPathError, match="3 is no path"):
+    with pytest.raises(refx.UnknownPathError, match="3 is not a path"):
         Partition({3: 1})
     with pytest.raises(refx.ValueTypeError, match="mappings from path to value, but got a list"):
         refx.update(refx.Ref(1.0), [1])
@@ -84,7 +84,7 @@ class TestNested:
             [("a",), ("a", "b", "c")],
         ):
             for value in (1.0, {}):
-                with pytest.raises(refx.StructureError, match="has no place in nested dicts"):
+                with pytest.raises(refx.StructureError, match="does not fit into nested dicts"):
                     refx.Partition(dict.fromkeys(paths, value)).nested()
         with pytest.raises(
             refx.UnknownPathError, match="have no value at path 'b'; `like` has 'b'"

@@ -47,7 +47,7 @@ def model():
         ("blocks.*.kernel", r"PathMatches\('blocks\.\*\.kernel'\) selects by path\.$"),
         (
             "act",
-            r"^'act' is a path here, and a string selects a collection; model\.act goes there\.$",
+            r"^'act' is a path here, but a string selects a collection: model\.act goes there\.$",
         ),
         ("parms", r"^There is no collection 'parms' here; did you mean 'params'\?$"),
         (("batch_stats", "parms"), "did you mean 'params'"),
@@ -55,18 +55,18 @@ def model():
         (refx.All("parms", refx.PathContains("enc")), "did you mean 'params'"),
         (
             0,
-            r"^A filter selects Refs, and 0 is no collection here.*write model\.blocks\[0\]: the list",
+            r"^A filter selects Refs, and 0 is not a collection here.*holds it: model\.blocks\[0\]",
         ),
-        (-1, r"write model\.blocks\[-1\]"),
-        (slice(0, 2), r"slice the list that holds them, as in model\.layers\[1:3\]"),
+        (-1, r"holds it: model\.blocks\[-1\]"),
+        (slice(0, 2), r"slice the list that holds them: model\.layers\[1:3\]"),
         (
             refx.OfType(Block),
-            r"^OfType\(Block\) selects nothing\. Filters look at Refs.*PathContains",
+            r"^OfType\(Block\) selects nothing\. Filters see Refs.*PathContains",
         ),
-        (refx.OfType((int, Block)), r"none of these is a Block"),
+        (refx.OfType((int, Block)), r"but not a Block"),
         (
             Block,
-            r"^Block is a class, not a filter\. Filters look at Refs.*model\.encoder\['params'\]",
+            r"^Block is a class, not a filter\. Filters see Refs.*model\.encoder\['params'\]",
         ),
     ],
 )
@@ -115,7 +115,7 @@ def test_a_collection_that_has_the_name_of_an_attribute_or_is_a_number():
 def test_a_path_of_a_shared_ref_and_a_tree_that_is_no_node(model):
     with pytest.raises(refx.FilterError, match=r"'0\.blocks\.0\.kernel' is a path"):
         refx.get_partition([model], "0.blocks.0.kernel")
-    with pytest.raises(refx.FilterError, match=r"write model\.layers\[3\]"):
+    with pytest.raises(refx.FilterError, match=r"holds it: model\.layers\[3\]"):
         refx.get_partition(model.enc, 3)
 
 

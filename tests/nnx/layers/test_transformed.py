@@ -132,5 +132,5 @@ def test_jit_of_a_function_does_not_outlive_it():
     del model, double, traced
     gc.collect()
     assert alive() is None
-    with pytest.raises(nnx.FilterError, match="write a tuple"):
+    with pytest.raises(nnx.FilterError, match="use a tuple"):
         nnx.Jit(Dense(), donate=["params"])

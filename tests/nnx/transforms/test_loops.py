@@ -270,7 +270,7 @@ X = jnp.ones((3, 2))
         (lambda m: nnx.scan(lambda c, x: (c, setattr(m, "n", 1)), None, X), nnx.TraceLevelError, r"'n' of a Dense was set inside nnx\.scan"),
         (lambda m: nnx.scan(lambda c, x: (c, None), m, m), nnx.AxisError, r"two specifications .*nnx\.CARRY"),
         (lambda m: nnx.scan(lambda c, x: (c, None), None, (X, jnp.ones(2))), nnx.AxisError, r"two sizes to map over: 3 of .* and 2"),
-        (lambda m: nnx.scan(lambda c, x: (c, None), None, X, axes={"params": 1}), nnx.AxisError, r"the axis 1; Refs of xs are sliced along axis 0"),
+        (lambda m: nnx.scan(lambda c, x: (c, None), None, X, axes={"params": 1}), nnx.AxisError, r"the axis 1. It slices the Refs in xs along axis 0"),
         (lambda m: nnx.while_loop(lambda _: m(X).sum() > 0, lambda _: None, None), nnx.TraceLevelError, r"calls.*constant there"),
         (lambda m: nnx.while_loop(lambda c: c(X).sum() > 0, lambda c: c, m), nnx.StructureError, r"'calls' was written in the condition of nnx\.while_loop"),
         (lambda m: nnx.fori_loop(0, 3, lambda i, c: grow(m, "w"), None), nnx.CarryError, r"Ref 'w' of nnx\.fori_loop"),

@@ -44,7 +44,7 @@ def test_a_write_that_differs_needs_an_axis(dense, data):
         m.b = m.b + x
 
     with pytest.raises(
-        nnx.AxisError, match=r"Ref 'b' was written in nnx\.vmap.*axis None.*in_axes.*pmean"
+        nnx.AxisError, match=r"Ref 'b' was written in nnx\.vmap.*axis is None.*in_axes.*pmean"
     ):
         nnx.vmap(f, in_axes=(None, 0))(dense, data[0])
     assert (dense.b == 0).all()
