@@ -35,8 +35,10 @@ _CONTAINERS = (list, dict, set, bytearray, collections.deque, np.ndarray, jax.Ar
 # Packages whose objects are compared by `==`: users do not change these in place, or the objects keep
 # caches beside their content. Installed packages all count; a package under development adds its name.
 TRUSTED = set(sys.stdlib_module_names) | {"jax", "jaxlib", "numpy", "ml_dtypes", __package__}
-# How deep to read objects inside objects. Anything deeper is compared by identity.
-_DEPTH = 4
+# Read objects inside objects four deep, and containers inside containers sixteen deep. Anything deeper
+# is compared by identity.
+_OBJECT, _CONTAINER = 16, 4
+_DEPTH = 4 * _OBJECT
 # At this depth `exact` also reads lists and dicts, as it does inside a static value.
 NESTED = _DEPTH - 1
 
@@ -72,15 +74,15 @@ class Static:
         by_identity = type(self.value).__eq__ is object.__eq__
         if self.contents and self._copy is None and not by_identity:
             try:
-                self._copy = copy.deepcopy(self.value)
+                self._copy = _copied(self.value)
             except Exception:  # its class cannot be copied, so keep the value itself
                 self._copy = self.value
 
     def current(self) -> Any:
         """The value, or a copy of its original content if it has changed since."""
-        if self._copy is None or exact(self.value, []) == self._key:
+        if self._copy is None or self._copy is self.value or exact(self.value, []) == self._key:
             return self.value
-        return copy.deepcopy(self._copy)
+        return _copied(self._copy)
 
     def __repr__(self) -> str:
         return repr(self.value)
@@ -138,11 +140,15 @@ def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
         return (kind, Same(value)) if by_identity else (kind, value)
     if isinstance(value, _CHANGING) and not isinstance(value, _CONTAINERS):
         # A config of a library: compare its items, however it stores them.
-        key = (kind, _inside(_plain(value), [], depth)) if depth else (kind, Same(value))
+        key = (kind, _inside(_plain(value), [], depth)) if depth > 0 else (kind, Same(value))
         contents.append(Changing(value, key, depth))
         return key
     if isinstance(value, type | types.ModuleType) or kind in WITH_IDENTITY:
         return kind, Same(value)
+    if kind is types.MappingProxyType:
+        key = (kind, _inside(dict(value), [], depth)) if depth > 0 else (kind, Same(value))
+        contents.append(Changing(value, key, depth))
+        return key
     if isinstance(value, _CONTAINERS):
         # It has no hash. Callers that need one raise an error with an explanation.
         return kind, value
@@ -160,9 +166,9 @@ def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
     if state is None:
         # Its content cannot be read, so compare by `==` or by identity.
         return kind, base or (value if hashable else Same(value))
-    if depth == 0:
+    if depth <= 0:
         return kind, Same(value)
-    key = kind, base, tuple([(name, exact(x, contents, depth - 1)) for name, x in state])
+    key = kind, base, tuple([(name, exact(x, contents, depth - _OBJECT)) for name, x in state])
     if _has_slots(kind):
         contents.append(Changing(value, key, depth))
     return key
@@ -189,6 +195,12 @@ class Changing:
         """Its attributes or items."""
         state = _state(self._value, [])
         return [x for _, x in state] if state is not None else list(self._value)
+
+
+def _copied(value: Any) -> Any:
+    if type(value) is types.MappingProxyType:
+        return types.MappingProxyType(copy.deepcopy(dict(value)))
+    return copy.deepcopy(value)
 
 
 def _plain(value: Any) -> Any:
@@ -237,20 +249,22 @@ def _inside(value: Any, contents: list[Any], depth: int) -> Any:
     kind = type(value)
     if isinstance(value, np.ndarray):
         return kind, value.dtype.str, value.shape, value.tobytes()
-    if isinstance(value, jax.Array) or depth == 0:
+    if isinstance(value, jax.Array) or depth <= 0:
         return kind, Same(value)
+    depth -= _CONTAINER
     if isinstance(value, dict):
-        contents.append(value)
-        items = [
-            (exact(k, contents, depth - 1), exact(x, contents, depth - 1)) for k, x in value.items()
-        ]
-        return kind, tuple(items)
-    items = [exact(x, contents, depth - 1) for x in value]
-    if isinstance(value, list):
-        contents.append(value)
-        return kind, tuple(items)
+        items = [(exact(k, contents, depth), exact(x, contents, depth)) for k, x in value.items()]
+    else:
+        items = [exact(x, contents, depth) for x in value]
     key = kind, frozenset(items) if isinstance(value, set) else tuple(items)
-    contents.append(Changing(value, key, depth))
+    own = getattr(value, "__dict__", None)
+    if type(own) is dict:
+        # A subclass, which may have attributes beside its items.
+        key = *key, exact(own, contents, depth)
+    if isinstance(value, list | dict):
+        contents.append(value)
+    else:
+        contents.append(Changing(value, key, depth + _CONTAINER))
     return key
 
 

@@ -9,6 +9,7 @@ the next call. What is read and cannot be found by looking is an error.
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import threading
 import types
@@ -25,6 +26,7 @@ from nnx.transforms.objects import (
     containers,
     content,
     data_in,
+    has_no_names,
     is_container,
     is_data,
     is_holder,
@@ -229,8 +231,10 @@ class Closure:
                 counts = True
             elif counts and edge.key not in DEFAULTS:
                 read.append((edge.path, self._constant(edge)))
-                counted.add(edge.source)
                 state.data += [(edge.path, x, content(x)) for x in data_in(edge.value) or ()]
+                if edge.way is None and edge.data and edge.source not in counted:
+                    state.data.append((edge.path[:-1], source, content(source)))
+                counted.add(edge.source)
             if (
                 (edge.source in watched and not edge.data)
                 or (by_name and (edge.hopeful or edge.path in self._hopeful))
@@ -375,13 +379,17 @@ def _counts(edge: Edge, source: Any, graph: Graph, noted: set[tuple[Any, ...]]) 
         return False
     kind = type(source)
     if edge.way is None and not default:
+        if edge.data and noted.isdisjoint((edge.path, edge.path[:-1])):
+            # An item beside others that are no data, unless code notes something there.
+            filled = any([part in graph.filled for part in edge.path if type(part) is str])
+            return not filled and graph.is_read(edge.source)
         # A function, a class or an object in a list or a dict, which is watched as a whole.
         return is_holder(source) and edge.target is not None and not is_container(edge.value)
-    if issubclass(kind, functools.partial):
+    if issubclass(kind, (functools.partial, contextvars.ContextVar)):
         return True
     name = edge.key[-1] if type(edge.key) is tuple else edge.key
     if is_container(edge.value) and not default and edge.key not in DEFAULTS:
-        known = name in graph.names or kind is types.FunctionType
+        known = name in graph.names or has_no_names(source)
         held = known and name not in graph.filled | graph.stored and edge.path not in noted
         return held and (len(edge.value) > SMALL or data_in(edge.value) is not None)
     leads = edge.target is not None and not is_container(edge.value)

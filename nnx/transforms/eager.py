@@ -25,7 +25,7 @@ from jax.core import Tracer
 from nnx.transforms.closure import Closure
 from nnx.transforms.jitted import Jit
 from nnx.transforms.names import names_of
-from nnx.transforms.objects import ARRAYS, SCALARS, content, data_in, is_plain
+from nnx.transforms.objects import ARRAYS, SCALARS, content, data_in, is_container, is_plain
 from refx import StructureError, opened
 from refx.node import is_identity
 from refx.static import NESTED, Same, Static, exact
@@ -157,7 +157,7 @@ class _Parts:
             return ("tree", treedef, *keys), tree
         elif kind is tuple or kind is frozenset:
             parts, combine, how = tuple(x), lambda *items: kind(items), {"counts": counts}
-        elif isinstance(x, list | dict | set) and _is_settings(x):
+        elif is_container(x) and _is_settings(x):
             held = exact(x, [], NESTED)
             if read:
                 return held, None

@@ -25,9 +25,11 @@ from nnx.transforms.objects import (
     HOLDERS,
     PLAIN,
     PYTREES,
+    SMALL,
     TAKEN_APART,
     can_be_walked,
     content,
+    has_no_names,
     holds_modules,
     home_of,
     is_container,
@@ -49,6 +51,16 @@ _MOST = 4000
 
 # Code that uses one of these may call a method whose name is not written anywhere.
 _BY_NAME = frozenset({"getattr", "attrgetter", "methodcaller", "vars", "__dict__", "dir"})
+
+
+# What is set in these is set when an object is made.
+_MAKING = ("__init__", "__post_init__", "__new__")
+# What these set, somebody asks them to: where that is the function itself, its trace shows it.
+_SETTING = frozenset(
+    {"__setitem__", "__delitem__", "__setattr__", "__delattr__", "__set__", "__delete__"}
+)
+# Where classes are from whose objects are nothing but settings.
+_NAMESPACES = ("types", "argparse")
 
 
 class _Absent:
@@ -125,10 +137,21 @@ class Graph:
         # Those of variables and attributes whose content code changes: it notes something there.
         self.filled: set[str] = set()
         self._modules: dict[int, set[str]] = {}
+        # The step by which each object was found first.
+        self._first_steps: dict[int, tuple[int, Any, bool]] = {}
         for name, x, far in starts:
             self._vertex(x, (name,), far)
         while self._next() or self._in_modules() or self._in_classes():
             pass
+
+    def is_read(self, number: int) -> bool:
+        """Whether code names a container, or what that is an item of."""
+        while number in self._first_steps:
+            number, key, is_item = self._first_steps[number]
+            if not is_item:
+                name = key[-1] if type(key) is tuple else key
+                return has_no_names(self.objects[number]) or name in self.names
+        return True
 
     def is_far(self, number: int) -> bool:
         """Whether an object is far."""
@@ -202,7 +225,9 @@ class Graph:
             )
             return
         default = type(key) is tuple and key[0] == "default"
-        data = (way is not None or default) and is_data(value)
+        holder = self.objects[source]
+        item = is_container(holder) and len(holder) <= SMALL
+        data = (way is not None or default or item) and is_data(value)
         hopeful = value is None or type(value) is bool
         if is_module(value):
             candidate = value
@@ -215,6 +240,8 @@ class Graph:
         elif not hopeful:
             # A container may hold very many things that are not modules.
             target = self._vertex(value, path, far or is_container(self.objects[source]))
+            if target is not None:
+                self._first_steps.setdefault(target, (source, key, way is None))
         self.edges.append(
             Edge(source, key, value, way, target, candidate, path, far, hopeful, data)
         )
@@ -238,8 +265,9 @@ class Graph:
             yield "__func__", None, x.__func__, False
             yield "__self__", None, x.__self__, False
         elif issubclass(kind, functools.partial):
-            for i, part in enumerate((x.func, *x.args)):
-                yield i, None, part, False
+            yield 0, None, x.func, False
+            for i, part in enumerate(x.args):
+                yield i + 1, (None, functools.partial(_argument, x, i)), part, False
             for name, part in x.keywords.items():
                 yield name, (x.keywords, name), part, False
         elif kind is staticmethod or kind is classmethod:
@@ -268,9 +296,10 @@ class Graph:
         names = names_of(fn.__code__)
         self.names |= names.attributes
         self.strings.update(names.strings)
-        self.filled |= names.filled
-        if fn.__name__ not in ("__init__", "__post_init__", "__new__"):
+        if fn.__name__ not in _MAKING:
             self.stored |= names.stored
+        if fn.__name__ not in _SETTING:
+            self.filled |= names.filled
         for name in names.loaded:
             yield name, (scope, name), scope.get(name, ABSENT), False
         for name in names.strings:
@@ -281,6 +310,10 @@ class Graph:
             for full in (name, f"{package}.{name}", package):
                 if full in sys.modules:
                     yield ("import", full), (sys.modules, full), sys.modules[full], True
+
+
+def _argument(x: Any, i: int) -> Any:
+    return x.args[i] if i < len(x.args) else ABSENT
 
 
 def _of_closure(fn: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
@@ -392,7 +425,7 @@ def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
     if is_library(home):
         if own is not None and (home in HOLDERS or home.partition(".")[0] == "nnx"):
             for name, value in list(own.items()):
-                yield name, (own, name), value, kind is not types.SimpleNamespace
+                yield name, (own, name), value, home not in _NAMESPACES
         return
     for name, value in list((own or {}).items()):
         if not name.startswith("__"):

@@ -5,7 +5,9 @@ Nothing here runs code of the object's: it is asked by its type, and a subclass 
 
 from __future__ import annotations
 
+import array
 import collections
+import collections.abc
 import enum
 import functools
 import gc
@@ -32,6 +34,7 @@ LIBRARIES = sys.stdlib_module_names | frozenset(
 # What these define may hold anything, so it is looked into as a container is.
 HOLDERS = frozenset(
     {"builtins", "collections", "functools", "itertools", "types", "weakref", "queue", "nnx"}
+    | {"argparse", "array", "configparser"}
 )
 ARRAYS = (np.ndarray, np.generic, np.dtype, Tracer, jax.Array)
 # Nothing can be reached from these.
@@ -40,7 +43,13 @@ PLAIN = frozenset(
     | {type(NotImplemented), types.CodeType, types.GetSetDescriptorType, type(len)}
     | {types.MemberDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType}
 )
-CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque, bytearray)
+CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque, bytearray, array.array)
+# Classes whose items are in attributes that no code of a user's names.
+COLLECTIONS = (
+    collections.abc.MutableMapping,
+    collections.abc.MutableSequence,
+    collections.abc.MutableSet,
+)
 # These have special steps; every other object of `HOLDERS` leads to what it refers to.
 TAKEN_APART = frozenset(
     {types.FunctionType, types.MethodType, types.SimpleNamespace, functools.partial, staticmethod}
@@ -90,6 +99,11 @@ def is_holder(x: Any) -> bool:
     return is_container(x) or (home_of(type(x)) in HOLDERS and type(x) not in TAKEN_APART)
 
 
+def has_no_names(x: Any) -> bool:
+    """Whether code reads what `x` holds without naming it: the variables of a function, items."""
+    return type(x) is types.FunctionType or issubclass(type(x), (functools.partial, *COLLECTIONS))
+
+
 def is_container(x: Any) -> bool:
     """Whether `x` is a list, a tuple, a dict, a set or the like."""
     return issubclass(type(x), CONTAINERS)
@@ -121,20 +135,30 @@ VALUES = (enum.Enum, int, float, complex, str, bytes)
 SCALARS = frozenset({int, float, complex, bool, str, bytes, type(None), type(...), range, slice})
 
 
-def data_in(x: Any, depth: int = 3) -> list[Any] | None:
+def data_in(x: Any, depth: int = 15) -> list[Any] | None:
     """The containers that hold nothing but data, from `x` on; None if there is anything else."""
     if not is_container(x) or len(x) > SMALL:
         return None
     found = [x]
+    if type(x) not in CONTAINERS and (own := _attributes(x)) is not None:
+        found.append(own)
     if not all_plain(x):
         for part in items_of(x):
             if is_data(part) and not is_container(part):
                 continue
             inner = data_in(part, depth - 1) if depth else None
-            if inner is None:
+            if inner is None or len(found) > SMALL:
                 return None
             found += inner
     return found if len(found) <= SMALL else None
+
+
+def _attributes(x: Any) -> Any:
+    """The attributes of an instance of a subclass of a container."""
+    try:
+        return object.__getattribute__(x, "__dict__")
+    except AttributeError:
+        return None
 
 
 def containers(x: Any) -> list[Any]:
