@@ -138,17 +138,14 @@ def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
     hashable = _has_hash(value)
     if hashable and _is_trusted(kind.__module__):
         return (kind, Same(value)) if by_identity else (kind, value)
-    if isinstance(value, _CHANGING) and not isinstance(value, _CONTAINERS):
-        # A config of a library: compare its items, however it stores them.
+    config = isinstance(value, _CHANGING) and not isinstance(value, _CONTAINERS)
+    if config or kind is types.MappingProxyType:
+        # A config of a library, or a view: compare its items, however it stores them.
         key = (kind, _inside(_plain(value), [], depth)) if depth > 0 else (kind, Same(value))
         contents.append(Changing(value, key, depth))
         return key
     if isinstance(value, type | types.ModuleType) or kind in WITH_IDENTITY:
         return kind, Same(value)
-    if kind is types.MappingProxyType:
-        key = (kind, _inside(dict(value), [], depth)) if depth > 0 else (kind, Same(value))
-        contents.append(Changing(value, key, depth))
-        return key
     if isinstance(value, _CONTAINERS):
         # It has no hash. Callers that need one raise an error with an explanation.
         return kind, value

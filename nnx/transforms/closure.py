@@ -403,7 +403,8 @@ def _counts(edge: Edge, source: Any, graph: Graph, noted: set[tuple[Any, ...]]) 
     if issubclass(kind, type) and _tells(source, edge.key):
         return False
     # What Python calls by itself, such as `__call__` and `__getitem__`, no code names.
-    if name not in graph.names and not (leads and _is_special(name)):
+    named = name in graph.names or not graph.names.isdisjoint(("vars", "__dict__"))
+    if not named and not (leads and _is_special(name)):
         return False
     return leads or set_by_no_code
 

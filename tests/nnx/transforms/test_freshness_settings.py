@@ -98,6 +98,10 @@ def _attribute(name):
     return (lambda x: getattr(x, name)), (lambda x: setattr(x, name, 5))
 
 
+def _same(rate):
+    return rate
+
+
 _LOOSE = lambda: 0  # noqa: E731
 SETTINGS = {
     "arguments of a program": (lambda: argparse.Namespace(rate=1), *_attribute("rate")),
@@ -113,6 +117,16 @@ SETTINGS = {
     "attributes of a dict": (_named, *_attribute("rate")),
     "a mapping": (lambda: ByMethod(rate=1), *_at("rate")),
     "attributes by method": (lambda: ByAttribute(rate=1), *_attribute("rate")),
+    "all attributes": (
+        lambda: Own(rate=1),
+        lambda x: sum(vars(x).values()),
+        lambda x: x.__dict__.update(rate=2, more=3),
+    ),
+    "keywords": (
+        lambda: Own(rate=1),
+        lambda x: _same(**x.__dict__),
+        lambda x: x.__dict__.update(rate=5),
+    ),
     "a proxy": (_proxy, lambda x: x[0]["rate"], lambda x: x[1].update(rate=5)),
     "an array": (lambda: array.array("i", [1]), *_at(0)),
     "a deque": (lambda: collections.deque([{"rate": 1}]), *_at(0, "rate")),
