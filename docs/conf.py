@@ -63,12 +63,12 @@ def setup(app):
     app.connect("autodoc-process-signature", with_arguments)
     app.connect("doctree-resolved", label_cells)
     app.connect("doctree-resolved", link_pictures)
-    # Browsers draw MathML themselves. MathJax would be a download.
+    # Browsers draw MathML themselves, but would have to download MathJax.
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
 
 
 def label_cells(app, doctree, docname):
-    """Each cell says the head of its column, which site.css shows where a row is a stack of cells."""
+    """Label each cell with the head of its column. site.css shows the labels when a row becomes a stack."""
     for table in doctree.findall(nodes.table):
         heads = [cell.astext() for cell in next(table.findall(nodes.thead)).findall(nodes.entry)]
         if len(heads) < 3:
@@ -83,7 +83,7 @@ def label_cells(app, doctree, docname):
 
 
 def link_pictures(app, doctree, docname):
-    """A picture is a link to its file, since it is small on a phone."""
+    """Make each picture a link to its file, because it is small on a phone."""
     here = app.builder.get_target_uri(docname)
     for image in list(doctree.findall(nodes.image)):
         if image["uri"] in app.env.images and not isinstance(image.parent, nodes.reference):

@@ -87,7 +87,7 @@ def _picture_size(model: Any) -> int:
 
 
 def _without_html(treescope: Any) -> Any:
-    """Treescope's renderer. It would show the tree of a module's `_repr_html_` below its own."""
+    """Treescope's renderer, without the hook that would also show a module's `_repr_html_`."""
     from treescope.handlers import append_repr_html_when_present
 
     renderer = treescope.active_renderer.get()
