@@ -93,7 +93,7 @@ def test_the_picture_in_the_tutorial_is_of_its_model():
     assert picture.read_text() == drawn
 
 
-DIRECTIVE = r"^\.\. (?:auto\w+|py:\w+):: (nnx\.[\w.]+)"
+DIRECTIVE = r"^(?:\.\. |```{)(?:auto\w+|py:\w+)(?:::|}) (nnx\.[\w.]+)"
 
 
 def test_every_public_name_is_in_the_reference_once():
@@ -105,6 +105,9 @@ def test_every_public_name_is_in_the_reference_once():
     )
     public += Counter(f"nnx.bridge.{name}" for name in nnx.bridge.__all__)
     public += Counter(f"nnx.debug.{name}" for name in nnx.debug.__all__)
+    aliases = ("Initializer", "xavier", "kaiming")
+    drawing = [name for name in dir(nnx.initializers) if not name.startswith(("_", *aliases))]
+    public += Counter(f"nnx.initializers.{name}" for name in drawing)
     markers = set(sys.modules["nnx.purify"].__all__) - {"purify"}
     public += Counter(f"nnx.purify.{name}" for name in markers)
     assert there == public
