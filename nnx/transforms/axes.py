@@ -1,7 +1,7 @@
-"""Axes, shardings and other per-value specifications, said by argument, by prefix, or by filter.
+"""Axes, shardings and other specifications for values, given by argument, by prefix, or by filter.
 
-A specification follows the arguments as a pytree prefix, as in JAX. Where an argument is a module
-or a Ref it may be a dict from filter to specification; the first filter that selects a Ref decides:
+A specification is a pytree prefix of the arguments, as in JAX. For a module or a Ref it may be a dict
+from filter to specification, and the first filter that selects a Ref decides:
 `nnx.vmap(f, in_axes=({"params": 0, ...: None}, 0))`.
 """
 
@@ -29,7 +29,7 @@ __all__ = ["AxisError"]
 
 
 class AxisError(RefError, ValueError):
-    """Axes that do not fit: the arguments, each other, or what was written."""
+    """Axes do not fit the arguments, each other, or the written values."""
 
 
 class Specs(NamedTuple):
@@ -40,7 +40,7 @@ class Specs(NamedTuple):
 
 
 class ByFilter:
-    """Filters with a specification each, and one for everything that no filter selects."""
+    """A dict from filter to specification, and a default for values that no filter selects."""
 
     def __init__(self, rules: dict[Any, Any], default: Any):
         self.rules = rules
@@ -69,11 +69,11 @@ def assign(
       specs: a specification for all arguments, or a tuple or list with one for each.
       name: the transformation, for messages.
       keyword: the specification of every keyword argument.
-      ambient: gives the specification of what is not an argument: closed-over roots and the scope.
+      ambient: returns the specification for Refs outside the arguments: closed-over roots and the scope.
 
     Raises:
       AxisError: the prefix does not fit, or one Ref gets two different specifications.
-      FilterError: a filter that selects nothing is a mistake; see `refx.get_partition`.
+      FilterError: a filter selects nothing by mistake; see `refx.get_partition`.
     """
     if isinstance(specs, list | tuple) and not _is_spec(specs):
         if len(specs) != len(args):
@@ -104,13 +104,13 @@ def assign(
                     check_selection(filter, x)
         elif isinstance(spec, dict):
             raise AxisError(
-                f"{name} got the filters {spec!r} for {where}, which holds no Refs there. Filters "
-                f"are for modules and Refs; give an array its specification directly."
+                f"{name} got the filters {spec!r} for {where}, which has no Refs there. Filters are for "
+                f"modules and Refs; give an array its specification directly."
             )
         else:
             result.values.arguments.append(spec.default if isinstance(spec, ByFilter) else spec)
     for root in roots:
-        _assign_root(result.values, root, ambient, name, "what the function closes over")
+        _assign_root(result.values, root, ambient, name, "the closure of the function")
     return result
 
 
@@ -123,7 +123,7 @@ def _assign_root(
         if specs[i] is not UNSET and specs[i] != spec:
             raise AxisError(
                 f"{name} got two specifications for one shared Ref: {specs[i]!r}, and "
-                f"{spec!r} as {dotted(place.path)!r} of {where}. It is one array; give it one."
+                f"{spec!r} as {dotted(place.path)!r} of {where}. It is one array, so give it only one."
             )
         specs[i] = spec
 
@@ -131,7 +131,7 @@ def _assign_root(
 def _chooser(
     spec: Any, name: str, where: str, used: set[int] | None = None
 ) -> Callable[[Path, Any], Any]:
-    """What gives a value its specification; it notes in `used` which of the filters did."""
+    """A function that returns the specification of a value. It notes in `used` which filters selected."""
     used = set() if used is None else used
     said = spec.rules if isinstance(spec, ByFilter) else spec
     if is_identity(said) or isinstance(said, Partition):
@@ -159,9 +159,9 @@ def _chooser(
 
 
 def _chooser_by_path(like: Any, name: str, where: str) -> Callable[[Path, Any], Any]:
-    """What gives a value the specification at its path of a tree like the argument.
+    """A function that returns the specification at the path of a value, from a tree like the argument.
 
-    That is a module with specifications for values, as `jax.tree.map` makes it, or a Partition.
+    `like` is a Partition, or a module with specifications in place of values, as from `jax.tree.map`.
     """
     kept = snapshot(like)
     said = dict(zip(kept.dagdef.ref_paths, [ref._value for ref in kept.refs], strict=True))
@@ -173,8 +173,8 @@ def _chooser_by_path(like: Any, name: str, where: str) -> Callable[[Path, Any], 
         if path not in said:
             raise AxisError(
                 f"{name} got a {type(like).__name__} of specifications for {where}, which has none "
-                f"for {dotted(path)!r}. Make it of the argument, as with jax.tree.map, or use a dict "
-                f"from filter to specification."
+                f"for {dotted(path)!r}. Make it from the argument, for example with jax.tree.map, or use "
+                f"a dict from filter to specification."
             )
         return said[path]
 
@@ -182,17 +182,17 @@ def _chooser_by_path(like: Any, name: str, where: str) -> Callable[[Path, Any], 
 
 
 def _is_rule(said: Any) -> TypeGuard[Callable[[Path, Any], Any]]:
-    """Whether this is asked by path and Ref, as `nnx.fsdp("data")` is."""
+    """Whether this is a function of path and Ref, such as `nnx.fsdp("data")`."""
     return callable(said) and not isinstance(said, type) and not is_identity(said)
 
 
 def _is_spec(x: Any) -> bool:
-    # A PartitionSpec is a tuple in some versions of JAX.
+    # In some versions of JAX, a PartitionSpec is a tuple.
     return isinstance(x, jax.sharding.PartitionSpec)
 
 
 def along(arg: Any, spec: Any, name: str, where: str) -> list[tuple[Any, Any, str]]:
-    """The leaves of an argument, modules and Refs included, each with its specification."""
+    """The leaves of an argument, including modules and Refs, each with its specification."""
     prefix = isinstance(spec, dict | list | tuple | Partition) and not _is_spec(spec)
     whole = is_identity(arg) or not prefix
     # A dict is a prefix of a dict with the same keys; anywhere else its keys are filters.
@@ -204,7 +204,7 @@ def along(arg: Any, spec: Any, name: str, where: str) -> list[tuple[Any, Any, st
     if treedef != spec_def:
         raise AxisError(
             f"{name} got {spec!r} for {where}, which is not a prefix of it: {where} is a "
-            f"{type(arg).__name__} of {len(children)}."
+            f"{type(arg).__name__} with {len(children)} items."
         )
     return [
         leaf
@@ -214,7 +214,7 @@ def along(arg: Any, spec: Any, name: str, where: str) -> list[tuple[Any, Any, st
 
 
 def along_output(out: Any, spec: Any, name: str) -> list[Any]:
-    """A specification for each leaf of an output that holds no Refs."""
+    """A specification for each leaf of an output without Refs."""
     return [s for _, s, _ in along(out, spec, name, "the output")]
 
 
@@ -230,8 +230,8 @@ def of_new(path: Path, ref: Any, spec: Any, name: str) -> Any:
             spec = spec[int(rest[0])]
         else:
             raise AxisError(
-                f"{name} got {spec!r} for the output, whose structure is another: it holds "
-                f"{dotted(path)!r}. For a module or a Ref write {{...: {spec!r}}}."
+                f"{name} got {spec!r} for the output, but that has another structure: it holds "
+                f"{dotted(path)!r}. For a module or a Ref, write {{...: {spec!r}}}."
             )
         rest = rest[1:]
     return _chooser(spec, name, "the output")(rest, ref)
@@ -240,10 +240,10 @@ def of_new(path: Path, ref: Any, spec: Any, name: str) -> Any:
 def length(
     call: Call, specs: Specs, given: int | None, name: str, axis_of: Callable[[Any], int | None]
 ) -> int:
-    """The size of the mapped axis, which everything that is mapped must agree on.
+    """The size of the mapped axis, which must be the same for all mapped values.
 
     Raises:
-      AxisError: two sizes, an axis that an array does not have, or nothing that is mapped.
+      AxisError: there are two sizes, an array does not have the axis, or no value is mapped.
     """
     sizes: dict[int, str] = {} if given is None else {given: "axis_size"}
     names = Values(
@@ -261,7 +261,7 @@ def length(
             shape = x.shape if is_array(x) else ()
             if not -len(shape) <= axis < len(shape):
                 raise AxisError(
-                    f"{name} was to map axis {axis} of {what!r}, whose shape is {shape}. Give it "
+                    f"{name} cannot map axis {axis} of {what!r}, whose shape is {shape}. Give it "
                     f"the axis None, or an axis that it has."
                 )
             sizes.setdefault(shape[axis], f"{what!r}, of shape {shape}, along axis {axis}")
@@ -271,16 +271,16 @@ def length(
     if not sizes:
         raise AxisError(
             f"{name} has nothing to map over: no argument has an axis. Give one an axis in "
-            f"in_axes, or say the size with axis_size=."
+            f"in_axes, or pass the size as axis_size=."
         )
     return next(iter(sizes))
 
 
 class GroupedOutput:
-    """Groups what a body returns by its specification, since what it writes is known only afterwards.
+    """Groups the results of a body by specification, because only the trace tells which Refs it writes.
 
-    `keys` is known before: every specification that was said, and a default. `pure` returns a list of
-    arrays for each of them, so `keys` is a prefix of its result; `packed` puts those together again.
+    `keys` is known before the trace: all specifications that were given, and a default. `pure` returns a
+    list of arrays for each key, so `keys` is a prefix of its result. `packed` joins the lists again.
     """
 
     def __init__(
@@ -294,20 +294,20 @@ class GroupedOutput:
         *,
         layout: Layout | None = None,
     ):
-        """`layout` is the static part of the call as the body sees it; that of `call` without it."""
+        """`layout` is the static part of the call inside the body. The default is that of `call`."""
         self._name = name
         self._call = call
         self._layout = layout
         self._specs = specs
         self._out_specs = out_specs
         self.keys = tuple(dict.fromkeys([default, *_said([*specs, out_specs], kind)]))
-        # What was said of each new Ref.
+        # The specification of each new Ref.
         self.of_new: list[Any] = []
 
     def pure(
         self, fn: Callable[..., Any], check: Callable[[Packed, tuple[list[Any], ...]], None]
     ) -> Callable[[Values], tuple[list[Any], ...]]:
-        """The pure function of `fn`; `check` may look at what it leaves behind."""
+        """The pure function of `fn`. `check` is called with its result."""
 
         def finish(packed: Packed, outline: NewValues) -> tuple[list[Any], ...]:
             groups = self._grouped(packed, outline)
@@ -346,7 +346,7 @@ class GroupedOutput:
     def _of_new(self, path: Path, x: Any) -> Any:
         if path[0] == "1":
             return of_new(path[1:], x, self._out_specs, self._name)
-        # Hung on a root: what the root's other Refs of the kind have.
+        # It was added to a root: use the root's specification.
         root = int(path[1])
         spec = self._specs.roots[root] if root < len(self._specs.roots) else self.keys[0]
         return of_new(path[2:], x, spec, self._name)

@@ -13,11 +13,12 @@ __all__: list[str] = []
 
 
 class Body(NamedTuple):
-    """One run of a user's function: what it was given, and the frame that it runs in.
+    """One run of a user's function: its inputs, and the frame in which it runs.
 
-    `objects` are what was built for it, by their numbers in `layout.dagdef`, and `outer` what they stand
-    for. `leaves` are its plain arrays, and `before` what its Refs held. `mode` says what reading a
-    closed-over Ref means, and `assigned` whether a Ref counts as written whatever it was given.
+    `objects` were built for this run, by number in `layout.dagdef`; `outer` are the caller's objects for
+    which they stand. `leaves` are its plain arrays, and `before` the original values of its Refs. `mode`
+    is the rule for reading closed-over Refs. With `assigned`, a Ref counts as written even if it was
+    assigned the value that it had.
     """
 
     frame: Frame
@@ -37,17 +38,17 @@ class Body(NamedTuple):
         return [x for x in self.objects if type(x) is Ref]
 
     def written(self) -> tuple[int, ...]:
-        """The numbers of the Refs that it wrote."""
+        """The numbers of the Refs that the body wrote."""
         pairs = enumerate(zip(self.refs, self.before, strict=True))
         assigned = self.frame.assigned if self.assigned else ()
         return tuple(i for i, (r, was) in pairs if was.changed(r._value) or r in assigned)
 
     def note_found(self) -> None:
-        """Note the closed-over Refs that it met and that have to be roots."""
+        """Note in the call the closed-over Refs that the body met and that must become roots."""
         if self.mode == "constant":
             return
         for met in self.frame.met():
             if self.mode == "lift" or met.was_written(self.frame):
-                # A module that was made in the body may hold the Ref, but cannot be a root outside.
+                # If a module made in the body holds the Ref, that module cannot be a root outside.
                 inside = met.owner is None or met.owner._frame is self.frame
                 self.call.found.append((met.ref, met.ref if inside else met.owner))

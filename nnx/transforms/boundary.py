@@ -1,20 +1,20 @@
-"""The boundary: how a function over mutable Refs becomes a pure function for JAX, and back.
+"""The boundary: turn a function over mutable Refs into a pure function for JAX, and back.
 
-One call of any stateful transformation is the same five steps.
+A call of any stateful transformation takes the same five steps.
 
-1. `open_call` finds the caller's roots (modules and Refs in the arguments, those that the function
-   closes over, the ambient scope) and takes them apart into one DagDef and flat lists of values.
-2. JAX calls `run` with traced values. It builds the roots again from fresh Refs in a new `Frame`,
-   and calls the user's function.
-3. What the function left behind is packed: its output, the values of the Refs that it wrote, and,
-   only where the structure of the roots changed or the output holds Refs, a `Graph` of both.
+1. `open_call` finds the caller's roots (the modules and Refs in the arguments and in the closure, and
+   the ambient scope) and takes them apart into one DagDef and flat lists of values.
+2. JAX calls `run` with traced values. It rebuilds the roots from fresh Refs in a new `Frame`, and
+   calls the user's function.
+3. `pack` packs the result: the output, and the values of the Refs that the function wrote. If the
+   structure of the roots changed, or the output holds Refs, it adds a `StructureChange`.
 4. JAX returns concrete values (or tracers of the enclosing transformation).
-5. `close_call` writes them into the caller's Refs. Nothing of the caller's was touched before.
+5. `close_call` writes them into the caller's Refs. Before this step, the caller's objects are untouched.
 
-If the function met a Ref by closure that was not a root yet, step 3 notes it in `Call.found`; then
-nothing is written, and the call starts again with that Ref as one more root. That is the one extra
-trace that a closure may cost. (An exception through JAX would do it sooner, but JAX keeps what an
-aborted trace closed over alive for ever.)
+If the function read a closed-over Ref that is not a root yet, step 3 notes it in `Call.found`. Then
+nothing is written, and the call starts again with that Ref as one more root. This is the one extra
+trace that a closure may cost. (Raising an exception through JAX would be sooner, but JAX keeps
+everything that an aborted trace closed over alive for ever.)
 """
 
 from __future__ import annotations
@@ -63,24 +63,25 @@ def run(
     split_out: Callable[[Any], tuple[Any, Any]] | None = None,
     finish: Callable[[Packed, NewValues], Any] | None = None,
 ) -> Any:
-    """Step 2 and 3: call `fn` on the roots built from `values`, and pack what it left behind.
+    """Steps 2 and 3: call `fn` on the roots built from `values`, and pack the result.
 
     Args:
       fn: the user's function.
       name: the transformation and the function, for messages.
       call: the caller's side, for the closed-over Refs.
-      values: what JAX gives for the values of the call.
-      layout: the static part of the call; that of `call` without it.
-      mode: what reading a closed-over Ref means. `"lift"`: it must become a root. `"read"`: its
-        value is taken as it is, since the trace is not kept, and only a written one becomes a
-        root. `"constant"`: it may not be written.
-      watch: the user's function, where `fn` is one of ours around it.
-      runs_once: whether the body runs once for each call, and neither more often nor never.
-      split_out: divides the output of `fn` in what is returned as it is and what is packed.
-      finish: makes of the Packed what is to be returned, while the Refs still stand.
+      values: the values of the call, from JAX.
+      layout: the static part of the call. The default is that of `call`.
+      mode: the rule for reading a closed-over Ref. `"lift"`: it must become a root. `"read"`: the body
+        reads its value directly, because the trace is not kept; it becomes a root only if it is
+        written. `"constant"`: it must not be written.
+      assigned: whether a Ref counts as written even if it was assigned the value that it had.
+      watch: the user's function, if `fn` is a wrapper of ours.
+      runs_once: whether the body runs exactly once for each call.
+      split_out: divides the output of `fn` into a part to return as it is and a part to pack.
+      finish: converts the Packed while the Refs of the body still exist.
 
     Returns:
-      A Packed, or what `finish` made of it; with `split_out` a pair of the first part and that.
+      A Packed, or the result of `finish`. With `split_out`, a pair of the first part and that.
     """
     layout = call.layout if layout is None else layout
     frame = Frame(
@@ -117,7 +118,7 @@ def run(
             after = None if closed.stands() else walk(roots, skip=1)
             packed, outline = pack(body, out, after)
             if call.found:
-                # The body runs again, and does then what it has done to the caller's containers.
+                # The body runs again and repeats its changes to the caller's containers.
                 closed.restore()
             result = packed if finish is None else finish(packed, outline)
         except Exception as error:
@@ -126,10 +127,10 @@ def run(
             body.note_found()
             if twice is None or isinstance(error, RefError):
                 raise
-            # What the body read by the other name was not there, or was what it had been.
+            # The likely cause: the body changed a module under one name, and read it under the other.
             raise twice from error
         finally:
-            # What escaped must not keep a tracer alive, and says so when it is used.
+            # A Ref that escaped must not keep a tracer alive. Using it raises an error.
             for ref in body.refs:
                 ref._value = None
             frame.close()
@@ -137,7 +138,7 @@ def run(
 
 
 def label_stand_ins(layout: Layout, objects: list[Any]) -> None:
-    """Make the stand-in of a label a label: plain jax programs in the body may read it."""
+    """Turn stand-ins of labels into labels, because plain jax programs in the body may read them."""
     if layout.labels:
         label(x for x in objects if type(x) is Ref)
 
@@ -151,8 +152,8 @@ def _arguments(layout: Layout, roots: tuple[Any, ...], others: Any) -> Any:
 
 def _shadow(body: Body) -> None:
     frame, call, layout = body.frame, body.call, body.layout
-    # Whatever is a root is one cell, reached as an argument or by closure. A compiled program is
-    # used again for other arguments, so there only what is closed over may be taken for a root.
+    # A Ref of a root is one cell, whether it is reached as an argument or by closure. But a compiled
+    # program is reused for other arguments, so there this holds only for closed-over roots.
     pairs = list(zip(body.outer, body.objects, strict=True))
     if body.mode == "lift":
         given = len(layout.form.where)
@@ -160,8 +161,8 @@ def _shadow(body: Body) -> None:
         pairs = [pair for n, pair in enumerate(pairs) if n in reach]
     stand_ins = frame.stand_ins
     stand_ins.update((o, StandIn(o, i)) for o, i in pairs if type(o) is Ref)
-    # What stands for a Ref in the body around this one may be reached by that Ref's name. JAX runs
-    # derivative rules late, when that body has ended, so a call may have kept the names.
+    # In the body around this one, a Ref may have a stand-in. Code here may reach it by either name. JAX
+    # may run derivative rules after that body has ended, so the call may have kept the stand-ins.
     around = call.stand_ins
     if around is None:
         around = frame.parent.stand_ins if frame.parent is not None else {}
@@ -182,13 +183,13 @@ def _namer(dagdef: DagDef, outer: list[Any], objects: list[Any]) -> Callable[[An
 
 
 def until_lifted(attempt: Callable[[Roots], Any]) -> Any:
-    """Call `attempt` with the roots that are known, again as long as it meets more of them."""
+    """Call `attempt` with the known roots, and repeat while it finds more of them."""
     roots = Roots()
     while True:
         try:
             return attempt(roots)
         except Exception as error:
-            # An error may come of a root that was missing; if it does not, it comes again.
+            # A missing root may have caused the error. If not, the next attempt raises it again.
             if not roots.grew():
                 if roots.call is not None:
                     explain_deleted(error, "An nnx transformation", roots.call)
@@ -196,10 +197,10 @@ def until_lifted(attempt: Callable[[Roots], Any]) -> Any:
 
 
 def to_its_end(transform: Callable[[Callable[..., Any]], Any], fn: Callable[..., Any]) -> Any:
-    """`transform(fn)`, where what `fn` raises is raised when `transform` has come to its end.
+    """Call `transform(fn)`, but raise an error of `fn` only after `transform` has finished.
 
-    JAX keeps the constants and the tracers of a trace that an exception ends, for ever. So the
-    trace goes on, without an output, and nobody uses what comes of it.
+    If an exception ends a trace, JAX keeps its constants and tracers alive for ever. So we let the trace
+    finish without an output, and discard its result.
     """
     raised: list[Exception] = []
 
@@ -218,18 +219,18 @@ def to_its_end(transform: Callable[[Callable[..., Any]], Any], fn: Callable[...,
 
 
 def abstractly(fn: Callable[..., Any], *args: Any) -> Any:
-    """What `fn` returns, as `jax.eval_shape` gives it."""
+    """Evaluate `fn` with `jax.eval_shape`."""
     return to_its_end(lambda pure: jax.eval_shape(pure, *args), fn)
 
 
 def check_lifted(call: Call) -> None:
-    """Start the call again, if it met closed-over Refs that have to be roots."""
+    """Start the call again if it met closed-over Refs that must become roots."""
     if call.found:
         raise Lift
 
 
 def close_call(call: Call, packed: Packed) -> Any:
-    """Step 5: write the new values into the caller's Refs, and give the caller's output."""
+    """Step 5: write the new values into the caller's Refs, and return the output."""
     if call.found:
         raise Lift
     spec = packed.spec
@@ -239,7 +240,7 @@ def close_call(call: Call, packed: Packed) -> Any:
             number = spec.graph.known[n]
             holders = [objects[number]]
             if not isinstance(holders[0], Node):
-                # A list or a dict may change where the modules that it is a part of may.
+                # A list or a dict may change if the modules that hold it may.
                 every = enumerate(call.roots)
                 holders = [x for i, x in every if number in reachable(call.layout.dagdef, [i])]
             for holder in holders:
@@ -247,8 +248,8 @@ def close_call(call: Call, packed: Packed) -> Any:
                     check_structure(holder, "The structure")
     if spec.written:
         if call.at_once:
-            # The old values are let go here, while the program that read them has hardly begun:
-            # a few microseconds later it costs a third more.
+            # Release the old values now, when the program that reads them has hardly begun. A few
+            # microseconds later, this costs a third more.
             refs = call.refs
             call.values.refs.clear()
             for i, value in zip(spec.written, packed.written):
@@ -265,7 +266,7 @@ def close_call(call: Call, packed: Packed) -> Any:
 def write_back(
     refs: list[Ref[Any]], values: Iterable[Any], names: Iterable[str | None] | None = None
 ) -> None:
-    """Write all values or, if one of the Refs may not be written here, none."""
+    """Write all values, or none if one of the Refs must not be written here."""
     names = [None] * len(refs) if names is None else names
     targets = [writable(ref, name) for ref, name in zip(refs, names, strict=True)]
     for target, value in zip(targets, values, strict=True):

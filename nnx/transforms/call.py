@@ -1,7 +1,7 @@
-"""The caller's side of a call: its arguments, closures and scope, taken apart into flat lists.
+"""The caller's side of a call: take its arguments, closures and scope apart into flat lists.
 
-This is what every call of a compiled function does, so it has to be quick: the structure of each root
-is remembered (`refx.snapshot`), and so is how the structures of several roots go together (`Plan`).
+Every call of a compiled function does this, so it must be quick. We remember the structure of each root
+(`refx.snapshot`), and how to combine the structures of several roots (`Plan`).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ __all__: list[str] = []
 
 
 class Values(NamedTuple):
-    """One thing for each input of a call: its value, its axis, its position.
+    """One item for each input of a call, such as its value, its axis or its position.
 
-    There are three kinds of input: Refs and the plain arrays of modules, in the order of the DagDef,
-    and the arguments that hold no Refs. Most transformations give JAX a `Values` and get one.
+    There are three kinds of inputs: Refs and plain arrays of modules, both in the order of the DagDef,
+    and arguments without Refs. Most transformations pass a `Values` to JAX and get one back.
     """
 
     refs: list[Any]
@@ -45,22 +45,22 @@ class Values(NamedTuple):
     arguments: list[Any]
 
     def copied(self) -> Values:
-        """The same in other lists."""
+        """A copy with its own lists."""
         return Values(*map(list, self))
 
     def chosen(self, at: Values) -> Values:
-        """What is at these positions."""
+        """The items at these positions."""
         return Values(*[[x[i] for i in numbers] for x, numbers in zip(self, at, strict=True)])
 
     def put(self, at: Values, new: Values) -> None:
-        """Put something else at these positions."""
+        """Replace the items at these positions."""
         for x, numbers, items in zip(self, at, new, strict=True):
             for i, item in zip(numbers, items, strict=True):
                 x[i] = item
 
 
 class Place(NamedTuple):
-    """A value of a call with its path in a root: `cell` is the Ref, or the array itself.
+    """A value of a call with its path in a root. `cell` is the Ref, or the array itself.
 
     `kind` is the number of its list in `Values`, and `number` its position there.
     """
@@ -75,9 +75,9 @@ class Place(NamedTuple):
 class Call:
     """The caller's side of one call.
 
-    `refs` and `values` are in the order of `layout.dagdef`. `roots` are the argument roots, the
-    closed-over ones, and the scope, if any. `found` are pairs of a closed-over Ref that was met and
-    the root to take for it.
+    `refs` and `values` are in the order of `layout.dagdef`. `roots` are the roots in the arguments, the
+    closed-over ones, and the scope, if any. `found` has a `(ref, root)` pair for each closed-over Ref
+    that the body read; `root` is the object that becomes an input.
     """
 
     __slots__ = (
@@ -109,28 +109,28 @@ class Call:
         self.snapshots = snapshots
         self.refs = refs
         self.values = values
-        # The numbers of the Refs for whose values nobody has chosen a place; see `homes`.
+        # The numbers of the Refs whose values do not have a chosen place; see `homes`.
         self.loose: tuple[int, ...] = ()
         self.found: list[tuple[Any, Any]] = []
-        # Whether every Ref may be written where the call was opened, with no need to ask each.
+        # Whether every Ref may be written where the call was opened, so no Ref needs its own check.
         self.at_once = False
-        # What stands in the surrounding body for Refs from further out, where that matters: a root
-        # may go by either name, and JAX runs derivative rules when that body has ended.
+        # The surrounding body's stand-ins for Refs from further out, if they matter: code may reach a
+        # root by either name, and JAX may run derivative rules after that body has ended.
         self.stand_ins: dict[Ref[Any], StandIn] | None = None
-        # The trace that made the call, for transformations that read closed-over Refs in the body.
+        # The trace that made the call, for transformations whose body reads closed-over Refs directly.
         self.entry: Any = None
-        # Where the inputs of a filtered program are in the lists.
+        # The static part and the inputs of a filtered program.
         self.filtered: Any = None
         # How often the body runs: the steps of a loop, the lanes of a batch.
         self.repeats = 1
 
     @property
     def alias(self) -> dict[int, Any]:
-        """The stand-ins in the surrounding body by the id of what they stand for."""
+        """The stand-ins in the surrounding body, by the ids of the outer Refs."""
         return {id(ref): s.inner for ref, s in (self.stand_ins or {}).items()}
 
     def objects(self) -> list[Any]:
-        """The caller's objects, by their numbers in the DagDef."""
+        """The caller's objects, by number in the DagDef."""
         if not self.stand_ins:
             found = objects_of(self.layout.dagdef, tuple(self.roots))
             if found is not None:
@@ -138,7 +138,7 @@ class Call:
         return walk(tuple(self.roots), self.alias, skip=1).objects
 
     def places(self) -> list[list[Place]]:
-        """For each root, where the values of its Refs and then its plain arrays are."""
+        """For each root, the places of its Refs and then of its plain arrays."""
         dagdef, values = self.layout.dagdef, self.values
         found = []
         for own, at in zip(self.snapshots, dagdef.root.children, strict=True):
@@ -149,7 +149,7 @@ class Call:
         return found
 
     def without_values(self) -> Call:
-        """The same call for a body that JAX may keep: it must not keep the call's tracers alive."""
+        """The same call for a body that JAX may keep, which must not keep the call's tracers alive."""
         bare = Call(self.layout, self.roots, self.snapshots, self.refs, Values([], [], []))
         bare.found = self.found
         bare.entry = self.entry
@@ -172,12 +172,12 @@ def open_call(
 
     Args:
       args, kwargs: the arguments.
-      closure: what knows the roots that the function closes over.
+      closure: finds the roots that the function closes over.
       plans: the function's cache of Plans.
-      statics: what the static arguments are.
-      any_leaf: whether an argument may be something that JAX does not take.
-      abstract: whether a ShapeDtypeStruct stands for an array, since nothing is computed. Where it does
-        not, it is a constant. Without it, a call that was traced already has none.
+      statics: the static arguments.
+      any_leaf: whether to accept arguments that JAX does not take.
+      abstract: whether nothing is computed, so a ShapeDtypeStruct stands for an array. If False, it is
+        a constant. If None, we assume that a call that was traced before has none.
     """
     form, roots, others = take_roots(args, kwargs, any_leaf)
     scope = ambient.scope
@@ -205,10 +205,10 @@ def open_call(
     if frame is not None and frame.stand_ins:
         foreign = any([s.frame is not frame for s in snapshots])
         if foreign or stand_ins is not None:
-            # Before the values are read, which makes more of them.
+            # Copy these before the values are read, since that adds more stand-ins.
             stand_ins = dict(frame.stand_ins)
         if foreign:
-            # A closed-over Ref and what stands for it in the body around this call are one cell.
+            # A closed-over Ref and its stand-in in the body around this call are one cell.
             alias = {id(ref): s.inner for ref, s in frame.stand_ins.items()}
             shape = (shape, frame.uid, len(alias))
     rules = ambient.rules
@@ -223,7 +223,7 @@ def open_call(
         (snap,) = snapshots
         refs, leaves, has_labels = snap.refs, snap.leaves(), snap.has_labels
         at_once = snap.writable()
-        # What may be written here may be read here.
+        # Refs that may be written here may be read here.
         values = [r._value for r in refs] if at_once else snap.values(roots[0])
     else:
         at_once = all([s.writable() for s in snapshots])
@@ -261,7 +261,7 @@ def _labelled(
     leaves: list[Any],
     abstract: bool,
 ) -> tuple[Layout, list[Any], list[Any]]:
-    """Take out what is not an array: masks, axes, shapes and shardings are constants of the program."""
+    """Take out values that are not arrays: masks, axes, shapes and shardings are constants."""
     found: list[tuple[int, Label]] = []
     new, arrays = list(values), list(leaves)
     for i, (ref, x) in enumerate(zip(refs, values, strict=True)):
@@ -284,7 +284,7 @@ def _take_out(
     abstract: bool,
     every: bool,
 ) -> None:
-    """Put None in the place of the constants in the i-th value: all of it, or what JAX does not take."""
+    """Replace constants in the i-th value by None: with `every` all leaves, else those JAX does not take."""
 
     def is_constant(x: Any) -> bool:
         if isinstance(x, jax.ShapeDtypeStruct):
@@ -334,7 +334,7 @@ def _plan(
         dagdef = alone_in_tuple(snapshots[0].dagdef)
         return Plan(_layout(Signature(dagdef, *parts), plans), None, None)
     if len(roots) > 1 and plans is not None and alias is None and _share_nothing(snapshots):
-        # Then what each looks like says what they look like together, whichever they are.
+        # Then their own structures determine the joint structure, whichever objects they are.
         apart = (*parts, tuple([s.dagdef for s in snapshots]))
         known = plans.by_call.get(apart)
         if known is not None:
@@ -355,9 +355,9 @@ def _layout(signature: Signature, plans: Plans | None) -> Layout:
 
 
 def _share_nothing(snapshots: list[Snapshot]) -> bool:
-    """Whether no Ref, module, list or dict is in two of the roots."""
+    """Whether no two roots share a Ref, a module, a list or a dict."""
     seen: set[int] = set()
-    # The big ones last: what is looked through is the smaller of two sets.
+    # Take the largest last, because `isdisjoint` goes through the smaller of two sets.
     parts = sorted([s.identities for s in snapshots], key=len)
     for i, part in enumerate(parts):
         if not seen.isdisjoint(part):
@@ -368,7 +368,7 @@ def _share_nothing(snapshots: list[Snapshot]) -> bool:
 
 
 def _first(parts: Iterable[list[int]]) -> tuple[int, ...] | None:
-    """Where each number comes first in the parts together; None where they are all there is."""
+    """The first position of each number in the joined parts; None if no number appears twice."""
     numbers = [*chain.from_iterable(parts)]
     first = {n: len(numbers) - 1 - i for i, n in enumerate(reversed(numbers))}
     return None if len(first) == len(numbers) else tuple(first[n] for n in range(len(first)))
@@ -382,7 +382,7 @@ class Roots:
         self.call: Call | None = None
 
     def roots(self) -> tuple[Any, ...]:
-        """The roots that were met so far."""
+        """The roots that were found so far."""
         return tuple(self._found.values())
 
     def snapshot(self, root: Any) -> Snapshot:
@@ -390,7 +390,7 @@ class Roots:
         return snapshot(root)
 
     def grew(self) -> bool:
-        """Take what the last call found; whether that was anything."""
+        """Add the roots that the last call found. Returns whether there were any new ones."""
         found = self.call.found if self.call is not None else []
         new = {id(root): root for _, root in found if id(root) not in self._found}
         self._found.update(new)

@@ -1,4 +1,4 @@
-"""A function that is compiled: finds or makes the program of a call, runs it, and starts again if need be."""
+"""Compiled functions: find or make the program of a call, run it, and start again if necessary."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ R = TypeVar("R")
 
 
 class Compiled(Generic[P, R]):
-    """A function that is compiled once for each structure of a call, with what it closes over.
+    """A function that is compiled once for each structure of a call and its closure.
 
-    A layout is traced once before it is compiled, since only then is known what the function closes
-    over and which Refs it writes. JAX keeps the trace, so that costs nothing.
+    Each layout is traced before it is compiled, because only a trace tells what the function closes over
+    and which Refs it writes. JAX keeps the trace, so this costs nothing.
     """
 
-    # The method of a probe that takes the calls while it watches.
+    # The method of an active probe that handles the calls.
     _kind = ""
     _name: str
     _closure: Closure
@@ -38,21 +38,21 @@ class Compiled(Generic[P, R]):
     def _open(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], abstract: bool | None = None
     ) -> Call:
-        """Take the arguments of a call apart; `abstract` as for `open_call`."""
+        """Take the arguments of a call apart. `abstract` is as for `open_call`."""
         raise NotImplementedError
 
     def _trace(self, call: Call) -> Any:
-        """Trace for a layout, and set `layout.traced` where the call met nothing new."""
+        """Trace for a layout, and set `layout.traced` if the call met nothing new."""
         raise NotImplementedError
 
     def _program(self, call: Call) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
-        """The program of a call, its static arguments and its others."""
+        """The program of a call, its static arguments and its inputs."""
         raise NotImplementedError
 
     def _exportable(
         self, call: Call, spec: Spec, bound: tuple[Any, ...], args: Any, kwargs: Any
     ) -> Any:
-        """The trace that `jax.export` writes for a call; see `exportable`."""
+        """The trace of a call for `jax.export`; see `exportable`."""
         raise NotImplementedError
 
     _close = staticmethod(close_call)
@@ -60,7 +60,7 @@ class Compiled(Generic[P, R]):
     def _prepared(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], abstract: bool | None = None
     ) -> tuple[Call, Any]:
-        """An opened call whose layout is traced, with all that it closes over; and its trace, if new."""
+        """Open a call and trace its layout, so that its closure is known. Also returns a new trace."""
         outer = ambient.call
         while True:
             call = self._open(args, kwargs, abstract)
@@ -91,19 +91,19 @@ class Compiled(Generic[P, R]):
         try:
             while True:
                 call = self._open(args, kwargs, abstract)
-                # As `jax.disable_jit()` asks for, the body may run without a program and see numbers.
+                # Under `jax.disable_jit()`, the body may run without a program and see numbers.
                 if not call.layout.traced and not without_jit():
                     call = self._prepared(args, kwargs, abstract)[0]
                 packed: Any = None
-                # The function may be traced for new shapes, and then needs to know its call.
+                # If JAX traces the function for new shapes, the trace needs to know its call.
                 ambient.call = call
                 try:
                     program, statics, inputs = self._program(call)
                     packed = program(*statics, *inputs)
                 except Exception as error:
-                    # It may come of a root that was missing.
+                    # A missing root may be the cause.
                     if type(error) is TypeError and abstract is None:
-                        # The program may be one for arrays where a ShapeDtypeStruct is now.
+                        # The program may take an array where there is now a ShapeDtypeStruct.
                         ambient.call = outer
                         abstract = False
                         if self._open(args, kwargs, abstract).layout is not call.layout:
@@ -115,7 +115,7 @@ class Compiled(Generic[P, R]):
                 finally:
                     ambient.call = outer
                 if call.found:
-                    # Shapes that were not traced before may take another way through the function.
+                    # For new shapes, the function may have taken another path through its code.
                     self._plans.drop(call.layout)
                     if not _starts_again(call):
                         self._closure.add(call, self._name)
@@ -126,11 +126,11 @@ class Compiled(Generic[P, R]):
             raise shortened(error)  # noqa: B904 — it is the same one
 
     def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced:
-        """Trace for these arguments, as `jax.jit(f).trace`: has `.jaxpr` and `.lower()`."""
+        """Trace for these arguments, like `jax.jit(f).trace`. The result has `.jaxpr` and `.lower()`."""
         return self._stages((), args, kwargs)
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered:
-        """Lower for these arguments, as `jax.jit(f).lower`: has `.compile()` and `.as_text()`."""
+        """Lower for these arguments, like `jax.jit(f).lower`. It has `.compile()` and `.as_text()`."""
         return self.trace(*args, **kwargs).lower()
 
     def _stages(
@@ -145,7 +145,7 @@ class Compiled(Generic[P, R]):
             finally:
                 ambient.call = outer
 
-        # Not the call, which holds the caller's values.
+        # Keep the layout, not the call, which holds the caller's values.
         was = call.layout
 
         def finished(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -162,10 +162,10 @@ class Compiled(Generic[P, R]):
 
 
 def _starts_again(call: Call) -> bool:
-    """Whether the body around this call met the same Refs, so that it starts again anyway.
+    """Whether the body around this call met the same Refs, and so starts again anyway.
 
-    Its next pass needs this function to know its roots and nothing more; starting again here, and
-    in every body between, would double the traces with each level.
+    This function only has to know its roots by then. If it started again here, and in every body in
+    between, each level would double the number of traces.
     """
     frame = local.frame
     return (

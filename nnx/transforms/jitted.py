@@ -1,4 +1,4 @@
-"""The compiled function: it finds or makes the program of a call, runs it, and writes back."""
+"""`Jit`, the result of `nnx.jit`: it finds or makes the program of a call, runs it, and writes back."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ R_co = TypeVar("R_co", covariant=True)
 
 
 class JittedMethod(Protocol[P, Q, R_co]):
-    """What an attribute that is a jitted function is on a module: bound, but for its stages."""
+    """The type of a jitted method on a module: the call is bound, but the stages are not."""
 
     def __call__(self, *args: Q.args, **kwargs: Q.kwargs) -> R_co: ...
     def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced: ...
@@ -60,7 +60,7 @@ class JittedMethod(Protocol[P, Q, R_co]):
 
 
 class Jit(Compiled[P, R]):
-    """What `nnx.jit` returns: called like the function, compiled once for each structure."""
+    """The result of `nnx.jit`. Call it like the function; it compiles once for each structure."""
 
     _kind = "jit"
 
@@ -73,41 +73,41 @@ class Jit(Compiled[P, R]):
         options: dict[str, Any],
         bound: int = 0,
     ):
-        # So many of the first arguments do not count where others are said by number.
+        # `bound`: how many of the first arguments do not count in argument numbers.
         self._fn = fn
         self._name = f"nnx.jit({function_name(fn)})"
         self._closure = Closure(self._fn)
         self._plans = Plans()
-        # Programs of layouts that need one of their own. On the layout, which is an argument of
-        # its program, they would keep this function and what it closes over alive for ever.
+        # Programs of layouts that need their own. If they were on the layout, which is an argument of
+        # its program, they would keep this function and its closure alive for ever.
         self._programs: dict[Layout, Any] = {}
-        # This function for the probes that were active where it was called.
+        # Versions of this function by the probes that were active in a call.
         self._probed: dict[Any, Jit] = {}
-        # How often the function was traced for a program of its own; why there is this one at all.
+        # How often the function was traced for a program; and why this Jit exists, if a probe made it.
         self._traces = 0
         self.reason: str | None = None
-        # The last program; the float that alone made the last ones new, and how many.
+        # The last program; and the number whose changes alone caused the last programs, with their count.
         self._last_program: Any = None
         self._number_changes = "", 0
         self._static = Statics(self._name, self._fn, *statics, bound=bound)
         self._donate = donate
         self._options = options
         self._shardings = Shardings(self._name, *shardings, bound=bound)
-        # Whether values may be on several devices, where what is written goes back to its place; None
-        # until it is called, since to ask starts the devices.
+        # Whether values may be on several devices, so that written values go back to their places. None
+        # before the first call, because finding out starts the devices.
         self._spread: bool | None = None
-        # One function: JAX knows a trace again by it.
+        # Always the same function, because JAX looks up traces by it.
         self._pure = self._named_run()
         self._compiled = self._compile(options)
-        # A function that is itself a Jit has attributes that must not become those of this one.
+        # If the function is itself a Jit, its attributes must not replace ours.
         functools.update_wrapper(self, fn, updated=())
 
     def _name_and_close_over(self, name: str, closure: Closure) -> None:
-        """Be called `name` in messages, and look for what is closed over as `closure` does."""
+        """Use `name` in messages, and `closure` to find what is closed over."""
         self._name, self._closure = name, closure
 
     def _forget(self, *, only_roots: bool) -> None:
-        """Forget what looking found, so that it is not kept alive; the programs stay."""
+        """Forget what the search found, so that it is not kept alive. The programs stay."""
         self._closure.forget(only_roots=only_roots)
 
     _given: tuple[Any, ...]
@@ -117,23 +117,23 @@ class Jit(Compiled[P, R]):
 
         def __new__(cls, *given):
             jitted = super().__new__(cls)
-            jitted._given = given  # what copies and pickles are made of
+            jitted._given = given  # for copies and pickles
             return jitted
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         fn = copy.deepcopy(self._given[0], memo)
-        # Like a function it is its own copy, but for what holds more, such as a functools.partial.
+        # Like a function, it is its own copy, unless it wraps an object such as a functools.partial.
         return self if fn is self._given[0] else Jit(fn, *self._given[1:])
 
     def __reduce__(self) -> Any:
         if self.__module__ != "__main__":
             try:
-                # What a decorated function is known by is this, not the function.
+                # The global name of a decorated function refers to this Jit.
                 if operator.attrgetter(self.__qualname__)(sys.modules[self.__module__]) is self:
                     return self.__qualname__
             except (AttributeError, KeyError):
                 pass
-        # As a method the last one given is 1.
+        # For a method, the last item is 1.
         return (jitted_method, self._given[:5]) if len(self._given) > 5 else (Jit, self._given)
 
     def _named_run(self) -> Callable[..., Packed]:
@@ -153,7 +153,7 @@ class Jit(Compiled[P, R]):
 
         def finish(packed: Packed, outline: NewValues) -> Packed:
             packed = packed if said is None else said(packed, outline)
-            # What is donated is gone, so it has to come back even where it was not written.
+            # A donated buffer is gone, so its value must be an output even if it was not written.
             written = packed.values()
             for i, value in zip(layout.donated, donated, strict=True):
                 written.setdefault(i, value)
@@ -183,10 +183,10 @@ class Jit(Compiled[P, R]):
         return call
 
     def _trace(self, call: Call) -> Any:
-        """Find out what the function closes over and what it writes, and prepare for it.
+        """Find out what the function closes over and which Refs it writes, and prepare for that.
 
         Returns:
-          What `jax.jit(f).trace` gives, where that is the program.
+          The result of `jax.jit(f).trace`, if it is that of the program.
         """
         layout = call.layout
         traced = self._compiled.trace(layout, [], call.values)
@@ -232,9 +232,9 @@ class Jit(Compiled[P, R]):
         return exportable(fn, self._name, call, len(bound), args, kwargs)
 
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation:
-        """Whether a call with these arguments is compiled already, and if not, what is new.
+        """Explain whether a call with these arguments is already compiled, and if not, what is new.
 
-        Nothing is called, traced or compiled.
+        This does not call, trace or compile the function.
 
         >>> import jax.numpy as jnp, nnx
         >>> step = nnx.jit(lambda scale, x: scale.value * x)
@@ -250,7 +250,7 @@ class Jit(Compiled[P, R]):
         return explain(self, call)
 
     def eval_shape(self, *args: P.args, **kwargs: P.kwargs) -> Any:
-        """The output for these arguments, abstractly; see `nnx.eval_shape`."""
+        """The abstract output for these arguments; see `nnx.eval_shape`."""
         return eval_shape(self._fn, *args, **kwargs)
 
     @overload
@@ -267,8 +267,8 @@ class Jit(Compiled[P, R]):
         return f"<{self._name}, traced for {count} structure{'' if count == 1 else 's'}>"
 
 
-# The methods that were jitted as attributes of modules: those of two modules of one class are one,
-# so that the modules have the same structure and share what is compiled.
+# Bound methods that were jitted. Two modules of one class get the same Jit, so that they have the same
+# structure and share compiled programs.
 _methods: weakref.WeakValueDictionary[Any, Jit] = weakref.WeakValueDictionary()
 
 

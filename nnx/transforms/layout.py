@@ -1,4 +1,4 @@
-"""What a call looks like without its values, and what a function knows of the calls that it had."""
+"""The signature of a call, and a function's records of its past calls."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from refx.static import NESTED, Static
 
 __all__: list[str] = []
 
-# A bound for caches that ever new objects or types could fill; what is dropped is made again.
+# New objects or types could fill these caches without end. A dropped entry is rebuilt.
 _MOST = 512
 
 
 class Signature(NamedTuple):
-    """What a call looks like without its values: all that a program depends on but shapes and dtypes."""
+    """A call without its values: everything on which the program depends, except shapes and dtypes."""
 
     dagdef: DagDef
     form: Form
-    # How many roots are closed over.
+    # The number of closed-over roots.
     closed: int
-    # Array attributes of closed-over modules are read where they are, so they are constants.
+    # Array attributes of closed-over modules. Code may read them directly, so they are constants.
     constants: tuple[Any, ...]
     has_scope: bool
     statics: Any
-    # What logical axis names stand for where the call is made.
+    # The ambient rules for logical axis names.
     rules: Any
-    # Values that are not arrays, by the number of the Ref (or, below zero, of the plain leaf) that
-    # holds it: constants of the program, as a Label each.
+    # Values that are not arrays are constants of the program. Each is a Label, with the number of the
+    # Ref (or, below zero, of the plain array) that holds it.
     labels: tuple[tuple[int, Label], ...] = ()
 
 
 class Layout:
-    """One signature of the calls of a function, and what was learned of it: the static argument.
+    """A signature, and what was learned about its calls. It is the static argument of the program.
 
-    Layouts are made once for each signature of a function and compared by identity.
+    There is one Layout for each signature of a function. Layouts are compared by identity.
     """
 
     __slots__ = (
@@ -60,41 +60,40 @@ class Layout:
 
     def __init__(self, signature: Signature):
         self.signature = signature
-        # Its fields, since they are asked for often.
+        # Copy its fields, which are read often.
         self.dagdef, self.form, self.closed, self.constants = signature[:4]
         self.has_scope, self.statics, self.rules, self.labels = signature[4:]
         # Whether a compiled function was traced for this layout, so that its closures are known.
         self.traced = False
-        # What the calls looked like for which a program was made; see `explain`.
+        # A record of each call for which a program was made; see `explain`.
         self.programs: list[Any] = []
-        # What `nnx.jit` learned by that: the Refs whose buffers it takes.
+        # The numbers of the Refs whose buffers `nnx.jit` donates.
         self.donated: tuple[int, ...] = ()
         self.shardings: Any = None
-        # What was said, in `out_shardings`, of the leaves of an output that holds new Refs.
+        # The `out_shardings` of the leaves of an output that holds new Refs.
         self.out_shardings: list[Any] = []
         # The numbers of the Refs that the program writes.
         self.written: frozenset[int] = frozenset()
-        # Where each value is that several devices share; None in place of it for the others. What is
-        # written goes back there. `elsewhere` has, by the placements of the inputs, the layouts of
-        # the same call in other places.
+        # The sharding of each value that is on several devices, or None. A written value goes back
+        # there. `elsewhere` has the layouts of the same call for other placements of the inputs.
         self.homes: tuple[Any, ...] | None = None
         self.elsewhere: list[tuple[list[Any], Layout, tuple[int, ...]]] = []
 
     def moved(self, homes: tuple[Any, ...]) -> Layout:
-        """The layout of the same call with its values in other places."""
+        """The layout of the same call with its values on other devices."""
         layout = Layout(self.signature)
         layout.homes = homes
         layout.programs = self.programs
         return layout
 
     def sliced(self, dagdef: DagDef) -> Layout:
-        """The layout as a body sees it whose Refs hold slices; `dagdef` speaks of those."""
+        """The layout for a body whose Refs hold slices. `dagdef` is the structure of the slices."""
         if dagdef is self.dagdef:
             return self
         return Layout(self.signature._replace(dagdef=dagdef))
 
     def divided(self, values: Any) -> tuple[list[Any], Any]:
-        """What is donated of the values of a call, and the values without it."""
+        """The donated values of a call, and the values without them."""
         refs = list(values.refs)
         donated = [refs[i] for i in self.donated]
         for i in self.donated:
@@ -102,17 +101,17 @@ class Layout:
         return donated, values._replace(refs=refs)
 
     def label_of(self, i: int) -> Label | None:
-        """What is constant of the i-th Ref or, below zero, of the plain array with the number -1 - i."""
+        """The constants in the i-th Ref or, if i < 0, in the plain array with the number -1 - i."""
         return dict(self.labels).get(i)
 
     def name_of(self, i: int) -> str:
-        """How a message calls the i-th Ref."""
+        """The name of the i-th Ref in messages."""
         path = self.dagdef.ref_paths[i][1:]
         return f"Ref {dotted(path)!r}" if path else "A Ref"
 
 
 class Plan(NamedTuple):
-    """How the snapshots of several roots make up one list of Refs: by position, each Ref once."""
+    """How to combine the snapshots of several roots: the positions to take, so that each Ref comes once."""
 
     layout: Layout
     refs: tuple[int, ...] | None
@@ -120,19 +119,19 @@ class Plan(NamedTuple):
 
 
 class Plans:
-    """What one function knows of the calls that it had.
+    """One function's records of its past calls.
 
-    `by_call` is found by what a call looks like, and forgets when there were too many calls that
-    looked different; it is made again from `layouts`, which know the compiled programs.
+    `by_call` has the Plan of each kind of call. It is cleared when there are too many kinds, and is then
+    filled again from `layouts`, which know the compiled programs.
     """
 
     def __init__(self) -> None:
         self.by_call: dict[Any, Plan] = {}
-        # The last calls that looked new. One that comes again is worth knowing; a model that is made
-        # for each call is not.
+        # The last new kinds of calls. A kind is kept if it comes again. If every call has a new model,
+        # it does not.
         self._seen: deque[Any] = deque(maxlen=8)
         self.layouts: dict[Signature, Layout] = {}
-        # Whether there were too many of them once.
+        # Whether there have ever been too many of them.
         self.forgotten = False
 
     def layout(self, signature: Signature) -> Layout:
@@ -143,18 +142,18 @@ class Plans:
                 self.forgotten = True
                 self.layouts.clear()
                 self.by_call.clear()
-            # Another thread may be as far.
+            # Another thread may add it at the same time.
             layout = self.layouts.setdefault(signature, Layout(signature))
         return layout
 
     def every(self) -> list[Layout]:
-        """All layouts, those in other places too."""
+        """All layouts, including those for other placements."""
         found = list(self.layouts.values())
         moved = [layout for known in found for _, layout, _ in known.elsewhere]
         return list(dict.fromkeys([*found, *moved]))
 
     def drop(self, layout: Layout) -> None:
-        """Forget a layout that was traced without an input. JAX keeps that trace for it."""
+        """Forget a layout that was traced while an input was missing: JAX keeps that trace for it."""
         if layout.homes is not None:
             for known in self.layouts.values():
                 known.elsewhere = [pair for pair in known.elsewhere if pair[1] is not layout]
@@ -165,7 +164,7 @@ class Plans:
         }
 
     def keep(self, key: Any, plan: Plan, *, again: bool = False) -> None:
-        """Know the plan from now on; with `again`, only if there was such a call before."""
+        """Keep a plan. With `again`, keep it only if there was such a call before."""
         if again and key not in self._seen:
             self._seen.append(key)
             return
@@ -180,11 +179,11 @@ class _Input:
 
 
 INPUT: Any = _Input()
-"""Stands in a Label for what is an input of the program."""
+"""Stands in a Label for an input of the program."""
 
 
 class Label:
-    """What is constant of a value, as a part of a Layout: it counts by type and content."""
+    """The constants in a value, as a part of a Layout. They are compared by type and content."""
 
     __slots__ = ("_key", "_mixed", "value")
 
@@ -195,11 +194,11 @@ class Label:
         self._key = treedef, tuple([Static(x, NESTED) for x in leaves])
 
     def example(self) -> Any:
-        """A part of it that is constant."""
+        """One of the constants."""
         return next(x for x in jax.tree.leaves(self.value) if x is not INPUT)
 
     def put_back(self, inputs: Any) -> Any:
-        """The whole value, around its inputs; None where those are not there any more."""
+        """Rebuild the whole value around its inputs; None if the inputs are gone."""
         if not self._mixed:
             return self.value
         if inputs is None:
@@ -219,8 +218,8 @@ class _Same:
     __slots__ = ("array",)
 
     def __init__(self, array: Any):
-        # A tracer must not be kept, and is never the same in a later call. NumPy's arrays may
-        # change in place, so of those the content counts.
+        # A tracer must not be kept, and never appears in a later call. NumPy arrays may change in
+        # place, so compare their content.
         self.array: Any = object() if isinstance(array, Tracer) else array
         if isinstance(array, np.ndarray):
             self.array = (array.shape, array.dtype.str, array.tobytes())

@@ -1,6 +1,7 @@
-"""What a body left behind: new values, and the structure where that has changed.
+"""The result of a body: new values, and the new structure if it has changed.
 
-It is found inside of the trace and kept with the program, and applied to the caller's objects outside.
+It is collected inside the trace and kept with the program. Outside, it is applied to the caller's
+objects.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ __all__: list[str] = []
 
 
 class StructureChange(NamedTuple):
-    """The structure that a call left behind, where it is more than new values.
+    """The new structure after a call, if it did more than write values.
 
-    `dagdef` is that of `(roots, output, let go)`. `known` maps its numbers to those of the call's DagDef
-    for what the caller has already; `new` counts the Refs that are new; `leaves` says for each
-    plain array whether it is the i-th that came in, or (None) one that was returned.
+    `dagdef` is the structure of `(roots, output, dropped containers)`. For objects that the caller has
+    already, `known` maps their numbers to those in the call's DagDef. `leaves` has, for each plain array,
+    its number among the inputs, or None if the program returned it.
     """
 
     dagdef: DagDef
     known: dict[int, int]
     leaves: tuple[int | None, ...]
-    # The caller's containers that hold something else now, by their numbers in `dagdef`.
+    # The caller's containers whose content has changed, by number in `dagdef`.
     rewritten: frozenset[int]
-    # The numbers of the new Refs that the body put on devices itself.
+    # The numbers of the new Refs that the body itself placed on devices.
     placed: frozenset[int] = frozenset()
 
     def new(self) -> list[int]:
@@ -52,7 +53,7 @@ class StructureChange(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What a call left behind, without the values: the aux data of the output node."""
+    """The result of a call without its values: the aux data of the output node."""
 
     written: tuple[int, ...]
     graph: StructureChange | None
@@ -61,7 +62,7 @@ class Spec(NamedTuple):
 class Packed:
     """The output of the pure function: a pytree whose aux data JAX keeps with the program.
 
-    `out` is the user's output, or, with a graph, the values of new Refs and arrays.
+    `out` is the user's output or, with a StructureChange, the values of new Refs and arrays.
     """
 
     __slots__ = ("out", "spec", "written")
@@ -72,17 +73,17 @@ class Packed:
         self.written = written
 
     def values(self) -> dict[int, Any]:
-        """What was written, by the number of the Ref."""
+        """The written values, by the number of the Ref."""
         return dict(zip(self.spec.written, self.written, strict=True))
 
     def united(self, numbers: Iterable[int], before: Values) -> list[Any]:
-        """The values of these Refs afterwards, whether or not they were written."""
+        """The values of these Refs after the call, whether or not they were written."""
         written = self.values()
         return [written[i] if i in written else before.refs[i] for i in numbers]
 
 
 class _Key:
-    """A part of the output in JAX's names: `result[0]` is that of the user's output."""
+    """A name for a part of the output in JAX: the user's output adds nothing to `result`."""
 
     def __init__(self, name: str):
         self.name = name
@@ -109,7 +110,7 @@ class NewValues(NamedTuple):
 
 
 def pack(body: Body, out: Any, after: Walk | None) -> tuple[Packed, NewValues]:
-    """Pack what a body left behind; `after` is a walk of its roots, or None where they stand."""
+    """Pack the result of a body. `after` is a walk of its roots, or None if they are unchanged."""
     frame, layout, objects, leaves = body.frame, body.layout, body.objects, body.leaves
     body.note_found()
     inner_refs, written = body.refs, body.written()
@@ -126,7 +127,7 @@ def pack(body: Body, out: Any, after: Walk | None) -> tuple[Packed, NewValues]:
     if same and not holds:
         return Packed(Spec(written, None), out, new_values), NewValues([], [])
     alias = {id(o): i for o, i in zip(body.outer, objects, strict=True)}
-    # A Ref may go by the name that it has further out, where the call is made in another body.
+    # If the call is made in another body, code may reach a Ref by its name further out.
     ours = set(map(id, objects))
     names = frame.stand_ins.values()
     alias.update((id(s.ref), s.inner) for s in names if id(s.inner) in ours)
@@ -146,8 +147,8 @@ def pack(body: Body, out: Any, after: Walk | None) -> tuple[Packed, NewValues]:
         n for n, x in enumerate(both.objects) if type(x) is Ref and x in frame.placed
     )
     graph = StructureChange(both.dagdef, known, positions, rewritten, placed)
-    # The canonical paths begin with "0" for what a root holds, with "1" for the output, and with
-    # "2" for what a root has let go.
+    # The canonical paths begin with "0" in a root, with "1" in the output, and with "2" in a container
+    # that a root has dropped.
     paths = dict(zip(map(id, both.refs), both.dagdef.ref_paths, strict=True))
     new = [(paths[id(r)], r) for r in both.refs if id(r) not in numbers]
     arrays = [
@@ -162,21 +163,21 @@ def pack(body: Body, out: Any, after: Walk | None) -> tuple[Packed, NewValues]:
 
 
 def _check_value(frame: Frame, path: Path, value: Any) -> None:
-    """Raise if a value that leaves a body is nothing that a program can give."""
+    """Raise if a program cannot return a value that leaves a body."""
     wrong = next((x for x in jax.tree.leaves(value) if not is_input(x)), None)
     if wrong is not None:
         where = dotted(path[1:]) or "itself"
         raise ValueTypeError(
             f"{frame.name} leaves a {type(wrong).__name__} in the Ref or array {where!r}: {wrong!r:.60}. A "
-            f"program gives arrays and numbers only. Set it outside of the transformation, or keep it in "
+            f"program returns only arrays and numbers. Set it outside of the transformation, or keep it in "
             f"an ordinary attribute."
         )
 
 
 def _let_go(layout: Layout, after: Walk, objects: list[Any]) -> tuple[list[Any], ...]:
-    """For each root, the containers that it held and that no root holds now.
+    """For each root, the containers that it held before and that no root holds now.
 
-    The caller may hold them as well, so what the body changed in them counts.
+    The caller may hold them too, so changes inside them matter.
     """
     still = set(map(id, after.objects))
     gone = {n for n, x in enumerate(objects) if type(x) is not Ref and id(x) not in still}
@@ -191,10 +192,10 @@ def _let_go(layout: Layout, after: Walk, objects: list[Any]) -> tuple[list[Any],
 def _rewritten(
     after: DagDef, before: DagDef, known: dict[int, int], leaves: tuple[int | None, ...]
 ) -> frozenset[int]:
-    """The objects that a body was given and that hold something else now, by their numbers after."""
+    """The objects that a body was given and whose content has changed, by their new numbers."""
 
     def then(child: Any) -> Any:
-        """A child in the numbers before; None where it is new."""
+        """A child with the old numbers; None if it is new."""
         if type(child) is int:
             return known.get(child)
         if type(child) is Leaf:
@@ -229,9 +230,9 @@ def apply(call: Call, graph: StructureChange, new: list[Any], arrays: list[Any])
 
 
 def _born(graph: StructureChange, values: Iterable[Any]) -> list[Any]:
-    """The values of new Refs, where a library wants them, as their metadata may say.
+    """Pass the values of new Refs with metadata to `at_birth`, which may place them on devices.
 
-    What the body put somewhere itself stays there.
+    Values that the body itself placed stay where they are.
     """
     born = list(values)
     for i, n in enumerate(graph.new()):
@@ -243,9 +244,9 @@ def _born(graph: StructureChange, values: Iterable[Any]) -> list[Any]:
 
 
 def fresh_output(call: Call, packed: Packed, values: Values) -> Any:
-    """The output with value semantics: what came in comes out as a copy, with what was written.
+    """The output with value semantics: modules that came in come out as copies with the new values.
 
-    `values` are those that came in, or `ShapeDtypeStruct`s for them.
+    `values` are the values that came in, or `ShapeDtypeStruct`s for them.
     """
     graph = packed.spec.graph
     if graph is None:

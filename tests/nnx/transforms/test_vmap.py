@@ -116,7 +116,7 @@ def test_streams_split_along_the_axis_and_each_lane_is_a_run_of_its_own():
             "for 2 arguments, but was called with 1",
         ),
         (lambda m, x: nnx.vmap(lambda a: 0, in_axes=((0, 0),))((x,)), "not a prefix of it"),
-        (lambda m, x: nnx.vmap(lambda a: 0, in_axes=({"params": 0},))(x), "holds no Refs there"),
+        (lambda m, x: nnx.vmap(lambda a: 0, in_axes=({"params": 0},))(x), "has no Refs there"),
     ],
 )
 def test_axes_that_do_not_fit(dense, data, call, message):
