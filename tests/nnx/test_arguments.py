@@ -60,7 +60,7 @@ def test_what_looks_like_a_key_but_is_a_flag():
         (
             lambda m: nnx.param(init=jax.nn.initializers.zeros),
             TypeError,
-            "init of a field.*is a bool, but got a function.*initializer",
+            "init of a field is a bool.*It got a function.*initializer",
         ),
         (lambda m: nnx.static(kw_only="x"), TypeError, "kw_only of a field"),
         (

@@ -208,7 +208,7 @@ def test_an_unhashable_static_is_named_when_it_reaches_jit(dense):
 
 
 def test_slot_names_are_refused(dense):
-    with pytest.raises(nnx.StructureError, match="'_frame' is taken"):
+    with pytest.raises(nnx.StructureError, match="refx uses the attribute name '_frame'"):
         dense._frame = 1
 
 
