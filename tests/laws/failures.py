@@ -53,7 +53,8 @@ def _places(nodes: tuple[Node, ...], path: tuple[int, ...], inside: bool = False
         if inside:
             yield (*path, i)
         if isinstance(node, Block):
-            yield from _places(node.body, (*path, i), True)
+            # What a block of ordinary Python did before it raises stays done.
+            yield from _places(node.body, (*path, i), inside or node.head.startswith("def "))
 
 
 def _insert(nodes: tuple[Node, ...], path: tuple[int, ...], text: str) -> tuple[Node, ...]:
