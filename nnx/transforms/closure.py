@@ -253,7 +253,7 @@ class Closure:
                 items = content(x)
                 if n in any_way or len(items) <= SMALL:
                     state.contents.append((x, items))
-            elif n in near:
+            elif n in near or n in to_roots:
                 state.names += [(d, list(d)) for d in attribute_dicts(x)]
         for x in (graph.objects[n] for n in sorted(watched | counted)):
             if issubclass(type(x), type) and not is_plain(x):

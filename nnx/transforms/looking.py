@@ -425,7 +425,12 @@ def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
     if is_library(home):
         if own is not None and (home in HOLDERS or home.partition(".")[0] == "nnx"):
             for name, value in list(own.items()):
-                yield name, (own, name), value, home not in _NAMESPACES
+                yield (
+                    name,
+                    (own, name),
+                    value,
+                    not (kind is types.SimpleNamespace or home in _NAMESPACES),
+                )
         return
     for name, value in list((own or {}).items()):
         if not name.startswith("__"):

@@ -128,7 +128,9 @@ def test_an_ended_ref_prints_so():
     ],
 )
 def test_holds_arrays_and_numbers_only(value, what):
-    message = f"A new Ref was given a value that holds {what}.*Keep settings and functions in ordinary"
+    message = (
+        f"A new Ref was given a value that holds {what}.*Keep settings and functions in ordinary"
+    )
     with pytest.raises(refx.ValueTypeError, match=message):
         Ref(value)
     ref = Ref(1.0)

@@ -198,3 +198,30 @@ def test_what_a_body_notes_beside_other_things_costs_no_trace():
     for _ in range(3):
         step(1.0)
     assert log == [_LOOSE, 1]
+
+
+class Scale(nnx.Module):
+    def __init__(self, factor):
+        self.factor = nnx.Ref(jnp.array(float(factor)))
+        self.calls = nnx.Ref(jnp.array(0))
+
+    def __call__(self, x):
+        self.calls.value = self.calls.value + 1
+        return x * self.factor.value
+
+
+def test_a_class_in_a_list_gets_an_attribute_that_hides_that_of_its_base():
+    class Base:
+        net = Scale(1)
+
+    class Sub(Base):
+        pass
+
+    held, first = [Sub], Base.net
+    run = nnx.jit(lambda x: held[0].net(x))
+    assert float(run(2.0)) == float(run(2.0)) == 2
+    Sub.net = Scale(5)
+    assert float(run(2.0)) == float(run(2.0)) == 10
+    assert int(first.calls.value) == int(Sub.net.calls.value) == 2
+    del Sub.net
+    assert float(run(2.0)) == 2
