@@ -42,6 +42,14 @@ if hasattr(mlir, "make_ir_context"):
     mlir.make_ir_context = _shared(mlir.make_ir_context)
 
 
+# Each waits for other programs for long. Whoever begins with them is not the last to end.
+SLOWEST = ("tests/test_docs_site.py", "tests/nnx/test_processes.py", "tests/test_types.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(SLOWEST))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
     """Nothing that an import makes is garbage."""

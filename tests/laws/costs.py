@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from tests.laws.bodies import Bodies, Options
-from tests.laws.failures import census
+from tests.laws.failures import census, forget_older
 from tests.laws.program import NNX, Block, Line, Node, Program, Verdict, render
 from tests.laws.regions import kinds
 from tests.laws.world import make_world
@@ -84,6 +84,7 @@ def judge(program: Program) -> Verdict:
         return Verdict("void", f"{type(error).__name__}: {error}")
     ticks[0] = _compiled[0] = 0
     counts = []
+    forget_older()
     try:
         for _ in range(3):
             counts.append(census((object,)))

@@ -70,6 +70,12 @@ def _insert(nodes: tuple[Node, ...], path: tuple[int, ...], text: str) -> tuple[
 _OURS = (nnx.Ref, nnx.Module, jax.core.Tracer)
 
 
+def forget_older() -> None:
+    """Take out of the census, and of its time, what is there already."""
+    gc.collect()
+    gc.freeze()
+
+
 def census(kinds: tuple[type, ...] = _OURS) -> collections.Counter[str]:
     """How many objects of these classes are alive, without those from before `gc.freeze`."""
     gc.collect()
@@ -86,6 +92,7 @@ def judge(program: Program) -> Verdict:
     program, expected = expected_of(program)
     if expected is None:
         return Verdict("void", "means nothing in Python")
+    forget_older()
     before = census()
     watched: list[weakref.ref[Any]] = []
     verdict = compare(program, expected, execute(program, NNX, watched))

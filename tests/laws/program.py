@@ -385,4 +385,5 @@ def finite(x: Any) -> bool:
 def forget() -> None:
     """Drop the programs that JAX caches, because one run has very many of them."""
     jax.clear_caches()
+    gc.unfreeze()
     gc.collect()
