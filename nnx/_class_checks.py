@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refx.text import array_text
+from refx.text import a_kind, array_text
 
 __all__: list[str] = []
 
@@ -75,7 +75,7 @@ def forward_instead(cls: type) -> Any:
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
-            f"A {type(self).__name__} cannot be called: it has a method named forward, but no "
+            f"{a_kind(type(self), start=True)} cannot be called: it has a method named forward, but no "
             "__call__. Rename it: def __call__(self, ...)."
         )
 

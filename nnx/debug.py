@@ -13,6 +13,7 @@ from nnx.transforms.explain import Explanation, listeners
 from nnx.transforms.jit import BoundJit
 from nnx.transforms.jitted import Jit
 from refx import RefError
+from refx.text import a_kind
 
 __all__ = [
     "Explanation",
@@ -120,7 +121,7 @@ def assert_max_traces(fn: Callable[..., Any], n: int) -> contextlib.AbstractCont
     jitted = fn._jit if isinstance(fn, BoundJit) else fn
     if not isinstance(jitted, Jit):
         raise TypeError(
-            "nnx.debug.assert_max_traces takes a function that nnx.jit returned, but got a "
-            f"{type(fn).__name__}: {fn!r:.80}."
+            "nnx.debug.assert_max_traces takes a function that nnx.jit returned, but got "
+            f"{a_kind(type(fn))}: {fn!r:.80}."
         )
     return _Limit(jitted, n)

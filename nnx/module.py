@@ -47,7 +47,7 @@ from refx.node import NodeType, attributes, set_on_class
 from refx.partition import dotted
 from refx.selection import check_selection
 from refx.static import TRUSTED
-from refx.text import ADVICE, ALTERNATIVES
+from refx.text import ADVICE, ALTERNATIVES, a_kind
 from refx.walk import walk
 
 __all__ = ["Module"]
@@ -253,7 +253,7 @@ class Module(Node, metaclass=_ModuleType):
         if not isinstance(partition, Mapping):
             raise ValueTypeError(
                 f"model[{filter!r}] = ... takes a Partition, or another mapping from path to value, "
-                f"but got a {type(partition).__name__}.{values_of(partition, filter)}"
+                f"but got {a_kind(type(partition))}.{values_of(partition, filter)}"
             )
 
         def check(given: Any, path: Any, cell: Ref[Any]) -> None:
@@ -336,4 +336,4 @@ class _Applied:
         return found
 
     def __repr__(self) -> str:
-        return f"<apply(...) of a {type(self._root).__name__}, to be called>"
+        return f"<apply(...) of {a_kind(type(self._root))}, to be called>"

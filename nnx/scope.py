@@ -14,7 +14,7 @@ import numpy as np
 from nnx._ambient import ambient
 from nnx.rng import RngStream
 from refx import MISSING, Node, RefError, UnhashableStaticError
-from refx.text import array_text
+from refx.text import a_kind, array_text
 
 __all__ = ["MissingFlagError", "MissingStreamError", "get_flag", "make_rng", "scope"]
 
@@ -48,7 +48,7 @@ def make_scope(rngs: Any = None, **flags: Any) -> Scope:
             raise _array_flag(name, flag)
         if name == "flags" and isinstance(flag, Mapping):
             raise UnhashableStaticError(
-                f"A scope was given a {type(flag).__name__} as a flag called 'flags'. Pass flags by "
+                f"A scope was given {a_kind(type(flag))} as a flag called 'flags'. Pass flags by "
                 f"name: {', '.join(f'{key}={value!r}' for key, value in flag.items())}; from a "
                 f"dict, write **flags."
             )

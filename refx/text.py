@@ -40,6 +40,19 @@ def array_text(x: Any, dtype: Any = None) -> str:
     return f"{x.dtype if dtype is None else dtype}[{','.join(map(str, x.shape))}]"
 
 
+def with_article(name: str, *, start: bool = False) -> str:
+    """A name with its article: `a Linear`, `an Embed`, `an MLP`; `start` begins a sentence."""
+    # The first letter of an acronym is spelled out: an "em", but a "gee".
+    vowels = "AEFHILMNORSX" if name[:2].isupper() else "AEIOaeio"
+    article = "an" if name[0] in vowels else "a"
+    return f"{article.capitalize() if start else article} {name}"
+
+
+def a_kind(kind: type, *, start: bool = False) -> str:
+    """The name of a class with its article; `start` begins a sentence."""
+    return with_article(kind.__name__, start=start)
+
+
 def key_name(key: Any) -> str:
     """The name in JAX's key of a part of a pytree: `kernel`, `0`."""
     for attribute in ("name", "key", "idx"):

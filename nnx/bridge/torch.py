@@ -21,6 +21,7 @@ from nnx.serialize.files import arrays_of
 from nnx.serialize.fitting import LoadReport
 from nnx.serialize.places import is_path
 from refx.partition import listed
+from refx.text import a_kind
 
 __all__ = ["from_state_dict"]
 
@@ -221,7 +222,7 @@ def _arrays(source: Any) -> Iterator[tuple[str, Any]]:
     if not all(map(is_path, paths)):
         raise TypeError(
             "from_state_dict takes a mapping from name to array or the path of a safetensors "
-            f"file, but got a {type(source).__name__}. For a torch module, pass "
+            f"file, but got {a_kind(type(source))}. For a torch module, pass "
             "module.state_dict()."
         )
     for path in paths:

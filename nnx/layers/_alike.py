@@ -12,6 +12,7 @@ from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree
 from refx.partition import Path, dotted
 from refx.snapshot import snapshot
 from refx.static import Static
+from refx.text import a_kind
 
 __all__: list[str] = []
 
@@ -82,7 +83,7 @@ def _said(x: Any, dagdef: DagDef | None = None) -> str:
     if isinstance(x, Static):
         return f"{x.value!r:.60}"
     if isinstance(x, NodeDef):
-        return f"a {x.kind.__name__}"
+        return a_kind(x.kind)
     if isinstance(x, RefDef):
         settings = "".join(f", {name}={value.value!r}" for name, value in x.metadata)
         return f"a Ref of {x.collection.value!r}{settings}"

@@ -13,6 +13,7 @@ from nnx.layers._sharding import explicit_mesh, merged_spec, spec_of
 from nnx.module import Module
 from nnx.sharding.placing import rules_for
 from nnx.sharding.rules import ShardingError, by_kind, current_mesh, names_in, resolve
+from refx.text import a_kind
 
 __all__ = [
     "ANYWHERE",
@@ -102,7 +103,7 @@ def wanted_sharding(
     else:
         raise TypeError(
             f"The out_sharding of {name} must be a PartitionSpec, a tuple of names or a NamedSharding, "
-            f"but got a {type(given).__name__}: {given!r:.80}."
+            f"but got {a_kind(type(given))}: {given!r:.80}."
         )
     if mesh is None:
         return ANYWHERE

@@ -7,6 +7,7 @@ from typing import Any
 
 from nnx.module import Module
 from refx import NotMutableError, StructureError, merge, refs, split
+from refx.text import a_kind
 
 __all__ = ["call_with"]
 
@@ -35,7 +36,7 @@ def call_with(layer: Module, weights: Mapping[Path, Any], how: str, args: Any, k
     arrays = [path for path in values if path not in cells]
     if now is not dagdef or any(after[path] is not values[path] for path in arrays):
         raise StructureError(
-            f"A {type(layer).__name__} changed an attribute that is not a Ref while it was called "
+            f"{a_kind(type(layer), start=True)} changed an attribute that is not a Ref while it was called "
             f"{how}. That call runs on a copy, so the change would be lost. Keep values that change "
             f"in a Ref: a ref() field, or nnx.Ref(...)."
         )

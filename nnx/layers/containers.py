@@ -20,6 +20,7 @@ from nnx.sharding.rules import ShardingError
 from nnx.sharding.structure import check_entry, stacked, without_axes
 from nnx.transforms import remat as nnx_remat
 from nnx.transforms import scan, vmap
+from refx.text import a_kind
 
 __all__ = ["Identity", "Sequential", "Stack"]
 
@@ -86,7 +87,7 @@ class Sequential(Module):
         for i, fn in enumerate(fns):
             if not callable(fn):
                 raise TypeError(
-                    f"Sequential takes callables, but number {i} is a {type(fn).__name__}: {fn!r}. "
+                    f"Sequential takes callables, but number {i} is {a_kind(type(fn))}: {fn!r}. "
                     f"To pass a list of layers, unpack it: Sequential(*layers)."
                 )
             if inspect.isclass(fn):
@@ -358,7 +359,7 @@ def _stack(*values: Any) -> Any:
 def _check_alike(layers: list[Any], names: list[str]) -> None:
     for layer, name in zip(layers, names, strict=True):
         if not isinstance(layer, Module):
-            raise TypeError(f"A Stack takes modules, but {name} is a {type(layer).__name__}.")
+            raise TypeError(f"A Stack takes modules, but {name} is {a_kind(type(layer))}.")
     for layer, name in zip(layers[1:], names[1:], strict=True):
         found = difference(layers[0], layer, names[0], name)
         if found:

@@ -22,6 +22,7 @@ from nnx.layers.linear_general import LinearGeneral
 from nnx.module import Module
 from nnx.scope import make_rng
 from refx import Ref
+from refx.text import a_kind
 
 __all__ = ["LoRA", "LoRALinear", "LoRALinearGeneral"]
 
@@ -86,7 +87,7 @@ class LoRA(Module):
             raise ValueError(f"The rank of LoRA must be at least 1, but is {lora_rank}.")
         if base_module is not None and not callable(base_module):
             raise TypeError(
-                f"The base_module of LoRA must be callable, but is a {type(base_module).__name__}."
+                f"The base_module of LoRA must be callable, but is {a_kind(type(base_module))}."
             )
 
         def new(init: Initializer, shape: tuple[int, int], metadata: Metadata) -> Any:
@@ -273,14 +274,15 @@ def beside(layer: Any, rank: int, **options: Any) -> LoRA:
     stacked = len(shape) - len(matrix.shape)
     if stacked < 0 or shape[stacked:] != matrix.shape:
         raise ValueError(
-            f"For a low-rank adapter, the {matrix.name} of a {type(layer).__name__} from {inputs} to "
+            f"For a low-rank adapter, the {matrix.name} of {a_kind(type(layer))} from {inputs} to "
             f"{outputs} features must have the shape {matrix.shape}, perhaps with axes of a stack before "
             f"it, but it has the shape {shape}. Stack along the first axis, as nnx.Stack does."
         )
     if getattr(layer, "mask", None) is not None:
         raise ValueError(
-            f"A {type(layer).__name__} with a mask cannot have a low-rank adapter, because the mask would "
-            f"not apply to it. Leave the layer out with a filter, or multiply its kernel by the mask once."
+            f"{a_kind(type(layer), start=True)} with a mask cannot have a low-rank adapter, because the "
+            f"mask would not apply to it. Leave the layer out with a filter, or multiply its kernel by "
+            f"the mask once."
         )
     if matrix.name == "embedding" and options["a_initializer"] is default_a_initializer:
         # A call looks up one row and does not sum over all rows, so fan-in does not count.

@@ -28,6 +28,7 @@ from nnx.layers.linear import Linear
 from nnx.layers.linear_general import LinearGeneral
 from nnx.module import Module
 from refx import Ref, get_ref
+from refx.text import a_kind
 
 __all__ = ["QuantizedLinear"]
 
@@ -137,8 +138,8 @@ class QuantizedLinear(Module):
             return layer
         if type(layer) not in (Linear, LinearGeneral):
             raise TypeError(
-                f"QuantizedLinear.of takes a Linear or a LinearGeneral, but got a "
-                f"{type(layer).__name__}. For a layer with an adapter, call nnx.merge_lora first. In "
+                f"QuantizedLinear.of takes a Linear or a LinearGeneral, but got "
+                f"{a_kind(type(layer))}. For a layer with an adapter, call nnx.merge_lora first. In "
                 f"nnx.replace, do not select other layers."
             )
         plain = layer.dot_general in (None, jax.lax.dot_general)

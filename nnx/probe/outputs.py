@@ -38,6 +38,7 @@ from nnx.transforms.simple import eval_shape
 from refx import Partition, opened
 from refx.node import attributes, is_identity
 from refx.partition import Path
+from refx.text import a_kind
 
 __all__ = ["ProbeError", "capture", "output_grad", "patch", "sow"]
 
@@ -67,7 +68,7 @@ class _Target(NamedTuple):
         if hasattr(type(x), "_as_argument") or not callable(x) or isinstance(x, type):
             raise ProbeError(
                 f"{name} takes a module, a bound method of a module, or a function whose first "
-                f"argument is a module, but got a {type(x).__name__}: {x!r:.80}. Set keys and "
+                f"argument is a module, but got {a_kind(type(x))}: {x!r:.80}. Set keys and "
                 "flags around the call: `with nnx.scope(key, training=True):`."
             )
         return cls(x, None)
@@ -257,12 +258,12 @@ def patch(model: Any, patches: Mapping[Any, Callable[[Any], Any]]) -> Callable[.
     if not isinstance(patches, Mapping):
         raise ProbeError(
             "nnx.patch takes a dict from a selector of modules to a function of their output, but "
-            f"got a {type(patches).__name__}. Write nnx.patch(model, {{'layers.0': fn}})."
+            f"got {a_kind(type(patches))}. Write nnx.patch(model, {{'layers.0': fn}})."
         )
     for where, fn in patches.items():
         if not callable(fn):
             raise ProbeError(
-                f"nnx.patch got a {type(fn).__name__} for {where!r}, but needs a function that takes "
+                f"nnx.patch got {a_kind(type(fn))} for {where!r}, but needs a function that takes "
                 f"the output: lambda output: ..."
             )
     return _Patched(_Target.of("nnx.patch", model), dict(patches))

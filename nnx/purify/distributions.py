@@ -11,6 +11,7 @@ import numpy as np
 
 from nnx.purify.errors import MarkerError
 from nnx.purify.markers import intermediate, param
+from refx.text import a_kind
 
 __all__ = [
     "log_normal",
@@ -83,7 +84,7 @@ def _filled(name: str, tree: T, make: Any, kinds: Any) -> T:
             dtype: Any = jax.dtypes.canonicalize_dtype(t.dtype, allow_extended_dtype=True)
         except (TypeError, AttributeError):
             raise MarkerError(
-                f"{where} that is {x!r}, a {type(x).__name__}. It takes a pytree of arrays, numbers or "
+                f"{where} that is {x!r}, {a_kind(type(x))}. It takes a pytree of arrays, numbers or "
                 f"jax.ShapeDtypeStruct."
             ) from None
         if not any(jnp.issubdtype(dtype, kind) for kind in kinds):

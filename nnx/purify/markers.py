@@ -21,6 +21,7 @@ from jax.interpreters import ad, batching, mlir
 
 from nnx.purify.errors import MarkerError
 from refx.frame import Frame
+from refx.text import a_kind
 from refx.trace import trace_ref
 
 __all__ = ["fixed", "intermediate", "param", "prefix", "trivialize"]
@@ -229,7 +230,7 @@ def intermediate(value: T, name: str) -> T:
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
             raise MarkerError(
                 f"intermediate({_quoted(name)}) takes a pytree of arrays, but it holds "
-                f"{leaf!r}, a {type(leaf).__name__}."
+                f"{leaf!r}, {a_kind(type(leaf))}."
             )
     out = sink_p.bind(*leaves, name=name, token=next(_tokens), treedef=treedef)
     return jax.tree.unflatten(treedef, out)

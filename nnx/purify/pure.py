@@ -26,6 +26,7 @@ from nnx.purify.markers import Spec, isolated
 from nnx.purify.rewrite import Key, Program, rewrite
 from nnx.purify.traces import Traces
 from refx import DtypeError, ShapeError
+from refx.text import a_kind
 
 __all__ = ["Purified"]
 
@@ -303,8 +304,8 @@ class Purified(Generic[T]):
             return self._unraveled(traced, params)
         if not isinstance(params, Mapping):
             raise PurifyError(
-                f"purify({self._name}) takes a dictionary of parameters by name, not a "
-                f"{type(params).__name__}. Make one with .zeros() or .normal(key), or use "
+                f"purify({self._name}) takes a dictionary of parameters by name, not "
+                f"{a_kind(type(params))}. Make one with .zeros() or .normal(key), or use "
                 f"purify(..., ravel=True) for one flat array."
             )
         return params

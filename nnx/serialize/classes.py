@@ -8,6 +8,7 @@ from typing import Any
 from nnx.module import Module
 from nnx.serialize.grammar import is_attribute
 from refx import Node
+from refx.text import a_kind
 
 __all__: list[str] = []
 
@@ -36,5 +37,5 @@ def why_not(cls: type[Node], name: str) -> str | None:
         return "which every module defines itself"
     found = vars(owner)[name]
     if hasattr(type(found), "__set__") and not hasattr(found, "is_field"):
-        return f"which the class defines as a {type(found).__name__}"
+        return f"which the class defines as {a_kind(type(found))}"
     return None

@@ -36,6 +36,7 @@ from refx.node import attributes, tell
 from refx.node import make as make_node
 from refx.partition import Path, listed
 from refx.ref import make as make_ref
+from refx.text import a_kind
 from refx.trace import trace_ref
 from refx.walk import walk
 
@@ -162,14 +163,14 @@ class _Decoder:
 
     def _fill_module(self, node: Node, content: Any) -> None:
         cls = type(node)
-        own = dict(self._pairs(content["attributes"], f"a {cls.__name__}"))
+        own = dict(self._pairs(content["attributes"], a_kind(cls)))
         for name, value in own.items():
             reason = why_not(cls, name)
             if reason is not None:
-                raise Damaged(f"a {cls.__name__} has the attribute {clip(name)}, {reason}")
+                raise Damaged(f"{a_kind(cls)} has the attribute {clip(name)}, {reason}")
             field = cls._fields.get(name)
             if field is not None and field.is_ref and not isinstance(value, Ref | None):
-                raise Damaged(f"the field {name!r} of a {cls.__name__} does not hold a Ref")
+                raise Damaged(f"the field {name!r} of {a_kind(cls)} does not hold a Ref")
         attributes(node).update(own)
         tell(node)
 

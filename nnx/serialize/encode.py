@@ -49,6 +49,7 @@ from refx.access import peek
 from refx.node import attributes, is_array
 from refx.partition import Name, Path, dotted
 from refx.snapshot import snapshot
+from refx.text import a_kind
 from refx.trace import EVAL, current_trace
 
 __all__: list[str] = []
@@ -117,7 +118,7 @@ class _Encoder:
         for path, x in self._leaves:
             if not is_array(x):
                 raise SaveError(
-                    f"{at(path)} is a {type(x).__name__} instead of an array, perhaps from "
+                    f"{at(path)} is {a_kind(type(x))} instead of an array, perhaps from "
                     "jax.tree.map. Save the original model, or a dict of these values."
                 )
         # For readers who want the values by path and not the tree.
@@ -246,7 +247,7 @@ class _Encoder:
         )
         if f"object {kind}" not in CONTEXTS[self._context]:
             raise SaveError(
-                f"{at(path)} holds a {type(x).__name__} in a key, in metadata or in the value of a "
+                f"{at(path)} holds {a_kind(type(x))} in a key, in metadata or in the value of a "
                 "Ref. It can be saved only in an attribute, a list, a tuple or a dict."
             )
         number = self._numbers.get(id(x))
@@ -342,7 +343,7 @@ class _Encoder:
                     f"of numbers or strings."
                 )
             if type(x) is not np.ndarray:
-                raise SaveError(f"{at(path)} is a {type(x).__name__}; np.asarray(x) can be saved.")
+                raise SaveError(f"{at(path)} is {a_kind(type(x))}; np.asarray(x) can be saved.")
             if x.dtype.names is not None:
                 raise SaveError(
                     f"{at(path)} is a NumPy array with named fields. Save a dict of its fields."

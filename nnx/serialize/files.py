@@ -24,6 +24,7 @@ from nnx.serialize.plan import Plan, plan_state, plan_tree
 from refx import RefError
 from refx.filters import Filter
 from refx.partition import Path, listed
+from refx.text import a_kind
 
 __all__ = ["load", "load_state", "save"]
 
@@ -240,7 +241,7 @@ def _of_kind(kind: Any, found: Any) -> Any:
     if kind is None or isinstance(found, kind):
         return found
     wanted = getattr(kind, "__name__", repr(kind))
-    raise LoadError(f"it holds a {type(found).__name__}, not a {wanted}")
+    raise LoadError(f"it holds {a_kind(type(found))}, not a {wanted}")
 
 
 def load_state(

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from nnx.serialize.errors import LoadError, SaveError
+from refx.text import a_kind
 
 try:
     import fcntl
@@ -147,7 +148,7 @@ def check_writable(file: Any) -> None:
     """Raise unless this is an open file that takes bytes."""
     if not hasattr(file, "write"):
         raise SaveError(
-            f"nnx.save takes a path or an open binary file, but got a {type(file).__name__}."
+            f"nnx.save takes a path or an open binary file, but got {a_kind(type(file))}."
         )
     if isinstance(file, io.TextIOBase):
         raise SaveError(f"{shown(file)} is open for text. Open it for bytes: open(path, 'wb').")

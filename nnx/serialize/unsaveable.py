@@ -9,6 +9,7 @@ import jax
 from nnx.serialize.errors import SaveError
 from nnx.serialize.registry import is_config
 from refx.partition import Path, dotted
+from refx.text import with_article
 
 __all__: list[str] = []
 
@@ -35,10 +36,11 @@ def unsaveable(x: Any, path: Path) -> SaveError:
         )
     if is_config(kind):
         return SaveError(
-            f"{at(path)} is a {kind.__qualname__}, a dataclass that no other program could find by "
-            f"its name. Define it at the top of a Python module, or register it with @nnx.saveable(name=...)."
+            f"{at(path)} is {with_article(kind.__qualname__)}, a dataclass that no other program could "
+            f"find by its name. Define it at the top of a Python module, or register it with "
+            f"@nnx.saveable(name=...)."
         )
-    what = f"the class {x.__qualname__}" if isinstance(x, type) else f"a {kind.__qualname__}"
+    what = f"the class {x.__qualname__}" if isinstance(x, type) else with_article(kind.__qualname__)
     return SaveError(
         f"{at(path)} is {what}, which nnx.save does not know. Register the class with "
         "@nnx.saveable (with save= and load= if it is not a dataclass)."

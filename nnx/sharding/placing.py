@@ -36,6 +36,7 @@ from refx.frame import local
 from refx.partition import Path, dotted, listed
 from refx.selection import check_selection
 from refx.snapshot import snapshot
+from refx.text import a_kind
 
 __all__ = ["constrain", "fsdp", "shard", "shardings"]
 
@@ -203,7 +204,7 @@ def _said(specs: Specs, tree: Any, cells: list[tuple[Path, Any]]) -> Callable[[P
     if not callable(specs):
         raise TypeError(
             "specs must be a dict from filter to PartitionSpec, or a function (path, ref) -> "
-            f"PartitionSpec such as nnx.fsdp('data'), but got a {type(specs).__name__}."
+            f"PartitionSpec such as nnx.fsdp('data'), but got {a_kind(type(specs))}."
         )
     return specs
 

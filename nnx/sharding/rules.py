@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from nnx._ambient import ambient
 from refx import RefError
+from refx.text import a_kind
 
 __all__ = ["ShardingError", "axis_rules"]
 
@@ -147,7 +148,7 @@ def the_mesh(given: AnyMesh | None, what: str) -> AnyMesh:
             "inside `with jax.set_mesh(mesh):`."
         )
     if not isinstance(mesh, Mesh | AbstractMesh):
-        raise TypeError(f"{what} takes a jax.sharding.Mesh, but got a {type(mesh).__name__}.")
+        raise TypeError(f"{what} takes a jax.sharding.Mesh, but got {a_kind(type(mesh))}.")
     return mesh
 
 

@@ -13,6 +13,7 @@ from nnx.show._layout import BACK_EDGE, SHARED, TREE_EDGE, Box, Edge, arrange
 from nnx.show._walk import ARRAY, BACK, LIST, NODE, REF, STATIC, Walk
 from nnx.show.text import collection_sizes
 from refx import Node
+from refx.text import a_kind
 
 __all__ = ["Graph", "graph"]
 
@@ -87,7 +88,7 @@ def graph(
     """
     if not isinstance(model, Node):
         raise TypeError(
-            f"nnx.graph takes a module, but got a {type(model).__name__}: {clip(repr(model), 80)}."
+            f"nnx.graph takes a module, but got {a_kind(type(model))}: {clip(repr(model), 80)}."
         )
     picture = Graph(*_Builder(Walk(model), depth).built())
     if path is not None:

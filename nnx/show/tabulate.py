@@ -20,7 +20,7 @@ from nnx.show._walk import NODE, Walk
 from nnx.show.text import collection_sizes, device_bytes
 from refx import Node, Ref
 from refx.partition import dotted
-from refx.text import array_text, is_arraylike
+from refx.text import a_kind, array_text, is_arraylike
 
 __all__ = ["Row", "Table", "tabulate"]
 
@@ -218,8 +218,8 @@ def tabulate(
         function, model = model.__func__, model.__self__
     if not isinstance(model, Node):
         raise TypeError(
-            "nnx.tabulate takes a module or a bound method of a module, but got a "
-            f"{type(model).__name__}: {clip(repr(model), 80)}. Flags and keys are set around it: "
+            "nnx.tabulate takes a module or a bound method of a module, but got "
+            f"{a_kind(type(model))}: {clip(repr(model), 80)}. Flags and keys are set around it: "
             "`with nnx.scope(key, training=True):`."
         )
     called = bool(args or kwargs)

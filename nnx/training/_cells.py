@@ -17,6 +17,7 @@ from refx.dag import dtype_of
 from refx.node import attributes
 from refx.partition import Path, dotted, listed
 from refx.selection import mistake
+from refx.text import with_article
 
 __all__: list[str] = []
 
@@ -63,11 +64,11 @@ def nothing_selected(what: str, model: Any, filter: Filter) -> str:
         found = f"its Refs are in the collections {', '.join(there)}."
     elif isinstance(model, Node) and refx.get_partition(model):
         found = (
-            f"a {kind} has no Refs. Its arrays are plain attributes, which no training changes: "
+            f"{with_article(kind)} has no Refs. Its arrays are plain attributes, which no training changes: "
             "declare them in the class, `w: jax.Array = nnx.param()`."
         )
     else:
-        found = f"a {kind} has no Refs."
+        found = f"{with_article(kind)} has no Refs."
     text = f"{what}: the filter {filter!r} selects no Ref of the {kind}; {found}"
     return f"{text} {mistake(filter, model) or ''}".rstrip()
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from nnx.module import Module
 from nnx.training._totals import Count, Sum
+from refx.text import a_kind
 
 __all__: list[str] = []
 
@@ -94,8 +95,8 @@ class Accumulator(Metric):
         for other in others:
             if type(other) is not type(self):
                 raise TypeError(
-                    f"A {type(self).__name__} merges only metrics of its own class, but got a "
-                    f"{type(other).__name__}."
+                    f"{a_kind(type(self), start=True)} merges only metrics of its own class, but got "
+                    f"{a_kind(type(other))}."
                 )
             # Give every state a leading axis of lanes; an ordinary metric has one lane.
             lanes = jax.tree.map(lambda own, x: _lanes(self, own, x), state, other._get())
@@ -175,7 +176,7 @@ def _lanes(metric: Metric, own: jax.Array, x: jax.Array) -> jax.Array:
     lead = x.ndim - own.ndim
     if lead < 0 or x.shape[lead:] != own.shape:
         raise ValueError(
-            f"A {type(metric).__name__} with a state of shape {own.shape} cannot be merged with one "
+            f"{a_kind(type(metric), start=True)} with a state of shape {own.shape} cannot be merged with one "
             f"of shape {x.shape}. Make both with the same arguments."
         )
     return x.reshape(-1, *own.shape).astype(own.dtype)

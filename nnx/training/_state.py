@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from nnx.transforms.boundary import write_back
 from refx import Ref, RefError
 from refx.partition import Path, dotted
-from refx.text import key_name
+from refx.text import a_kind, key_name
 
 __all__ = ["HyperparameterError", "OptimizerError"]
 
@@ -146,7 +146,7 @@ def _fitted(name: str, value: Any, old: Any, place: Place) -> jax.Array:
         _kind(new.dtype)
     except (TypeError, ValueError, StopIteration):
         raise HyperparameterError(
-            f"The hyperparameter {name!r} is a number, but got a {type(value).__name__}."
+            f"The hyperparameter {name!r} is a number, but got {a_kind(type(value))}."
         ) from None
     if new.shape != jnp.shape(old):
         raise HyperparameterError(

@@ -31,6 +31,7 @@ from nnx.training._metric import (
 )
 from nnx.training._totals import Count, Spread, Sum, added, counted, spread_of_both
 from refx.node import attributes
+from refx.text import a_kind
 
 __all__ = [
     "Accuracy",
@@ -149,8 +150,8 @@ class Accuracy(Average):
     def __init__(self, threshold: float | None = None, *, top_k: int = 1, axis_name: Any = None):
         if threshold is not None and not isinstance(threshold, int | float):
             raise TypeError(
-                "The threshold of Accuracy must be a number or None, but got a "
-                f"{type(threshold).__name__}."
+                "The threshold of Accuracy must be a number or None, but got "
+                f"{a_kind(type(threshold))}."
             )
         if top_k < 1 or (top_k > 1 and threshold is not None):
             raise ValueError(
@@ -386,7 +387,7 @@ class MultiMetric(Metric):
         for name, metric in metrics.items():
             if not isinstance(metric, Metric):
                 raise TypeError(
-                    f"MultiMetric takes metrics, but {name!r} is a {type(metric).__name__}. Give "
+                    f"MultiMetric takes metrics, but {name!r} is {a_kind(type(metric))}. Give "
                     "its class the base nnx.metrics.Metric."
                 )
             if hasattr(type(self), name):
@@ -420,8 +421,7 @@ class MultiMetric(Metric):
         for other in others:
             if not isinstance(other, MultiMetric):
                 raise TypeError(
-                    "A MultiMetric merges only other MultiMetrics, but got a "
-                    f"{type(other).__name__}."
+                    f"A MultiMetric merges only other MultiMetrics, but got {a_kind(type(other))}."
                 )
             if other._metrics().keys() != own.keys():
                 raise ValueError(

@@ -39,6 +39,7 @@ from nnx.transforms.boundary import write_back
 from refx import Filter, Node, Partition, Ref
 from refx.node import attributes
 from refx.partition import Path, dotted
+from refx.text import a_kind
 
 __all__ = ["Optimizer"]
 
@@ -94,8 +95,8 @@ class Optimizer(Module):
         if isinstance(tx, Node) or isinstance(model, optax.GradientTransformation):
             raise TypeError(
                 "Optimizer takes the model first, then the transformation, as in "
-                f"nnx.Optimizer(model, optax.adam(1e-3)), but got a {type(model).__name__} and a "
-                f"{type(tx).__name__}."
+                f"nnx.Optimizer(model, optax.adam(1e-3)), but got {a_kind(type(model))} and "
+                f"{a_kind(type(tx))}."
             )
         cells = selected(model, wrt)
         if not cells:
@@ -113,7 +114,7 @@ class Optimizer(Module):
         if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
             raise TypeError(
                 f"Optimizer takes an optax transformation, such as optax.adam(1e-3), or a dict "
-                f"from filter to one, but got a {type(tx).__name__}: {tx!r:.80}."
+                f"from filter to one, but got {a_kind(type(tx))}: {tx!r:.80}."
             )
         try:
             initial = tx.init(params)
@@ -181,8 +182,8 @@ class Optimizer(Module):
         if isinstance(model, Mapping) and isinstance(grads, Node):
             raise TypeError(
                 "optimizer.update takes the model first, then the gradients, as in "
-                f"optimizer.update(model, grads), but got a {type(model).__name__} and a "
-                f"{type(grads).__name__}."
+                f"optimizer.update(model, grads), but got {a_kind(type(model))} and "
+                f"{a_kind(type(grads))}."
             )
         cells = selected(model, self.wrt)
         params = values_of(model, cells)
@@ -325,8 +326,8 @@ class Optimizer(Module):
         if not isinstance(grads, Mapping):
             hint = " Take one of them: nnx.grad gives a tuple for a sequence of argnums."
             raise OptimizerError(
-                f"The gradients must be a Partition, as nnx.grad gives it, but got a "
-                f"{type(grads).__name__}.{hint if isinstance(grads, tuple) else ''}"
+                f"The gradients must be a Partition, as nnx.grad gives it, but got "
+                f"{a_kind(type(grads))}.{hint if isinstance(grads, tuple) else ''}"
             )
         grads = Partition(grads)
         problem = paths_differ("The gradients", grads, params, "which wrt does not select")
@@ -352,7 +353,7 @@ class Optimizer(Module):
         return grads
 
     def _check_updates(self, updates: Any, grads: Partition, params: Partition) -> None:
-        problem: str | None = f"it is a {type(updates).__name__}, not a Partition"
+        problem: str | None = f"it is {a_kind(type(updates))}, not a Partition"
         if isinstance(updates, Partition):
             problem = paths_differ(
                 "its paths", updates, params, "which do not exist"

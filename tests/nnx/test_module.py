@@ -251,7 +251,7 @@ def test_a_module_of_gradients_is_not_a_partition(dense):
         dense["params"] = grads
     with pytest.raises(nnx.ValueTypeError, match=r"got a Dense\. Pass .*nnx\.get_partition"):
         nnx.update(dense, grads)
-    with pytest.raises(nnx.ValueTypeError, match="but got a int.$"):
+    with pytest.raises(nnx.ValueTypeError, match="but got an int.$"):
         dense["params"] = 3
     dense["params"] = nnx.get_partition(grads, "params")
     assert dense.w.tolist() == [[1.0, 1.0], [1.0, 1.0]]

@@ -251,7 +251,7 @@ def test_a_plain_transformation_inside_the_model_is_an_error_that_says_what_to_d
     ):
         capture(lambda x: x)(X)
     with pytest.raises(
-        ProbeError, match="whose first argument is a module, but got a int: 3. Set keys"
+        ProbeError, match="whose first argument is a module, but got an int: 3. Set keys"
     ):
         capture(3)
     with pytest.raises(ProbeError, match="but got a _Applied.*with nnx.scope"):
@@ -660,7 +660,7 @@ def test_mistakes():
         ProbeError, match="takes a dict from a selector of modules .* got a function"
     ):
         nnx.patch(model, lambda h: h)
-    with pytest.raises(ProbeError, match="got a int for 'layers.0', but needs a function"):
+    with pytest.raises(ProbeError, match="got an int for 'layers.0', but needs a function"):
         nnx.patch(model, {"layers.0": 3})
     with pytest.raises(ProbeError, match="patch of The output of 'layers.0' returned None"):
         nnx.patch(model, {"layers.0": lambda h: None})(X)

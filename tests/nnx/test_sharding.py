@@ -261,7 +261,7 @@ def test_bad_shardings_name_the_ref_and_change_nothing():
         nnx.shard(net, nnx.fsdp("fsdp"), mesh=AUTO)
     with fails(r"specs must be a dict from filter", TypeError):
         nnx.shard(net, 3, mesh=AUTO)
-    with fails(r"takes a jax.sharding.Mesh, but got a int", TypeError):
+    with fails(r"takes a jax.sharding.Mesh, but got an int", TypeError):
         nnx.shard(net, mesh=3)
     with fails(r"The axis rule for 'a' is 3", TypeError), nnx.axis_rules({"a": 3}):
         pass

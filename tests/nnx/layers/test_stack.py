@@ -78,9 +78,9 @@ def test_what_cannot_be_a_stack_says_why(layers):
         (
             [layers[0], nnx.Identity()],
             ValueError,
-            "it is a Block in layer 0 and a Identity in layer 1",
+            "it is a Block in layer 0 and an Identity in layer 1",
         ),
-        ([layers[0], 3], TypeError, "layer 1 is a int"),
+        ([layers[0], 3], TypeError, "layer 1 is an int"),
         ([], ValueError, "at least one layer"),
     ]:
         with pytest.raises(error, match=text):

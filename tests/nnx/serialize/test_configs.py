@@ -116,7 +116,7 @@ def with_more():
         (with_more, "a Rope, a dataclass that holds 'more', which is not one of its fields"),
         (
             lambda: Rope(scaling=object()),
-            "'config.scaling' is a object, which nnx.save does not know",
+            "'config.scaling' is an object, which nnx.save does not know",
         ),
     ],
 )
