@@ -337,7 +337,7 @@ def test_what_was_set_by_one_name_is_not_there_by_the_other(transform):
         m.mode = "fast"
         return len(model.mode)
 
-    message = r"A Holder was changed in nnx\.\w+\(.*body\): .* Use it under one of the two names"
+    message = r"A Holder was changed in nnx\.\w+\(.*body\): .* Use only the argument"
     with pytest.raises(nnx.StructureError, match=message) as caught:
         transform(body)(model) if transform is not nnx.eval_shape else transform(body, model)
     assert isinstance(caught.value.__cause__, AttributeError)
