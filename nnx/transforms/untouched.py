@@ -235,36 +235,36 @@ def _changed(root: Any, frame: Frame) -> StructureError:
         )
     return StructureError(
         f"A {type(root).__name__} that {frame.name} closes over was changed inside it: something was "
-        f"put into a list, a dict or the __dict__ of it, or taken out. That would happen once, while "
-        f"tracing. Pass the module as an argument; then such changes propagate. What changes in each "
-        f"call is best kept in a Ref (nnx.Ref)."
+        f"put into its lists, its dicts or its __dict__, or taken out. That would happen once, while "
+        f"tracing. Pass the module as an argument, so that such changes propagate, or keep what changes "
+        f"in a Ref (nnx.Ref)."
     )
 
 
 def check_found(frame: Frame) -> None:
-    """Raise if the body changed what it met by closure in a way that asks nobody."""
+    """Raise if the body changed a closed-over object in place, where nothing could stop it."""
     for met in frame.met():
         owner = met.owner
         if frame.constants and met.was_written(frame):
-            # A list or a dict in a constant was changed in place: the error is that of a write.
+            # A list or a dict in a constant was changed in place. This raises the error of a write.
             writable(met.ref, owner)
-        # What was made in the body holds the body's tracers by right.
+        # An object that was made in the body may hold the body's tracers.
         if met.ref._frame is frame or not isinstance(owner, Node) or owner._frame is frame:
             continue
         if any(
             isinstance(x, Tracer) and x._trace is frame.trace() for x in snapshot(owner).leaves()
         ):
             raise StructureError(
-                f"A {type(owner).__name__} that {frame.name} closes over was given an array of this "
-                f"call in a list, a dict or its __dict__. The array is a tracer, which means "
-                f"nothing when the call has ended. Pass the module as an argument; then such "
-                f"changes propagate, or keep the array in a Ref (nnx.Ref)."
+                f"The body of {frame.name} put an array into a list, a dict or the __dict__ of a "
+                f"{type(owner).__name__} that it closes over. The array is a tracer, which means nothing "
+                f"after the call. Pass the module as an argument, so that such changes propagate, or "
+                f"keep the array in a Ref (nnx.Ref)."
             )
 
 
 def check_arguments(frame: Frame, arguments: Any, roots: tuple[Any, ...]) -> None:
     """Raise if a list or a dict of modules among the arguments was changed."""
-    # It is a value to JAX, and the body had a copy of it.
+    # Such a container is a value for JAX, and the body had a copy of it.
     now = [x for x in opened.leaves(arguments) if is_identity(x)]
     if len(now) != len(roots) or not all(map(is_, now, roots)):
         raise StructureError(

@@ -231,7 +231,7 @@ def test_custom_rules_with_fixed_arguments_and_closures(data):
         (
             clipped_fwd,
             lambda r, g: ({"w": r[0].T}, {"a": g}),
-            r"argument 1 that has the structure.*None",
+            r"argument 1 with the structure.*None",
         ),
         (clipped_fwd, lambda r, g: (r[0], None), r"argument 0 that is a .*a dict by path"),
         (lambda m, x: x @ m.w, lambda r, g: (None, None), r"must return \(out, residuals\)"),

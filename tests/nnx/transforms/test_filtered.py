@@ -146,7 +146,7 @@ def test_gradients_leaf_by_leaf_with_none_for_the_rest(dense, data):
         (lambda m, x: nnx.grad_filter(lambda: 1.0)(), "first argument, and got none"),
         (
             lambda m, x: nnx.grad_filter(lambda p: p["a"].sum(), filter_tree={"b": True})({"a": x}),
-            "no prefix",
+            "not a prefix",
         ),
     ],
 )
