@@ -87,7 +87,7 @@ def test_what_is_not_traced_is_static():
 
 def test_an_array_cannot_be_static():
     with pytest.raises(
-        nnx.UnhashableStaticError, match=r"float32\[2\] and cannot be hashed.*Have it traced"
+        nnx.UnhashableStaticError, match=r"float32\[2\] , which cannot be hashed.*Trace it"
     ):
         nnx.jit_filter(lambda x: x, filter_fn=lambda leaf: False)(jnp.ones(2))
 
