@@ -53,13 +53,13 @@ _MOST = 4000
 _BY_NAME = frozenset({"getattr", "attrgetter", "methodcaller", "vars", "__dict__", "dir"})
 
 
-# What is set in these is set when an object is made.
+# Attributes that these methods set are set when an object is made.
 _MAKING = ("__init__", "__post_init__", "__new__")
-# What these set, somebody asks them to: where that is the function itself, its trace shows it.
+# These methods set attributes for their callers. If the function itself calls one, its trace shows it.
 _SETTING = frozenset(
     {"__setitem__", "__delitem__", "__setattr__", "__delattr__", "__set__", "__delete__"}
 )
-# Where classes are from whose objects are nothing but settings.
+# Packages with classes whose objects only hold settings.
 _NAMESPACES = ("types", "argparse")
 
 
@@ -137,7 +137,7 @@ class Graph:
         # The names of variables and attributes whose content the code changes.
         self.filled: set[str] = set()
         self._modules: dict[int, set[str]] = {}
-        # The step by which each object was found first.
+        # For each object, the step that found it first.
         self._first_steps: dict[int, tuple[int, Any, bool]] = {}
         for name, x, far in starts:
             self._vertex(x, (name,), far)
@@ -145,7 +145,7 @@ class Graph:
             pass
 
     def is_read(self, number: int) -> bool:
-        """Whether code names a container, or what that is an item of."""
+        """Whether code names a container, or the outermost container that holds it."""
         while number in self._first_steps:
             number, key, is_item = self._first_steps[number]
             if not is_item:

@@ -100,7 +100,7 @@ def is_holder(x: Any) -> bool:
 
 
 def has_no_names(x: Any) -> bool:
-    """Whether code reads what `x` holds without naming it: the variables of a function, items."""
+    """Whether code reads the content of `x` without naming it: variables of a function, or items."""
     return type(x) is types.FunctionType or issubclass(type(x), (functools.partial, *COLLECTIONS))
 
 
