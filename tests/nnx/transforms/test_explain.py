@@ -229,7 +229,7 @@ def test_closures(monkeypatch):
     check(step, ((X,), {}), ["helper, which the function closes over: another one"], count=4)
     model.plain = jnp.ones(2)
     constant = (
-        "model.plain is another array: in a module that the function closes over it is a constant"
+        "model.plain is another array. In a module that the function closes over, it is a constant"
     )
     check(step, ((X,), {}), [constant], count=5)
     model = nnx.Sequential(model)

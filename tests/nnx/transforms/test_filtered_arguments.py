@@ -221,7 +221,9 @@ def test_a_function_and_a_tree_both_count():
 @pytest.mark.parametrize("spec", ["params", 1.0, jnp.ones(2), float])
 def test_a_tree_of_something_else_is_an_error(spec):
     for transform in (nnx.jit_filter, nnx.grad_filter):
-        with pytest.raises(nnx.FilterError, match="has bools, or functions from leaf to bool"):
+        with pytest.raises(
+            nnx.FilterError, match="must have bools, or functions from leaf to bool"
+        ):
             transform(lambda x: x, filter_tree=(spec,) if transform is nnx.jit_filter else spec)(
                 1.0
             )
