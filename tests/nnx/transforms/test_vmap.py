@@ -217,7 +217,7 @@ def test_shard_map_says_which_refs_would_differ_between_devices():
 
     total = nnx.Ref(jnp.zeros(()))
     with pytest.raises(
-        nnx.AxisError, match=r"writes to .* along 'd', but such a Ref has one value"
+        nnx.AxisError, match=r"writes values to .* along 'd', but such a Ref has one value"
     ):
         sharded(lambda x: (setattr(total, "value", x.sum()), x)[1], rows="d")(x)
     assert total.value == 0
