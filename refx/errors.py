@@ -44,7 +44,7 @@ class TraceLevelError(RefError):
 
 
 class ReadOnlyError(RefError):
-    """A read-only copy was written: JAX rebuilt it around tracers, or it is frozen."""
+    """A Ref or a module is read-only: JAX rebuilt it around tracers, it is frozen, or it is exported."""
 
 
 class ForeignTracerError(RefError):

@@ -256,7 +256,7 @@ def _inside(value: Any, contents: list[Any], depth: int) -> Any:
     key = kind, frozenset(items) if isinstance(value, set) else tuple(items)
     own = getattr(value, "__dict__", None)
     if type(own) is dict:
-        # A subclass, which may have attributes beside its items.
+        # Its class is a subclass, so it may have attributes beside its items.
         key = *key, exact(own, contents, depth)
     if isinstance(value, list | dict):
         contents.append(value)

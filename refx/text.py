@@ -12,15 +12,15 @@ ALTERNATIVES = {
     "frozen": "refx.frozen",
     "param": 'refx.RefField("params")',
     "field": "refx.RefField({!r})",
-    "holder": "make a class of your own a refx.Node or a registered pytree",
+    "holder": "turn your own class into a refx.Node or a registered pytree",
     "a transformation": "a transformation that merges its arguments",
-    "same name": "a transformation that splits what it is given and closes over",
+    "same name": "a transformation that splits its arguments and its closure",
     "compiles": "",
     "looks": "",
     "mask": "",
     "would pass over it": " and every transformation",
     "writes back": "",
-    "in its place": "one that splits what it is given and updates it from what it returns",
+    "in its place": "one that splits its arguments and updates them from its result",
     "not on a copy": "Change a refx.clone of the module and return that.",
 }
 """The advice in messages, by topic. A library on top of refx puts its own names here."""

@@ -245,7 +245,7 @@ def length(
     Raises:
       AxisError: there are two sizes, an array does not have the axis, or no value is mapped.
     """
-    sizes: dict[int, str] = {} if given is None else {given: "axis_size"}
+    sizes: dict[int, str] = {} if given is None else {given: "the size argument"}
     names = Values(
         [dotted(p[1:]) or "a Ref" for p in call.layout.dagdef.ref_paths],
         [dotted(p[1:]) for p in call.layout.dagdef.leaf_paths],
@@ -270,8 +270,8 @@ def length(
         raise AxisError(f"{name} got two sizes to map over: {a} of {what_a} and {b} of {what_b}.")
     if not sizes:
         raise AxisError(
-            f"{name} has nothing to map over: no argument has an axis. Give one an axis in "
-            f"in_axes, or pass the size as axis_size=."
+            f"{name} has nothing to map over: no argument has an axis. Give an argument an axis, or pass "
+            f"the size (axis_size= of nnx.vmap, length= of nnx.scan)."
         )
     return next(iter(sizes))
 

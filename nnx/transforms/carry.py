@@ -1,4 +1,4 @@
-"""One call of a loop: which values are carried, which are sliced, and which are constants."""
+"""One call of a loop: find out which values are carried, sliced or constant."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["CARRY", "CarryError"]
 
 
 class CarryError(RefError, TypeError):
-    """A loop whose carry changes its structure, its shape or its dtype, or mixes up its modules."""
+    """The carry of a loop changes its structure, shape or dtype, or mixes up its modules."""
 
 
 class _Carry:
@@ -40,11 +40,11 @@ class _Carry:
 
 
 CARRY: Any = _Carry()
-"""In `nnx.scan(..., axes={filter: nnx.CARRY})`: carried from step to step and not sliced."""
+"""In `nnx.scan(..., axes={filter: nnx.CARRY})`: carry these Refs from step to step, instead of slicing."""
 
 
 class Renewed(Exception):
-    """Raised outside of every trace: the body returns new modules at these places of the carry."""
+    """Raised outside of every trace. The body returns new modules at these places of the carry."""
 
     def __init__(self, at: frozenset[int]):
         self.at = at
@@ -53,15 +53,15 @@ class Renewed(Exception):
 class Loop:
     """One call of a loop.
 
-    A module in the carry is kept or renewed. A kept one is the same object in every step: the body
-    returns what came in, and the caller's module has the writes. A renewed one is a new object in
-    every step, as a functional update makes it: the caller's module stays as it was, and the loop
-    starts with a clone. The body decides by what it returns at that place, so a first step is taken
-    abstractly to see; if something is renewed, the loop begins again with the clones.
+    A module in the carry is kept or renewed. A kept module is the same object in every step: the body
+    returns the module that came in, and its writes go to the caller's module. A renewed module is a new
+    object in every step, as in a functional update: the caller's module does not change, and the loop
+    starts with a clone. It depends on what the body returns at that place. So we first take a step
+    abstractly. If a module is renewed, the loop starts again with clones.
 
-    Invariants: a value is carried if a step assigns it, whatever it assigns, since the values that
-    two Refs begin with say nothing of those that they have later; what no step assigns is a
-    constant; and no module is both kept and renewed, nor kept at two places.
+    Invariants: a value is carried if a step assigns it, even if it assigns the same value, because two
+    Refs with equal initial values may differ later. Values that no step assigns are constants. No module
+    is both kept and renewed, or kept at two places.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Loop:
         steps: int | None = None,
         renewed: frozenset[int] = frozenset(),
     ):
-        """`position` is that of the carry among the arguments of `fn`; `steps` are None if unknown."""
+        """`position` is that of the carry among the arguments of `fn`. `steps` is None if unknown."""
         self.call = call
         self._name = name
         self._fn = fn
@@ -86,7 +86,7 @@ class Loop:
         self._renewed = renewed
         self._is_carried = [s is CARRY for s in specs.values.refs]
         self._sliced = Values(*[_where(s is not CARRY for s in at) for at in specs.values])
-        # What goes from step to step: Refs that a step writes, arrays of renewed modules, values.
+        # What is carried: the Refs that a step writes, arrays of renewed modules, and other values.
         self._carried = Values([], [], _where(s is CARRY for s in specs.values.arguments))
         self._spec = Spec((), None)
         self._seen: frozenset[int] | None = None
@@ -105,29 +105,29 @@ class Loop:
         return [i for i in found if self.call.layout.label_of(-1 - i) is None]
 
     def sliced(self) -> Values:
-        """What is sliced, all steps together."""
+        """The sliced values, whole."""
         return self.call.values.chosen(self._sliced)
 
     def first(self) -> Values:
-        """What the first step gets."""
+        """The carry for the first step."""
         return self.call.values.chosen(self._carried)
 
     def labels(self, call: Call) -> tuple[Any, ...]:
-        """The inputs of one step, for their names; see `naming`."""
+        """The inputs of one step, from which they get their names; see `naming`."""
         inputs = inputs_of(call)
         return inputs.chosen(self._carried), inputs.chosen(self._sliced)
 
     def carry_labels(self, call: Call) -> tuple[Any, ...]:
-        """The same, of a step that has nothing but the carry."""
+        """The same for a step that has only the carry."""
         return self.labels(call)[:1]
 
     def index_labels(self, call: Call) -> tuple[Any, ...]:
-        """The same, of a step that has a number and the carry."""
+        """The same for a step that has an index and the carry."""
         carry, sliced = self.labels(call)
         return sliced.arguments[0], carry
 
     def abstract_step(self, sliced: Values) -> None:
-        """Take one step abstractly, to learn what it writes."""
+        """Take one step abstractly, to learn which Refs it writes."""
 
         def pure(carry: Values, sliced: Values) -> Any:
             return self.step(carry, sliced)
@@ -143,7 +143,7 @@ class Loop:
         return values
 
     def step(self, carry: Values, sliced: Values) -> tuple[Values, Packed]:
-        """Run the body once: the next carry, but for its Refs, and what the body left behind."""
+        """Run the body once. Returns the next carry, and the packed result of the body."""
         (others, arrays), packed = run(
             self._body,
             self._name,
@@ -171,13 +171,13 @@ class Loop:
         return self._match(carry, out[0], came), out[1]
 
     def _match(self, carry: Any, new: Any, came: set[int]) -> tuple[list[Any], list[Any]]:
-        """The plain values and the arrays of renewed modules of the next carry."""
+        """Compare the next carry with the last, and return its values and the arrays of renewed modules."""
         olds, old_def = opened.flatten(carry)
         news, new_def = opened.flatten(new)
         if old_def != new_def:
             raise CarryError(
                 f"The carry of {self._name} changes its structure: it comes in as {old_def} and "
-                f"is returned as {new_def}. Return what has the structure of the first carry."
+                f"is returned as {new_def}. Return a carry of the first structure."
             )
         arrays: list[Any] = []
         renewed: list[int] = []
@@ -192,14 +192,14 @@ class Loop:
             elif x is not old:
                 self._check_new(x, came)
                 renewed.append(i)
-        # Where no step is taken, nothing is renewed.
+        # If the loop has no steps, nothing is renewed.
         now = frozenset(renewed) if self._steps != 0 else self._renewed
         first = self._seen is None
         if now != self._renewed and not (first and not self._renewed):
             raise CarryError(self._mixed("returned by one step and renewed by another"))
         self._seen = now
         if now != self._renewed:
-            # Nothing of this step is kept: the loop begins again.
+            # The loop starts again, so nothing from this step is kept.
             self._check_unassigned(olds, now)
             return arrays, []
         return arrays, self._move([olds[i] for i in sorted(now)], [news[i] for i in sorted(now)])
@@ -210,7 +210,7 @@ class Loop:
         if id(x) in came or x._frame is not frame:
             raise CarryError(
                 f"The body of {self._name} returns a {type(x).__name__} at a place of the carry where "
-                f"another one came in. Which module is where would depend on the number of steps. "
+                f"another one came in. The place of each module would depend on the number of steps. "
                 f"Exchange the values instead, or return an nnx.clone of it at every such place."
             )
         if any(id(o) in came or (is_identity(o) and o._frame is not frame) for o in objects):
@@ -225,22 +225,22 @@ class Loop:
 
     def _mixed(self, how: str) -> str:
         return (
-            f"A module in the carry of {self._name} is kept and renewed at once: what came in is "
-            f"{how}. In Python the first step would change the caller's module and the others would "
-            f"not. Write the module that came in and return it, or leave it and return an nnx.clone."
+            f"A module in the carry of {self._name} is both kept and renewed: the one that came in is "
+            f"{how}. In Python, the first step would change the caller's module, and the others would "
+            f"not. Either write and return the module that came in, or only return an nnx.clone."
         )
 
     def _move(self, olds: list[Any], news: list[Any]) -> list[Any]:
-        """Give the Refs of what came in the values of what is returned; the plain arrays of that."""
+        """Write the values of the returned modules into the Refs that came in. Returns their arrays."""
         if not olds:
             return []
         self._check_unassigned(olds, frozenset(range(len(olds))))
         before, after = Snapshot(tuple(olds)), Snapshot(tuple(news))
         if before.dagdef is not after.dagdef:
             raise CarryError(
-                f"The carry of {self._name} holds a {type(olds[0]).__name__}, and the body returned "
-                f"one of another structure in its place: {after.dagdef!r} for {before.dagdef!r}, or "
-                f"with other settings. Return one of the same structure."
+                f"The carry of {self._name} holds a {type(olds[0]).__name__}, but the body returned one "
+                f"with another structure or other settings: {after.dagdef!r} for {before.dagdef!r}. "
+                f"Return one of the same structure."
             )
         arrays: list[Any] = []
         for ref, value in zip(before.refs, after.values(), strict=True):
@@ -258,13 +258,13 @@ class Loop:
     def _check_constant(self, old: Any, new: Any) -> None:
         if Label(old) != Label(new):
             raise CarryError(
-                f"A module in the carry of {self._name} holds {old!r:.60}, which is no array, and the "
+                f"A module in the carry of {self._name} holds {old!r:.60}, which is not an array, but the "
                 f"body returned one with {new!r:.60} in its place. The steps of a compiled loop cannot "
                 f"have different constants: carry a number instead."
             )
 
     def _learn(self, carry: Values, packed: Packed) -> None:
-        """Take from one abstract step which Refs are written, and check that they may be carried."""
+        """Learn from one abstract step which Refs are written, and check that they may be carried."""
         check_lifted(self.call)
         if self._seen is not None and self._seen != self._renewed:
             raise Renewed(self._seen)
@@ -272,10 +272,9 @@ class Loop:
         graph = packed.spec.graph
         if graph is not None and graph.rewritten:
             raise StructureError(
-                f"The body of {self._name} changes the structure of a module that comes from "
-                f"outside (an attribute, a list or a Ref was added, removed or replaced), and the "
-                f"steps of a compiled loop cannot have different structures. Make the change "
-                f"before the loop."
+                f"The body of {self._name} changes the structure of a module from outside (an "
+                f"attribute, a list or a Ref was added, removed or replaced), but the steps of a "
+                f"compiled loop cannot have different structures. Make the change before the loop."
             )
         written = packed.values()
         refs = [i for i in packed.spec.written if self._is_carried[i]]
@@ -306,29 +305,29 @@ class Loop:
             if a.shape != b.shape or (a.dtype != b.dtype and not _becomes(a, b.dtype)):
                 raise CarryError(
                     f"{what} of {self._name} changes from {_text(a)} to {_text(b)} in one step. A "
-                    f"carried value must keep its shape and dtype; cast or reshape what the body "
-                    f"gives it, or its first value."
+                    f"carried value must keep its shape and dtype. Cast or reshape the new value in the "
+                    f"body, or the first value."
                 )
             if (spec := spec_in_type(a)) != spec_in_type(b):
                 raise CarryError(
                     f"{what} of {self._name} changes from {jax.typeof(a)} to {jax.typeof(b)} in one "
                     f"step. A carried value must stay sharded along the same Explicit axes: call the "
                     f"last layer with out_sharding={spec}, or use jax.sharding.reshard(x, {spec}) on "
-                    f"what the body gives it, or on its first value."
+                    f"the new value in the body, or on the first value."
                 )
 
     def sliced_of(self, packed: Packed) -> list[Any]:
-        """What a step wrote to Refs that are sliced."""
+        """The values that a step wrote to sliced Refs."""
         return [value for i, value in packed.values().items() if not self._is_carried[i]]
 
     def packed(self, out: Any, carry: Values, sliced: list[Any]) -> Packed:
-        """What all steps together left behind."""
+        """The packed result of all steps together."""
         todo, slices = iter(carry.refs), iter(sliced)
         written = [next(todo if self._is_carried[i] else slices) for i in self._spec.written]
         return Packed(self._spec, out, written)
 
     def last(self, carry: Values) -> Any:
-        """The last carry, with the caller's own modules where they are kept."""
+        """The last carry. A kept module is the caller's own."""
         flat, treedef = opened.flatten(self._init)
         todo = iter(carry.arguments)
         flat = [x if is_identity(x) else next(todo) for x in flat]
@@ -343,7 +342,7 @@ class Loop:
 
 
 def _is_carried(x: Any) -> bool:
-    """Whether a plain array of a renewed module goes from step to step: it is no constant."""
+    """Whether a plain array of a renewed module is carried, and not a constant."""
     return isinstance(x, jax.Array | np.ndarray) and is_input(x)
 
 
@@ -376,7 +375,7 @@ def _concrete(x: Any) -> bool:
 
 
 def _becomes(a: Any, dtype: Any) -> bool:
-    """Whether JAX turns a first value, such as the Python number 0, into one of that dtype."""
+    """Whether JAX converts a first value, such as the Python number 0, to this dtype."""
     number = {"i": 0, "f": 0.0, "c": 0j}.get(a.dtype.kind, a.dtype)
     return getattr(a, "weak_type", False) and jnp.result_type(number, dtype) == dtype
 

@@ -1,10 +1,10 @@
-"""What a function closes over: the modules and Refs that it can reach without an argument.
+"""The closure of a function: the modules and Refs that it can reach without an argument.
 
-They are found by looking, before anything is traced (see `looking`). What is near (cells, globals,
-helpers, attributes of objects) is an input from the start. What is further away, or in code that the
-arguments bring, becomes one when a trace has read it, at the price of one more trace. Of every input
-the steps that lead to it are watched, so a name that is bound to another module later is noticed at
-the next call. What is read and cannot be found by looking is an error.
+A search finds them before anything is traced (see `looking`). Near objects (in cells, globals, helpers,
+attributes of objects) are inputs from the start. Objects further away, or in code that the arguments
+bring, become inputs only after a trace has read them. That costs one extra trace. We watch the steps
+that lead to each input, so the next call notices when a name is bound to another module. Reading a Ref
+that the search cannot find is an error.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ from refx.walk import walk
 
 __all__: list[str] = []
 
-# Held by whoever looks or learns: rare, and no code of a user's runs meanwhile.
+# Held during a search or an update of the records. Both are rare, and run no user code.
 _lock = threading.RLock()
-# Bounds for what ever new arguments could fill.
+# New arguments could fill these caches without end.
 _MOST = 512
-# So many programs that differ in an array only are made before a warning.
+# How many programs that differ only in an array are made before a warning.
 _MANY = 16
 
 
 class Closure:
     """The roots that one function closes over.
 
-    Invariant: as long as `roots()` gives roots of the same structure, a program that was traced
-    for them is right, since all that the function read is reached by the same steps.
+    Invariant: while `roots()` returns roots of the same structure, a program that was traced for them
+    is right, because the same steps lead to everything that the function read.
     """
 
     def __init__(
@@ -64,22 +64,22 @@ class Closure:
         fn: Callable[..., Any],
         starts: Callable[[], list[tuple[Any, Any, bool]]] | None = None,
     ):
-        """Look from `fn`, or from what `starts` gives at each call, as for `Graph`."""
+        """Search from `fn`, or from the current result of `starts`, as for `Graph`."""
         self._origin = starts or (lambda: [("", fn, False)])
         self._state: Guards | None = None
-        # Classes and static values of arguments, by id: code that the function may come to run.
+        # Classes and static values in the arguments, by id: code that the function may run.
         self._starts: dict[int, tuple[Any, Any]] = {}
-        # Where far roots were read, by path; and the names that were plain and might be modules.
+        # The paths of far roots that were read; and of plain values that may become modules.
         self._places: set[tuple[Any, ...]] = set()
         self._hopeful: set[tuple[Any, ...]] = set()
-        # Where a trace itself changed what a container of data holds.
+        # The paths of data containers that a trace itself changed.
         self._noted: set[tuple[Any, ...]] = set()
-        # What the last trace read although it was not an input.
+        # The Refs that the last trace read although they were not inputs.
         self._added: set[int] = set()
-        # What tells apart programs that were traced with the same roots, reached by other steps.
+        # Numbers that tell programs apart if their roots are the same but the steps to them differ.
         self._tokens: dict[Any, int] = {}
         self._next_token = 0
-        # The arrays and containers that are constants, by the path to them, each with a number.
+        # The arrays and containers that are constants, by path, each with a number.
         self._constants: dict[tuple[Any, ...], tuple[list[Callable[[], Any]], int]] = {}
         self._next_constant = 0
         self._traced = False
@@ -90,7 +90,7 @@ class Closure:
         self._kept: dict[int, tuple[Any, Snapshot]] = {}
 
     def forget(self, *, only_roots: bool = False) -> None:
-        """Forget what was found, or only if modules were; the next call looks again."""
+        """Forget the result of the search (with `only_roots`, only if it has roots). It runs again later."""
         state = self._state
         if state is not None and (state.roots or not only_roots):
             with _lock:
@@ -107,7 +107,7 @@ class Closure:
         return kept[1]
 
     def roots(self) -> tuple[Any, ...]:
-        """The roots, as they are now."""
+        """The current roots."""
         state = self._state
         if state is None or not (state.idle or state.stands()):
             with _lock:
@@ -116,12 +116,12 @@ class Closure:
         return state.roots
 
     def found(self) -> tuple[Any, tuple[tuple[Any, ...], ...]]:
-        """The plain values that the function reads, with the steps to them; the steps to its roots."""
+        """The plain values that the function reads with their paths, and the paths of its roots."""
         state = self._state
         return (state.shape[2], state.paths) if state is not None else ((), ())
 
     def meet(self, layout: Any) -> bool:
-        """Take note of the code that the arguments of a new layout bring; whether there was any."""
+        """Note the code that the arguments of a new layout bring. Returns whether there is any."""
         self._warn_of_arrays(layout)
         found = insides(layout.dagdef, layout.form.treedef, layout.statics)
         with _lock:
@@ -139,7 +139,7 @@ class Closure:
         return True
 
     def traced(self) -> None:
-        """Take note of the containers of data that the trace itself has changed."""
+        """Note the data containers that the trace itself has changed."""
         state = self._state
         if state is None or all(holds(x, items) for _, x, items in state.data):
             return
@@ -148,25 +148,25 @@ class Closure:
             self._state = None
 
     def add(self, call: Any, name: str) -> None:
-        """Make what a trace read an input.
+        """Turn the Refs that a trace read into inputs.
 
         Raises:
-          ClosureError: looking does not lead to it, so a change of it would not be seen.
+          ClosureError: the search does not find a Ref, so a change of it would go unnoticed.
         """
         with _lock:
             missing = {id(ref): ref for ref, _ in call.found}
             known = len(self._places)
             reached = self._reach(missing)
             if not self._all_methods and not reached >= missing.keys():
-                # A library, or a name that was put together, led to a method that no code names.
+                # A library or a computed name led to a method whose name appears nowhere in the code.
                 self._all_methods = True
                 reached = self._reach(missing)
             lost = [(ref, root) for ref, root in call.found if id(ref) not in reached]
             if len(self._places) == known and self._added == set(missing):
-                # It was met before, and is an input since: nothing would change by another trace.
+                # It was met before and is now an input, so another trace would change nothing.
                 lost = call.found
             self._added = set(missing)
-            # What was traced without these must not be taken for a program with them.
+            # A program that was traced without these must not be used for calls with them.
             self._tokens = {}
             self._state = None
         if lost:
@@ -174,7 +174,7 @@ class Closure:
             raise ClosureError(_unreachable(ref, root, name))
 
     def _reach(self, missing: dict[int, Any]) -> set[int]:
-        """The ids of all that looking leads to; where that is something missing becomes an input."""
+        """The ids of all objects that the search finds. Paths to missing Refs are added to the inputs."""
         held: dict[int, Set[int]] = {}
         for edge in self._graph().edges:
             if edge.candidate is None:
@@ -196,7 +196,7 @@ class Closure:
         found = [n for n, e in enumerate(edges) if e.candidate is not None]
         sure = {n for n in found if not edges[n].far or edges[n].path in self._places}
         known = {i for n in sure for i in _objects(edges[n].candidate)}
-        # Another way to what is an input already is never missed, whichever of the two is taken.
+        # Another path to an existing input counts too, so a change on either path is noticed.
         return [n for n in found if n in sure or not known.isdisjoint(_objects(edges[n].candidate))]
 
     def _look(self) -> Guards:
@@ -221,7 +221,7 @@ class Closure:
             by_name = type(source) in (types.FunctionType, types.ModuleType)
             counts = n not in selected and _counts(edge, source, graph, self._noted)
             if edge.candidate is not None and n not in selected and _names(edge, source, graph):
-                # Its Refs were never read, but its settings may have been.
+                # The function did not read its Refs, but it may have read its settings.
                 structure = FarStructure(edge.candidate)
                 state.calls.append(structure)
                 state.results.append(structure())
@@ -272,7 +272,7 @@ class Closure:
         state.paths = tuple(edges[n].path for n in selected)
         token = self._token(state.shape)
         if token:
-            # A root that is a constant: it makes another layout of the same roots.
+            # Add the token as a constant root, which makes another layout for the same roots.
             state.roots = (*state.roots, [token])
         return state
 
@@ -286,7 +286,7 @@ class Closure:
         return token
 
     def _constant(self, edge: Edge) -> Any:
-        """What the value of a step that leads to no module counts as."""
+        """The key of a value that a step leads to and that is not a module."""
         value = edge.value
         if value is ABSENT or is_value(value) or issubclass(type(value), type):
             return Static(value, NESTED)
@@ -295,9 +295,9 @@ class Closure:
         if held is not None and not parts:
             return exact(value, [], NESTED)
         if is_user_object(value) and not is_data(value):
-            # Its class. What it holds has its own steps.
+            # Its class is enough: its content has its own steps.
             return type(value)
-        # By a number, so that nothing of an earlier call is kept.
+        # Use a number, so that nothing from an earlier call is kept alive.
         parts = parts or [value]
         known = self._constants.get(edge.path)
         was = [get() for get in known[0]] if known is not None else []
@@ -314,7 +314,7 @@ class Closure:
         return known[1]
 
     def _warn_of_arrays(self, layout: Any) -> None:
-        """Warn where a closed-over array, which is a constant, is a new one again and again."""
+        """Warn if a closed-over array, which is a constant, keeps changing."""
         if not layout.constants:
             return
         if len(self._arrays) >= _MOST:
@@ -330,8 +330,8 @@ class Closure:
         if changed and offset >= 0:
             warnings.warn(
                 f"{dotted(paths[offset + changed[0]][1:])!r}, a plain array of a module that a "
-                f"compiled function closes over, was another one in {_MANY} calls. It is a constant "
-                f"of the program, so each array costs a compilation. Pass the module as an "
+                f"compiled function closes over, has changed {_MANY} times. It is a constant "
+                f"of the program, so each new array costs a compilation. Pass the module as an "
                 f"argument, or make the array a Ref (nnx.ref(...) in its class).",
                 stacklevel=5,
             )
@@ -347,7 +347,7 @@ def _objects(root: Any) -> Set[int]:
 
 
 def _sources(edges: list[Edge], found: set[int]) -> set[int]:
-    """The vertices from which one of `found` can be reached, themselves included."""
+    """The vertices from which one of `found` can be reached, including those in `found`."""
     into: dict[int, list[int]] = {}
     for edge in edges:
         if edge.target is not None:
@@ -363,16 +363,16 @@ def _sources(edges: list[Edge], found: set[int]) -> set[int]:
 
 
 def _tells(cls: type, key: Any) -> bool:
-    """Whether an attribute of a class is one of a module class, which counts its changes itself."""
+    """Whether an attribute of a class belongs to a module class, which counts its own changes."""
     return any(isinstance(b, type(Node)) and b.__qualname__ == key[0] for b in cls.__mro__)
 
 
 def _counts(edge: Edge, source: Any, graph: Graph, noted: set[tuple[Any, ...]]) -> bool:
-    """Whether a program depends on what this step leads to, though it leads to no module.
+    """Whether the program depends on the value of this step although it is not a module.
 
-    Functions, classes and objects count wherever they are bound. Numbers, texts and arrays count as
-    defaults, in partials, and as variables and attributes that no reached code sets. Containers of
-    data count wherever they are bound, unless reached code notes something in them.
+    It depends on functions, classes and objects, wherever they are bound. It depends on numbers, strings
+    and arrays in defaults, in partials, and in variables and attributes that no reached code sets. It
+    depends on data containers, unless reached code puts something into them.
     """
     default = type(edge.key) is tuple and edge.key[0] == "default"
     if edge.candidate is not None:
@@ -380,10 +380,10 @@ def _counts(edge: Edge, source: Any, graph: Graph, noted: set[tuple[Any, ...]]) 
     kind = type(source)
     if edge.way is None and not default:
         if edge.data and noted.isdisjoint((edge.path, edge.path[:-1])):
-            # An item beside others that are no data, unless code notes something there.
+            # A data item in a container with other objects, unless code puts something there.
             filled = any([part in graph.filled for part in edge.path if type(part) is str])
             return not filled and graph.is_read(edge.source)
-        # A function, a class or an object in a list or a dict, which is watched as a whole.
+        # A function, a class or an object in a list or a dict, which is itself watched as a whole.
         return is_holder(source) and edge.target is not None and not is_container(edge.value)
     if issubclass(kind, (functools.partial, contextvars.ContextVar)):
         return True
@@ -402,7 +402,7 @@ def _counts(edge: Edge, source: Any, graph: Graph, noted: set[tuple[Any, ...]]) 
         return leads or set_by_no_code
     if issubclass(kind, type) and _tells(source, edge.key):
         return False
-    # What Python calls by itself, such as `__call__` and `__getitem__`, no code names.
+    # Python calls methods such as `__call__` and `__getitem__` itself, so no code names them.
     named = name in graph.names or not graph.names.isdisjoint(("vars", "__dict__"))
     if not named and not (leads and _is_special(name)):
         return False
@@ -410,7 +410,7 @@ def _counts(edge: Edge, source: Any, graph: Graph, noted: set[tuple[Any, ...]]) 
 
 
 def _names(edge: Edge, source: Any, graph: Graph) -> bool:
-    """Whether some code names a step, or may take it without a name: it is an item."""
+    """Whether some code names this step, or can take it without a name because it is an item."""
     name = edge.key[-1] if type(edge.key) is tuple else edge.key
     return is_container(source) or name in graph.names
 
@@ -427,9 +427,8 @@ def _kind(x: Any) -> Any:
 def _unreachable(ref: Any, root: Any, name: str) -> str:
     owner = root if root is not ref else None
     return (
-        f"{describe(ref, owner)} was read by closure in {name}, but looking at the function does "
-        f"not lead to it: not by its variables, the globals and imports of its code, or the "
-        f"attributes and items of what is there. If another took its place, that could not be "
-        f"seen, and the compiled program would go on with the old one. Pass the module to the "
-        f"function as an argument, or bind it to a variable that the function uses."
+        f"{describe(ref, owner)} was read by closure in {name}, but nnx cannot find it from the "
+        f"function's variables, globals, imports, or the attributes and items of these. If you replaced "
+        f"it, the compiled program would still use the old one. Pass the module to the function as an "
+        f"argument, or bind it to a variable that the function uses."
     )

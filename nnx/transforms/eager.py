@@ -1,10 +1,9 @@
-"""Loops and branches outside of compiled code: a program for each function, kept for the next call.
+"""Loops and branches outside of compiled code: one program for each function, kept for the next call.
 
-`jax.lax` knows a loop again by the function that is its body. A body is often a new lambda of the
-same code, though, and what it closes over are modules whose values change. So a function is taken
-apart, as a module is: its code and its settings are the key of a program, the arrays and modules
-in its variables are arguments of it. What is left (globals, attributes of objects) is found by
-looking, as for `nnx.jit`.
+`jax.lax` recognizes a loop by its body function. But the body is often a new lambda of the same code,
+and closes over modules whose values change. So we take a function apart, like a module. Its code and its
+settings are the key of a program; the arrays and modules in its variables are arguments. A search finds
+the rest (globals, attributes of objects), as for `nnx.jit`.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ __all__: list[str] = []
 
 
 class OutsideError(StructureError):
-    """The body of a loop or a branch set a variable, or changed a list, that is outside of it."""
+    """The body of a loop or a branch changed a variable or a container outside of it."""
 
 
-# So many programs are kept; each holds what XLA made of it.
+# How many programs are kept. Each holds its compiled code.
 _MOST = 256
 
 
 class _Weak:
-    """An object as part of a key that does not keep it alive."""
+    """An object as part of a key, without keeping it alive."""
 
     __slots__ = ("__weakref__", "_id", "_ref")
 
@@ -65,10 +64,10 @@ class _Weak:
 
 
 class _Building:
-    """Functions that are being made again for other arguments, `dynamic`.
+    """One rebuild of functions around other arguments, `dynamic`.
 
-    `built` has what was made, by number, and `bound` the variables and containers that arguments
-    were put into, with a name and their value.
+    `built` has the rebuilt parts, by number. `bound` has the variables and containers into which we put
+    arguments, with a name and their value.
     """
 
     def __init__(self, dynamic: list[Any]):
@@ -77,16 +76,16 @@ class _Building:
         self.bound: list[tuple[str, Any, Any]] = []
 
 
-# Makes a part again; None where it stays as it is.
+# A function that rebuilds a part; None if the part stays as it is.
 _Make = Callable[[_Building], Any] | None
 
 
 class _Parts:
-    """Functions taken apart: `key` says what they are, `dynamic` are the arguments in them.
+    """Functions taken apart: `key` identifies them, and `dynamic` has the arguments inside them.
 
-    Invariants: functions with one key compute alike on the same `dynamic`, if looking from `starts`
-    finds the same; and `build` gives functions that are those that were taken apart, but for what is
-    in `dynamic`.
+    Invariants: functions with equal keys compute alike on the same `dynamic`, if the search from
+    `starts` finds the same objects. `build` returns the original functions, except for the objects in
+    `dynamic`.
     """
 
     def __init__(self, fns: tuple[Callable[..., Any], ...]):
@@ -95,9 +94,9 @@ class _Parts:
         self.weak: list[_Weak] = []
         self.functions: list[types.FunctionType] = []
         self._numbers: dict[int, int] = {}
-        # The names that the functions which were taken apart so far set themselves.
+        # The names that the functions seen so far set themselves.
         self._stored: set[str] = set()
-        # What is not made again, of the parts that were seen.
+        # The numbers of the parts that need no rebuild.
         self._constant: set[int] = set()
         self._bound: list[tuple[str, Any, Any]] = []
         self.fns = fns
@@ -108,10 +107,10 @@ class _Parts:
         return tuple([key for key, _ in taken]), [make for _, make in taken]
 
     def _take(self, x: Any, *, counts: bool = True, read: bool = False) -> tuple[Any, _Make]:
-        """The key of `x`, and what makes it again.
+        """The key of `x`, and a function that rebuilds it.
 
-        With `counts` a plain container counts by what it holds; and with `read` by nothing else, as
-        nobody puts anything into it.
+        With `counts`, the content of a plain container is part of the key. With `read`, only its content
+        is, and not its identity, because no code puts anything into it.
         """
         if type(x) in SCALARS:
             return Static(x), None
@@ -161,7 +160,7 @@ class _Parts:
             held = exact(x, [], NESTED)
             if read:
                 return held, None
-            # It stays the same object, since the body may note something in it.
+            # It stays the same object, because the body may put something into it.
             return (Same(x), held) if counts else Same(x), None
         else:
             if not isinstance(x, types.BuiltinFunctionType) and not is_plain(x):
@@ -179,7 +178,7 @@ class _Parts:
         for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
             content, make = getattr(cell, "cell_contents", _EMPTY), None
             if content is _EMPTY or (type(content) in SCALARS and name in names.stored):
-                # A variable that the body sets itself is not what it depends on.
+                # The body does not depend on a variable that it sets itself.
                 keys.append("empty" if content is _EMPTY else "set")
             else:
                 counts, read = name not in names.sinks, name in names.read
@@ -196,7 +195,7 @@ class _Parts:
         other_keys, makers = self._take_all(others)
 
         def again(building: _Building) -> Any:
-            # Variables without arguments stay the user's own, so that what the body notes is seen.
+            # Keep the user's own cell if it holds no arguments, so that writes of the body take effect.
             inner = tuple([types.CellType() if make else cell for _, cell, make in cells])
             new = building.built[number] = _function(fn, inner)
             for own, (name, _, make) in zip(inner, cells, strict=True):
@@ -213,7 +212,7 @@ class _Parts:
             return new
 
         constant = not any(makers) and not any([make for *_, make in cells])
-        # The globals are those of the code, or looking finds other ones at their address.
+        # The id of the globals is enough: the search detects other globals at the same address.
         code = self._weakly(fn.__code__), id(fn.__globals__)
         key = "function", *code, tuple(keys), tuple([name for name, _ in attributes]), other_keys
         return key, None if constant else again
@@ -227,7 +226,7 @@ class _Parts:
         return weak
 
     def build(self, dynamic: list[Any]) -> tuple[Callable[..., Any], ...]:
-        """The functions around other arrays and modules."""
+        """Rebuild the functions around other arrays and modules."""
         building = _Building(dynamic)
         self._bound = building.bound
         return tuple(_made(self.fns, self._makers, building))
@@ -244,11 +243,11 @@ class _Parts:
                 raise OutsideError(
                     f"The body of {name} changed {what}, which is outside of it. That would happen "
                     f"once, while tracing, and not in each step. Carry the value, or keep it in a "
-                    f"Ref: total = nnx.Ref(...), then total.value += x in the body."
+                    f"Ref: total = nnx.Ref(...), and in the body, total.value += x."
                 )
 
     def starts(self) -> list[tuple[Any, Any, bool]]:
-        """Where looking begins: the code of the functions, and the objects that are not taken apart."""
+        """The starts of the search: the code of the functions, and the objects that stayed whole."""
         bare = [
             _function(fn, tuple([types.CellType(None) for _ in fn.__code__.co_freevars]))
             for fn in self.functions
@@ -260,7 +259,7 @@ _EMPTY: Any = object()
 
 
 def _made(parts: Any, makers: list[_Make], building: _Building) -> list[Any]:
-    """The parts, made again where something makes them."""
+    """The parts, rebuilt where necessary."""
     return [x if make is None else make(building) for x, make in zip(parts, makers, strict=True)]
 
 
@@ -287,7 +286,7 @@ def _holds_dynamic(x: Any) -> bool:
 
 
 def _is_settings(x: Any) -> bool:
-    """Whether a container holds numbers, texts and the like, and containers of them; no arrays."""
+    """Whether a container holds only numbers, strings and the like, or containers of these; no arrays."""
     held = data_in(x)
     return held is not None and not any(isinstance(y, ARRAYS) for c in held for y in content(c))
 
@@ -299,7 +298,7 @@ def _lasts(fn: types.FunctionType) -> bool:
 
 
 class _Current(threading.local):
-    """The call that a program is run or traced for."""
+    """The call for which a program is run or traced."""
 
     parts: _Parts | None = None
     impl: Callable[..., Any] | None = None
@@ -309,12 +308,12 @@ class _Current(threading.local):
 
 _current = _Current()
 _lock = threading.RLock()
-# A program, or None for functions that cannot be compiled with their variables as arguments.
+# By key, a program; or None if the functions cannot be compiled with their variables as arguments.
 _programs: OrderedDict[Any, Any] = OrderedDict()
 
 
 def _forget(_: Any) -> None:
-    # An object in a key died. Whoever holds the lock removes dead keys as well.
+    # An object in a key died. If the lock is taken, leave the dead keys for the next time.
     if _lock.acquire(blocking=False):
         try:
             for key in [k for k, (_, weak) in _programs.items() if any(w.is_dead for w in weak)]:
@@ -330,7 +329,7 @@ def _run_current(dynamic: list[Any], args: tuple[Any, ...]) -> Any:
     try:
         return impl(parts.build(dynamic), args)
     finally:
-        # Also where JAX raised, since a tracer in a variable is often why.
+        # Check even if JAX raised, since a tracer in a variable is often the reason.
         parts.check(name)
 
 
@@ -352,15 +351,15 @@ def compiled_once(
     settings: Any,
     plain: Callable[[], Any],
 ) -> Any:
-    """`impl(fns, args)`, outside of compiled code by a program that is kept.
+    """Call `impl(fns, args)`. Outside of compiled code, use a program that is kept.
 
     Args:
-      impl: the loop or the branch, for code that is being compiled.
-      name: what messages call it.
+      impl: the loop or the branch, for use inside compiled code.
+      name: its name in messages.
       fns: the user's functions.
-      args: the arguments that may hold Refs.
-      settings: what else the program depends on.
-      plain: the same in plain Python, where `jax.disable_jit()` asks for that.
+      args: the arguments, which may hold Refs.
+      settings: everything else on which the program depends.
+      plain: the same in plain Python, for `jax.disable_jit()`.
     """
     if without_jit() and not any(isinstance(x, Tracer) for x in jax.tree.leaves(args)):
         return plain()
@@ -393,8 +392,8 @@ def compiled_once(
         _current.__dict__.clear()
         _current.__dict__.update(outer)
         program._forget(only_roots=all(map(_lasts, parts.functions)))
-    # The body needs a value while it is traced, or reads what looking cannot find, or is wrong. Its
-    # variables as they are decide which, and give the error that speaks of them.
+    # The body needs a concrete value, or reads an object that the search cannot find, or has an error. Run
+    # it with its original variables to find out, so that an error refers to them.
     out = impl(fns, args)
     with _lock:
         _programs[key] = (None, tuple(parts.weak))

@@ -93,7 +93,7 @@ def value_and_grad(
       wrt: a filter. The gradient has an entry for each Ref that it selects, like `model[wrt]`. The
         gradient of a shared Ref is the sum over its uses.
       argnums: the argument, or arguments, to differentiate. An argument without Refs is
-        differentiated as in `jax.grad`.
+        differentiated as in `jax.grad`. For a bound method, argument 0 is its module.
       has_aux: whether `fn` returns `(scalar, aux)`.
       holomorphic, allow_int: as for `jax.grad`.
 

@@ -1,4 +1,4 @@
-"""Guards: the steps from a function to what it closes over, and whether each still leads where it led."""
+"""Guards: the steps from a function to its closed-over objects, and a check that they are unchanged."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ __all__: list[str] = []
 
 
 class Guards:
-    """The roots as they were found once, and the steps to them. It is replaced, never changed.
+    """The roots from one search, and the steps to them. This object is replaced, never changed.
 
-    `ways` are parallel lists for `map`: a dict and a key, or a function, and what they gave.
-    `dict_roots` and `call_roots` say which of the roots that was, or -1.
+    The lists are parallel, for `map`: `dicts`, `keys` and their `values`, or functions in `calls` and
+    their `results`. `dict_roots` and `call_roots` have the number of the root at the end of each step,
+    or -1.
     """
 
     def __init__(self, roots: tuple[Any, ...]):
@@ -34,18 +35,18 @@ class Guards:
         self.results: list[Any] = []
         self.call_roots: list[int] = []
         self.contents: list[tuple[Any, list[Any]]] = []
-        # Containers of data that the program depends on, with the step that leads to them.
+        # The data containers on which the program depends, with their paths.
         self.data: list[tuple[tuple[Any, ...], Any, list[Any]]] = []
-        # Dicts of attributes whose names count, since one that is added hides one of the class.
+        # Attribute dicts whose names we check, because an added name hides one of the class.
         self.names: list[tuple[dict[Any, Any], list[Any]]] = []
         # Whether there is nothing to check.
         self.idle = False
-        # What was found: its shape, which tells programs apart, and the steps to the roots.
+        # The shape of the result, which tells programs apart, and the paths of the roots.
         self.shape: tuple[Any, Any, tuple[Any, ...]] = ((), (), ())
         self.paths: tuple[tuple[Any, ...], ...] = ()
 
     def watch(self, edge: Edge, root: int) -> None:
-        """Watch one step, which led to the root with that number, or to none."""
+        """Watch one step, which leads to the root with that number, or (-1) to none."""
         if edge.way is None:
             return
         where, how = edge.way
@@ -60,7 +61,7 @@ class Guards:
             self.dict_roots.append(root)
 
     def stands(self) -> bool:
-        """Whether every step still leads where it led."""
+        """Whether every step still leads to the same object."""
         return (
             (
                 not self.dicts
@@ -73,13 +74,13 @@ class Guards:
         )
 
     def moved(self) -> Guards | None:
-        """The state after names were bound to others of their kind; None if more has changed."""
+        """The new guards if names were only bound to similar modules; None if more has changed."""
         if not all(holds(x, items) for _, x, items in self.data):
             return None
         contents = list(self.contents)
         for i, (x, items) in enumerate(contents):
             if not holds(x, items):
-                # What is noted in a list of data, by whomever, is nothing that a program reads.
+                # No program depends on this data container, so a change in it does not matter.
                 if not (is_container(x) and is_data(x) and is_data(items)):
                     return None
                 contents[i] = x, content(x)
@@ -127,7 +128,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def reference(x: Any) -> Callable[[], Any]:
-    """A weak reference where there is one."""
+    """A weak reference to `x`, if its type allows one."""
     try:
         return weakref.ref(x)
     except TypeError:
@@ -135,7 +136,7 @@ def reference(x: Any) -> Callable[[], Any]:
 
 
 class FarStructure:
-    """What a far module looks like without its Refs: called, it gives one object until that changes."""
+    """Watches the structure of a far module: a call returns the same object until the structure changes."""
 
     def __init__(self, module: Any):
         self._get = reference(module)

@@ -1,8 +1,8 @@
-"""Looking: what a function can reach without an argument, as a graph of steps from one object to the next.
+"""The search for everything that a function can reach without an argument, as a graph of steps.
 
-Nothing is called on the way that a user wrote (no property, no `__getattr__`): functions are taken
-apart into cells, the globals that their code loads and defaults, objects into their own dicts, slots
-and classes. Libraries are not entered, nor what is plain data.
+It never calls user code (no property, no `__getattr__`). It takes functions apart into cells, defaults
+and the globals that their code loads, and objects into their dicts, slots and classes. It does not enter
+libraries or plain data.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ from refx.dagdef import DagDef, NodeDef, Tree
 from refx.static import Static
 
 __all__: list[str] = []
-# How many functions and objects a look goes through, at most.
+# The largest number of functions and objects in one search.
 _MOST = 4000
 
 
-# Code that uses one of these may call a method whose name is not written anywhere.
+# Code that uses one of these may call a method whose name appears nowhere.
 _BY_NAME = frozenset({"getattr", "attrgetter", "methodcaller", "vars", "__dict__", "dir"})
 
 
-# What is set in these is set when an object is made.
+# Attributes that these methods set are set when an object is made.
 _MAKING = ("__init__", "__post_init__", "__new__")
-# What these set, somebody asks them to: where that is the function itself, its trace shows it.
+# These methods set attributes for their callers. If the function itself calls one, its trace shows it.
 _SETTING = frozenset(
     {"__setitem__", "__delitem__", "__setattr__", "__delattr__", "__set__", "__delete__"}
 )
-# Where classes are from whose objects are nothing but settings.
+# Packages with classes whose objects only hold settings.
 _NAMESPACES = ("types", "argparse")
 
 
@@ -69,19 +69,19 @@ class _Absent:
 
 
 ABSENT: Any = _Absent()
-"""The value of a name that is not there."""
+"""The value of a name that does not exist."""
 
 
 DEFAULTS = ("__defaults__", "__kwdefaults__")
 
 
 class Edge(NamedTuple):
-    """One step: from the vertex numbered `source`, by the name `key`, to `value`.
+    """One step: from the vertex with the number `source`, by the name `key`, to `value`.
 
-    `way` says how to take it again: a dict and a key, or None and a function; None where the
-    content of the source is watched as a whole. `target` is the number of the vertex that it leads
-    to; if it leads to a module, a Ref or a container of them, `candidate` is that. `far` are steps
-    that most functions have no use for, so that what they lead to is an input only once it was read.
+    `way` tells how to take the step again: a dict and a key, or None and a function. It is None if the
+    content of the source is watched as a whole. `target` is the number of the vertex at its end. If the
+    step leads to a module, a Ref or a container of these, `candidate` is that object. A step is `far` if
+    most functions do not use it, so its end becomes an input only after it was read.
     """
 
     source: int
@@ -92,14 +92,14 @@ class Edge(NamedTuple):
     candidate: Any
     path: tuple[Any, ...]
     far: bool
-    # Whether the value is plain, but a name of it that may come to be a module.
+    # Whether the value is None, a bool or absent, but may later become a module.
     hopeful: bool
-    # Whether the value is data: a constant of the program, so that it counts by its content.
+    # Whether the value is data, a constant of the program, which is compared by its content.
     data: bool
 
 
 class Graph:
-    """Everything that can be reached from some objects, in one fixed order."""
+    """Everything that can be reached from some objects, in a fixed order."""
 
     def __init__(
         self,
@@ -109,10 +109,10 @@ class Graph:
         only_near: bool = False,
         all_methods: bool = False,
     ):
-        """Look from `starts`, triples of a name, an object and whether it is far.
+        """Search from `starts`, triples of a name, an object and whether it is far.
 
-        Names of modules that are not bound count as None where their path is one of `expected`.
-        With `only_near`, no far step is taken; with `all_methods`, also methods are looked into that
+        Unbound names in Python modules are recorded too, if their paths are in `expected`. With
+        `only_near`, the search takes no far steps. With `all_methods`, it also looks into methods that
         no code names.
         """
         self._all_methods = all_methods
@@ -128,16 +128,16 @@ class Graph:
         self._near: collections.deque[int] = collections.deque()
         self._far: collections.deque[int] = collections.deque()
         self._is_far: list[bool] = []
-        # Names of attributes that code loads: those are what a look follows in a user's modules.
+        # The attribute names that code loads. In a user's Python module, only these are followed.
         self.names: set[str] = set()
-        # Those that may be looked for by getattr or hasattr, and so may be missing.
+        # The names that code may pass to getattr or hasattr, so they may be missing.
         self.strings: set[str] = set()
-        # Those of attributes that code sets, other than where an object is made.
+        # The attribute names that code sets, except in constructors.
         self.stored: set[str] = set()
-        # Those of variables and attributes whose content code changes: it notes something there.
+        # The names of variables and attributes whose content the code changes.
         self.filled: set[str] = set()
         self._modules: dict[int, set[str]] = {}
-        # The step by which each object was found first.
+        # For each object, the step that found it first.
         self._first_steps: dict[int, tuple[int, Any, bool]] = {}
         for name, x, far in starts:
             self._vertex(x, (name,), far)
@@ -145,7 +145,7 @@ class Graph:
             pass
 
     def is_read(self, number: int) -> bool:
-        """Whether code names a container, or what that is an item of."""
+        """Whether code names a container, or the outermost container that holds it."""
         while number in self._first_steps:
             number, key, is_item = self._first_steps[number]
             if not is_item:
@@ -194,7 +194,7 @@ class Graph:
         return any([self._of_class_at(number) for number in list(self._classes)])
 
     def _of_class_at(self, number: int) -> bool:
-        """Take the steps from a class that are new: methods, as soon as some code names them."""
+        """Take the new steps from a class. Methods are new as soon as some code names them."""
         done, far, found = self._classes[number], self._is_far[number], False
         cls = self.objects[number]
         for key, way, value, step_far in _of_class(cls):
@@ -208,7 +208,7 @@ class Graph:
         return found
 
     def _is_named(self, cls: type, name: str) -> bool:
-        """Whether a method may be called: by name, by Python, or by a library that it is an override of."""
+        """Whether a method may be called: by name, by Python, or by a library whose method it overrides."""
         if self._all_methods or name in self.names or name.startswith("__"):
             return True
         if not self.names.isdisjoint(_BY_NAME):
@@ -238,7 +238,7 @@ class Graph:
             # A container is one root, so that its keys and its nesting count.
             candidate = value
         elif not hopeful:
-            # A container may hold very many things that are not modules.
+            # A container may hold very many objects that are not modules.
             target = self._vertex(value, path, far or is_container(self.objects[source]))
             if target is not None:
                 self._first_steps.setdefault(target, (source, key, way is None))
@@ -257,7 +257,7 @@ class Graph:
         return number
 
     def _steps(self, x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
-        """What can be reached from `x` in one step: name, way, value, whether it is far."""
+        """The steps from `x`: name, way, value, and whether it is far."""
         kind = type(x)
         if kind is types.FunctionType:
             yield from self._of_function(x)
@@ -288,7 +288,7 @@ class Graph:
         scope = fn.__globals__
         library = is_library(scope.get("__name__"))
         for step in _of_closure(fn):
-            # A wrapper of a library leads to the user's function, and its settings do not change.
+            # A library's wrapper leads to the user's function, and its own settings do not change.
             if not library or not (step[2] is None or type(step[2]) is bool):
                 yield step
         if library:
@@ -321,7 +321,7 @@ def _of_closure(fn: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
         get = functools.partial(getattr, cell, "cell_contents", None)
         yield name, (None, get), get(), False
     for attribute in DEFAULTS:
-        # They are assigned as a whole.
+        # Defaults are assigned as a whole.
         if (defaults := getattr(fn, attribute)) is not None:
             yield attribute, (None, functools.partial(getattr, fn, attribute)), defaults, False
     for i, default in enumerate(fn.__defaults__ or ()):
@@ -333,7 +333,7 @@ def _of_closure(fn: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
 
 
 def insides(*structures: Any) -> list[tuple[Any, Any]]:
-    """The classes and static values of DagDefs, treedefs and tuples of them: code that may run."""
+    """The classes and static values in DagDefs, treedefs and tuples of these: code that may run."""
     found: dict[int, tuple[Any, Any]] = {}
     todo = list(structures)
     while todo:
@@ -367,7 +367,7 @@ def _of_class(cls: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
         if is_library(home_of(base)):
             continue
         own = class_dict(base)
-        # What a class of Nodes keeps about its fields follows from its attributes.
+        # What a Node class records about its fields follows from its attributes.
         ours = {"_fields", "_defaults", "_revision"} if issubclass(base, Node) else ()
         for name, value in list(own.items()):
             if name not in ours:
@@ -375,7 +375,7 @@ def _of_class(cls: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
 
 
 def attribute_dicts(x: Any) -> list[dict[str, Any]]:
-    """The dicts where an attribute of an object is looked for: its own and those of its classes."""
+    """The dicts in which Python looks up an attribute of an object: its own and those of its classes."""
     kind = type(x)
     if issubclass(kind, type):
         cls, own = x, None
@@ -388,7 +388,7 @@ def attribute_dicts(x: Any) -> list[dict[str, Any]]:
 
 
 def class_dict(cls: Any) -> dict[str, Any]:
-    """The dict behind `vars(cls)`. It is only read here, never written."""
+    """The dict behind `vars(cls)`. We only read it."""
     return gc.get_referents(type.__dict__["__dict__"].__get__(cls))[0]
 
 
@@ -410,7 +410,7 @@ def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
         if home.partition(".")[0] == "nnx":
             return
     if issubclass(kind, dict):
-        # An OrderedDict keeps its own order.
+        # An OrderedDict has its own order.
         kind_of = collections.OrderedDict if issubclass(kind, collections.OrderedDict) else dict
         for key, value in list(kind_of.items(x)):
             known = type(key) in PLAIN
@@ -418,7 +418,7 @@ def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
             if not known:
                 yield ("keys", id(key)), None, key, True
     elif is_holder(x):
-        # Items without an order are known by their identity.
+        # Unordered items are named by their identity.
         in_order = issubclass(kind, (list, tuple, collections.deque))
         for i, value in enumerate(content(x)):
             yield i if in_order else ("held", id(value)), None, value, False
@@ -445,7 +445,7 @@ def _of_object(x: Any) -> Iterator[tuple[Any, Any, Any, bool]]:
 
 
 def _type_of(x: Any) -> Callable[[], Any]:
-    """A function that gives the class of `x`, and keeps `x` alive only if there is no other way."""
+    """A function that returns the class of `x`. It keeps `x` alive only if a weak reference is impossible."""
     try:
         ref = weakref.ref(x)
     except TypeError:
@@ -461,7 +461,7 @@ def _slot(slot: Any, x: Any) -> Any:
 
 
 def _own_dict(x: Any) -> dict[str, Any] | None:
-    """The attributes of `x`, past any `__dict__` or `__getattribute__` of its class."""
+    """The attributes of `x`, ignoring any `__dict__` or `__getattribute__` of its class."""
     for base in type(x).__mro__:
         found = type.__dict__["__dict__"].__get__(base).get("__dict__")
         if found is not None:

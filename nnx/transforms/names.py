@@ -1,4 +1,4 @@
-"""The names that the code of a function loads: where its globals, attributes and imports may lead."""
+"""The names that the code of a function uses: globals, attributes, imports and variables."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__: list[str] = []
 class Names(NamedTuple):
     """The names that some code loads, and what it does with them.
 
-    `stored` are attributes and variables that the code sets; `sinks` are variables of which every use
-    puts something into them; `read` are those whose every use takes items out: `f(**x)`, `x[i]`,
-    `for i in x`.
+    `stored` are the attributes and variables that the code sets. `filled` are those whose content it
+    changes. `sinks` are variables that it only ever puts something into. `read` are variables that it
+    only ever takes items out of: `f(**x)`, `x[i]`, `for i in x`.
     """
 
     loaded: tuple[str, ...]
@@ -39,7 +39,7 @@ _CHANGES = _PUTS | {"appendleft", "pop", "popleft", "popitem", "remove", "discar
 _CHANGES |= {"reverse", "sort"}
 
 
-# What these do with the container on top of the stack, or with the one below an index, is to read it.
+# These instructions read the container on top of the stack.
 _READS = frozenset(
     {"DICT_MERGE", "DICT_UPDATE", "LIST_EXTEND", "SET_UPDATE", "GET_ITER", "CONTAINS_OP"}
 )
@@ -57,7 +57,7 @@ _STORES = frozenset({"STORE_ATTR", "DELETE_ATTR", "STORE_DEREF", "STORE_GLOBAL",
 
 
 class _Uses:
-    """What a function and those defined in it do with names, in order."""
+    """What a function and the functions defined in it do with names, in order."""
 
     def __init__(self) -> None:
         self.loaded: dict[str, None] = {}
@@ -65,14 +65,14 @@ class _Uses:
         self.strings: dict[str, None] = {}
         self.attributes: set[str] = set()
         self.stored: set[str] = set()
-        # The variables that code puts something into, takes items out of, and uses otherwise.
+        # The variables that code puts something into, takes items out of, or uses in another way.
         self.puts: set[str] = set()
         self.reads: set[str] = set()
         self.others: set[str] = set()
         self.filled: set[str] = set()
 
     def add(self, code: types.CodeType) -> None:
-        """Take note of what a piece of code does."""
+        """Note the names in a piece of code."""
         steps = list(dis.get_instructions(code))
         lines: list[int] = [0]
         for step in steps:
@@ -113,7 +113,7 @@ class _Uses:
 
 @functools.lru_cache(maxsize=4096)
 def names_of(code: types.CodeType) -> Names:
-    """The names that some code loads: globals, attributes, those in strings, imports."""
+    """The names that some code uses: globals, attributes, names in strings, imports."""
     uses = _Uses()
     uses.add(code)
     if not uses.attributes & _BY_STRING:

@@ -1,7 +1,7 @@
-"""What JAX calls a program and its inputs: the user's function, its arguments and the Refs in them.
+"""Names in JAX for a program and its inputs: the user's function, its arguments and their Refs.
 
-JAX takes both from the function that it is given: the name and the place from `__name__` and
-`__wrapped__`, the inputs from its signature, when it traces. So none of this costs a call anything.
+JAX reads both from the function when it traces: the name and the source line from `__name__` and
+`__wrapped__`, and the inputs from its signature. So this costs nothing in a call.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ P = TypeVar("P", bound=Callable[..., Any])
 
 
 def program_name(fn: Callable[..., Any]) -> str:
-    """What a compiled program is called: like the function, or, of a module, like its class."""
+    """The name of a compiled program: that of the function, or of the class of a module."""
     while isinstance(fn, functools.partial):
         fn = fn.func
     name = getattr(fn, "__name__", None)
@@ -52,13 +52,13 @@ def inputs_of(call: Any) -> Values:
 
 
 def named(pure: P, fn: Callable[..., Any], call: Any = None, labels: Labels | None = None) -> P:
-    """Have JAX call `pure`, which is traced for a call of `fn`, and its inputs by the user's names.
+    """Let JAX use the user's names for `pure`, which is traced for a call of `fn`, and for its inputs.
 
     Args:
-      pure: a function of the `Values` of the call, or of what `labels` knows.
+      pure: a function of the `Values` of the call, or of the arguments that `labels` describes.
       fn: the user's function.
-      call: the call that it is traced for; the ambient one without it.
-      labels: gives for a call the arguments of `pure`, with an `Input` or a name for each value.
+      call: the call for which it is traced. The default is the ambient call.
+      labels: returns, for a call, the arguments of `pure`, with an `Input` or a name for each value.
     """
     made: Any = pure
     made.__name__ = made.__qualname__ = program_name(fn)
@@ -77,7 +77,7 @@ def _all_values(call: Any) -> tuple[Any, ...]:
 
 
 def _weakly(x: Any) -> Callable[[], Any]:
-    # JAX may keep a signature for longer than its function.
+    # JAX may keep a signature longer than its function.
     if isinstance(x, types.MethodType):
         return weakref.WeakMethod(x)
     try:
@@ -87,7 +87,7 @@ def _weakly(x: Any) -> Callable[[], Any]:
 
 
 class _Inputs(inspect.Signature):
-    """The signature of a pure function; bound to arguments, each input of the call has a name."""
+    """The signature of a pure function. When bound to arguments, it names each input of the call."""
 
     __slots__ = ("_call", "_fn", "_labels")
 
@@ -109,13 +109,13 @@ class _Inputs(inspect.Signature):
         for label, x in zip(flat, treedef.flatten_up_to(args), strict=True):
             name = names.python(label) if type(label) is Input else label
             found[name if name not in found else f"{name} ({len(found)})"] = x
-        # JAX puts what this maps to after its name.
+        # JAX appends the paths inside each value to these names.
         bound.arguments = found
         return bound
 
 
 class CallNames:
-    """The user's names for what a call is given: a path each, of a variable and the keys below it.
+    """The user's names for the inputs of a call. Each is a path: a variable and the keys below it.
 
     `roots` and `arguments` are in the order of the call.
     """
@@ -135,7 +135,7 @@ class CallNames:
         self._prefixes = [path[0] + jax.tree_util.keystr(path[1:]) for path in self.roots]
 
     def python(self, at: Input) -> str:
-        """The name of an input as Python writes it: `model.blocks[0].kernel`."""
+        """The name of an input in Python's syntax: `model.blocks[0].kernel`."""
         dagdef = self._layout.dagdef
         if at.kind == 2:
             first, *keys = self.arguments[at.number]
@@ -172,13 +172,13 @@ def _others(fn: Any, call: Any) -> list[tuple[Any, ...]]:
 
 
 def attribute_path(path: Any) -> str:
-    """A path as Python writes it: `.blocks[0].kernel`."""
+    """A path in Python's syntax: `.blocks[0].kernel`."""
     parts = (f"[{p}]" if p.isdigit() else f".{p}" if p.isidentifier() else f"[{p!r}]" for p in path)
     return "".join(parts)
 
 
 def _argument_paths(form: Any) -> list[Any]:
-    """The key path of each leaf in `(args, kwargs)`; none where a pytree takes no stand-ins."""
+    """The key path of each leaf in `(args, kwargs)`; empty if a pytree does not accept stand-ins."""
     stand_ins: list[Any] = [jax.ShapeDtypeStruct((), bool)] * form.treedef.num_leaves
     for i in form.where:
         stand_ins[i] = Node()
@@ -191,7 +191,7 @@ def _argument_paths(form: Any) -> list[Any]:
 
 
 def parameters(fn: Any) -> list[inspect.Parameter]:
-    """The parameters of a function; none where Python cannot tell."""
+    """The parameters of a function; empty if Python does not know them."""
     try:
         return list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):

@@ -1,6 +1,6 @@
-"""What an object is to the search for what a function closes over: data, a container, a module, code.
+"""The kinds of objects in the search for closed-over objects: data, containers, modules, code.
 
-Nothing here runs code of the object's: it is asked by its type, and a subclass by its base class.
+Nothing here runs the object's own code. We only look at its type, and use the methods of base classes.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from refx.walk import walk
 
 __all__: list[str] = []
 
-# Code of these has no business with a user's modules, and following it would take long.
+# Code of these packages does not use a user's modules, and following it would take long.
 LIBRARIES = sys.stdlib_module_names | frozenset(
     {"jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "optax", "orbax", "chex", "flax", "equinox"}
     | {"haiku", "torch", "tensorflow", "keras", "sklearn", "pandas", "matplotlib", "PIL", "tqdm"}
     | {"nnx", "refx", "pytest", "_pytest", "hypothesis", "IPython", "ipykernel", "wandb"}
 )
-# What these define may hold anything, so it is looked into as a container is.
+# Objects of classes from these packages may hold anything, so we look into them as into containers.
 HOLDERS = frozenset(
     {"builtins", "collections", "functools", "itertools", "types", "weakref", "queue", "nnx"}
     | {"argparse", "array", "configparser"}
@@ -44,29 +44,29 @@ PLAIN = frozenset(
     | {types.MemberDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType}
 )
 CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque, bytearray, array.array)
-# Classes whose items are in attributes that no code of a user's names.
+# Classes whose items are in attributes that user code does not name.
 COLLECTIONS = (
     collections.abc.MutableMapping,
     collections.abc.MutableSequence,
     collections.abc.MutableSet,
 )
-# These have special steps; every other object of `HOLDERS` leads to what it refers to.
+# These have special steps. Every other object from `HOLDERS` leads to everything that it refers to.
 TAKEN_APART = frozenset(
     {types.FunctionType, types.MethodType, types.SimpleNamespace, functools.partial, staticmethod}
     | {classmethod, property, functools.cached_property, weakref.ref, type, object}
 )
 PYTREES = (list, tuple, dict)
-# A container of so much plain data is watched nevertheless: it may come to hold a module.
+# Up to this size, we watch even a container of plain data: it may later hold a module.
 SMALL = 1024
-# So many lists and modules inside of one another are gone through, at most.
+# The largest number of nested lists and modules to go through.
 _MOST = 4000
 
 
 def is_plain(x: Any) -> bool:
-    """Whether nothing can be reached from `x` that would matter."""
+    """Whether `x` leads to nothing of interest."""
     kind = type(x)
     if kind in PLAIN or issubclass(kind, ARRAYS):
-        # A bound method of C code, such as that of a dict, leads to what it is bound to.
+        # A bound method in C, such as a dict's, leads to the bound object.
         return kind is not type(len) or type(x.__self__) in PLAIN | {types.ModuleType}
     if issubclass(kind, types.ModuleType):
         return kind is not types.ModuleType or is_library(vars(x).get("__name__"))
@@ -74,12 +74,12 @@ def is_plain(x: Any) -> bool:
 
 
 def is_module(x: Any) -> bool:
-    """Whether `x` is a Node or a Ref; by its type alone, since `isinstance` may ask a proxy."""
+    """Whether `x` is a Node or a Ref. It looks only at the type, because `isinstance` may ask a proxy."""
     return issubclass(type(x), (Node, Ref))
 
 
 def content(x: Any) -> list[Any]:
-    """The items of a container, or what a C object refers to: compared to see a change."""
+    """The items of a container, or the referents of a C object, to compare later."""
     if issubclass(type(x), collections.OrderedDict):
         return [part for item in collections.OrderedDict.items(x) for part in item]
     if issubclass(type(x), dict):
@@ -88,19 +88,19 @@ def content(x: Any) -> list[Any]:
 
 
 def items_of(x: Any) -> list[Any]:
-    # By the base class: a subclass may define its own `__iter__`.
+    # Use the base class, because a subclass may define its own `__iter__`.
     if issubclass(type(x), dict):
         return list(dict.values(x))
     return list(next(c for c in CONTAINERS if issubclass(type(x), c)).__iter__(x))
 
 
 def is_holder(x: Any) -> bool:
-    """Whether the steps from `x` are its content and are watched as a whole."""
+    """Whether the steps from `x` lead to its content, which is watched as a whole."""
     return is_container(x) or (home_of(type(x)) in HOLDERS and type(x) not in TAKEN_APART)
 
 
 def has_no_names(x: Any) -> bool:
-    """Whether code reads what `x` holds without naming it: the variables of a function, items."""
+    """Whether code reads the content of `x` without naming it: variables of a function, or items."""
     return type(x) is types.FunctionType or issubclass(type(x), (functools.partial, *COLLECTIONS))
 
 
@@ -110,17 +110,17 @@ def is_container(x: Any) -> bool:
 
 
 def is_plain_container(x: Any, far: bool) -> bool:
-    """Whether `x` is a container of plain data, where no module is to be expected."""
+    """Whether `x` is a container of plain data that is unlikely to get a module."""
     return is_container(x) and (far or len(x) > SMALL) and all_plain(x)
 
 
 def is_value(x: Any) -> bool:
-    """Whether `x` counts by its type and its value: a number, a text, an enum, also of a user's class."""
+    """Whether `x` is compared by type and value: a number, a string or an enum, even of a user's class."""
     return type(x) in SCALARS or issubclass(type(x), VALUES)
 
 
 def is_data(x: Any) -> bool:
-    """Whether `x` is a number, a text, an array or a container of them: what a program computes with."""
+    """Whether `x` is data: a number, a string, an array, a container of these, or a library's class."""
     kind = type(x)
     return (
         is_value(x)
@@ -130,13 +130,13 @@ def is_data(x: Any) -> bool:
     )
 
 
-# Classes of what counts by its type and its value, whichever class of a user's it is of.
+# Base classes of values that are compared by type and value.
 VALUES = (enum.Enum, int, float, complex, str, bytes)
 SCALARS = frozenset({int, float, complex, bool, str, bytes, type(None), type(...), range, slice})
 
 
 def data_in(x: Any, depth: int = 15) -> list[Any] | None:
-    """The containers that hold nothing but data, from `x` on; None if there is anything else."""
+    """`x` and the containers inside it, if they hold nothing but data; otherwise None."""
     if not is_container(x) or len(x) > SMALL:
         return None
     found = [x]
@@ -162,7 +162,7 @@ def _attributes(x: Any) -> Any:
 
 
 def containers(x: Any) -> list[Any]:
-    """The lists and dicts in `x`, itself included."""
+    """The lists and dicts in `x`, including `x` itself."""
     found: list[Any] = []
     todo, seen = [x], set()
     while todo:
@@ -177,7 +177,7 @@ def containers(x: Any) -> list[Any]:
 
 
 def is_user_object(x: Any) -> bool:
-    """Whether looking goes into the attributes of `x`."""
+    """Whether the search goes into the attributes of `x`."""
     kind = type(x)
     return kind not in TAKEN_APART and not is_holder(x) and not is_library(home_of(kind))
 
@@ -192,7 +192,7 @@ def is_library(name: Any) -> bool:
 
 
 def holds_modules(x: Any) -> bool:
-    """Whether plain lists, tuples and dicts in `x`, or methods there, hold modules or Refs."""
+    """Whether lists, tuples and dicts in `x`, or bound methods there, hold modules or Refs."""
     todo, seen = [x], set()
     while todo and len(seen) < _MOST:
         at = todo.pop()
@@ -208,7 +208,7 @@ def holds_modules(x: Any) -> bool:
 
 
 def all_plain(x: Any) -> bool:
-    """Whether a container holds plain data only; in C, since it may be millions of numbers."""
+    """Whether a container holds only plain data. It is fast, since there may be millions of numbers."""
     kinds = set(map(type, items_of(x))) - _PLAIN_DATA
     return all(issubclass(kind, jax.Array) for kind in kinds)
 

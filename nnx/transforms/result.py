@@ -83,7 +83,7 @@ class Packed:
 
 
 class _Key:
-    """A name for a part of the output in JAX: the user's output adds nothing to `result`."""
+    """A key for a part of the output. That of the user's output is empty, so JAX says `result[0]`."""
 
     def __init__(self, name: str):
         self.name = name

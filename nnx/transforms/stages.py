@@ -49,7 +49,7 @@ class _Stage:
 
 
 class Traced(_Stage, _Traced):
-    """A traced function: `.jaxpr`, `.lower()`."""
+    """A traced function. It has `.jaxpr` and `.lower()`."""
 
     def lower(self, **options: Any) -> Lowered:
         """Lower to the compiler's language."""
@@ -61,7 +61,7 @@ class Traced(_Stage, _Traced):
 
 
 class Lowered(_Stage, _Lowered):
-    """A lowered function: `.as_text()`, `.cost_analysis()`, `.compile()`."""
+    """A lowered function. It has `.as_text()`, `.cost_analysis()` and `.compile()`."""
 
     def compile(self, *args: Any, **options: Any) -> Compiled:
         """Compile it. The result takes the arguments of the function."""

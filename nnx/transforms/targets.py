@@ -1,4 +1,4 @@
-"""What is differentiated: the values that a filter selects of one argument, taken out and put back."""
+"""Targets of differentiation: take the selected values out of an argument, and put them back."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["DifferentiationError"]
 
 
 class DifferentiationError(RefError, TypeError):
-    """What was to be differentiated is nothing that can be, or there is nothing of it."""
+    """A value cannot be differentiated, or there is nothing to differentiate."""
 
 
 def locate(call: Call, args: tuple[Any, ...], number: int) -> Target:
-    """Find the values of one positional argument in those of its call."""
+    """Find the values of one positional argument among those of its call."""
     flat, treedef = opened.flatten(args[number])
     before = opened.leaves(args[:number])
     root = sum(map(is_identity, before))
@@ -52,8 +52,8 @@ def locate(call: Call, args: tuple[Any, ...], number: int) -> Target:
 class Target(NamedTuple):
     """The values of one argument that are differentiated.
 
-    `treedef` is the structure of an argument without Refs; of one with Refs the values are known by
-    path.
+    `treedef` is the structure of an argument without Refs. For an argument with Refs it is None, and
+    the values are known by path.
     """
 
     number: int
@@ -61,35 +61,35 @@ class Target(NamedTuple):
     places: list[Place]
 
     def without_values(self) -> Target:
-        """The same, to be kept: it holds the shapes of the values, and no array of the call."""
+        """A copy to keep: it has the shapes of the values, but no arrays of the call."""
         shapes = jax.eval_shape(lambda: [p.value for p in self.places])
         pairs = zip(self.places, shapes, strict=True)
         return self._replace(places=[p._replace(cell=None, value=shape) for p, shape in pairs])
 
     def take(self, values: Values) -> Parts:
-        """The values of the argument that are differentiated."""
+        """Take the differentiated values out of `values`."""
         return Parts([values[p.kind][p.number] for p in self.places])
 
     def put(self, parts: Parts, values: Values) -> None:
-        """Put other values in their place."""
+        """Replace the differentiated values in `values`."""
         for p, value in zip(self.places, parts.values, strict=True):
             values[p.kind][p.number] = value
 
     def named(self, parts: Parts) -> Any:
-        """What the user gets: a Partition, or the argument's own structure."""
+        """The form for the user: a Partition, or the argument's own structure."""
         if self.treedef is not None:
             return jax.tree.unflatten(self.treedef, parts.values)
         pairs = zip(self.places, parts.values, strict=True)
         return Partition((p.path, value) for p, value in pairs)
 
     def parts(self, name: str, given: Any) -> Parts:
-        """The inverse of `named`, for a tangent: what is missing is zero."""
+        """The inverse of `named`, for a tangent. Missing paths are zero."""
         what = f"{name} got a tangent for argument {self.number}"
         if self.treedef is not None:
             leaves, treedef = jax.tree.flatten(given)
             if treedef != self.treedef:
                 raise DifferentiationError(
-                    f"{what} that has the structure {treedef}, but the argument has "
+                    f"{what} with the structure {treedef}, but the argument has "
                     f"{self.treedef}. Give a zero for each array that does not move."
                 )
             values: dict[Path, Any] = {(str(i),): x for i, x in enumerate(leaves)}
@@ -100,7 +100,7 @@ class Target(NamedTuple):
         unknown = [path for path in values if path not in paths]
         if unknown:
             raise UnknownPathError(
-                f"{what} at {listed(unknown)}, which is not differentiated; wrt selects "
+                f"{what} at {listed(unknown)}, which is not differentiated: wrt selects "
                 f"{listed(paths)}."
             )
         result = []
@@ -109,19 +109,20 @@ class Target(NamedTuple):
             if path in values and shapes(values[path]) != shapes(zero):
                 where = f" at {dotted(path)!r}" if self.treedef is None else ""
                 raise ShapeError(
-                    f"{what}{where} of {text(values[path])}; the value is {text(primal)}, so it "
-                    f"must be {text(zero)}."
+                    f"{what}{where} of {text(values[path])}, but the value is {text(primal)}, so the "
+                    f"tangent must be {text(zero)}."
                 )
             result.append(values.get(path, zero))
         return Parts(result)
 
 
 def by_path(given: Any, what: str, error: type[RefError]) -> dict[Path, Any]:
-    """What was given for an argument that holds Refs, with paths as keys."""
+    """Convert a user's mapping for an argument with Refs to a dict by path."""
     if not isinstance(given, Mapping):
         raise error(
-            f"{what} that is a {type(given).__name__}, but the argument holds Refs: give a "
-            f"Partition of what wrt selects, as model['params'], or a dict by path; {{}} is zero."
+            f"{what} that is a {type(given).__name__}, but the argument holds Refs. Give a "
+            f"Partition of the Refs that wrt selects, such as model['params'], or a dict by path. "
+            f"{{}} is zero."
         )
     return dict(Partition(given))
 
@@ -147,7 +148,7 @@ def _dtype(x: Any) -> Any:
 
 
 def moves(x: Any) -> bool:
-    """Whether an array has tangents other than zero."""
+    """Whether an array can have nonzero tangents."""
     return jnp.issubdtype(_dtype(x), jnp.inexact)
 
 
@@ -157,7 +158,7 @@ def zero_tangent(x: Any) -> Any:
 
 
 class Parts:
-    """The differentiated values of one argument. A class of its own tells them apart from other pytrees."""
+    """The differentiated values of one argument. A separate class tells them apart from other pytrees."""
 
     def __init__(self, values: list[Any]):
         self.values = values
@@ -178,17 +179,17 @@ def targets_of(
     allow_int: bool,
     all_args: bool = False,
 ) -> list[Target]:
-    """What is differentiated of each of the arguments.
+    """Find the values to differentiate in each argument.
 
-    With `all_args`, where nobody chose them, one that holds Refs and has nothing to differentiate
-    is not an error as long as another one has something.
+    With `all_args`, the user did not choose the arguments. Then an argument with Refs may have nothing
+    to differentiate, if another one has something.
     """
     predicate = to_predicate(wrt)
     targets, empty, selected = [], [], False
     for number in numbers:
         if not -len(args) <= number < len(args):
             raise DifferentiationError(
-                f"{name} was to differentiate argument {number}, but it was called with "
+                f"{name} differentiates argument {number}, but it was called with "
                 f"{len(args)} positional arguments."
             )
         target = locate(call, args, number % len(args))
@@ -211,8 +212,8 @@ def targets_of(
         )
         if not there and any(p.kind == 1 for p in whole.places):
             text = (
-                f"{text.rstrip()} Its arrays are plain attributes, which no filter selects and no "
-                f"training changes: declare them in the class, `w: jax.Array = nnx.param()`."
+                f"{text.rstrip()} Its arrays are plain attributes, which filters do not select and "
+                f"training does not change. Declare them in the class: `w: jax.Array = nnx.param()`."
             )
         raise DifferentiationError(text.rstrip())
     _check_disjoint(name, numbers, targets)
@@ -226,9 +227,9 @@ def _check_disjoint(name: str, numbers: Sequence[int], targets: list[Target]) ->
             first = owner.setdefault((p.kind, p.number), number)
             if first != number:
                 raise DifferentiationError(
-                    f"{name} was to differentiate {dotted(p.path)!r} twice: arguments {first} and "
-                    f"{number} share it. Pass both in one argument, as a tuple; the gradient of a "
-                    f"shared Ref is then the sum over its uses."
+                    f"{name} cannot differentiate {dotted(p.path)!r} twice: arguments {first} and "
+                    f"{number} share it. Pass both in one argument, as a tuple. Then the gradient of a "
+                    f"shared Ref is the sum over its uses."
                 )
 
 
@@ -238,7 +239,7 @@ def _check_differentiable(name: str, place: Place, layout: Layout, allow_int: bo
     if label is not None:
         found = label.example()
         raise DifferentiationError(
-            f"{name} cannot differentiate {dotted(path)!r}: it holds a {type(found).__name__} and no array: "
+            f"{name} cannot differentiate {dotted(path)!r}: it holds a {type(found).__name__}, not an array: "
             f"{found!r:.60}. Choose a wrt that leaves it out, or give it an array first."
         )
     for leaf in jax.tree.leaves(place.value):
@@ -246,6 +247,6 @@ def _check_differentiable(name: str, place: Place, layout: Layout, allow_int: bo
         if not (allow_int or jnp.issubdtype(dtype, jnp.inexact)):
             raise DifferentiationError(
                 f"{name} cannot differentiate {dotted(path)!r}: its dtype is {dtype}, and only "
-                f"floating-point values have gradients. Choose a wrt that leaves it out, as "
-                f"nnx.All(..., nnx.Not(...)), or put it in a collection of its own."
+                f"floating-point values have gradients. Choose a wrt that leaves it out, such as "
+                f"nnx.All(..., nnx.Not(...)), or put it into another collection."
             )

@@ -1,7 +1,8 @@
-"""What a body must leave as it was: containers that are values to it, or that it closes over.
+"""Containers that a body must not change: those that are values to it, or that it closes over.
 
-A list, a dict and an attribute dict take any item without asking. In a body that JAX traces, an item
-that is put into one of the caller's would be put there once, while tracing, and would be a tracer.
+Nothing stops code from putting an item into a list, a dict or an attribute dict. If a traced body put an
+item into one of the caller's containers, this would happen only once, while tracing, and the item would
+be a tracer.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__: list[str] = []
 
 
 def reachable(dagdef: DagDef, roots: Iterable[int]) -> set[int]:
-    """The numbers of the objects that hang on some of the roots, by the roots' positions."""
+    """The numbers of the objects that can be reached from the roots at these positions."""
     todo = [dagdef.root.children[i] for i in roots]
     seen: set[int] = set()
     while todo:
@@ -44,12 +45,11 @@ def reachable(dagdef: DagDef, roots: Iterable[int]) -> set[int]:
 
 
 class Untouched:
-    """The containers that a body reaches by two names, or by closure, as they were when it began.
+    """The original content of the containers that a body reaches by two names, or by closure.
 
-    A module that is an argument is a copy in the body, and what the function closes over is the
-    caller's own. Where both are one module, a change of structure of the copy is not seen through
-    the closure, and one of the caller's own not through the argument: either is an error. What the
-    function closes over alone may be changed by a body that runs exactly once for each call.
+    In the body, a module in an argument is a copy, but a closed-over module is the caller's own. If both
+    are one module, a structural change under one name would not show under the other, so it is an error.
+    A body that runs exactly once for each call may change a module that it only closes over.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class Untouched:
         self._inner = Contents([contents(objects[n]) for n in self._numbers])
         self._roots = call.roots[closed]
         self._snapshots = call.snapshots[closed]
-        # Whoever keeps no program between calls looks at the function at each call.
+        # Transformations that keep no program between calls search the function in each call.
         looks = call.entry is not None
         self._runs_once = runs_once and looks
         self._owners: list[Any] = []
         self._kept: list[Any] = []
-        # The caller's own containers in the arguments that change without asking.
+        # The caller's own containers in the arguments that can change without noticing.
         for n in self._numbers:
             x = outer[n]
             if n not in self._closed and not (isinstance(x, Node) and not is_exposed(x)):
@@ -88,7 +88,7 @@ class Untouched:
         self._class_changes = class_changes[0]
 
     def stands(self) -> bool:
-        """Whether the structure of the roots in the body is surely what it was; else a walk decides."""
+        """Whether the structure of the roots in the body is certainly unchanged. If not, a walk decides."""
         return (
             self._inner.same()
             and self._class_changes == class_changes[0]
@@ -100,7 +100,7 @@ class Untouched:
         self._owners += [owner] * len(held)
 
     def restore(self) -> list[Any]:
-        """Put everything of the caller's back; the positions of the containers that had changed."""
+        """Restore the caller's containers. Returns the positions of those that had changed."""
         if self._caller.same():
             return []
         changed = self._caller.changed()
@@ -111,7 +111,7 @@ class Untouched:
         return list(changed)
 
     def check(self) -> None:
-        """Raise if something was changed that is seen by two names, after putting it back."""
+        """Raise if the body made a change that is not allowed, after undoing the change."""
         frame = self._body.frame
         twice = self.changed_by_two_names()
         if twice is not None:
@@ -129,12 +129,12 @@ class Untouched:
                 raise _changed(root, frame)
 
     def changed_by_two_names(self) -> StructureError | None:
-        """The error for a module that the body reaches by two names and that it changed by one."""
+        """The error for a module with two names in the body that was changed under one of them."""
         if self._inner.same():
             return None
         frame = self._body.frame
         changed = [self._numbers[i] for i in self._inner.changed()]
-        # In the body those are two objects, so whatever visits each object once would count it twice.
+        # In the body these are two objects, so code that visits each object once would count both.
         theirs = {id(self._body.outer[n]) for n in self._given}
         for n in changed:
             again = next((x for x in _objects_of(self._body.objects[n]) if id(x) in theirs), None)
@@ -142,7 +142,7 @@ class Untouched:
                 return _given_again(again, self._body.objects[n], frame)
         both = [n for n in changed if n in self._closed]
         if not both:
-            # What is far is looked for only here, where there is a reason.
+            # Search for far objects only now, when there is a reason.
             seen = {id(x) for root in closed_over(self._fn) for x in _objects_of(root)}
             both = [n for n in changed if id(self._body.outer[n]) in seen]
         return _both(self._body.outer[both[0]], frame) if both else None
@@ -151,7 +151,7 @@ class Untouched:
         frame = self._body.frame
         changed = self._caller.changed()
         given = [i for i in changed if self._owners[i] is None]
-        # What belongs to the body may not stay in what is older than it.
+        # Objects of the body must not stay in older containers.
         mine = any(_is_of(x, frame) for i in changed for x in _held(self._kept[i]))
         if given or mine or not self._runs_once:
             self.restore()
@@ -160,27 +160,27 @@ class Untouched:
 
 
 def _is_of(x: Any, frame: Frame) -> bool:
-    """Whether something is a tracer of this body, or a module or a Ref that was made in it."""
+    """Whether `x` is a tracer of this body, or a module or a Ref that was made in it."""
     if isinstance(x, Tracer):
         return x._trace is frame.trace()
     return is_identity(x) and x._frame is frame
 
 
 def closed_over(fn: Callable[..., Any], *, only_near: bool = False) -> list[Any]:
-    """The modules, the Refs and the containers of them that looking at a function leads to."""
+    """The modules, the Refs and the containers of these that the search from a function finds."""
     found = Graph([("", fn, False)], only_near=only_near).edges
     return [edge.candidate for edge in found if edge.candidate is not None]
 
 
 def _containers_of(root: Any) -> list[tuple[Any, list[Any]]]:
-    """The lists and dicts below a root, as pairs of a module or a container and what it holds."""
+    """The lists and dicts below a root: pairs of a module or a container and its list of them."""
     if type(root) is Ref:
         return []
     if isinstance(root, Node):
         try:
             return [(root, snapshot(root).containers)]
         except RefError:
-            # It can be no argument either, and whoever uses it will be told why.
+            # It cannot be an argument either, and using it raises an error with the reason.
             return []
     own = [(root, containers(root))]
     nodes = [x for x in opened.leaves(root) if isinstance(x, Node)]
@@ -190,7 +190,7 @@ def _containers_of(root: Any) -> list[tuple[Any, list[Any]]]:
 def _held(content: Any) -> list[Any]:
     """The modules, the Refs and the arrays in a list or a dict."""
     try:
-        # A list may hold itself, which a walk of JAX's does not survive.
+        # A list may hold itself, which JAX's own flattening cannot handle.
         found = walk(content)
         return [*found.objects, *found.leaves]
     except RefError:
@@ -213,16 +213,16 @@ def _both(x: Any, frame: Frame) -> StructureError:
     what = _a(x)
     return StructureError(
         f"{what[0].upper()}{what[1:]} was changed in {frame.name}: an attribute, a list or a dict of it. "
-        f"It is an argument and the function closes over it, too, where the change is not seen. Use it under "
-        f"one of the two names: the argument."
+        f"It is an argument, and the function also closes over it, where the change does not show. Use only "
+        f"the argument."
     )
 
 
 def _given_again(x: Any, holder: Any, frame: Frame) -> StructureError:
     return StructureError(
-        f"In {frame.name} {_a(holder)} that is an argument was given {_a(x)} that the function "
-        f"closes over. The arguments hold it already, and inside the two are different objects, so "
-        f"it would count twice. Take it from the argument."
+        f"In {frame.name}, {_a(holder)} that is an argument was given {_a(x)} that the function closes "
+        f"over. The arguments hold it already. Inside, the two are different objects, so it would count "
+        f"twice. Take it from the argument."
     )
 
 
@@ -231,41 +231,40 @@ def _changed(root: Any, frame: Frame) -> StructureError:
         return StructureError(
             f"The body of {frame.name} changed a {type(root).__name__} that it closes over. That would "
             f"happen once, while tracing, and not in each step. Return the modules, or keep them in an "
-            f"attribute of a module that is an argument; keep what changes in each call in a Ref "
-            f"(nnx.Ref)."
+            f"attribute of a module that is an argument. Keep values that change in a Ref (nnx.Ref)."
         )
     return StructureError(
         f"A {type(root).__name__} that {frame.name} closes over was changed inside it: something was "
-        f"put into a list, a dict or the __dict__ of it, or taken out. That would happen once, while "
-        f"tracing. Pass the module as an argument; then such changes propagate. What changes in each "
-        f"call is best kept in a Ref (nnx.Ref)."
+        f"put into its lists, its dicts or its __dict__, or taken out. That would happen once, while "
+        f"tracing. Pass the module as an argument, so that such changes propagate, or keep what changes "
+        f"in a Ref (nnx.Ref)."
     )
 
 
 def check_found(frame: Frame) -> None:
-    """Raise if the body changed what it met by closure in a way that asks nobody."""
+    """Raise if the body changed a closed-over object in place, where nothing could stop it."""
     for met in frame.met():
         owner = met.owner
         if frame.constants and met.was_written(frame):
-            # A list or a dict in a constant was changed in place: the error is that of a write.
+            # A list or a dict in a constant was changed in place. This raises the error of a write.
             writable(met.ref, owner)
-        # What was made in the body holds the body's tracers by right.
+        # An object that was made in the body may hold the body's tracers.
         if met.ref._frame is frame or not isinstance(owner, Node) or owner._frame is frame:
             continue
         if any(
             isinstance(x, Tracer) and x._trace is frame.trace() for x in snapshot(owner).leaves()
         ):
             raise StructureError(
-                f"A {type(owner).__name__} that {frame.name} closes over was given an array of this "
-                f"call in a list, a dict or its __dict__. The array is a tracer, which means "
-                f"nothing when the call has ended. Pass the module as an argument; then such "
-                f"changes propagate, or keep the array in a Ref (nnx.Ref)."
+                f"The body of {frame.name} put an array into a list, a dict or the __dict__ of a "
+                f"{type(owner).__name__} that it closes over. The array is a tracer, which means nothing "
+                f"after the call. Pass the module as an argument, so that such changes propagate, or "
+                f"keep the array in a Ref (nnx.Ref)."
             )
 
 
 def check_arguments(frame: Frame, arguments: Any, roots: tuple[Any, ...]) -> None:
     """Raise if a list or a dict of modules among the arguments was changed."""
-    # It is a value to JAX, and the body had a copy of it.
+    # Such a container is a value for JAX, and the body had a copy of it.
     now = [x for x in opened.leaves(arguments) if is_identity(x)]
     if len(now) != len(roots) or not all(map(is_, now, roots)):
         raise StructureError(

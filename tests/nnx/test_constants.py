@@ -159,7 +159,7 @@ def test_a_program_gives_no_constants(transform):
 def test_what_holds_no_array_cannot_be_differentiated():
     with pytest.raises(
         nnx.DifferentiationError,
-        match=r"'w': it holds a ShapeDtypeStruct and no array: .* Choose a wrt that leaves it out",
+        match=r"'w': it holds a ShapeDtypeStruct, not an array: .* Choose a wrt that leaves it out",
     ):
         nnx.grad(lambda m: m.table.sum(), wrt=...)(nnx.eval_shape(Net))
 
@@ -195,6 +195,6 @@ def test_a_loop_that_renews_a_module_keeps_its_constants():
         return m, None
 
     with pytest.raises(
-        nnx.CarryError, match="'fast', which is no array, .* with 'slow' in its place"
+        nnx.CarryError, match="'fast', which is not an array, .* with 'slow' in its place"
     ):
         nnx.scan(other, net, None, length=3)

@@ -155,7 +155,7 @@ def test_a_static_leaf_is_no_argument_of_an_exported_program(net):
     f = nnx.jit_filter(lambda m, x, how: m(x) if how == "as is" else -m(x))
     with pytest.raises(
         nnx.ArgumentError,
-        match=r"nnx\.jit_filter\(.*\) was called with 'as is', which is static.*static_argnames",
+        match=r"nnx\.jit_filter\(.*\) was called with the static value 'as is'.*static_argnames",
     ):
         export.export(f)(net, X, "as is")
     f = nnx.jit_filter(f.__wrapped__, static_argnames="how")

@@ -69,8 +69,8 @@ NET = Net.init(0)()
         ),
         (
             lambda: nnx.grad(lambda m: m(1.0))(Plain()),
-            "Its arrays are plain attributes, which no filter selects and no training changes: declare "
-            "them in the class, `w: jax.Array = nnx.param()`.",
+            "Its arrays are plain attributes, which filters do not select and training does not change. "
+            "Declare them in the class: `w: jax.Array = nnx.param()`.",
         ),
     ],
 )

@@ -1,6 +1,6 @@
-"""Why a compiled function has a new program.
+"""Explain why a compiled function needs a new program.
 
-A `Program` is noted where a function was traced, so a call that traces nothing costs nothing.
+We record a `Program` when a function is traced, so a call that does not trace costs nothing.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ __all__: list[str] = []
 
 
 class Explanation:
-    """Whether a call is compiled already, and if not, what is new. Its `str` is for people.
+    """Says whether a call is already compiled, and if not, what is new. Its `str` is for people.
 
     Attributes:
       name: the function.
       compiled: whether there is a program for the call.
-      reasons: what is new compared with the program that is most like it; empty for one that is
-        compiled.
+      reasons: the differences from the most similar program. Empty if the call is compiled.
     """
 
     def __init__(self, name: str, compiled: bool, reasons: list[str], count: int):
@@ -58,9 +57,9 @@ class Explanation:
 _UNASKED = Explanation("", False, [], 0)
 
 listeners: list[Callable[[Any, Explanation], None]] = []
-"""Called with a jitted function and an Explanation for each new trace, in the thread of the call."""
+"""For each new trace, these are called with the jitted function and an Explanation, in the call's thread."""
 
-# The jitted functions that have programs, by the code that they run.
+# The jitted functions that have programs, by their code.
 _by_code: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 
 
@@ -70,9 +69,9 @@ def programs_of(jitted: Any) -> list[Program]:
 
 
 def note(jitted: Any, layout: Layout, call: Call) -> None:
-    """A function was traced for a call; called at the end of the trace."""
+    """Record that a function was traced for a call. This runs at the end of the trace."""
     if call.found:
-        # It begins again with one more input.
+        # The call starts again with more inputs.
         return
     new = Program(jitted, layout, call)
     explanation = _explained(jitted, new) if listeners else _UNASKED
@@ -82,7 +81,7 @@ def note(jitted: Any, layout: Layout, call: Call) -> None:
     jitted._last_program = new
     before = [p for p in layout.programs if p.is_like(new)]
     new.placements = [x for p in before for x in p.placements] + new.placements
-    # In place: layouts of one structure in several places have one list.
+    # Change the list in place: layouts of one structure with several placements share it.
     layout.programs[:] = [p for p in layout.programs if p not in before] + [new]
     code = _code(jitted)
     if code is not None:
@@ -92,7 +91,7 @@ def note(jitted: Any, layout: Layout, call: Call) -> None:
         listener(jitted, explanation)
 
 
-# So many new programs in a row for nothing but another value are a mistake.
+# This many new programs in a row that differ only in one value are a mistake.
 WARN_AFTER = 5
 _ADVICE = {
     "setting": "A float is part of the program. Make it an array or a Ref, as in self.{} = nnx.Ref(...), or "
@@ -105,10 +104,10 @@ _ADVICE = {
 
 
 def _warn_of_numbers(jitted: Any, found: list[Difference]) -> None:
-    """Warn of a number that is part of the program and is another one in each call."""
+    """Warn about a number that is part of the program and changes in each call."""
     (first, *others) = found
     values = [getattr(x, "value", x) for x in first.values]
-    # What counts by identity, such as an array, has a number in place of a Static.
+    # A value that is compared by identity, such as an array, has a number instead of a Static.
     kinds = (float, int) if first.kind == "variable" else (float,)
     if others or not first.kind or not all(type(x) in kinds for x in values):
         jitted._number_changes = "", 0
@@ -120,14 +119,14 @@ def _warn_of_numbers(jitted: Any, found: list[Difference]) -> None:
     last = "" if first.change == ANOTHER else f", the last time {first.change}"
     advice = _ADVICE[first.kind].format(first.name.rpartition(".")[2])
     warnings.warn(
-        f"{jitted._name} was compiled again {WARN_AFTER} times in a row for another value of "
-        f"{first.name} alone{last}. {advice}",
+        f"{jitted._name} was compiled again {WARN_AFTER} times in a row only because the value of "
+        f"{first.name} changed{last}. {advice}",
         stacklevel=2,
     )
 
 
 def explain(jitted: Any, call: Call) -> Explanation:
-    """Whether a call has a program, and if not, what is new."""
+    """Explain whether a call has a program, and if not, what is new."""
     new = Program(jitted, call.layout, call)
     for program in call.layout.programs:
         if program.is_like(new):
@@ -139,7 +138,7 @@ def explain(jitted: Any, call: Call) -> Explanation:
 
 
 def note_compiled(event: str, duration_secs: float, **_: Any) -> None:
-    """A listener of `jax.monitoring`: JAX compiles, perhaps without a trace, for another placement."""
+    """A listener for `jax.monitoring`: JAX has compiled, perhaps without a trace, for a new placement."""
     call: Call | None = ambient.call
     if call is None or not event.endswith("backend_compile_duration") or not call.layout.programs:
         return
@@ -149,7 +148,7 @@ def note_compiled(event: str, duration_secs: float, **_: Any) -> None:
             program.placements.append(now)
 
 
-# JAX compiles again without a trace where inputs are on other devices; this is how one hears of it.
+# JAX compiles again without a trace if inputs are on other devices. This listener tells us.
 jax.monitoring.register_event_duration_secs_listener(note_compiled)
 
 
@@ -172,10 +171,10 @@ def _explained(jitted: Any, new: Program) -> Explanation:
     elif any(programs_of(twin) for twin in _twins(jitted)):
         reason = (
             "another function: nnx.jit was called again on the same code, and each result compiles "
-            "for itself. Call nnx.jit once, outside of the loop, and keep what it returns"
+            "separately. Call nnx.jit once, outside of the loop, and keep its result"
         )
     elif jitted._plans.forgotten:
-        reason = "more calls that differ were made than are remembered"
+        reason = "there were more different calls than are remembered"
     return Explanation(jitted._name, False, [reason], len(known))
 
 
@@ -189,7 +188,7 @@ def _code(jitted: Any) -> Any:
     fn = jitted._fn
     while not hasattr(fn, "__code__") and hasattr(fn, "func"):
         fn = fn.func
-    # The code of a loop or a branch is ours, and the same for all.
+    # For all loops and branches, the code is the same, and ours.
     return None if _is_ours(fn) else getattr(fn, "__code__", None)
 
 

@@ -1,4 +1,4 @@
-"""What the calls of a compiled function looked like, and how two of them differ, in a user's words."""
+"""Records of the calls of a compiled function, and the differences between two, in a user's words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from refx.text import array_text, key_name
 
 __all__: list[str] = []
 
-# Options of JAX that a compiled program depends on.
+# JAX options on which a compiled program depends.
 OPTIONS = (
     "jax_enable_x64",
     "jax_explicit_x64_dtypes",
@@ -52,12 +52,12 @@ OPTIONS = (
 
 
 class Program:
-    """What a call looked like for which a function was traced.
+    """A record of a call for which a function was traced.
 
     `avals` are the shapes, dtypes and weak types of all inputs in order, `options` the state of JAX,
-    `read` the plain values that the function closes over, `paths` the variables of the modules, and
-    `placements` where the inputs were, for each time that it was compiled. What can be found out
-    later, when somebody asks, is not kept: a trace must not become slower.
+    `read` the plain values that the function closes over, and `paths` the variables of its modules.
+    `placements` are the devices of the inputs, for each time that it was compiled. To keep tracing fast,
+    we leave everything else until an explanation is requested.
     """
 
     __slots__ = ("avals", "layout", "options", "paths", "placements", "read")
@@ -71,7 +71,7 @@ class Program:
         self.placements = [placement(call)]
 
     def is_like(self, other: Program) -> bool:
-        """Whether one layout and the same inputs have the same program."""
+        """Whether two calls of one layout have the same program, apart from placements."""
         return self.avals == other.avals and list(map(str, self.options.values())) == list(
             map(str, other.options.values())
         )
@@ -83,7 +83,7 @@ def avals_of(call: Call) -> tuple[list[Any], ...]:
 
 
 def _aval(x: Any) -> Any:
-    """Shape, dtype and weak type; of a pytree, a tuple of these."""
+    """The shape, dtype and weak type of an array. For a pytree, it is a tuple of these."""
     if isinstance(x, jax.Array):
         return jax.typeof(x)
     leaves = jax.tree.leaves(x)
@@ -96,7 +96,7 @@ def _aval(x: Any) -> Any:
 
 
 def placement(call: Call) -> dict[int, Any]:
-    """Where the inputs are that are on a device by the user's will, by their numbers."""
+    """The shardings of the inputs that the user placed on devices, by number."""
     inputs = itertools.chain(*call.values)
     return {
         i: canonical(x.sharding)
@@ -108,14 +108,14 @@ def placement(call: Call) -> dict[int, Any]:
 class View:
     """A program in the user's words.
 
-    `values` are its inputs by name, `facts` what is part of the structure by path, and `read` the
-    plain values that the function closes over.
+    `values` are its inputs by name, `facts` the parts of its structure by path, and `read` the plain
+    values that the function closes over.
     """
 
     def __init__(self, jitted: Any, program: Program):
         self.program = program
         layout = self._layout = program.layout
-        # After the closed-over modules comes a number for the steps that lead to them.
+        # After the closed-over modules comes a token for the steps that lead to them.
         closed = [
             _variable(program.paths[n]) if n < len(program.paths) else _STEPS
             for n in range(layout.closed)
@@ -152,7 +152,7 @@ def _variable(path: tuple[Any, ...]) -> Path:
 
 
 class Thing(NamedTuple):
-    """One object, value or setting: `kind` is what it is, `detail` what counts of it."""
+    """One object, value or setting: its `kind`, and the `detail` that we compare."""
 
     kind: str
     detail: Any = None
@@ -197,7 +197,7 @@ def _facts(layout: Layout, names: View) -> dict[Path, Any]:
     closed = range(first_closed, first_closed + layout.closed)
     arrays = [names.path(path) for path in dagdef.leaf_paths if int(path[0]) in closed]
     for i, constant in enumerate(layout.constants):
-        # Where two modules share an array there are less arrays than constants.
+        # If two modules share an array, there are fewer arrays than constants.
         at = arrays[i] if len(arrays) == len(layout.constants) else ("an array",)
         facts[(*at, "constant")] = Thing("constant", constant)
     if layout.statics is not None:
@@ -217,10 +217,10 @@ ANOTHER = "another one"
 
 
 class Difference(NamedTuple):
-    """One way in which two programs differ, in a user's words.
+    """One difference between two programs, in a user's words.
 
-    Where a value that is part of the program is another one, `kind` is "setting", "static argument" or
-    "variable", `name` is what has it, `values` are the two, and `change` says it.
+    If a value that is part of the program has changed, `kind` is "setting", "static argument" or
+    "variable", `name` is the name of its holder, `values` are the two values, and `change` describes it.
     """
 
     text: str
@@ -237,7 +237,7 @@ def differences(old: View, new: View) -> list[Difference]:
         if was != now:
             text = f"{name or 'the Ref'}: {_text(was)} → {_text(now)}{_weak(was, now)}"
             reasons.append(Difference(text))
-    # Other modules bring other code, which reads other things.
+    # If the structures differ, other code may have run and read other variables.
     names = {**old.read, **new.read} if not reasons else old.read.keys() & new.read.keys()
     for name in sorted(names):
         was, now = old.read.get(name), new.read.get(name)
@@ -253,7 +253,7 @@ def differences(old: View, new: View) -> list[Difference]:
         reasons.append(Difference("the order of attributes, or of the keys of a dict"))
     if not reasons:
         text = (
-            "the function reaches its modules in another way: a variable, a default or a helper was "
+            "the function reaches its modules in another way: a variable, a default or a helper is now "
             "bound to something else"
         )
         reasons.append(Difference(text))
@@ -261,7 +261,7 @@ def differences(old: View, new: View) -> list[Difference]:
 
 
 _SETTINGS = {"setting": "setting", "static": "static argument"}
-# Where one of these is another, what is in it is another too.
+# If one of these is different, its content differs too.
 _WITH_PARTS = ("module", "container", "pytree")
 
 
@@ -306,7 +306,7 @@ def _fact(path: Path, was: Any, now: Any) -> str:
         if was is None or now is None:
             return ""
         return (
-            f"{dotted(path[:-1])} is another array: in a module that the function closes over it is a "
+            f"{dotted(path[:-1])} is another array. In a module that the function closes over, it is a "
             f"constant of the program. Pass the module as an argument, or make the array a Ref"
         )
     if was is None or now is None:
@@ -330,12 +330,12 @@ def _fact(path: Path, was: Any, now: Any) -> str:
             )
         if kind.__name__ != new_kind.__name__:
             return f"{name}: {kind.__name__} → {new_kind.__name__}"
-        return f"{name}: another class of the name {kind.__name__}"
+        return f"{name}: another class with the name {kind.__name__}"
     return f"{name}: {_change(was.detail, now.detail)}"
 
 
 def _replaced(was: Any, now: Any) -> str:
-    # What counts by identity has a number here.
+    # A value that is compared by identity has a number here.
     if type(was) is int or type(now) is int or was is None or now is None:
         return ANOTHER
     return _change(was, now)
@@ -358,7 +358,7 @@ def _change(was: Any, now: Any) -> str:
         kinds = type(getattr(was, "value", was)).__name__, type(getattr(now, "value", now)).__name__
         if kinds[0] != kinds[1]:
             return f"{a} ({kinds[0]}) → {b} ({kinds[1]})"
-        return "another object of the same look"
+        return "another object with the same repr"
     return f"{a} → {b}"
 
 
@@ -379,7 +379,7 @@ def _text(aval: Any) -> str:
 
 
 def _weak(was: Any, now: Any) -> str:
-    """What to add where two types read alike."""
+    """The text to add if two types read alike."""
     if _text(was) != _text(now):
         return ""
     if getattr(was, "weak_type", None) != getattr(now, "weak_type", None):
@@ -396,7 +396,7 @@ def placed_elsewhere(old: View, new: Program) -> list[str]:
         if known.get(i) != now.get(i):
             name = names[i] if len(names) > i else f"input {i}"
             reasons.append(f"{name}: {_device(known.get(i))} → {_device(now.get(i))}")
-    # Where a value is on several devices, its place is a part of what is traced.
+    # If a value is on several devices, its placement is part of the trace.
     if new.layout is old.program.layout:
         reasons.append("this is compiled again, but not traced")
     return reasons

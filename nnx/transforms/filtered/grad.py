@@ -40,7 +40,8 @@ def value_and_grad_filter(
         with bools that decide instead. In place of a bool, it may have a function from leaf to bool,
         or, for a module, a dict from filter to bool. If `filter_fn` is given too, a leaf is
         differentiated if both say so.
-      argnums: the position of the argument to differentiate, or several positions.
+      argnums: the position of the argument to differentiate, or several positions. For a bound
+        method, argument 0 is its module.
       has_aux: whether `fn` returns `(scalar, aux)`.
 
     Returns:

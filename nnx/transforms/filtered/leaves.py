@@ -58,6 +58,6 @@ def says(spec: Any, leaf: Any, name: str) -> bool:
     if is_array(spec) and spec.shape == () and spec.dtype == bool:
         return bool(spec)
     raise FilterError(
-        f"The filter_tree of {name} must have bools, or functions from leaf to bool, but it has a "
+        f"The filter_tree of {name} must have bools, or functions from leaf to bool, not "
         f"{type(spec).__name__}: {spec!r:.60}."
     )

@@ -67,7 +67,7 @@ def test_the_rule_gets_the_traced_value(way, f, w):
 
 
 def test_differentiating_it_is_an_error(f, w):
-    with pytest.raises(CustomRuleError, match=r"one of its nondiff_argnums.*stop_gradient"):
+    with pytest.raises(CustomRuleError, match=r"an argument in nondiff_argnums.*stop_gradient"):
         jax.grad(lambda n: f(n, w, 3.0))(2.0)
     grads = nnx.grad(lambda w: f(jax.lax.stop_gradient(w.value) + 1, w, 3.0))(w)
     np.testing.assert_allclose(grads[""], 90.0)

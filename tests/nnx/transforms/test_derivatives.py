@@ -126,13 +126,13 @@ def test_hessian(dense, data):
     [
         (lambda m, x: nnx.jvp(net, (m, x), (x,)), nnx.DifferentiationError, "2 primals and 1 tangents"),
         (lambda m, x: nnx.jvp(net, (m, x), ({"c": x}, x)), nnx.UnknownPathError, r"'c', which is not .*'w', 'b'"),
-        (lambda m, x: nnx.jvp(net, (m, x), ({"w": x}, x)), nnx.ShapeError, r"argument 0 at 'w' of float32\[4,2\]; .* must be float32\[2,2\]"),
+        (lambda m, x: nnx.jvp(net, (m, x), ({"w": x}, x)), nnx.ShapeError, r"argument 0 at 'w' of float32\[4,2\], .* must be float32\[2,2\]"),
         (lambda m, x: nnx.linearize(net, m, x, wrt="none"), nnx.DifferentiationError, "'none' has nothing"),
         (lambda m, x: nnx.linearize(net, m, x, has_aux=True), nnx.DifferentiationError, r"nnx.linearize\(net\) must return \(out, aux\)"),
         (lambda m, x: nnx.linearize(lambda y: net(m, y), x), nnx.TraceLevelError, "constant there"),
         (lambda m, x: nnx.linearize(lambda m: m.w, m)[1](), nnx.DifferentiationError, r"takes 1 tangents.*got 0"),
         (lambda m, x: nnx.linearize(lambda m: m.w, m)[1]({"c": x}), nnx.UnknownPathError, r"'c', which is not .*'w', 'b'"),
-        (lambda m, x: nnx.linearize(lambda m: m.w, m)[1]({"w": x}), nnx.ShapeError, r"at 'w' of float32\[4,2\]; .* must be float32\[2,2\]"),
+        (lambda m, x: nnx.linearize(lambda m: m.w, m)[1]({"w": x}), nnx.ShapeError, r"at 'w' of float32\[4,2\], .* must be float32\[2,2\]"),
         (lambda m, x: nnx.vjp(net, m, x, wrt="none"), nnx.DifferentiationError, "'none' has nothing"),
         (lambda m, x: nnx.vjp(net, m, x, has_aux=True), nnx.DifferentiationError, r"must return \(out, aux\)"),
         (lambda m, x: nnx.jacrev(lambda: net(m, x))(), nnx.DifferentiationError, r"with 0 positional"),
@@ -222,7 +222,11 @@ def test_custom_rules_with_fixed_arguments_and_closures(data):
     "fwd, bwd, message",
     [
         (clipped_fwd, lambda r, g: ({},), r"tuple of 2 cotangents.* returned 1"),
-        (clipped_fwd, lambda r, g: ({"q": g}, None), r"for argument 0 at 'q', .*it has 'w', 'b'"),
+        (
+            clipped_fwd,
+            lambda r, g: ({"q": g}, None),
+            r"for argument 0 at 'q', .* has only 'w', 'b'",
+        ),
         (
             clipped_fwd,
             lambda r, g: ({"w": g}, None),
@@ -231,7 +235,7 @@ def test_custom_rules_with_fixed_arguments_and_closures(data):
         (
             clipped_fwd,
             lambda r, g: ({"w": r[0].T}, {"a": g}),
-            r"argument 1 that has the structure.*None",
+            r"argument 1 with the structure.*None",
         ),
         (clipped_fwd, lambda r, g: (r[0], None), r"argument 0 that is a .*a dict by path"),
         (lambda m, x: x @ m.w, lambda r, g: (None, None), r"must return \(out, residuals\)"),
@@ -341,7 +345,9 @@ def test_a_backward_rule_writes_nothing(dense, data):
         return None, None
 
     rule.defvjp(clipped_fwd, bwd)
-    with pytest.raises(nnx.CustomRuleError, match="backward rule .* changed a Ref.*forward rule"):
+    with pytest.raises(
+        nnx.CustomRuleError, match="backward rule .* changed or returned a Ref.*forward rule"
+    ):
         rule(dense, data[0])
     assert count.value == 0
 

@@ -229,7 +229,7 @@ def test_closures(monkeypatch):
     check(step, ((X,), {}), ["helper, which the function closes over: another one"], count=4)
     model.plain = jnp.ones(2)
     constant = (
-        "model.plain is another array: in a module that the function closes over it is a constant"
+        "model.plain is another array. In a module that the function closes over, it is a constant"
     )
     check(step, ((X,), {}), [constant], count=5)
     model = nnx.Sequential(model)
@@ -391,7 +391,7 @@ def test_nothing_of_a_call_is_kept_alive():
 def test_a_static_argument_that_is_new_in_each_call_is_warned_of():
     step = nnx.jit(lambda x, rate: x * rate, static_argnames="rate")
     message = (
-        r"5 times in a row for another value of rate alone, the last time 0\.5 → 0\.6\. A static "
+        r"5 times in a row only because the value of rate changed, the last time 0\.5 → 0\.6\. A static "
         r"argument is part of the program\. Leave it out of static_argnums and static_argnames\."
     )
     with pytest.warns(UserWarning, match=message):

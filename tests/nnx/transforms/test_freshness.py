@@ -701,9 +701,7 @@ def test_a_number_in_a_variable_that_is_new_in_each_call_is_warned_of():
     rate, step = 0.1, 0
     by_rate = nnx.jit(lambda w: w * rate)
     by_step = nnx.jit(lambda w: w + step)
-    message = (
-        r"5 times in a row for another value of {} alone, the last time {}\. A value that the "
-    )
+    message = r"5 times in a row only because the value of {} changed, the last time {}\. A value that the "
     message += r"function reads from a variable is part of the program\. Keep it in a Ref"
     with pytest.warns(UserWarning, match=message.format("rate", r"0\.5 → 0\.6")):
         for i in range(6):

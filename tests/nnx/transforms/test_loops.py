@@ -265,7 +265,7 @@ X = jnp.ones((3, 2))
         (lambda m: nnx.scan(lambda c, x: ({"b": c["a"]}, None), {"a": 1.0}, X), nnx.CarryError, r"changes its structure"),
         (lambda m: nnx.scan(lambda c, x: c, None, X), nnx.CarryError, r"must return \(carry, y\), but it returned NoneType"),
         (lambda m: nnx.scan(lambda c, x: (1.0, None), m, X), nnx.CarryError, r"from Dense to float"),
-        (lambda m: nnx.scan(lambda c, x: (Net(), None), m, X), nnx.CarryError, r"one of another structure in its place"),
+        (lambda m: nnx.scan(lambda c, x: (Net(), None), m, X), nnx.CarryError, r"one with another structure or other settings"),
         (lambda m: nnx.scan(lambda c, x: (c, setattr(c, "n", 1)), m, X), nnx.StructureError, r"changes the structure of a module"),
         (lambda m: nnx.scan(lambda c, x: (c, setattr(m, "n", 1)), None, X), nnx.TraceLevelError, r"'n' of a Dense was set inside nnx\.scan"),
         (lambda m: nnx.scan(lambda c, x: (c, None), m, m), nnx.AxisError, r"two specifications .*nnx\.CARRY"),

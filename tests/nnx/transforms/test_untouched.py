@@ -75,7 +75,9 @@ def test_a_closed_over_container_changed_in_jit(change):
 )
 def test_a_tracer_in_a_closed_over_container(transform):
     model = Cached()
-    with pytest.raises(nnx.StructureError, match=r"A Cached that nnx\..* closes over was .* a Ref"):
+    with pytest.raises(
+        nnx.StructureError, match=r"The body of nnx\..* of a Cached that it closes over.* a Ref"
+    ):
         transform(lambda i: model(i))
 
 
@@ -321,7 +323,7 @@ def test_an_argument_that_is_given_what_it_holds_by_its_name_outside(transform, 
         return len({id(x) for x in nnx.modules(m).values()})
 
     message = (
-        r"In nnx\.\w+\(.*count\) a (Holder|list of a module) that is an argument was given a Cached "
+        r"In nnx\.\w+\(.*count\), a (Holder|list of a module) that is an argument was given a Cached "
         r"that the function closes over.*Take it from the argument"
     )
     with pytest.raises(nnx.StructureError, match=message):
@@ -337,7 +339,7 @@ def test_what_was_set_by_one_name_is_not_there_by_the_other(transform):
         m.mode = "fast"
         return len(model.mode)
 
-    message = r"A Holder was changed in nnx\.\w+\(.*body\): .* Use it under one of the two names"
+    message = r"A Holder was changed in nnx\.\w+\(.*body\): .* Use only the argument"
     with pytest.raises(nnx.StructureError, match=message) as caught:
         transform(body)(model) if transform is not nnx.eval_shape else transform(body, model)
     assert isinstance(caught.value.__cause__, AttributeError)

@@ -207,7 +207,7 @@ def test_shard_map_says_which_refs_would_differ_between_devices():
     with pytest.raises(nnx.AxisError) as caught:
         normed(None)
     text = str(caught.value)
-    assert "writes to 'layers.0.mean', 'layers.0.var' what differs" in text
+    assert "writes values to 'layers.0.mean', 'layers.0.var' that differ" in text
     assert "jax.lax.pmean(value, ('d', 'e'))" in text and "BatchNorm" in text and "in_specs" in text
     with pytest.raises(nnx.AxisError, match=r"between the shards along 'e'.*pmean\(value, 'e'\)"):
         normed("d")
@@ -217,7 +217,7 @@ def test_shard_map_says_which_refs_would_differ_between_devices():
 
     total = nnx.Ref(jnp.zeros(()))
     with pytest.raises(
-        nnx.AxisError, match=r"writes to .* along 'd', but such a Ref has one value"
+        nnx.AxisError, match=r"writes values to .* along 'd', but such a Ref has one value"
     ):
         sharded(lambda x: (setattr(total, "value", x.sum()), x)[1], rows="d")(x)
     assert total.value == 0
@@ -244,7 +244,7 @@ def test_axes_as_a_tree_that_is_made_of_the_module(data):
     nnx.update(other, {"w": jnp.moveaxis(layers.w, 0, 1)}, strict=False)
     out = nnx.vmap(lambda m, x: x @ m.w, in_axes=(some, None))(other, x)
     assert jnp.allclose(out, by_jax)
-    with pytest.raises(nnx.AxisError, match=r"which has none for 'w'\. Make it of the argument"):
+    with pytest.raises(nnx.AxisError, match=r"which has none for 'w'\. Make it from the argument"):
         nnx.vmap(lambda m: m.w, in_axes=(nnx.Partition({"other": 0}),))(layers)
 
 
