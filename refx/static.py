@@ -71,8 +71,7 @@ class Static:
 
     def keep(self) -> None:
         """Copy a value that may change in place: trees with an equal value may be built from this one."""
-        by_identity = type(self.value).__eq__ is object.__eq__
-        if self.contents and self._copy is None and not by_identity:
+        if self.contents and self._copy is None and not _is_unique(self.value):
             try:
                 self._copy = _copied(self.value)
             except Exception:  # its class cannot be copied, so keep the value itself
@@ -134,6 +133,9 @@ def exact(value: Any, contents: list[Any], depth: int = _DEPTH) -> Any:
     if kind is types.MethodType:
         # The content of the bound object may change.
         return kind, Same(value.__func__), exact(value.__self__, contents, depth)
+    if kind is functools.partial and depth > 0:
+        parts = value.func, value.args, value.keywords
+        return kind, *[exact(part, contents, min(depth, NESTED)) for part in parts]
     by_identity = kind.__eq__ is object.__eq__
     hashable = _has_hash(value)
     if hashable and _is_trusted(kind.__module__):
@@ -194,10 +196,27 @@ class Changing:
         return [x for _, x in state] if state is not None else list(self._value)
 
 
+def _is_unique(value: Any) -> bool:
+    """Whether no other object has the same key."""
+    kind = type(value)
+    if kind is types.MethodType:
+        return _is_unique(value.__self__)
+    return kind is not functools.partial and kind.__eq__ is object.__eq__
+
+
 def _copied(value: Any) -> Any:
     if type(value) is types.MappingProxyType:
         return types.MappingProxyType(copy.deepcopy(dict(value)))
+    if type(value) is functools.partial:
+        args = map(_copied_container, value.args)
+        named = {name: _copied_container(x) for name, x in value.keywords.items()}
+        return functools.partial(value.func, *args, **named)
     return copy.deepcopy(value)
+
+
+def _copied_container(value: Any) -> Any:
+    changes = isinstance(value, _CONTAINERS) and not isinstance(value, jax.Array)
+    return copy.deepcopy(value) if changes else value
 
 
 def _plain(value: Any) -> Any:

@@ -225,3 +225,24 @@ def test_a_class_in_a_list_gets_an_attribute_that_hides_that_of_its_base():
     assert int(first.calls.value) == int(Sub.net.calls.value) == 2
     del Sub.net
     assert float(run(2.0)) == 2
+
+
+def test_partials_as_attributes_count_by_what_they_hold():
+    class Model(nnx.Module):
+        def __init__(self, act):
+            self.act = act
+
+        def __call__(self, x):
+            return self.act(x)
+
+    def scale(x, by, more=(1,)):
+        return x * by * more[0]
+
+    run = nnx.jit(lambda model, x: model(x).sum())
+    first, second = [Model(functools.partial(scale, by=2, more=[1])) for _ in range(2)]
+    assert nnx.split(first)[0] is nnx.split(second)[0]
+    assert float(run(first, jnp.ones(1))) == float(run(second, jnp.ones(1))) == 2
+    first.act.keywords["by"] = 5
+    assert float(run(first, jnp.ones(1))) == 5 and float(run(second, jnp.ones(1))) == 2
+    first.act.keywords["more"][0] = 2
+    assert float(run(first, jnp.ones(2))) == 20 and float(run(second, jnp.ones(2))) == 4
