@@ -87,7 +87,7 @@ class Sequential(Module):
         for i, fn in enumerate(fns):
             if not callable(fn):
                 raise TypeError(
-                    f"Sequential takes callables, but number {i} is {a_kind(type(fn))}: {fn!r}. "
+                    f"Sequential takes callables, but number {i} is {a_kind(type(fn))}. "
                     f"To pass a list of layers, unpack it: Sequential(*layers)."
                 )
             if inspect.isclass(fn):
