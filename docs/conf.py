@@ -86,6 +86,7 @@ def link_pictures(app, doctree, docname):
     """Make each picture a link to its file, because it is small on a phone."""
     here = app.builder.get_target_uri(docname)
     for image in list(doctree.findall(nodes.image)):
+        image.setdefault("alt", "A picture that code of this page has drawn.")
         if image["uri"] in app.env.images and not isinstance(image.parent, nodes.reference):
             file = f"{app.builder.imagedir}/{app.env.images[image['uri']][1]}"
             link = nodes.reference("", "", refuri=relative_uri(here, file), internal=True)
