@@ -19,7 +19,7 @@ from operator import is_
 from typing import Any
 
 from nnx.transforms.guards import FarStructure, Guards, holds, order_of_bases, reference
-from nnx.transforms.looking import ABSENT, DEFAULTS, Edge, Graph, attribute_dicts, insides
+from nnx.transforms.looking import Edge, Graph, insides
 from nnx.transforms.objects import (
     ARRAYS,
     SMALL,
@@ -35,6 +35,7 @@ from nnx.transforms.objects import (
     is_user_object,
     is_value,
 )
+from nnx.transforms.steps import ABSENT, DEFAULTS, attribute_dicts
 from refx import ClosureError, Node, RefError
 from refx.describe import describe
 from refx.partition import dotted

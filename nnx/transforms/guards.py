@@ -9,8 +9,9 @@ from operator import call as call_it
 from operator import is_
 from typing import Any
 
-from nnx.transforms.looking import ABSENT, Edge
+from nnx.transforms.looking import Edge
 from nnx.transforms.objects import content, is_container, is_data, is_module
+from nnx.transforms.steps import ABSENT
 from refx import Node, RefError
 from refx.snapshot import snapshot
 
