@@ -189,7 +189,8 @@ class _Parts:
         attributes = [
             (name, x)
             for name, x in vars(fn).items()
-            if type(x) not in SCALARS or name not in self._stored
+            # Names such as `__wrapped__` and `__signature__` are for tools, not for the code.
+            if name[:2] != "__" and (type(x) not in SCALARS or name not in self._stored)
         ]
         others = fn.__defaults__, fn.__kwdefaults__, *[x for _, x in attributes]
         other_keys, makers = self._take_all(others)

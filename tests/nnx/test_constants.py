@@ -150,7 +150,7 @@ def test_a_program_gives_no_constants(transform):
         return jnp.float32(0)
 
     with pytest.raises(
-        nnx.ValueTypeError, match=r"leaves a str in the Ref or array 'w': 'slow'. A program gives"
+        nnx.ValueTypeError, match=r"leaves a str in the Ref or array 'w': 'slow'. A program"
     ):
         TRANSFORMS[transform](write)(net)
     assert net.w == "fast"
