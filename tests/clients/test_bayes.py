@@ -37,7 +37,7 @@ def test_numpyro_takes_a_frozen_module_as_a_constant(net):
     expected = (Y - net(X)[:, 0]).sum() / (len(X) + 1)
     assert abs(samples["shift"].mean() - expected) < 3 * (1 / 17) ** 0.5
     with pytest.raises(
-        nnx.ClosureError, match=r"(?s)numpyro.*takes nnx\.frozen\(model\), a constant"
+        nnx.ClosureError, match=r"(?s)numpyro.*use nnx\.frozen\(model\), a constant"
     ):
         sample(model, net, X, Y)
 

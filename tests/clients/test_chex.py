@@ -33,7 +33,7 @@ def test_chexify_takes_a_frozen_module(net):
         with pytest.raises(AssertionError, match="finite"):
             call(nnx.frozen(broken), X)
             call.wait_checks()
-        with pytest.raises(nnx.ClosureError, match=r"checkify.*takes nnx\.frozen\(model\)"):
+        with pytest.raises(nnx.ClosureError, match=r"checkify.*use nnx\.frozen\(model\)"):
             call(net, X)
 
 

@@ -209,7 +209,7 @@ def test_a_float_that_changes_at_each_step_is_warned_of_once():
         model.w.value *= model.rate
 
     model = Model()
-    with pytest.warns(UserWarning, match="another value of model.rate alone") as seen:
+    with pytest.warns(UserWarning, match="only because the value of model.rate changed") as seen:
         for i in range(8):
             model.rate = 0.5**i + 0.01
             step(model)

@@ -422,7 +422,7 @@ def test_bad_out_shardings_are_errors():
         with fails("selects 'bias' .* of the output. Add an entry for the rest", nnx.AxisError):
             call({nnx.PathContains("kernel"): P("data")})
         with fails(r"got \('data', 'model'\) for the output, but that has another structure: it holds "
-                   r"'kernel'. For a module or a Ref write \{\.\.\.: ", nnx.AxisError):  # fmt: skip
+                   r"'kernel'. For a module or a Ref, write \{\.\.\.: ", nnx.AxisError):  # fmt: skip
             call(("data", "model"))
     with fails(r"the output 'kernel' has the sharding \('data', None\), which needs a mesh"):
         call({nnx.PathContains("kernel"): ("data", None), ...: None})
