@@ -42,6 +42,7 @@ def make(seed: int) -> Program:
         ("Boom", "tracing goes through every branch"),
         ("TypeError", "a callback raises when the program runs, and tracing goes on after it"),
         ("AttributeError", "tracing goes on to what Python never reaches"),
+        ("IndexError", "tracing goes on to what Python never reaches"),
         ("NotImplementedError", "JAX has no callbacks with an order in a vmapped cond"),
     )
     return replace(program, law=7, steps=steps, may=may)
