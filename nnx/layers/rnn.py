@@ -70,6 +70,11 @@ class RNN(Module):
         state_axes: dict[Filter, Any] | None = None,
         broadcast_rngs: str | Sequence[str] = (),
     ):
+        if isinstance(cell, type):
+            raise TypeError(
+                f"RNN takes a cell, but got the class {cell.__name__}. Make one: "
+                f"RNN({cell.__name__}(in_features, hidden_features))."
+            )
         self.cell = cell
         self.time_major = time_major
         self.return_carry = return_carry

@@ -59,11 +59,19 @@ def _check_others(others: list[Any], args: Any, kwargs: Any) -> None:
         flat = opened.flatten_with_path((args, kwargs))[0]
         path = next(path for path, leaf in flat if leaf is x)[1:]
         where = jax.tree_util.keystr(path)
+        advice = (
+            "Pass a setting as a static argument of nnx.jit (static_argnames=...), as an attribute of a "
+            "module, or by closure; put modules and Refs in a list, a tuple or a dict rather than in a set "
+            "or a generator."
+        )
+        if len(path) == 1 and any(hasattr(f, "__wrapped__") for f in vars(type(x)).values()):
+            advice = (
+                "To transform a method of an ordinary class, transform the bound method, as in "
+                f"self.step = nnx.jit(self._step) in __init__, or make {type(x).__name__} an nnx.Module."
+            )
         raise ArgumentError(
             f"Argument {where} is a {type(x).__name__}, not an array, a number, a module, a Ref "
-            f"or a pytree of these: {x!r:.80}. Pass a setting as a static argument of nnx.jit "
-            f"(static_argnames=...), as an attribute of a module, or by closure; put modules and "
-            f"Refs in a list, a tuple or a dict rather than in a set or a generator."
+            f"or a pytree of these: {x!r:.80}. {advice}"
         )
 
 

@@ -187,6 +187,11 @@ def targets_of(
     predicate = to_predicate(wrt)
     targets, empty, selected = [], [], False
     for number in numbers:
+        if not isinstance(number, int):
+            raise DifferentiationError(
+                f"{name} was to differentiate argument {number!r}, but argnums has the positions of "
+                f"arguments: argnums=0, or (0, 1)."
+            )
         if not -len(args) <= number < len(args):
             raise DifferentiationError(
                 f"{name} differentiates argument {number}, but it was called with "

@@ -120,3 +120,26 @@ def test_what_cannot_be_called(transformation):
         with pytest.raises(TypeError, match="takes a function, a module or a method, but got") as e:
             transformation(bad)
         assert "secret_weights" not in str(e.value)
+
+
+def test_a_transformed_method_of_an_ordinary_class():
+    class Trainer:
+        @nnx.jit
+        def step(self, x):
+            return x
+
+    message = r"Argument \[0\] is a Trainer.*self\.step = nnx\.jit\(self\._step\) in __init__, or make Trainer"
+    with pytest.raises(nnx.ArgumentError, match=message):
+        Trainer().step(1.0)
+
+
+def test_argnums_are_positions(model):
+    with pytest.raises(
+        nnx.DifferentiationError, match="argument 'm', but argnums has the positions"
+    ):
+        nnx.grad(lambda m: m.w.sum(), argnums="m")(model)
+
+
+def test_a_class_in_place_of_a_cell():
+    with pytest.raises(TypeError, match=r"RNN takes a cell, but got the class LSTMCell"):
+        nnx.RNN(nnx.LSTMCell)
