@@ -166,17 +166,24 @@ def _of_attributes(x: Any) -> Iterator[Step]:
                     value,
                     not (kind is types.SimpleNamespace or home in _NAMESPACES),
                 )
+        if home in _NAMESPACES:
+            # A class of `dataclasses.make_dataclass` is in "types".
+            yield from _of_slots(x)
         return
     for name, value in list((own or {}).items()):
         if not name.startswith("__"):
             yield name, (own, name), value, False
     yield "type", (None, _type_of(x)), kind, True
-    for base in kind.__mro__:
+    yield from _of_slots(x)
+    yield "__class__", None, kind, True
+
+
+def _of_slots(x: Any) -> Iterator[Step]:
+    for base in type(x).__mro__:
         for name, slot in list(vars(base).items()):
             if type(slot) is types.MemberDescriptorType:
                 get = functools.partial(_slot, slot, x)
                 yield name, (None, get), get(), True
-    yield "__class__", None, kind, True
 
 
 def _type_of(x: Any) -> Callable[[], Any]:

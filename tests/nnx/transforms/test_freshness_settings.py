@@ -6,6 +6,7 @@ import collections
 import collections.abc
 import configparser
 import contextvars
+import dataclasses
 import functools
 import types
 
@@ -102,9 +103,11 @@ def _same(rate):
     return rate
 
 
+_Slots = dataclasses.make_dataclass("_Slots", ["rate"], slots=True)
 _LOOSE = lambda: 0  # noqa: E731
 SETTINGS = {
     "arguments of a program": (lambda: argparse.Namespace(rate=1), *_attribute("rate")),
+    "slots of a class that is made": (lambda: _Slots(1), *_attribute("rate")),
     "a parsed file": (
         _parsed,
         lambda x: int(x["model"]["rate"]),
