@@ -390,7 +390,7 @@ def _counts(edge: Edge, source: Any, graph: Graph, noted: set[tuple[Any, ...]]) 
         return True
     name = edge.key[-1] if type(edge.key) is tuple else edge.key
     if is_container(edge.value) and not default and edge.key not in DEFAULTS:
-        known = name in graph.names or has_no_names(source)
+        known = name in graph.names or graph.any_attribute or has_no_names(source)
         held = known and name not in graph.filled | graph.stored and edge.path not in noted
         return held and (len(edge.value) > SMALL or data_in(edge.value) is not None)
     leads = edge.target is not None and not is_container(edge.value)
@@ -404,7 +404,7 @@ def _counts(edge: Edge, source: Any, graph: Graph, noted: set[tuple[Any, ...]]) 
     if issubclass(kind, type) and _tells(source, edge.key):
         return False
     # Python calls methods such as `__call__` and `__getitem__` itself, so no code names them.
-    named = name in graph.names or not graph.names.isdisjoint(("vars", "__dict__"))
+    named = name in graph.names or graph.any_attribute
     if not named and not (leads and _is_special(name)):
         return False
     return leads or set_by_no_code
@@ -413,7 +413,7 @@ def _counts(edge: Edge, source: Any, graph: Graph, noted: set[tuple[Any, ...]]) 
 def _names(edge: Edge, source: Any, graph: Graph) -> bool:
     """Whether some code names this step, or can take it without a name because it is an item."""
     name = edge.key[-1] if type(edge.key) is tuple else edge.key
-    return is_container(source) or name in graph.names
+    return is_container(source) or graph.any_attribute or name in graph.names
 
 
 def _is_special(name: Any) -> bool:

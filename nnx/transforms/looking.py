@@ -8,6 +8,7 @@ libraries or plain data.
 from __future__ import annotations
 
 import collections
+import operator
 import sys
 import types
 from collections.abc import Iterable, Iterator, Set
@@ -45,6 +46,12 @@ _BY_NAME = frozenset({"getattr", "attrgetter", "methodcaller", "vars", "__dict__
 
 # Attributes that these methods set are set when an object is made.
 _MAKING = ("__init__", "__post_init__", "__new__")
+# These methods show, compare or copy an object. They often read all of its attributes, and a program rarely
+# depends on what they return.
+_SHOWING = frozenset(
+    {"__repr__", "__str__", "__format__", "__eq__", "__ne__", "__hash__", "__dir__", "__reduce__"}
+    | {"__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__"}
+)
 # These methods set attributes for their callers. If the function itself calls one, its trace shows it.
 _SETTING = frozenset(
     {"__setitem__", "__delitem__", "__setattr__", "__delattr__", "__set__", "__delete__"}
@@ -106,6 +113,8 @@ class Graph:
         self._is_far: list[bool] = []
         # The attribute names that code loads. In a user's Python module, only these are followed.
         self.names: set[str] = set()
+        # Whether some code may read attributes whose names appear nowhere.
+        self.any_attribute = False
         # The names that code may pass to getattr or hasattr, so they may be missing.
         self.strings: set[str] = set()
         # The attribute names that code sets, except in constructors.
@@ -126,7 +135,8 @@ class Graph:
             number, key, is_item = self._first_steps[number]
             if not is_item:
                 name = key[-1] if type(key) is tuple else key
-                return has_no_names(self.objects[number]) or name in self.names
+                held = self.objects[number]
+                return has_no_names(held) or self.any_attribute or name in self.names
         return True
 
     def is_far(self, number: int) -> bool:
@@ -223,6 +233,8 @@ class Graph:
         )
 
     def _vertex(self, x: Any, path: tuple[Any, ...], far: bool) -> int | None:
+        if type(x) in (operator.attrgetter, operator.methodcaller):
+            self.any_attribute = True
         number = self._numbers.get(id(x))
         if number is None and len(self.objects) < _MOST:
             number = self._numbers[id(x)] = len(self.objects)
@@ -247,6 +259,8 @@ class Graph:
             return
         names = names_of(fn.__code__)
         self.names |= names.attributes
+        if fn.__name__ not in _MAKING and fn.__name__ not in _SHOWING:
+            self.any_attribute |= names.any_attribute
         self.strings.update(names.strings)
         if fn.__name__ not in _MAKING:
             self.stored |= names.stored

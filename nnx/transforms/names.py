@@ -15,7 +15,8 @@ class Names(NamedTuple):
 
     `stored` are the attributes and variables that the code sets. `filled` are those whose content it
     changes. `sinks` are variables that it only ever puts something into. `read` are variables that it
-    only ever takes items out of: `f(**x)`, `x[i]`, `for i in x`.
+    only ever takes items out of: `f(**x)`, `x[i]`, `for i in x`. `any_attribute` says that the code may
+    read an attribute of any name: by `vars(x)`, or by `getattr` with a name that is not a constant.
     """
 
     loaded: tuple[str, ...]
@@ -26,6 +27,7 @@ class Names(NamedTuple):
     sinks: frozenset[str]
     read: frozenset[str]
     filled: frozenset[str]
+    any_attribute: bool
 
 
 # Code that uses one of these may find an attribute or a global by a string.
@@ -56,6 +58,33 @@ _NAMING = frozenset(
 _STORES = frozenset({"STORE_ATTR", "DELETE_ATTR", "STORE_DEREF", "STORE_GLOBAL", "DELETE_GLOBAL"})
 
 
+# Code that uses one of these may read an attribute whose name appears nowhere.
+_ANY_ATTRIBUTE = frozenset({"vars", "__dict__", "dir", "attrgetter", "__getattribute__"})
+
+
+# Python 3.11 has two instructions for a call, of which the first takes the arguments.
+_CALL = "PRECALL" if "PRECALL" in dis.opmap else "CALL"
+
+
+def _computes_name(steps: list[dis.Instruction], at: int) -> bool:
+    """Whether `getattr`, which is loaded at a position, may be called with a name that is not a constant."""
+    if steps[at].opname != "LOAD_GLOBAL" or not (steps[at].arg or 0) & 1:
+        return True  # it is passed on, and not called
+    # The position where each argument ends, by the number of arguments on the stack.
+    ends: dict[int, int] = {0: at}
+    depth = 0
+    for i, step in enumerate(steps[at + 1 :], at + 1):
+        if step.opname == _CALL and step.arg == depth:
+            ends[depth] = i - 1
+            name = steps[ends[2]] if depth > 1 and ends[2] == ends[1] + 1 else None
+            return name is None or name.opname != "LOAD_CONST" or type(name.argval) is not str
+        if step.opcode in dis.hasjrel or step.opcode in dis.hasjabs:
+            return True  # an argument that is a condition: its name is not followed
+        depth += dis.stack_effect(step.opcode, step.arg, jump=False)
+        ends[depth] = i
+    return True
+
+
 class _Uses:
     """What a function and the functions defined in it do with names, in order."""
 
@@ -70,6 +99,7 @@ class _Uses:
         self.reads: set[str] = set()
         self.others: set[str] = set()
         self.filled: set[str] = set()
+        self.any_attribute = False
 
     def add(self, code: types.CodeType) -> None:
         """Note the names in a piece of code."""
@@ -93,6 +123,8 @@ class _Uses:
                 self.filled |= on_line.get(line, set())
             if kind in _NAMING and name in code.co_names:
                 self.attributes.add(name)
+                if name in _ANY_ATTRIBUTE or (name == "getattr" and _computes_name(steps, i)):
+                    self.any_attribute = True
             if kind in _LOADS:
                 on_line.setdefault(line, set()).add(name)
                 after, second = (*steps[i + 1 : i + 3], None, None)[:2]
@@ -127,4 +159,5 @@ def names_of(code: types.CodeType) -> Names:
         frozenset(uses.puts - uses.reads - uses.others),
         frozenset(uses.reads - uses.puts - uses.others),
         frozenset(uses.filled),
+        uses.any_attribute,
     )

@@ -8,6 +8,7 @@ import configparser
 import contextvars
 import dataclasses
 import functools
+import operator
 import types
 
 import jax.numpy as jnp
@@ -147,6 +148,30 @@ SETTINGS = {
     "deep in dicts": (lambda: {"a": {"b": {"c": {"d": {"e": {"f": 1}}}}}}, *_at(*"abcdef")),
     "deep in lists": (lambda: [[[[[[1]]]]]], *_at(*[0] * 6)),
 }
+_NAME = "rate"
+SETTINGS |= {
+    "a name in a variable": (
+        lambda: Own(rate=1),
+        lambda x: getattr(x, _NAME),
+        _attribute("rate")[1],
+    ),
+    "a name that is put together": (
+        lambda: Own(rate=1),
+        lambda x: getattr(x, "".join(["ra", "te"]), 0),
+        _attribute("rate")[1],
+    ),
+    "a path of names": (
+        lambda: Own(inner=Own(rate=1)),
+        lambda x: functools.reduce(getattr, ["inner", "rate"], x),
+        lambda x: setattr(x.inner, "rate", 5),
+    ),
+    "an attrgetter": (lambda: Own(rate=1), operator.attrgetter("rate"), _attribute("rate")[1]),
+    "lists by computed names": (
+        lambda: Own(rates=[1]),
+        lambda x: sum(getattr(x, name)[0] for name in ["rates"]),
+        lambda x: x.rates.__setitem__(0, 5),
+    ),
+}
 TRANSFORMS = {
     "jit": nnx.jit,
     "scan": lambda f: lambda x: nnx.scan(lambda c, _: (c, f(x)), None, None, length=1)[1][0],
@@ -249,3 +274,16 @@ def test_partials_as_attributes_count_by_what_they_hold():
     assert float(run(first, jnp.ones(1))) == 5 and float(run(second, jnp.ones(1))) == 2
     first.act.keywords["more"][0] = 2
     assert float(run(first, jnp.ones(2))) == 20 and float(run(second, jnp.ones(2))) == 4
+
+
+def test_a_constant_name_is_read_alone():
+    settings, traces = Own(rate=1, epoch=0), []
+
+    @nnx.jit
+    def step(x):
+        traces.append(1)
+        return x * getattr(settings, "rate", 0) + getattr(settings, "shift", 0)
+
+    for settings.epoch in range(3):
+        assert float(step(jnp.array(2.0))) == 2
+    assert len(traces) == 1
