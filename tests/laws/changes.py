@@ -124,10 +124,17 @@ def _with_variable(bodies: Bodies, routes: Routes, prelude: list[Node], seen: st
     """Let a function read a number, a text or an array from a variable, and change that variable."""
     rng = bodies.rng
     variable, helper = bodies.name("d"), bodies.name("h")
+    value = variable
     if rng.random() < 0.3:
-        values, read = [f"array({n})" for n in (1, 2, 1)], variable
+        # An attribute of an object, whose name may appear nowhere in the function.
+        box = bodies.name("box")
+        prelude.append(Line(f"{box} = OtherBox()"))
+        variable, name = f"{box}.late", rng.choice(['"late"', '"".join(["la", "te"])'])
+        value = rng.choice([variable, f"getattr({box}, {name})"])
+    if rng.random() < 0.3:
+        values, read = [f"array({n})" for n in (1, 2, 1)], value
     else:
-        values, read = rng.choice(TWINS), f"tag({variable})"
+        values, read = rng.choice(TWINS), f"tag({value})"
     prelude.append(Line(f"{variable} = {rng.choice(values)}"))
     if rng.random() < 0.3:
         prelude.append(Block(f"def {helper}():", (Line(f"return {read}"),)))
