@@ -12,12 +12,10 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import gc
-import threading
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.interpreters import mlir
 
 from tests.models import Dense, Net
 
@@ -25,24 +23,7 @@ from tests.models import Dense, Net
 collect_ignore = ["nnx/processes.py"]
 
 
-# JAX makes an MLIR context for each program, a fifth of what it takes to compile a small one.
-_contexts = threading.local()
-
-
-def _shared(make):
-    def context():
-        if not hasattr(_contexts, "of_thread"):
-            _contexts.of_thread = make()
-        return _contexts.of_thread
-
-    return context
-
-
-if hasattr(mlir, "make_ir_context"):
-    mlir.make_ir_context = _shared(mlir.make_ir_context)
-
-
-# Each waits for other programs for long. Whoever begins with them is not the last to end.
+# These wait for other programs. If they ran last, one worker would wait alone.
 SLOWEST = ("tests/test_docs_site.py", "tests/nnx/test_processes.py", "tests/test_types.py")
 
 

@@ -227,9 +227,9 @@ class _Same:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Same):
             return False
-        return other.array is self.array or (
-            isinstance(self.array, tuple) and self.array == other.array
-        )
+        if isinstance(self.array, tuple) and isinstance(other.array, tuple):
+            return self.array == other.array
+        return other.array is self.array
 
     def __hash__(self) -> int:
         return hash(self.array) if isinstance(self.array, tuple) else id(self.array)

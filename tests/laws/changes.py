@@ -125,12 +125,12 @@ def _with_variable(bodies: Bodies, routes: Routes, prelude: list[Node], seen: st
     rng = bodies.rng
     variable, helper = bodies.name("d"), bodies.name("h")
     value = variable
-    if rng.random() < 0.3:
+    if rng.random() < 0.4:
         # An attribute of an object, whose name may appear nowhere in the function.
         box = bodies.name("box")
         prelude.append(Line(f"{box} = OtherBox()"))
         variable, name = f"{box}.late", rng.choice(['"late"', '"".join(["la", "te"])'])
-        value = rng.choice([variable, f"getattr({box}, {name})"])
+        value = rng.choice([variable, f"getattr({box}, {name})", f"getattr({box}, {name})"])
     if rng.random() < 0.3:
         values, read = [f"array({n})" for n in (1, 2, 1)], value
     else:

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import nnx
@@ -217,3 +218,17 @@ def test_closures_inside_compiled_steps(dense, data):
 
     out, grads = step(dense)
     assert jnp.allclose(out, x @ dense.w) and dense.calls == 2 and grads["w"].shape == (2, 2)
+
+
+def test_a_plain_array_of_a_closed_over_module_becomes_one_of_another_library():
+    class Plain(nnx.Module):
+        pass
+
+    model = Plain()
+    model.table = np.arange(3)
+    total = nnx.jit(lambda: model.table.sum())
+    assert total() == 3
+    model.table = jnp.arange(4)
+    assert total() == 6
+    model.table = np.arange(5)
+    assert total() == 10
