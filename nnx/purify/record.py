@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 import types
 from collections.abc import Callable
@@ -63,8 +64,11 @@ class Record:
 
     def __init__(self) -> None:
         self.complete = True
-        self.by_string = self._prints = False
+        self.by_string = self._prints = self._collecting = False
         self._hook: Any = None
+        # Python runs finalizers, and the callbacks of libraries, wherever it happens to collect garbage.
+        # The first callback sees the start before any other, the last one sees the end after them.
+        self._callbacks = (self._on_start, self._on_stop)
         self._ran: dict[tuple[int, int], tuple[types.CodeType, dict[str, Any]]] = {}
 
     @property
@@ -75,6 +79,8 @@ class Record:
     def __enter__(self) -> Record:
         if sys.getprofile() is None:
             self._hook = self._make_hook()
+            gc.callbacks.insert(0, self._callbacks[0])
+            gc.callbacks.append(self._callbacks[1])
             sys.setprofile(self._hook)
         return self
 
@@ -83,7 +89,16 @@ class Record:
             sys.setprofile(None)
         else:
             self.complete = False
+        if self._hook is not None:
+            for callback in self._callbacks:
+                gc.callbacks.remove(callback)
         self._hook = None
+
+    def _on_start(self, phase: str, _: Any) -> None:
+        self._collecting = self._collecting or phase == "start"
+
+    def _on_stop(self, phase: str, _: Any) -> None:
+        self._collecting = self._collecting and phase != "stop"
 
     def _make_hook(self) -> Callable[..., None]:
         # JAX triggers this very often during the trace, so irrelevant calls must return quickly.
@@ -106,7 +121,7 @@ class Record:
 
     def _note(self, frame: types.FrameType, event: str, arg: Any) -> None:
         # Code that handles printing, in a notebook or a test, is not part of the program.
-        if self._prints or not _is_for_user(frame):
+        if self._prints or self._collecting or not _is_for_user(frame):
             return
         if event == "call":
             code, scope = frame.f_code, frame.f_globals

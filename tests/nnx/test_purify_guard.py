@@ -1032,3 +1032,26 @@ def test_two_threads_share_a_model():
     for thread in threads:
         thread.join()
     assert not errors
+
+
+def test_what_runs_when_garbage_is_collected_is_not_part_of_a_model():
+    traces, collected = [], []
+
+    def of_a_library(phase, info):
+        collected.append(phase)
+
+    @purify
+    def model(x):
+        traces.append(None)
+        return param((), "w") * x * len([[] for _ in range(100)])
+
+    gc.callbacks.append(of_a_library)
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for _ in range(3):
+            close(model({"w": 2.0}, 3.0), 600.0)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(of_a_library)
+    assert collected and len(traces) == 1
