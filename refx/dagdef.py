@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -244,32 +244,33 @@ def parts(dagdef: DagDef) -> Iterator[tuple[Any, Path]]:
             todo += _below(held, path)
 
 
-def numbers_in(part: DagDef, whole: DagDef, at: Any) -> tuple[list[int], list[int]]:
-    """The numbers that the Refs and the plain arrays of `part` have in `whole`.
+def numbers_in(whole: DagDef, parts: Iterable[DagDef]) -> list[tuple[list[int], list[int]]]:
+    """The numbers that the Refs and the plain arrays of each of some trees have in a tuple of them all."""
+    numbers = {n: i for i, n in enumerate(ref_numbers(whole))}
+    found = []
+    for part, at in zip(parts, whole.root.children, strict=True):
+        objects: dict[int, int] = {}
+        leaves: dict[int, int] = {}
+        todo: list[tuple[Any, Any]] = [(part.root, at)]
+        while todo:
+            mine, theirs = todo.pop()
+            if type(mine) is int:
+                if mine in objects:
+                    continue
+                objects[mine] = theirs
+                mine, theirs = part.nodes[mine], whole.nodes[theirs]
+            if type(mine) is Leaf:
+                leaves[mine.number] = theirs.number
+            elif isinstance(mine, (NodeDef, Tree)):
+                todo += zip(mine.children, theirs.children, strict=True)
+        refs = [numbers[objects[n]] for n in ref_numbers(part)]
+        found.append((refs, [leaves[i] for i in range(len(leaves))]))
+    return found
 
-    `at` is the child of the root of `whole` that is the tree of `part`.
-    """
-    objects: dict[int, int] = {}
-    leaves: dict[int, int] = {}
-    todo: list[tuple[Any, Any]] = [(part.root, at)]
-    while todo:
-        mine, theirs = todo.pop()
-        if type(mine) is int:
-            if mine in objects:
-                continue
-            objects[mine] = theirs
-            mine, theirs = part.nodes[mine], whole.nodes[theirs]
-        if type(mine) is Leaf:
-            leaves[mine.number] = theirs.number
-        elif isinstance(mine, (NodeDef, Tree)):
-            todo += zip(mine.children, theirs.children, strict=True)
-    numbers = {n: i for i, n in enumerate(_refs_of(whole))}
-    refs = [numbers[objects[n]] for n in _refs_of(part)]
-    return refs, [leaves[i] for i in range(len(leaves))]
 
-
-def _refs_of(dagdef: DagDef) -> Iterator[int]:
-    return (n for n, node in enumerate(dagdef.nodes) if type(node) is RefDef)
+def ref_numbers(dagdef: DagDef) -> list[int]:
+    """The numbers of the Refs among the objects of a structure, in order."""
+    return [n for n, node in enumerate(dagdef.nodes) if type(node) is RefDef]
 
 
 def node_paths(dagdef: DagDef) -> dict[int, Path]:

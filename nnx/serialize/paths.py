@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnx.serialize.grammar import Damaged, check_distinct, clip
-from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree, parts_of
+from refx.dagdef import DagDef, Leaf, NodeDef, Tree, parts_of, ref_numbers
 from refx.partition import dotted
 from refx.walk import Walk
 
@@ -67,7 +67,7 @@ def _links(dagdef: DagDef) -> tuple[list[Any], list[Any]]:
         if isinstance(child, NodeDef | Tree):
             pairs = zip(reversed(child.names), reversed(child.children), strict=True)
             todo += [(c, functools.reduce(_step, parts_of(name), link)) for name, c in pairs]
-    refs = [found[i] for i, node in enumerate(dagdef.nodes) if type(node) is RefDef]
+    refs = [found[i] for i in ref_numbers(dagdef)]
     return refs, [leaves[i] for i in range(len(leaves))]
 
 

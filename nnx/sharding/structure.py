@@ -9,7 +9,7 @@ import jax
 
 from nnx.sharding.rules import check_rank, inserted, removed
 from refx import DagDef
-from refx.dagdef import RefDef, intern
+from refx.dagdef import RefDef, intern, ref_numbers
 from refx.partition import dotted
 from refx.static import Static
 
@@ -52,7 +52,7 @@ def without_axes(
     Raises:
       ShardingError: a `sharding` has the wrong number of dimensions for its value.
     """
-    numbers = [n for n, node in enumerate(dagdef.nodes) if type(node) is RefDef]
+    numbers = ref_numbers(dagdef)
     at = {n: i for i, n in enumerate(numbers)}
 
     def change(n: int, said: Any) -> Any:
@@ -78,7 +78,7 @@ def stacked(name: str, dagdef: DagDef, values: Sequence[Any], entry: Any = None)
     Raises:
       ShardingError: a `sharding` has the wrong number of dimensions for its value.
     """
-    numbers = [n for n, node in enumerate(dagdef.nodes) if type(node) is RefDef]
+    numbers = ref_numbers(dagdef)
     at = {n: i for i, n in enumerate(numbers)}
 
     def change(n: int, said: Any) -> Any:

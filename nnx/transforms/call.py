@@ -141,8 +141,8 @@ class Call:
         """For each root, the places of its Refs and then of its plain arrays."""
         dagdef, values = self.layout.dagdef, self.values
         found = []
-        for own, at in zip(self.snapshots, dagdef.root.children, strict=True):
-            refs, arrays = numbers_in(own.dagdef, dagdef, at)
+        every = numbers_in(dagdef, [s.dagdef for s in self.snapshots])
+        for own, (refs, arrays) in zip(self.snapshots, every, strict=True):
             numbers = [*((0, i) for i in refs), *((1, i) for i in arrays)]
             cells = zip(own.dagdef.paths, (*own.refs, *own.leaves()), numbers, strict=True)
             found.append([Place(path, x, values[k][i], k, i) for path, x, (k, i) in cells])
@@ -341,8 +341,7 @@ def _plan(
             return known
     joint = walk(tuple(roots), alias, skip=1)
     dagdef = joint.dagdef
-    pairs = zip(snapshots, dagdef.root.children, strict=True)
-    numbers = [numbers_in(s.dagdef, dagdef, at) for s, at in pairs]
+    numbers = numbers_in(dagdef, [s.dagdef for s in snapshots])
     refs, leaves = _first([n for n, _ in numbers]), _first([n for _, n in numbers])
     plan = Plan(_layout(Signature(dagdef, *parts), plans), refs, leaves)
     if plans is not None and apart is not None:

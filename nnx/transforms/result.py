@@ -21,7 +21,7 @@ from nnx.transforms.untouched import reachable
 from refx import Node, Ref, ValueTypeError, opened
 from refx.access import is_input
 from refx.build import build
-from refx.dagdef import DagDef, Leaf, NodeDef, RefDef, Tree
+from refx.dagdef import DagDef, Leaf, NodeDef, Tree, ref_numbers
 from refx.frame import Frame, local
 from refx.node import is_identity
 from refx.partition import Path, dotted
@@ -48,8 +48,7 @@ class StructureChange(NamedTuple):
 
     def new(self) -> list[int]:
         """The numbers of the new Refs in `dagdef`, in order."""
-        nodes = enumerate(self.dagdef.nodes)
-        return [n for n, node in nodes if type(node) is RefDef and n not in self.known]
+        return [n for n in ref_numbers(self.dagdef) if n not in self.known]
 
 
 class Spec(NamedTuple):
@@ -254,14 +253,13 @@ def fresh_output(call: Call, packed: Packed, values: Values) -> Any:
     values = unlabelled(call.layout, values)
     for i, value in zip(packed.spec.written, packed.written, strict=True):
         values.refs[i] = value
-    numbers = [n for n, node in enumerate(call.layout.dagdef.nodes) if type(node) is RefDef]
+    numbers = ref_numbers(call.layout.dagdef)
     ref_at = {n: i for i, n in enumerate(numbers)}
     new, more = map(iter, packed.out)
     new = iter(_born(graph, new))
     refs = [
         values.refs[ref_at[graph.known[n]]] if n in graph.known else next(new)
-        for n, node in enumerate(graph.dagdef.nodes)
-        if type(node) is RefDef
+        for n in ref_numbers(graph.dagdef)
     ]
     given = values.plain_arrays
     arrays = [given[i] if i is not None else next(more) for i in graph.leaves]

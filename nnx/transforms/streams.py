@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from nnx.rng import RngStream
-from refx.dagdef import DagDef, NodeDef, RefDef
+from refx.dagdef import DagDef, NodeDef, ref_numbers
 
 __all__: list[str] = []
 
 
 def counts(dagdef: DagDef) -> tuple[int, ...]:
     """The numbers of the Refs that count the keys drawn from a stream."""
-    refs = [n for n, node in enumerate(dagdef.nodes) if type(node) is RefDef]
+    refs = ref_numbers(dagdef)
     number = {n: i for i, n in enumerate(refs)}
     found = [
         dict(zip(node.names, node.children, strict=True))["count"]

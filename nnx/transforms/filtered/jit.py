@@ -30,6 +30,7 @@ from nnx.transforms.result import NewValues, Packed, Spec, fresh_output
 from nnx.transforms.statics import Statics, select_arguments
 from nnx.transforms.targets import locate
 from refx import TraceLevelError, UnhashableStaticError
+from refx.dagdef import ref_numbers
 from refx.static import Static
 
 __all__ = ["jit_filter"]
@@ -253,7 +254,7 @@ class _JitFilter(Compiled[P, R]):
     def _numbers(layout: Any, start: int, count: int) -> set[int]:
         """The positions of the Refs that some of the roots reach."""
         reach = reachable(layout.dagdef, range(start, start + count))
-        refs = [n for n, node in enumerate(layout.dagdef.nodes) if not hasattr(node, "children")]
+        refs = ref_numbers(layout.dagdef)
         return {i for i, n in enumerate(refs) if n in reach}
 
     def _masked(self, call: Call, args: Any, kwargs: Any, tree: Any) -> list[bool]:
